@@ -1,0 +1,137 @@
+"""How close the LoRA gradients of compressed activations are to exact ones.
+
+    python -m benchmarks.fidelity --model ckpt/tiny-llama --data demo
+    python -m benchmarks.fidelity --model FOLDER --data ../shared/data/gsm8k --settings '[{"q_bit": 2}]'
+
+For each setting: cosine of every LoRA gradient with exact LoRA's on the same batch, averaged over batches after
+calibration; the mean and the smallest over adapters, and the average bits of what is kept, scales included. Adapters
+are first trained exactly for some steps, so that LoRA B is not zero. One JSON line a setting.
+"""
+
+import argparse
+import json
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.record import record
+from models import HycloraConfig, apply_hyclora, remove_hyclora
+from utils.args import DataArguments
+from utils.data.gsm8k import Collator, load_rows, tokenize_rows
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SETTINGS = [
+    *({"q_bit": bits} for bits in (8, 4, 3, 2)),
+    *({"q_bit": "auto", "average_bits": bits} for bits in (4.0, 3.0, 2.5)),
+    *({"q_bit": bits, "scale_rule": "paper"} for bits in (8, 4, 2)),
+    {"q_bit": 4, "layer_type": "intra"},
+]
+SLOT_GROUPS = {"norm_in": ["norm_in"], "attn_in + mlp_in": ["attn_in", "mlp_in"]} | {
+    name: [name] for name in ("q", "k", "v", "gate", "up")
+}
+
+
+def load_model(folder: str, device: str, seed: int) -> torch.nn.Module:
+    """The checkpoint in fp32 with LoRA r=16 on all linears, in training mode."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS)).to(device).train()
+
+
+def load_batches(folder: str, data: str, batch_size: int, count: int, seq_len: int, device: str) -> list[dict]:
+    """count padded batches of training rows."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = batch_size * count
+    where = {"data_name": "demo"} if data == "demo" else {"data_name": "gsm8k", "data_dir": data}
+    rows = load_rows(DataArguments(**where, max_train_samples=rows, seq_len=seq_len), "train")
+    rows = tokenize_rows(rows, tokenizer, seq_len).rows
+    collate = Collator(tokenizer.pad_token_id)
+    batches = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
+
+
+def lora_gradients(model: torch.nn.Module, batch: dict) -> dict[str, Tensor]:
+    """Gradient of every LoRA weight on one batch."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad.flatten().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train_exactly(model: torch.nn.Module, batches: list[dict], learning_rate: float = 1e-3) -> None:
+    """One pass of AdamW over batches with stock PEFT."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    for batch in tqdm(batches, desc="exact steps", leave=False):
+        lora_gradients(model, batch)
+        optimizer.step()
+
+
+def measure(model: torch.nn.Module, config: HycloraConfig, calibration: list[dict], exact: list[tuple]) -> dict:
+    """Cosines of the compressed gradients with the exact ones of the same batches."""
+    report = apply_hyclora(model, config)
+    try:
+        for batch in calibration:
+            model(**batch)
+        total: dict[str, float] = {}
+        for batch, reference in exact:
+            for name, grad in lora_gradients(model, batch).items():
+                cosine = torch.cosine_similarity(grad, reference[name], dim=0).item()
+                total[name] = total.get(name, 0.0) + cosine / len(exact)
+    finally:
+        remove_hyclora(model)
+    worst = min(total, key=total.get)
+    mean = sum(total.values()) / len(total)
+    return {
+        "cosine": round(mean, 5), "smallest": round(total[worst], 4), "smallest_of": worst, "bits": report.average_bits,
+    }  # fmt: skip
+
+
+def slot_settings(bits: int) -> dict[str, dict]:
+    """One setting a slot: that slot alone at `bits`, everything else exact."""
+    settings = {}
+    for name, slots in SLOT_GROUPS.items():
+        exact = {slot: "exact" for group in SLOT_GROUPS.values() for slot in group}
+        settings[name] = {"q_bit": bits, "slot_savers": exact | {slot: f"quant{bits}" for slot in slots}}
+    return settings
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["ckpt/tiny-llama"], help="checkpoint folders")
+    parser.add_argument("--data", default="demo", help="demo, or a folder with GSM8K's train.jsonl")
+    parser.add_argument("--settings", type=json.loads, default=SETTINGS, help="JSON list of HycloraConfig arguments")
+    parser.add_argument("--slots", type=int, default=0, metavar="BITS", help="instead: every slot alone at BITS")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--exact_steps", type=int, default=20, help="training steps before anything is measured")
+    parser.add_argument("--batches", type=int, default=4, help="measured batches")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    settings = {json.dumps(s): s for s in args.settings}
+    if args.slots:
+        settings = {f"{name} at {args.slots} bit": s for name, s in slot_settings(args.slots).items()}
+    lines = []
+    for folder in args.model:
+        model = load_model(folder, args.device, args.seed)
+        calibration_steps = HycloraConfig().iteration_threshold
+        count = args.exact_steps + calibration_steps + args.batches
+        batches = load_batches(folder, args.data, args.batch_size, count, args.seq_len, args.device)
+        train_exactly(model, batches[: args.exact_steps])
+        calibration = batches[args.exact_steps : args.exact_steps + calibration_steps]
+        exact = [(batch, lora_gradients(model, batch)) for batch in batches[args.exact_steps + calibration_steps :]]
+        for label, setting in settings.items():
+            result = measure(model, HycloraConfig(**setting), calibration, exact)
+            line = record(
+                "fidelity", {"model": folder, "data": args.data, "setting": setting, "label": label, **result}
+            )
+            print(f"{folder:<24}{label:<56}{result['cosine']:.4f} ({result['smallest']:.3f}) {result['bits']:.2f} bits")
+            lines.append(line)
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The three blocks of a decoder layer: what is bound to a norm, an attention and an MLP module.
+
+A block owns the training forward of one module. It is bound to that instance alone (MethodType in the instance's
+__dict__); evaluation, generation, disabled or merged adapters run the stock forward.
+"""
+
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from operators.attention import CORES, AttentionFunction, AttentionSpec
+from operators.lora import Projection, ProjectionGroup, bnb
+from operators.mlp import MlpFunction, MlpSpec
+from operators.norm import RMSNormFunction
+from operators.savers import Derived, Keeper, Saver, Step
+
+SOURCE = "_hyclora_source"
+BLOCK = "_hyclora_block"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute names of a model family, from its base model (layers) and from one layer (the rest)."""
+
+    layers: str
+    attention: str
+    attention_norm: str
+    qkv: tuple[str, str, str]
+    out: str
+    mlp: str
+    mlp_norm: str
+    gate_up: tuple[str, str]
+    down: str
+
+
+class Block:
+    """What all blocks share: savers, the model's Step, the binding, and when to run."""
+
+    def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step):
+        self.module, self.name, self.savers, self.step = module, name, savers, step
+        self.projections: list[Projection] = []
+
+    def bind(self) -> None:
+        """Put this block in front of the module's forward."""
+        self.stock = self.module.__dict__.get("forward")
+        setattr(self.module, BLOCK, self)
+        self.module.forward = MethodType(_forward, self.module)
+
+    def unbind(self) -> None:
+        """Give the module its own forward back."""
+        del self.module.__dict__["forward"]
+        delattr(self.module, BLOCK)
+        if self.stock is not None:
+            self.module.forward = self.stock
+
+    def run_stock(self, *args, **kwargs):
+        if self.stock is not None:
+            return self.stock(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def applies(self, *args, **kwargs) -> bool:
+        """Only training forwards with grad enabled and active, unmerged adapters are ours."""
+        return self.module.training and torch.is_grad_enabled() and all(p.is_active for p in self.projections)
+
+    def keeper(self) -> Keeper:
+        return Keeper(self.savers, self.step)
+
+    def input_source(self, x: torch.Tensor, slot: str):
+        """Where the norm before this block keeps x_hat, if the slot is derived from it."""
+        if not isinstance(self.savers[slot], Derived):
+            return None
+        source = getattr(x, SOURCE, None)
+        if source is None:
+            raise RuntimeError(
+                f"{self.name}: {slot} is derived from the norm before it, but its input is not the output of a patched "
+                f'norm; keep it by itself with slot_savers={{"{slot}": "quant4"}}'
+            )
+        return source
+
+
+def _forward(self, *args, **kwargs):
+    block = getattr(self, BLOCK)
+    if not block.applies(*args, **kwargs):
+        return block.run_stock(*args, **kwargs)
+    device_type = (args[0] if args else kwargs["hidden_states"]).device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    with torch.autocast(device_type, enabled=False):
+        return block.run(dtype, *args, **kwargs)
+
+
+class NormBlock(Block):
+    """RMSNorm; its output carries the handle from which the next block derives its input."""
+
+    def run(self, dtype, hidden_states):
+        keeper = self.keeper()
+        y = RMSNormFunction.apply(hidden_states, self.module.weight, self.module.variance_epsilon, keeper)
+        setattr(y, SOURCE, keeper.source("norm_in", self.module.weight))
+        return y
+
+
+class AttentionBlock(Block):
+    """LlamaAttention's signature on AttentionFunction."""
+
+    def __init__(self, module, name, savers, step, family: Family, attention: str, compensate: bool):
+        super().__init__(module, name, savers, step)
+        qkv = ProjectionGroup([projection(module, name, n) for n in family.qkv])
+        out = ProjectionGroup([projection(module, name, family.out)])
+        self.projections = [*qkv.projections, *out.projections]
+        implementation = module.config._attn_implementation
+        interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
+        self.spec = AttentionSpec(qkv, out, CORES[attention](module, interface), compensate, module.head_dim)
+
+    def applies(
+        self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+    ):
+        return past_key_values is None and super().applies()
+
+    def run(self, dtype, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        source = self.input_source(hidden_states, "attn_in")
+        cos, sin = position_embeddings
+        y = AttentionFunction.apply(
+            hidden_states if dtype is None else hidden_states.to(dtype),
+            cos, sin, attention_mask, self.spec, kwargs, self.keeper(), source, *self.spec.parameters(),
+        )  # fmt: skip
+        return y, None
+
+
+class MlpBlock(Block):
+    """LlamaMLP's signature on MlpFunction."""
+
+    def __init__(self, module, name, savers, step, family: Family, compensate: bool, fused: bool):
+        super().__init__(module, name, savers, step)
+        gate_up = ProjectionGroup([projection(module, name, n) for n in family.gate_up])
+        down = ProjectionGroup([projection(module, name, family.down)])
+        self.projections = [*gate_up.projections, *down.projections]
+        if not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
+            raise ValueError(f"{name}: activation {type(module.act_fn).__name__} is not supported, only SiLU is")
+        if fused and any(p.parameters()[2] is not None for p in gate_up.projections):
+            raise ValueError(f"{name}: lora_bias is not supported by intra_inter_full_fuse; use layer_type=intra_inter")
+        self.spec = MlpSpec(gate_up, down, compensate, fused)
+
+    def run(self, dtype, hidden_states):
+        source = self.input_source(hidden_states, "mlp_in")
+        x = hidden_states if dtype is None else hidden_states.to(dtype)
+        return MlpFunction.apply(x, self.spec, self.keeper(), source, *self.spec.parameters())
+
+
+def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projection:
+    """The Projection of a module's linear; ValueError naming it for what is not supported."""
+    module, name = getattr(parent, attribute), f"{parent_name}.{attribute}"
+    base = getattr(module, "base_layer", module)
+    if base is not module and not isinstance(module, LoraLayer):
+        raise ValueError(f"{name}: {type(module).__name__} is not a LoRA layer; only LoRA adapters are supported")
+    if not isinstance(base, nn.Linear):
+        raise ValueError(f"{name}: base layer {type(base).__name__} is not a linear layer")
+    quantized = bnb is not None and isinstance(base.weight, bnb.nn.Params4bit)
+    if not quantized and not base.weight.is_floating_point():
+        raise ValueError(f"{name}: base weights of {type(base).__name__} are not supported; use NF4 or floating point")
+    if base.weight.requires_grad:
+        raise ValueError(f"{name}: the base weight is trainable; only LoRA adapters and biases may be")
+    if getattr(module, "lora_variant", None):
+        kinds = ", ".join(sorted({type(v).__name__ for v in module.lora_variant.values()}))
+        raise ValueError(f"{name}: LoRA variant {kinds} is not supported; use plain LoRA or rsLoRA")
+    if len(getattr(module, "active_adapters", [])) > 1:
+        raise ValueError(f"{name}: several active adapters {module.active_adapters}; activate one")
+    return Projection(module, attribute)

@@ -1,0 +1,15 @@
+"""LLaMA: attribute names of one family."""
+
+from models.blocks import Family
+
+LLAMA = Family(
+    layers="layers",
+    attention="self_attn",
+    attention_norm="input_layernorm",
+    qkv=("q_proj", "k_proj", "v_proj"),
+    out="o_proj",
+    mlp="mlp",
+    mlp_norm="post_attention_layernorm",
+    gate_up=("gate_proj", "up_proj"),
+    down="down_proj",
+)

@@ -1,0 +1,209 @@
+"""apply_hyclora and remove_hyclora: bind blocks to the modules of a PEFT model, and take them off again."""
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from models.bits import allocate_bits
+from models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
+from models.config import SLOTS, HycloraConfig
+from models.llama import LLAMA
+from operators.savers import ChannelQuant, Saver, Step, make_saver
+
+FAMILIES: dict[str, Family] = {"llama": LLAMA}
+PATCH = "_hyclora_patch"
+
+
+@dataclass
+class PatchReport:
+    """What apply_hyclora did; str() is the text for a person."""
+
+    config: HycloraConfig
+    n_layers: int
+    average_bits: float
+    savers: dict[str, list[str]]
+    adapters: dict[str, int]
+    not_patched: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"HyC-LoRA ({self.config.layer_type}) patched {self.n_layers} layers: 2 norms, attention, MLP each"]
+        lines.append(f"  {self.average_bits:.2f} bits an element kept, scales and exact channels included")
+        for slot, names in self.savers.items():
+            kinds = ", ".join(f"{name} x{names.count(name)}" for name in dict.fromkeys(names))
+            lines.append(f"  {slot:<9}{kinds if len(set(names)) > 1 else names[0]}")
+        adapted = ", ".join(f"{name} x{count}" for name, count in self.adapters.items())
+        lines.append(f"  LoRA on  {adapted}")
+        lines.append(f"  not patched: {', '.join(self.not_patched)}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Patch:
+    """All that apply_hyclora put on a model."""
+
+    config: HycloraConfig
+    step: Step
+    blocks: list[Block] = field(default_factory=list)
+    hook: torch.utils.hooks.RemovableHandle | None = None
+
+
+def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> PatchReport:
+    """Patch a PEFT model's decoder layers in place, this instance only.
+
+    Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, and for a model
+    that is patched already.
+    """
+    config = config or HycloraConfig()
+    if getattr(model, PATCH, None) is not None:
+        raise ValueError("this model is patched already; call remove_hyclora first")
+    decoder, family = _decoder(model)
+    if not any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
+    step = Step(config.iteration_threshold)
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = list(getattr(decoder, family.layers))
+    bits = _bits(config, family, layers)
+    blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step)]
+    for block in blocks:
+        block.bind()
+    hook = decoder.register_forward_pre_hook(_StepHook(step), with_kwargs=True)
+    object.__setattr__(model, PATCH, Patch(config, step, blocks, hook))
+    return _report(config, family, decoder, layers, blocks, names)
+
+
+def remove_hyclora(model: PeftModel) -> None:
+    """Take every block off again: the model is stock, bit for bit. ValueError if it was not patched."""
+    patch = find_patch(model)
+    for block in patch.blocks:
+        block.unbind()
+    patch.hook.remove()
+    object.__setattr__(model, PATCH, None)
+
+
+def find_patch(model: PeftModel) -> Patch:
+    """The patch on a model; ValueError if there is none."""
+    patch = getattr(model, PATCH, None)
+    if patch is None:
+        raise ValueError("this model is not patched; call apply_hyclora first")
+    return patch
+
+
+class _StepHook:
+    """Runs before the decoder's forward: counts training forwards, notes padding, and keeps the KV cache off."""
+
+    def __init__(self, step: Step):
+        self.step = step
+
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
+        if not (decoder.training and torch.is_grad_enabled()):
+            return None
+        self.step.index += 1
+        mask = kwargs.get("attention_mask")
+        self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
+            # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
+            kwargs["use_cache"] = False
+        return args, kwargs
+
+
+def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:
+    """The module that holds the decoder layers, and the model's family."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    model_type = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return getattr(base, base.base_model_prefix, base), FAMILIES[model_type]
+
+
+def _layer_modules(family: Family, layer: nn.Module) -> dict[tuple[str, str], nn.Module]:
+    """(block kind, attribute) -> module, in the order of the forward."""
+    return {
+        ("norm", family.attention_norm): getattr(layer, family.attention_norm),
+        ("attention", family.attention): getattr(layer, family.attention),
+        ("norm", family.mlp_norm): getattr(layer, family.mlp_norm),
+        ("mlp", family.mlp): getattr(layer, family.mlp),
+    }
+
+
+def _bits(config: HycloraConfig, family: Family, layers: list[nn.Module]) -> dict[tuple, int]:
+    """Bits of every quantized slot, keyed (layer, attribute, slot)."""
+    sizes = {}
+    for i, layer in enumerate(layers):
+        widths = _slot_widths(family, layer)
+        for kind, attribute in _layer_modules(family, layer):
+            for slot, spec in SLOTS.items():
+                if spec.block == kind and config.saver_name(slot, 2) == "quant2" and slot not in config.slot_savers:
+                    sizes[i, attribute, slot] = widths[slot]
+    if config.q_bit == "auto":
+
+        def packed_bits(key, width):
+            ratio = config.layernorm_outlier_ratio if SLOTS[key[-1]].block == "norm" else 0.0
+            return ChannelQuant(width, config.scale_rule, ratio).bits(sizes[key])
+
+        return allocate_bits(sizes, config.average_bits, packed_bits)
+    return dict.fromkeys(sizes, config.q_bit)
+
+
+def _slot_widths(family: Family, layer: nn.Module) -> dict[str, int]:
+    """Elements a token of each slot of one layer."""
+    attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
+    q, k, v = (getattr(attention, name).out_features for name in family.qkv)
+    gate, up = (getattr(mlp, name).out_features for name in family.gate_up)
+    hidden = getattr(attention, family.qkv[0]).in_features
+    return {
+        "norm_in": hidden, "attn_in": hidden, "mlp_in": hidden, "q": q, "k": k, "v": v, "attn_out": q,
+        "gate": gate, "up": up, "act": gate, "hidden": gate,
+    }  # fmt: skip
+
+
+def _blocks(config, family, index, layer, names, bits, step) -> list[Block]:
+    """The blocks of one layer, not bound yet."""
+    compensate = config.policy.compensate
+    extra = {
+        "norm": (),
+        "attention": (family, config.attention, compensate),
+        "mlp": (family, compensate, config.policy.fused),
+    }
+    kinds = {"norm": NormBlock, "attention": AttentionBlock, "mlp": MlpBlock}
+    blocks = []
+    for (kind, attribute), module in _layer_modules(family, layer).items():
+        savers = _savers(config, kind, {slot: bits.get((index, attribute, slot), 8) for slot in SLOTS})
+        blocks.append(kinds[kind](module, names[id(module)], savers, step, *extra[kind]))
+    return blocks
+
+
+def _savers(config: HycloraConfig, kind: str, bits: dict[str, int]) -> dict[str, Saver]:
+    return {
+        slot: make_saver(
+            config.saver_name(slot, bits[slot]),
+            scale_rule=config.scale_rule,
+            outlier_ratio=config.layernorm_outlier_ratio if kind == "norm" else 0.0,
+            softmax_outlier_ratio=config.softmax_outlier_ratio,
+        )
+        for slot, spec in SLOTS.items()
+        if spec.block == kind
+    }
+
+
+def _report(config, family, decoder, layers, blocks, names) -> PatchReport:
+    savers: dict[str, list[str]] = {}
+    adapters: dict[str, int] = {}
+    bits = elements = 0
+    widths = _slot_widths(family, layers[0])
+    for block in blocks:
+        for slot, saver in block.savers.items():
+            if slot != "prob" or config.attention == "eager":
+                savers.setdefault(slot, []).append(str(saver))
+            if saver.stored and slot != "prob":
+                bits += saver.bits(widths[slot])
+                elements += widths[slot]
+        for p in block.projections:
+            adapters[p.name] = adapters.get(p.name, 0) + p.has_adapter
+    patched = {id(m) for layer in layers for m in layer.modules()}
+    leaves = [m for m in decoder.modules() if not list(m.children()) and id(m) not in patched]
+    adapters = {name: count for name, count in adapters.items() if count}
+    return PatchReport(
+        config, len(layers), bits / elements, savers, adapters, [names[id(m)] for m in leaves] + ["lm_head"]
+    )

@@ -1,0 +1,52 @@
+"""Calibration state beside a checkpoint, so that a resumed run quantizes exactly as the interrupted one did."""
+
+import json
+import os
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from models.patch import find_patch
+
+FILE_NAME = "hyclora_calibration.safetensors"
+FORMAT = "1"
+
+
+def save_calibration(model: PeftModel, folder: str | Path) -> Path:
+    """Write the calibrated statistics and the step count of a patched model to folder, atomically."""
+    patch = find_patch(model)
+    tensors = {f"{key}.{name}": t for key, saver in _savers(patch) for name, t in saver.state_dict().items()}
+    metadata = {"format": FORMAT, "step": str(patch.step.index), "config": json.dumps(patch.config.to_dict())}
+    path = Path(folder) / FILE_NAME
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+    return path
+
+
+def load_calibration(model: PeftModel, folder: str | Path) -> None:
+    """Restore what save_calibration wrote; ValueError if the file is missing or belongs to another setting."""
+    patch = find_patch(model)
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: the checkpoint was not written with HyC-LoRA, so it cannot be resumed with it"
+        )
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    saved, current = json.loads(metadata["config"]), patch.config.to_dict()
+    changed = [name for name in current if saved.get(name) != current[name]]
+    if metadata["format"] != FORMAT or changed:
+        raise ValueError(
+            f"{path} was written with other settings of {', '.join(changed) or 'the format'}; use the same"
+        )
+    for key, saver in _savers(patch):
+        state = {name.removeprefix(f"{key}."): t for name, t in tensors.items() if name.rpartition(".")[0] == key}
+        saver.load_state_dict(state)
+    patch.step.index = int(metadata["step"])
+
+
+def _savers(patch):
+    return [(f"{block.name}.{slot}", saver) for block in patch.blocks for slot, saver in block.savers.items()]

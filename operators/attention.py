@@ -1,0 +1,199 @@
+"""Attention block: q/k/v projections, RoPE, softmax attention, output projection, in one autograd Function.
+
+Two cores. FlashCore runs the model's own HF attention interface (SDPA, FlashAttention, ...) and runs it again in
+backward on the restored q, k, v: probabilities stay normalised, attn_out comes for free, no S x S tensor exists.
+EagerCore is the paper's: it keeps the softmax map through its saver.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
+from operators.rope import rope
+from operators.savers import Keeper
+from operators.softmax import softmax_bwd
+
+
+class FlashCore:
+    """o = softmax(scaling q k^T + mask) v by an HF attention function; gradients by running it again under autograd.
+
+    q [B, S, H, D], k, v [B, S, H_kv, D] to o [B, S, H, D].
+    """
+
+    def __init__(self, module, interface):
+        self.module, self.interface = module, interface
+
+    def _run(self, q, k, v, mask, kwargs):
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        dropout = self.module.attention_dropout if self.module.training else 0.0
+        return self.interface(
+            self.module, *heads_first, mask, dropout=dropout, scaling=self.module.scaling, **kwargs
+        )[0]  # fmt: skip
+
+    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> Tensor:
+        if self.module.attention_dropout > 0:
+            rng["attention"] = get_rng_state(q.device)
+        return self._run(q, k, v, mask, kwargs)
+
+    def backward(self, do_fn, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv; do_fn maps the recomputed o to its gradient do."""
+        with torch.enable_grad():
+            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            if "attention" in rng:
+                with replayed_rng(q.device, rng["attention"]):
+                    o = self._run(q, k, v, mask, kwargs)
+            else:
+                o = self._run(q, k, v, mask, kwargs)
+        do = do_fn(o.detach()).view_as(o)
+        return torch.autograd.grad(o, (q, k, v), do)
+
+
+class EagerCore:
+    """The paper's attention: prob = softmax(scaling q k^T + mask) is kept (sparse), o = prob v.
+
+    dv = prob^T do, dprob = do v^T, dscore = softmax_bwd(dprob, prob), dq = scaling dscore k, dk = scaling dscore^T q;
+    k and v are kept for their own heads and repeated for grouped queries only while used.
+    """
+
+    def __init__(self, module, interface):
+        self.module = module
+
+    def _grouped(self, t: Tensor, groups: int) -> Tensor:
+        """[B, S, H, D] to [B, H_kv, H / H_kv, S, D]; H_kv = H / groups."""
+        batch, seq_len, n_heads, head_dim = t.shape
+        return t.view(batch, seq_len, n_heads // groups, groups, head_dim).permute(0, 2, 3, 1, 4)
+
+    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> Tensor:
+        groups = q.shape[2] // k.shape[2]
+        scores = self._grouped(q, groups) @ self._grouped(k, 1).transpose(-1, -2) * self.module.scaling
+        prob = torch.softmax(self._masked(scores, mask).float(), dim=-1).to(q.dtype)
+        keeper.keep("prob", prob)
+        o = prob @ self._grouped(v, 1)
+        return o.permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+    def backward(self, do_fn, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, Tensor, Tensor]:
+        groups = q.shape[2] // k.shape[2]
+        prob = keeper.restore("prob")
+        value = self._grouped(v, 1)
+        o = (prob @ value).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        do = self._grouped(do_fn(o).view_as(q), groups)
+        dv = (prob.transpose(-1, -2) @ do).sum(dim=2)
+        dscore = softmax_bwd(do @ value.transpose(-1, -2), prob)
+        dq = (dscore @ self._grouped(k, 1)).mul_(self.module.scaling)
+        dk = (dscore.transpose(-1, -2) @ self._grouped(q, groups)).sum(dim=2).mul_(self.module.scaling)
+        return dq.permute(0, 3, 1, 2, 4).reshape(q.shape), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    @staticmethod
+    def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+        """Apply HF's mask: None (causal), bool (True keeps) or additive, [B, 1, S, S], to [B, H_kv, groups, S, S]."""
+        lowest = torch.finfo(scores.dtype).min
+        if mask is None:
+            seq_len = scores.shape[-1]
+            causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=scores.device).tril()
+            return scores.masked_fill(~causal, lowest)
+        mask = mask.unsqueeze(2)
+        return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+
+
+CORES = {"flash": FlashCore, "eager": EagerCore}
+
+
+@dataclass
+class AttentionSpec:
+    """The frozen description of one attention block.
+
+    qkv and out: projection groups; core: FlashCore or EagerCore; compensate: keep the frozen paths of q, k, v before
+    RoPE and add the LoRA part back (else q, k, v are kept after RoPE); head_dim.
+    """
+
+    qkv: ProjectionGroup
+    out: ProjectionGroup
+    core: FlashCore | EagerCore
+    compensate: bool
+    head_dim: int
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.qkv.parameters() + self.out.parameters()
+
+    def to_heads(self, x: Tensor, batch: int) -> Tensor:
+        """[T, H D] to [B, S, H, D]."""
+        return x.view(batch, x.shape[0] // batch, -1, self.head_dim)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """y = o W_o^T + LoRA, o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA.
+
+    x [B, S, C]; cos, sin [B or 1, S, D]; mask as HF gives it; parameters as spec.parameters(). Slots: attn_in, q, k, v,
+    prob, attn_out. Gradients: operators/lora.py for the projections, the core for q, k, v, the opposite rotation
+    for RoPE.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, mask, spec: AttentionSpec, kwargs: dict, keeper: Keeper, source, *parameters):
+        batch = x.shape[0]
+        rows = x.reshape(-1, x.shape[-1])
+        n_qkv = len(spec.qkv.parameters())
+        rng: dict = {}
+        if spec.qkv.needs_input:
+            keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
+        frozen, low_rank = spec.qkv.forward(rows, parameters[:n_qkv], keeper, rng)
+        heads = []
+        for i, name in enumerate("qkv"):
+            if spec.compensate:
+                keeper.keep(name, frozen[i])
+            y = spec.qkv.compensate(i, frozen[i], keeper)
+            frozen[i] = None
+            y = spec.to_heads(y, batch)
+            heads.append(y if name == "v" else rope(y, cos, sin))
+            if not spec.compensate:
+                keeper.keep(name, heads[i].flatten(0, 1).flatten(1))
+        o = spec.core.forward(*heads, mask, kwargs, keeper, rng)
+        o = o.reshape(rows.shape[0], -1)
+        if spec.out.needs_input:
+            keeper.keep("attn_out", o)
+        frozen, _ = spec.out.forward(o, parameters[n_qkv:], keeper, rng)
+        y = spec.out.compensate(0, frozen[0], keeper)
+        for name, tensor in (("cos", cos), ("sin", sin), ("mask", mask)):
+            keeper.keep_exact(name, tensor)
+        keeper.save(ctx)
+        ctx.spec, ctx.kwargs, ctx.rng, ctx.shape = spec, kwargs, rng, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        spec, rng, keeper = ctx.spec, ctx.rng, Keeper.load(ctx)
+        batch = ctx.shape[0]
+        cos, sin, mask = (keeper.exact(name) for name in ("cos", "sin", "mask"))
+        n_qkv = len(spec.qkv.parameters())
+        needs = ctx.needs_input_grad[8:]
+        dy = dy.reshape(-1, dy.shape[-1])
+        out_grads = []
+
+        def do_fn(o):
+            kept = keeper.restore("attn_out")
+            o = o.reshape(dy.shape[0], -1) if kept is None else kept
+            do, gs = spec.out.backward_input([dy], keeper, rng, True)
+            out_grads.extend(spec.out.backward_parameters([dy], gs, o, keeper, rng, needs[n_qkv:]))
+            return do
+
+        heads = []
+        for i, name in enumerate("qkv"):
+            y = keeper.restore(name)
+            if spec.compensate:
+                y = spec.qkv.compensate(i, y, keeper)
+            y = spec.to_heads(y, batch)
+            heads.append(rope(y, cos, sin) if spec.compensate and name != "v" else y)
+        dheads = list(spec.core.backward(do_fn, *heads, mask, ctx.kwargs, keeper, rng))
+        del heads
+        for i in range(2):
+            dheads[i] = rope(dheads[i], cos, sin, inverse=True)
+        dys = [d.reshape(dy.shape[0], -1) for d in dheads]
+        del dheads
+        dx, gs = spec.qkv.backward_input(dys, keeper, rng, ctx.needs_input_grad[0])
+        grads = spec.qkv.backward_parameters(dys, gs, keeper.restore("attn_in"), keeper, rng, needs[:n_qkv])
+        dx = None if dx is None else dx.view(ctx.shape)
+        return dx, None, None, None, None, None, None, None, *grads, *out_grads

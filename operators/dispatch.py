@@ -1,0 +1,23 @@
+"""Which implementation an operator runs: Triton kernels for GPU tensors, plain torch for CPU tensors."""
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETING = triton.knobs.runtime.interpret
+
+
+def use_triton(x: Tensor) -> bool:
+    """True for a GPU tensor, and for every tensor under TRITON_INTERPRET=1 (how the kernels are tested on a CPU)."""
+    return x.is_cuda or INTERPRETING
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., C] as [T, C] with unit stride along C; a view where possible."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def device_guard(x: Tensor):
+    """Make x's GPU current while a kernel is launched (Triton launches on the current device)."""
+    return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("interpreted")

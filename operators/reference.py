@@ -1,0 +1,123 @@
+"""Plain-torch truth of every operator.
+
+Each function here is the definition; the Triton kernels beside it are only faster. CPU tensors run this file, tests
+and benchmarks compare against it. Shapes: T tokens, C channels, G channels a group, b bits a code.
+"""
+
+import torch
+from torch import Tensor
+
+from operators.codebook import Codebook
+
+LOG_SCALE_STEPS = 8
+LOG_SCALE_ZERO = 128
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack integer codes [T, n, G] in [0, 2^b) into a little-endian bit stream, bytes [T, n, G/8, b].
+
+    Eight consecutive codes make one word of b bytes, whatever the width: code i of a word is its bits b*i .. b*i+b-1.
+    """
+    n_rows, n_groups, group = codes.shape
+    shifts = torch.arange(8, device=codes.device) * bits
+    words = (codes.view(n_rows, n_groups, group // 8, 8).to(torch.int64) << shifts).sum(dim=-1, keepdim=True)
+    return ((words >> torch.arange(bits, device=codes.device) * 8) & 255).to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of pack_codes: bytes [T, n, G/8, b] to int64 codes [T, n, G]."""
+    shifts = torch.arange(8, device=packed.device)
+    words = (packed.to(torch.int64) << shifts[:bits] * 8).sum(dim=-1, keepdim=True)
+    return ((words >> shifts * bits) & ((1 << bits) - 1)).flatten(-2)
+
+
+def to_groups(x: Tensor, group: int) -> Tensor:
+    """[T, C] to fp32 [T, ceil(C/G), G], the tail filled with zeros."""
+    n_rows, n_cols = x.shape
+    n_groups = -(-n_cols // group)
+    padded = x.new_zeros(n_rows, n_groups * group, dtype=torch.float32)
+    padded[:, :n_cols] = x
+    return padded.view(n_rows, n_groups, group)
+
+
+def quantize(x: Tensor, mean: Tensor, std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
+    """Quantize x [T, C] to packed codes and group scales.
+
+    t = (x - mean) / std with the calibrated channel statistics (fp32 [C]); with book.grouped each token's group of G
+    channels is divided by its rms, kept as e = round(8 log2 rms) + 128 (uint8), then code = book.encode(t / rms).
+    Returns codes uint8 [T, n, G/8, b] and scale uint8 [T, n] (empty [T, 0] when not grouped).
+    """
+    n_rows, n_cols = x.shape
+    t = to_groups((x.float() - mean) / std, book.group)
+    n_groups = t.shape[1]
+    if book.grouped:
+        counts = (n_cols - torch.arange(n_groups, device=x.device) * book.group).clamp(max=book.group)
+        rms = (t.square().sum(dim=-1) / counts).sqrt()
+        exponent = torch.floor(rms.clamp_min(1e-30).log2() * LOG_SCALE_STEPS + (LOG_SCALE_ZERO + 0.5)).clamp(0, 255)
+        t = t * torch.exp2((LOG_SCALE_ZERO - exponent) / LOG_SCALE_STEPS).unsqueeze(-1)
+        scale = exponent.to(torch.uint8)
+    else:
+        scale = torch.empty(n_rows, 0, dtype=torch.uint8, device=x.device)
+    return pack_codes(book.encode(t).to(torch.int64), book.bits), scale
+
+
+def dequantize(packed: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Codebook, dtype: torch.dtype) -> Tensor:
+    """Inverse of quantize up to rounding: x = book.decode(code) * rms * std + mean, [T, C] in dtype."""
+    n_cols = mean.numel()
+    t = book.decode(unpack_codes(packed, book.bits).float())
+    if book.grouped:
+        t = t * torch.exp2((scale.float() - LOG_SCALE_ZERO) / LOG_SCALE_STEPS).unsqueeze(-1)
+    t = t.flatten(1)[:, :n_cols]
+    return (t * std + mean).to(dtype)
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y = x_hat * w, x_hat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) over the last dim of x [T, C].
+
+    Returns y (promoted dtype of w and x), x_hat (x's dtype, as HF rounds it) and rstd (fp32 [T]).
+    """
+    x32 = x.float()
+    rstd = torch.rsqrt(x32.square().mean(dim=-1) + eps)
+    x_hat = (x32 * rstd.unsqueeze(-1)).to(x.dtype)
+    return weight * x_hat, x_hat, rstd
+
+
+def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """dx = rstd * (g - x_hat * mean(g * x_hat)), g = dy * w; no mean term of g (that is LayerNorm's)."""
+    g = dy.float() * weight.float()
+    x_hat = x_hat.float()
+    dx = (g - x_hat * (g * x_hat).mean(dim=-1, keepdim=True)) * rstd.unsqueeze(-1)
+    return dx.to(dy.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate x [B, S, H, D] by cos, sin [B or 1, S, D]: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin (halves of D).
+
+    The gradient of a rotation is the rotation by the opposite angle: dx = rope(dy, inverse=True).
+    """
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., None, :half], sin[..., None, :half]
+    sin = -sin if inverse else sin
+    x1, x2 = x[..., :half], x[..., half:]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def silu_mul_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """hidden = silu(gate) * up, computed in fp32, returned in gate's dtype."""
+    gate32 = gate.float()
+    return (gate32 * torch.sigmoid(gate32) * up.float()).to(gate.dtype)
+
+
+def silu_mul_bwd(dhidden: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dgate = dhidden * up * s (1 + gate (1 - s)), dup = dhidden * gate * s, s = sigmoid(gate); hidden as well."""
+    dhidden32, gate32, up32 = dhidden.float(), gate.float(), up.float()
+    sigmoid = torch.sigmoid(gate32)
+    act = gate32 * sigmoid
+    dgate = dhidden32 * up32 * sigmoid * (1 + gate32 * (1 - sigmoid))
+    return dgate.to(gate.dtype), (dhidden32 * act).to(gate.dtype), (act * up32).to(gate.dtype)
+
+
+def softmax_bwd(dprob: Tensor, prob: Tensor) -> Tensor:
+    """dscore = prob * (dprob - sum(prob * dprob)) over the last dim, fp32 inside, prob's dtype out."""
+    prob32, dprob32 = prob.float(), dprob.float()
+    return (prob32 * (dprob32 - (prob32 * dprob32).sum(dim=-1, keepdim=True))).to(prob.dtype)

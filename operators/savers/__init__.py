@@ -1,0 +1,17 @@
+"""How one buffered activation (a slot) is kept between forward and backward; one file a way of keeping."""
+
+from operators.savers.base import Derived, Keeper, Recompute, Saver, Step
+from operators.savers.channel_quant import ChannelQuant
+from operators.savers.exact import Exact
+from operators.savers.sparse import Sparse
+
+__all__ = ["ChannelQuant", "Derived", "Exact", "Keeper", "Recompute", "Saver", "Sparse", "Step", "make_saver"]
+
+
+def make_saver(name: str, *, scale_rule: str, outlier_ratio: float, softmax_outlier_ratio: float) -> Saver:
+    """Saver of a name: exact, sparse, derived, recompute, or quant2 / quant3 / quant4 / quant8."""
+    if name.startswith("quant"):
+        return ChannelQuant(int(name.removeprefix("quant")), scale_rule, outlier_ratio)
+    if name == "sparse":
+        return Sparse(softmax_outlier_ratio)
+    return {"exact": Exact, "derived": Derived, "recompute": Recompute}[name]()

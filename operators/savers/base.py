@@ -1,0 +1,155 @@
+"""What a saver is, and the keeper that carries a block's packed slots from its forward to its backward."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Step:
+    """Where training is; one object a patched model, shared by all its blocks.
+
+    index counts training forwards of the model (a recomputation by gradient checkpointing is not one), token_mask is
+    the batch's [B, S] mask of real tokens or None; calibration lasts while index <= threshold.
+    """
+
+    threshold: int
+    index: int = 0
+    token_mask: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def calibrating(self) -> bool:
+        return self.index <= self.threshold
+
+
+class Saver:
+    """Keeps one slot: pack in forward, unpack in backward. stored is False if the slot costs no memory of its own."""
+
+    stored = True
+
+    def __str__(self) -> str:
+        return type(self).__name__.lower()
+
+    def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    def bits(self, n_cols: int) -> float:
+        """Bits kept for one token of n_cols elements (a 16-bit activation where nothing is packed)."""
+        return 16.0 * n_cols
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Calibrated tensors, by name; empty for a saver without calibration."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no calibration state, but {sorted(state)} were given")
+
+
+class Recompute(Saver):
+    """Nothing is kept: the block computes the slot again from other slots."""
+
+    stored = False
+
+
+class Derived(Saver):
+    """Nothing is kept: the slot is x_hat * w of a norm whose x_hat is kept already (see Keeper.derive)."""
+
+    stored = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rides on a norm's output: where its x_hat is packed, so that a block fed by it need not keep its input."""
+
+    packed: tuple[Tensor, ...]
+    saver: Saver
+    shape: torch.Size
+    dtype: torch.dtype
+    weight: Tensor
+
+
+class Keeper:
+    """The packed slots of one block between forward and backward.
+
+    Everything goes through ctx.save_for_backward, so that saved-tensor hooks (offloading, checkpointing, counting)
+    see it; restore() drops its references, so that a slot is freed as soon as it is used.
+    """
+
+    def __init__(self, savers: dict[str, Saver], step: Step | None):
+        self.savers, self.step = savers, step
+        self._tensors: list[Tensor] = []
+        self._layout: dict[str, tuple] = {}
+
+    def keeps(self, name: str) -> bool:
+        return self.savers[name].stored
+
+    def keep(self, name: str, x: Tensor) -> None:
+        """Pack slot x by its saver; a slot that is not stored is left out."""
+        saver = self.savers[name]
+        if saver.stored:
+            self._add(name, saver.pack(x, self.step), x.shape, x.dtype, saver, None)
+
+    def adopt(self, name: str, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> None:
+        """Keep a slot that a fused kernel has packed already, in the layout of its saver."""
+        self._add(name, packed, shape, dtype, self.savers[name], None)
+
+    def keep_exact(self, name: str, x: Tensor | None) -> None:
+        """Keep a small tensor (rstd, x A^T, a parameter, an input) as it is."""
+        if x is not None:
+            self._add(name, (x,), x.shape, x.dtype, None, None)
+
+    def derive(self, name: str, source: Source) -> None:
+        """Keep slot = x_hat * w by sharing the norm's packed x_hat; w is read again at backward time."""
+        self._add(name, source.packed, source.shape, source.dtype, source.saver, source.weight)
+
+    def source(self, name: str, weight: Tensor) -> Source | None:
+        """A handle by which another block derives its input from the slot kept here; None if it is not kept."""
+        if name not in self._layout:
+            return None
+        first, count, shape, dtype, saver, _ = self._layout[name]
+        return Source(tuple(self._tensors[first : first + count]), saver, shape, dtype, weight)
+
+    def _add(self, name, tensors, shape, dtype, saver, weight) -> None:
+        self._layout[name] = (len(self._tensors), len(tensors), shape, dtype, saver, weight)
+        self._tensors.extend(tensors)
+
+    def save(self, ctx) -> None:
+        """Hand all kept tensors to autograd."""
+        ctx.save_for_backward(*self._tensors)
+        ctx.slot_layout = self._layout
+
+    @staticmethod
+    def load(ctx) -> "Keeper":
+        """The slots that forward saved on ctx."""
+        keeper = Keeper({}, None)
+        keeper._layout, keeper._tensors = dict(ctx.slot_layout), list(ctx.saved_tensors)
+        return keeper
+
+    def saver(self, name: str) -> Saver:
+        """The saver that packed a kept slot."""
+        return self._layout[name][4]
+
+    def take(self, name: str) -> tuple[Tensor, ...]:
+        """The packed tensors of a slot, once, for a fused kernel that unpacks them itself."""
+        first, count, *_ = self._layout[name]
+        packed = tuple(self._tensors[first : first + count])
+        self._tensors[first : first + count] = [None] * count
+        return packed
+
+    def restore(self, name: str) -> Tensor | None:
+        """The slot as backward sees it, once; None if it was not kept."""
+        if name not in self._layout:
+            return None
+        packed = self.take(name)
+        _, _, shape, dtype, saver, weight = self._layout.pop(name)
+        x = saver.unpack(packed, shape, dtype)
+        return x if weight is None else weight * x
+
+    def exact(self, name: str) -> Tensor | None:
+        """A tensor given to keep_exact, as often as needed; None if it was not kept."""
+        return self._tensors[self._layout[name][0]] if name in self._layout else None

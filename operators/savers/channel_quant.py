@@ -1,0 +1,124 @@
+"""Channel-normalised quantization with outlier channels split off.
+
+Activations of a transformer have a mean and a spread a channel; a scale a token or a rotation destroys that structure.
+So the first training forwards calibrate mean and std of each channel, which are then frozen; a token's group of
+channels is scaled by its own rms, and a companded code book rounds what is left (operators/codebook.py). The channels
+of largest energy are kept exactly beside the codes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from operators.codebook import CODEBOOKS
+from operators.quantize import dequantize, quantize
+from operators.savers.base import Saver, Step
+
+
+class ChannelQuant(Saver):
+    """x [T, C] as codes of b bits, group scales, and ceil(outlier_ratio * C) exact channels.
+
+    scale_rule channel_group: mean, std over all calibration tokens (padding skipped). paper: mean 0, "std" is the
+    published scale (max - min) / (2^b - 1), averaged over the calibration steps. Source: paper section 4.1, seeds.
+    """
+
+    def __init__(self, bits: int, scale_rule: str, outlier_ratio: float):
+        self.book = CODEBOOKS[scale_rule][bits]
+        self.scale_rule = scale_rule
+        self.outlier_ratio = outlier_ratio
+        self.statistics: dict[str, Tensor] = {}
+        self.mean: Tensor | None = None
+        self.std: Tensor | None = None
+        self.outliers: Tensor | None = None
+        self._last_step = 0
+
+    def __str__(self) -> str:
+        return f"{self.book.bits} bit" + (f" (exact channels {self.outlier_ratio:g})" if self.outlier_ratio else "")
+
+    def prepare(self, x: Tensor, step: Step) -> None:
+        """Calibrate on x if this is a calibration forward not counted yet; afterwards mean and std are set."""
+        if step.calibrating and step.index != self._last_step:
+            self._calibrate(x, step.token_mask)
+            self._last_step = step.index
+        if self.mean is None:
+            raise RuntimeError(
+                "a quantized slot was never calibrated: run the first iteration_threshold training "
+                "forwards through the whole model, or load the calibration saved with the checkpoint"
+            )
+        if self.mean.device != x.device:
+            self.load_state_dict({name: t.to(x.device) for name, t in self.state_dict().items()})
+
+    def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
+        self.prepare(x, step)
+        codes, scale = quantize(x, self.mean, self.std, self.book)
+        kept = x.index_select(1, self.outliers) if self.outliers.numel() else None
+        return self.packed(codes, scale, kept)
+
+    def packed(self, codes: Tensor, scale: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What is kept of a slot; the statistics belong to it, because they still move while calibrating."""
+        kept = self.mean.new_empty(0) if kept is None else kept
+        return codes, scale, kept, self.mean, self.std, self.outliers
+
+    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        codes, scale, kept, mean, std, outliers = packed
+        x = dequantize(codes, scale, mean, std, self.book, dtype)
+        return x.index_copy_(1, outliers, kept) if kept.numel() else x
+
+    @torch.no_grad()
+    def _calibrate(self, x: Tensor, token_mask: Tensor | None) -> None:
+        """Add a batch to the running statistics and set mean, std and outlier channels from them."""
+        x = x.float()
+        mask = torch.ones(x.shape[0], 1, dtype=torch.bool, device=x.device)
+        if token_mask is not None and token_mask.numel() == x.shape[0]:
+            mask = token_mask.reshape(-1, 1).to(device=x.device, dtype=torch.bool)
+        x = torch.where(mask, x, 0.0)
+        batch = {
+            "count": mask.sum().float(),
+            "total": x.sum(dim=0),
+            "total_square": x.square().sum(dim=0),
+            "low": torch.where(mask, x, math.inf).amin(dim=0),
+            "high": torch.where(mask, x, -math.inf).amax(dim=0),
+        }
+        batch = _sum_over_ranks(batch)
+        batch["steps"] = torch.ones_like(batch["count"])
+        batch["range"] = (batch.pop("high") - batch.pop("low")).nan_to_num(neginf=0.0)
+        old = self.statistics
+        self.statistics = {name: old[name] + new if old else new for name, new in batch.items()}
+        self._set_scales()
+
+    def _set_scales(self) -> None:
+        s = self.statistics
+        count = s["count"].clamp_min(1.0)
+        mean = s["total"] / count
+        energy = s["total_square"] / count
+        if self.scale_rule == "paper":
+            self.mean = torch.zeros_like(mean)
+            std = s["range"] / s["steps"] / (2**self.book.bits - 1)
+        else:
+            self.mean = mean
+            std = (energy - mean.square()).clamp_min(0.0).sqrt()
+        self.std = std.clamp_min(1e-6)
+        n_outliers = math.ceil(self.outlier_ratio * mean.numel())
+        self.outliers = energy.topk(n_outliers).indices.sort().values
+
+    def bits(self, n_cols: int) -> float:
+        n_groups = math.ceil(n_cols / self.book.group)
+        per_group = self.book.group * self.book.bits + 8 * self.book.grouped
+        return n_groups * per_group + 16.0 * math.ceil(self.outlier_ratio * n_cols)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.statistics)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.statistics = dict(state)
+        self._set_scales()
+
+
+def _sum_over_ranks(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same statistics on every rank of a distributed run, so that all ranks quantize alike."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        operations = {"low": torch.distributed.ReduceOp.MIN, "high": torch.distributed.ReduceOp.MAX}
+        for name, t in batch.items():
+            torch.distributed.all_reduce(t, op=operations.get(name, torch.distributed.ReduceOp.SUM))
+    return batch

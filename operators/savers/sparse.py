@@ -1,0 +1,30 @@
+"""A softmax map kept as the largest probabilities of each row (paper section 4.1: softmax outliers)."""
+
+import torch
+from torch import Tensor
+
+from operators.savers.base import Saver, Step
+
+
+class Sparse(Saver):
+    """Keeps the ceil(ratio * S) largest entries of each row of prob [..., S]: values and their columns.
+
+    The capacity depends on the shape alone, so nothing is counted on the device and no host sync is needed. Columns
+    are int16 while they fit.
+    """
+
+    def __init__(self, ratio: float):
+        self.ratio = ratio
+
+    def __str__(self) -> str:
+        return f"sparse (top {self.ratio:g})"
+
+    def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
+        n_cols = x.shape[-1]
+        capacity = min(n_cols, max(1, -int(-self.ratio * n_cols // 1)))
+        values, columns = x.topk(capacity, dim=-1, sorted=False)
+        return values, columns.to(torch.int16 if n_cols <= torch.iinfo(torch.int16).max else torch.int32)
+
+    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        values, columns = packed
+        return torch.zeros(shape, dtype=dtype, device=values.device).scatter_(-1, columns.long(), values)

@@ -1,0 +1,39 @@
+"""Softmax backward from a kept probability map."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from operators import reference
+from operators.dispatch import device_guard, use_triton
+
+
+@triton.jit
+def _softmax_bwd_kernel(dprob_ptr, prob_ptr, dscore_ptr, n_cols, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * n_cols
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        mask = col < n_cols
+        dprob = tl.load(dprob_ptr + row + col, mask=mask, other=0.0).to(tl.float32)
+        total += dprob * tl.load(prob_ptr + row + col, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(total)
+    for start in range(0, n_cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        mask = col < n_cols
+        dprob = tl.load(dprob_ptr + row + col, mask=mask, other=0.0).to(tl.float32)
+        prob = tl.load(prob_ptr + row + col, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dscore_ptr + row + col, (prob * (dprob - mean)).to(dscore_ptr.dtype.element_ty), mask=mask)
+
+
+def softmax_bwd(dprob: Tensor, prob: Tensor) -> Tensor:
+    """reference.softmax_bwd on any device, over the last dim of [..., S]."""
+    if not use_triton(prob):
+        return reference.softmax_bwd(dprob, prob)
+    dprob, prob = dprob.contiguous(), prob.contiguous()
+    dscore = torch.empty_like(prob)
+    n_cols = prob.shape[-1]
+    with device_guard(prob):
+        _softmax_bwd_kernel[(prob.numel() // n_cols,)](dprob, prob, dscore, n_cols, BLOCK=1024)
+    return dscore

@@ -1,0 +1,80 @@
+"""The fused MLP kernels: same packed bytes as the unfused path, either direction pairs with the other."""
+
+import pytest
+import torch
+
+from operators import fused_mlp, mlp
+from operators.lora import Projection, ProjectionGroup
+from operators.mlp import MlpSpec
+from operators.savers import ChannelQuant, Keeper, Recompute, Step
+from tests.kernel_checks import DEVICE, rand, relative_error
+from tests.small_models import llama
+
+SHAPES = [(1, 40), (5, 64), (37, 200)]
+
+
+def prepare(n_rows, n_cols, bits, rank, dtype, targets=("gate_proj", "up_proj")):
+    """A spec, the frozen paths of gate and up, and keepers that hold the low-rank parts."""
+    lora = {"target_modules": [*targets, "down_proj"], "r": rank}
+    layer = llama(lora, intermediate_size=n_cols).get_base_model().model.layers[0].mlp
+    group = ProjectionGroup([Projection(layer.gate_proj, "gate_proj"), Projection(layer.up_proj, "up_proj")])
+    spec = MlpSpec(group, None, compensate=True, fused=True)
+    frozen = [rand(n_rows, n_cols, dtype=dtype, seed=i) * 2 + i for i in range(2)]
+    savers = {"gate": ChannelQuant(bits, "channel_group", 0.0), "up": ChannelQuant(4, "channel_group", 0.0)}
+    savers |= {"act": Recompute(), "hidden": Recompute()}
+    step = Step(threshold=1, index=1)
+
+    def keeper():
+        k = Keeper(savers, step)
+        for i, p in enumerate(group.projections):
+            if p.has_adapter:
+                k.keep_exact(f"{p.name}_xa", rand(n_rows, rank, dtype=dtype, seed=5 + i))
+                k.keep_exact(f"{p.name}_B", rand(n_cols, rank, seed=7 + i, scale=0.1))
+        return k
+
+    return spec, frozen, keeper
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_equals_unfused(kernels, shape, bits, dtype):
+    """Packed bytes bit for bit; hidden, dgate, dup within the rounding of dtype, in all pairings of directions."""
+    spec, frozen, keeper = prepare(*shape, bits, 8, dtype)
+    fused_keeper, keeper_of = keeper(), {}
+    hidden = fused_mlp.fused_mlp_fwd(spec, list(frozen), fused_keeper)
+    plain_keeper = keeper()
+    expected = mlp._activate_fwd(spec, list(frozen), plain_keeper)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert relative_error(hidden, expected) < tolerance
+    for name in ("gate", "up"):
+        fused_packed, plain_packed = fused_keeper._layout[name], plain_keeper._layout[name]
+        for ours, theirs in zip(
+            _tensors(fused_keeper, fused_packed), _tensors(plain_keeper, plain_packed), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    dhidden = rand(*shape, dtype=dtype, seed=9)
+    results = []
+    for backward in (fused_mlp.fused_mlp_bwd, mlp._activate_bwd):
+        keeper_of = keeper()
+        fused_mlp.fused_mlp_fwd(spec, list(frozen), keeper_of)
+        results.append(backward(spec, dhidden, keeper_of))
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) < tolerance
+
+
+def _tensors(keeper, layout):
+    first, count, *_ = layout
+    return keeper._tensors[first : first + count]
+
+
+@pytest.mark.parametrize("targets", [("gate_proj",), ("up_proj",), ()], ids=str)
+def test_without_an_adapter_on_gate_or_up(kernels, targets):
+    spec, frozen, keeper = prepare(9, 70, 4, 8, torch.float32, targets)
+    k = keeper()
+    hidden = fused_mlp.fused_mlp_fwd(spec, list(frozen), k)
+    assert relative_error(hidden, mlp._activate_fwd(spec, list(frozen), keeper())) < 1e-5
+    dgate, dup, again = fused_mlp.fused_mlp_bwd(spec, rand(9, 70, seed=9), k)
+    assert torch.isfinite(torch.stack((dgate, dup, again))).all()
+    assert relative_error(again, hidden) < 0.2
+    assert dgate.device.type == DEVICE
