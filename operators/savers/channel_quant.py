@@ -112,7 +112,8 @@ class ChannelQuant(Saver):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.statistics = dict(state)
-        self._set_scales()
+        if state:
+            self._set_scales()
 
 
 def _sum_over_ranks(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,68 @@
+"""Fixtures that several test files share."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it decides how kernels are built
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from operators import dispatch
+from utils.data.gsm8k import prompt_of, target_of
+from utils.data.word_problems import word_problems
+
+
+@pytest.fixture(autouse=True)
+def cpu_runs_reference(monkeypatch):
+    """CPU tensors run plain torch, as they do outside of the tests, unless a test asks for the kernels."""
+    monkeypatch.setattr(dispatch, "INTERPRETING", False)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """CPU tensors run the Triton kernels in the interpreter, and torch.empty is full of NaN (bytes of 0xFF)."""
+    monkeypatch.setattr(dispatch, "INTERPRETING", not torch.cuda.is_available())
+
+    def poison(allocate):
+        def poisoned(*args, **kwargs):
+            t = allocate(*args, **kwargs)
+            return t.fill_(float("nan") if t.is_floating_point() else 255 if t.dtype == torch.uint8 else -1)
+
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory):
+    """A LLaMA of two layers with random weights and a byte-level BPE tokenizer, as a checkpoint folder."""
+    folder = tmp_path_factory.mktemp("ckpt") / "random-llama"
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    texts = [prompt_of(row["question"]) + target_of(row["answer"]) for row in word_problems(50, 0)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    )
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

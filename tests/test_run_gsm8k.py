@@ -1,0 +1,76 @@
+"""The driver from end to end on a tiny model: what it prints and what it leaves behind."""
+
+import json
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import run_gsm8k
+
+
+@pytest.fixture
+def run(tiny_llama_folder, tmp_path, capsys):
+    def run(*options):
+        run_gsm8k.main(
+            ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
+            + ["--output_dir", str(tmp_path), "--max_train_samples", "40", "--max_eval_samples", "3"]
+            + ["--max_steps", "4", "--iteration_threshold", "2", "--logging_steps", "1", "--save_steps", "2"]
+            + ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--max_new_tokens", "4"]
+            + ["--use_cpu", "True", "--disable_tqdm", "True", *options]
+        )
+        (results,) = tmp_path.glob("*.json")
+        return results, json.loads(results.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_a_run_reports_and_keeps_everything(run, tiny_llama_folder):
+    file, results, printed = run("--evaluate_before", "True", "--q_bit", "2")
+    assert set(results["accuracy"]) == {"before", "after"}
+    assert results["buffered_bytes"]["hyclora"] < 0.6 * results["buffered_bytes"]["lora"]
+    assert [entry["step"] for entry in results["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+    assert results["settings"]["HycloraArguments"]["q_bit"] == "2"
+    assert results["settings"]["TrainingArguments"]["learning_rate"] == 3e-4
+    assert {"torch", "transformers", "peft"} <= set(results["environment"]["versions"])
+    ratio = results["buffered_bytes"]["lora"] / results["buffered_bytes"]["hyclora"]
+    assert f"{ratio:.2f}x" in printed and "HyC-LoRA (intra_inter) patched 2 layers" in printed
+    log = file.with_suffix(".log").read_text()
+    assert set(printed.splitlines()) <= set(log.splitlines()) and "'loss'" in log
+
+    folder = file.with_suffix("")
+    assert (folder / "checkpoint-4/hyclora_calibration.safetensors").is_file()
+    assert len(json.loads((folder / "predictions.json").read_text())) == 3
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--use_hyclora", "False"],
+        ["--load_in_4bit", "True", "--dtype", "bfloat16"],
+        ["--load_in_4bit", "True", "--lora_init_type", "pissa"],
+        ["--load_in_4bit", "True", "--random_weights", "True"],
+    ],
+    ids=" ".join,
+)
+def test_other_ways_to_train_run(run, options):
+    _, results, _ = run("--max_eval_samples", "0", *options)
+    assert results["final_loss"] > 0 and results["accuracy"] == {}
+    assert ("hyclora" in results["buffered_bytes"]) == ("--use_hyclora" not in options)
+
+
+def test_a_run_resumes_from_its_last_checkpoint(run):
+    file, whole, _ = run("--max_eval_samples", "0")
+    run("--max_eval_samples", "0", "--resume_from_checkpoint", str(file.with_suffix("") / "checkpoint-2"))
+    resumed = json.loads(file.read_text())
+    losses = [[e["loss"] for e in r["log_history"] if "loss" in e] for r in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(run, capsys):
+    file, _, _ = run("--max_eval_samples", "0")
+    with pytest.raises(SystemExit):
+        run("--resume_from_checkpoint", str(file.with_suffix("") / "checkpoint-2"), "--q_bit", "8")
+    assert "other settings of q_bit" in capsys.readouterr().err
+    assert "Traceback" in file.with_suffix(".log").read_text()
