@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.record import record
 from models import HycloraConfig, apply_hyclora, remove_hyclora
-from utils.args import DataArguments
+from utils.args import LINEARS, DataArguments
 from utils.data.gsm8k import Collator, load_rows, tokenize_rows
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = [
     *({"q_bit": bits} for bits in (8, 4, 3, 2)),
     *({"q_bit": "auto", "average_bits": bits} for bits in (4.0, 3.0, 2.5)),
@@ -38,16 +37,18 @@ def load_model(folder: str, device: str, seed: int) -> torch.nn.Module:
     """The checkpoint in fp32 with LoRA r=16 on all linears, in training mode."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS)).to(device).train()
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS)).to(device).train()
 
 
-def load_batches(folder: str, data: str, batch_size: int, count: int, seq_len: int, device: str) -> list[dict]:
-    """count padded batches of training rows."""
+def load_batches(
+    folder: str, data: str, batch_size: int, count: int, seq_len: int, device: str, split: str = "train"
+) -> list[dict]:
+    """count padded batches of a split."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = batch_size * count
     where = {"data_name": "demo"} if data == "demo" else {"data_name": "gsm8k", "data_dir": data}
-    rows = load_rows(DataArguments(**where, max_train_samples=rows, seq_len=seq_len), "train")
+    rows = load_rows(DataArguments(**where, max_train_samples=rows, max_eval_samples=rows, seq_len=seq_len), split)
     rows = tokenize_rows(rows, tokenizer, seq_len).rows
     collate = Collator(tokenizer.pad_token_id)
     batches = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]

@@ -41,8 +41,6 @@ def find_base(args: ModelArguments, lora: LoraArguments) -> str:
         raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")
     if lora.lora_init_type == "loftq" and (args.random_weights or not (args.load_in_4bit and args.model_dir)):
         raise UserError("lora_init_type loftq corrects quantization: it needs load_in_4bit and a local checkpoint")
-    if lora.lora_init_type == "loftq" and not torch.cuda.is_available():
-        raise UserError("lora_init_type loftq needs a GPU, on which PEFT computes it: choose another on this machine")
     if not args.model_dir:
         return args.model_name
     folder = Path(args.model_dir) / args.model_name
@@ -147,8 +145,9 @@ def quantize_linears(model: PreTrainedModel, compute_dtype: torch.dtype):
     """Replace the linear layers of the decoder by NF4 ones, one after the other; the head stays as it is."""
     import bitsandbytes as bnb
 
-    linears = [(name, m) for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear)]
-    for name, linear in linears:
+    # Names only: a list of the modules would keep the float weights alive.
+    for name in [name for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)]:
+        linear = model.base_model.get_submodule(name)
         device, bias = linear.weight.device, linear.bias
         packed = bnb.nn.Linear4bit(
             linear.in_features, linear.out_features, bias is not None, compute_dtype, quant_type="nf4", device="meta"
@@ -166,6 +165,8 @@ def quantize_linears(model: PreTrainedModel, compute_dtype: torch.dtype):
 
 def load_model(args: ModelArguments, lora: LoraArguments, source: str, device: torch.device, seed: int) -> PeftModel:
     """The base of `find_base` with fresh adapters drawn from `seed`."""
+    if lora.lora_init_type == "loftq" and device.type != "cuda":
+        raise UserError(f"lora_init_type loftq is computed by PEFT on a GPU only, not on {device.type}: choose another")
     # PiSSA splits the float weights; what is left of them is quantized afterwards.
     float_first = args.load_in_4bit and lora.lora_init_type == "pissa"
     set_seed(seed)

@@ -20,10 +20,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PEFT compu
 IDS = torch.arange(40).view(2, 20)
 
 
-def load(folder, lora=None, seed=0, **settings):
+def load(folder, lora=None, seed=0, device=CPU, **settings):
     arguments = ModelArguments(model_name=folder.name, model_dir=str(folder.parent), **settings)
     lora = lora or LoraArguments(lora_rank=4, lora_alpha=4)
-    return load_model(arguments, lora, find_base(arguments, lora), CPU, seed)
+    return load_model(arguments, lora, find_base(arguments, lora), device, seed)
 
 
 def stock(folder):
@@ -36,8 +36,8 @@ def weight_error(model, reference):
     errors = []
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
-            identity = torch.eye(layer.in_features)
-            errors.append((layer(identity).T - wanted[name].weight).square().mean())
+            identity = torch.eye(layer.in_features, device=model.device)
+            errors.append((layer(identity).T.cpu() - wanted[name].weight).square().mean())
     assert len(errors) == 14
     return torch.stack(errors).mean().item()
 
@@ -84,9 +84,12 @@ def test_nf4_base_trains(tiny_llama_folder, init):
 
 @pytest.mark.parametrize("init", ["pissa", pytest.param("loftq", marks=needs_gpu)])
 def test_the_start_is_closer_than_plain_quantization(tiny_llama_folder, init):
+    device = torch.device("cuda" if init == "loftq" else "cpu")
+
     def error(init):
         lora = LoraArguments(lora_rank=8, lora_alpha=16, lora_init_type=init)
-        return weight_error(load(tiny_llama_folder, lora, load_in_4bit=True), stock(tiny_llama_folder))
+        model = load(tiny_llama_folder, lora, device=device, load_in_4bit=True, dtype="float32")
+        return weight_error(model, stock(tiny_llama_folder))
 
     assert error(init) < 0.9 * error("qlora")
 
@@ -163,6 +166,8 @@ def test_missing_packages_and_layers_are_named(tiny_llama_folder, monkeypatch):
         load(tiny_llama_folder, LoraArguments(target_modules=["q_proj", "z_proj"]))
     with pytest.raises(UserError, match="loftq"):
         load(tiny_llama_folder, LoraArguments(lora_init_type="loftq"))
+    with pytest.raises(UserError, match="not on cpu"):
+        load(tiny_llama_folder, LoraArguments(lora_init_type="loftq"), load_in_4bit=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="bitsandbytes"):
         load(tiny_llama_folder, load_in_4bit=True)

@@ -1,0 +1,84 @@
+"""Bytes kept for backward by one decoder layer, by slot settings, against PEFT with SDPA.
+
+    python -m benchmarks.buffered                       # Llama-2-7B's layer, 4 x 512 tokens, bf16 autocast, NF4 base
+    python -m benchmarks.buffered --device cpu --hidden 256 --ffn 688 --heads 8 --kv_heads 4 --base bf16
+
+Counted through saved-tensor hooks (unique storages, parameters excluded) as the difference between a model of two
+layers and one of one layer, so that embedding, final norm and loss cancel. The frozen weights are random.
+"""
+
+import argparse
+import json
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.record import record
+from models import HycloraConfig, apply_hyclora
+from models.loading import quantize_linears
+from utils.args import LINEARS
+from utils.profiling import buffered_bytes
+
+SETTINGS = [
+    {"layer_type": "baseline"},
+    *({"layer_type": "intra", "q_bit": bits} for bits in (8, 4, 2)),
+    *({"q_bit": bits} for bits in (8, 4, 3, 2)),
+    {"q_bit": "auto", "average_bits": 3.0},
+    {"q_bit": "auto", "average_bits": 2.5},
+]
+
+
+def build_model(args: argparse.Namespace, layers: int) -> torch.nn.Module:
+    """A LLaMA of `layers` layers with LoRA r=16 on all linears, fp32 adapters, in training mode."""
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=args.hidden, intermediate_size=args.ffn, num_hidden_layers=layers,
+        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, use_cache=False,
+    )  # fmt: skip
+    with torch.device(args.device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    if args.base == "nf4":
+        quantize_linears(model, torch.bfloat16)
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS)).to(args.device).train()
+
+
+def layer_bytes(args: argparse.Namespace, setting: dict | None) -> int:
+    """Bytes kept by one layer; setting None is stock PEFT."""
+    ids = torch.randint(0, 1000, (args.batch_size, args.seq_len), device=args.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    totals = []
+    for layers in (1, 2):
+        model = build_model(args, layers)
+        if setting is not None:
+            apply_hyclora(model, HycloraConfig(**setting))
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            totals.append(buffered_bytes(model, batch))
+    return totals[1] - totals[0]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {
+        "hidden": 4096,
+        "ffn": 11008,
+        "heads": 32,
+        "kv_heads": 32,
+        "batch_size": 4,
+        "seq_len": 512,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    peft = layer_bytes(args, None)
+    lines = []
+    for setting in (None, *SETTINGS):
+        size = peft if setting is None else layer_bytes(args, setting)
+        label = "PEFT, sdpa" if setting is None else json.dumps(setting)
+        lines.append(record("buffered", {**vars(args), "setting": setting, "layer_bytes": size, "ratio": peft / size}))
+        print(f"{label:<48}{size / 2**20:9.2f} MiB a layer{peft / size:8.2f}x")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

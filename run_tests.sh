@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Run the tests; options go to pytest: bash run_tests.sh tests/test_metrics.py -k fraction
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$root/utils/env.sh"
+cd "$root"
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest -n 2 "$@"

@@ -1,0 +1,1 @@
+"""Everything around the model: arguments, data, training loop, metrics, results."""

@@ -1,0 +1,196 @@
+"""Command line of every driver: one dataclass a topic, parsed together with the Trainer's own arguments.
+
+HyC-LoRA's options are read off the fields of `HycloraConfig`: a setting is named, documented and checked once.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from models.config import HycloraConfig
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def option(default, help: str, **kwargs):
+    """A dataclass field with its help text."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help}, **kwargs)
+    return field(default=default, metadata={"help": help}, **kwargs)
+
+
+def require(condition: bool, sentence: str):
+    if not condition:
+        raise UserError(sentence)
+
+
+@dataclass
+class ModelArguments:
+    model_name: str = option("tiny-llama", "Checkpoint folder inside model_dir, or a hub id if model_dir is ''.")
+    model_dir: str = option(str(ROOT / "ckpt"), "Folder of the checkpoints; '' takes model_name from the hub.")
+    load_in_4bit: bool = option(False, "Keep the frozen linear weights in NF4 with double quantization (QLoRA).")
+    random_weights: bool = option(False, "Benchmark a shape: random weights, only config and tokenizer are read.")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "Of the base weights; auto: bfloat16 on a GPU.")
+
+
+@dataclass
+class DataArguments:
+    data_name: Literal["demo", "gsm8k"] = option("demo", "demo: generated word problems; gsm8k: grade school math.")
+    data_dir: str = option("", "Folder with gsm8k's train.jsonl and test.jsonl; '' downloads openai/gsm8k.")
+    seq_len: int = option(512, "Longest training row in tokens; a longer answer is cut.")
+    max_train_samples: int | None = option(None, "Train on the first N rows only.")
+    max_eval_samples: int | None = option(None, "Evaluate on the first N rows only; 0 skips the evaluation.")
+
+    def __post_init__(self):
+        require(
+            not (self.data_name == "demo" and self.data_dir),
+            f"data_dir {self.data_dir!r} would be ignored with data_name demo: add --data_name gsm8k or drop data_dir",
+        )
+        require(self.seq_len >= 2, f"seq_len must be at least 2, not {self.seq_len}")
+        require(
+            self.max_train_samples is None or self.max_train_samples > 0,
+            f"max_train_samples must be positive, not {self.max_train_samples}",
+        )
+        require(
+            self.max_eval_samples is None or self.max_eval_samples >= 0,
+            f"max_eval_samples must not be negative, not {self.max_eval_samples}",
+        )
+
+
+@dataclass
+class LoraArguments:
+    lora_rank: int = option(16, "Rank of the adapters.")
+    lora_alpha: int = option(16, "Adapters are scaled by lora_alpha / lora_rank.")
+    lora_dropout: float = option(0.0, "Dropout on the input of the adapters.")
+    lora_init_type: Literal["qlora", "gaussian", "pissa", "loftq"] = option("qlora", "How the adapters start.")
+    target_modules: list[str] = option(LINEARS, "Names of the linear layers that get an adapter.")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_rank) instead.")
+
+    def __post_init__(self):
+        require(self.lora_rank > 0, f"lora_rank must be positive, not {self.lora_rank}")
+        require(self.lora_alpha > 0, f"lora_alpha must be positive, not {self.lora_alpha}")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+
+
+@dataclass
+class EvalArguments:
+    greedy: bool = option(False, "Greedy decoding instead of the paper's sampling.")
+    temperature: float = option(0.1, "Sampling temperature.")
+    top_k: int = option(40, "Sample among the k most likely tokens.")
+    top_p: float = option(0.95, "Sample among the most likely tokens that hold this probability together.")
+    max_new_tokens: int = option(256, "Longest generated answer in tokens.")
+    eval_batch_size: int = option(32, "Questions answered at once.")
+    generation_seed: int = option(42, "Seed of the sampling.")
+    evaluate_before: bool = option(False, "Also evaluate before training.")
+
+    def __post_init__(self):
+        require(self.temperature > 0, f"temperature must be positive, not {self.temperature}: use --greedy for argmax")
+        require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
+        for name in ("top_k", "max_new_tokens", "eval_batch_size"):
+            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+
+
+def _trainer_default(name: str, value):
+    return field(default=value, metadata=transformers.TrainingArguments.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """The Trainer's arguments with the paper's settings for GSM8K as defaults."""
+
+    output_dir: str = option(str(ROOT / "exp_results_gsm8k"), "Folder for logs, results and checkpoints of all runs.")
+    learning_rate: float = _trainer_default("learning_rate", 3e-4)
+    num_train_epochs: float = _trainer_default("num_train_epochs", 6)
+    per_device_train_batch_size: int = _trainer_default("per_device_train_batch_size", 4)
+    gradient_accumulation_steps: int = _trainer_default("gradient_accumulation_steps", 4)
+    lr_scheduler_type: str = _trainer_default("lr_scheduler_type", "cosine")
+    warmup_steps: float = _trainer_default("warmup_steps", 0.03)
+    seed: int = _trainer_default("seed", 11)
+    logging_steps: float = _trainer_default("logging_steps", 10)
+    save_steps: float = _trainer_default("save_steps", 100)
+    save_total_limit: int | None = _trainer_default("save_total_limit", 2)
+    report_to: str = _trainer_default("report_to", "none")
+    bf16: bool | None = option(None, "Compute in bfloat16 under autocast. Default: on a GPU only.")
+    remove_unused_columns: bool = _trainer_default("remove_unused_columns", False)
+    ddp_find_unused_parameters: bool | None = _trainer_default("ddp_find_unused_parameters", False)
+    dataloader_pin_memory: bool = _trainer_default("dataloader_pin_memory", False)
+    # The Trainer would log the average of earlier losses in place of a NaN; ours stops the run.
+    logging_nan_inf_filter: bool = _trainer_default("logging_nan_inf_filter", False)
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
+        super().__post_init__()
+        # With several visible GPUs and no launcher the Trainer would replicate the model by DataParallel.
+        if self.n_gpu > 1:
+            self._n_gpu = 1
+
+
+def _option_of(config_field, kind) -> tuple[str, type, dataclasses.Field]:
+    """A field of HycloraConfig as a command-line option: what is not a plain number or word is written as JSON."""
+    factory = config_field.default_factory
+    default = config_field.default if factory is dataclasses.MISSING else factory()
+    if kind not in (bool, int, float, str):
+        kind, default = str, default if isinstance(default, str) else json.dumps(default)
+    return config_field.name, kind, option(default, config_field.metadata["help"])
+
+
+def _value_of(name: str, text):
+    """What an option written as JSON means; a bare word is a string."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else text
+    except json.JSONDecodeError:
+        value = text
+    require(
+        _KINDS[name] is not dict or isinstance(value, dict),
+        f'{name} must be a JSON object such as {{"gate": "exact"}}, not {text}',
+    )
+    return value
+
+
+_HYCLORA_FIELDS = dataclasses.fields(HycloraConfig)
+_KINDS = typing.get_type_hints(HycloraConfig)
+
+
+def _hyclora_config(self) -> HycloraConfig:
+    return HycloraConfig(**{f.name: _value_of(f.name, getattr(self, f.name)) for f in _HYCLORA_FIELDS})
+
+
+HycloraArguments = dataclasses.make_dataclass(
+    "HycloraArguments",
+    [
+        ("use_hyclora", bool, option(True, "Keep the activations compressed; False trains stock PEFT LoRA.")),
+        *(_option_of(f, _KINDS[f.name]) for f in _HYCLORA_FIELDS),
+    ],
+    namespace={"config": _hyclora_config, "__post_init__": lambda self: self.config() and None},
+)
+
+GROUPS = (ModelArguments, DataArguments, LoraArguments, HycloraArguments, EvalArguments, TrainingArguments)
+
+
+class Parser(HfArgumentParser):
+    """Reports a mistake as one sentence, not as a page of usage."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_arguments(argv: list[str] | None = None, groups=GROUPS) -> tuple:
+    """One filled instance of each group; a `UserError` names what cannot be understood."""
+    parser = Parser(groups, allow_abbrev=False)
+    *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    return tuple(filled)

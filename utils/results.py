@@ -1,0 +1,156 @@
+"""What a run leaves behind, in one folder for all runs of a task: `<run>.log`, `<run>.json` and the folder `<run>/`.
+
+A run is named after its settings and its start, so that no run writes over another; the folder holds the checkpoints
+and the trained adapters.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+
+from utils.args import ROOT, TrainingArguments
+from utils.errors import UserError
+
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+
+
+def start_run(root: Path, tag: str, training: TrainingArguments) -> Path:
+    """Make the folder of a new run; its name is the tag and the time, made unique and the same on every rank."""
+    folder = [_fresh_folder(root, tag) if training.process_index == 0 else None]
+    if training.world_size > 1:
+        broadcast_object_list(folder)
+    return folder[0]
+
+
+def _fresh_folder(root: Path, tag: str) -> Path:
+    start = f"{tag}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in itertools.count(1):
+        folder = root / (start if attempt == 1 else f"{start}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def check_output(root: Path, needed: int = 2**26):
+    """Find out now, not after hours, that results cannot be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise UserError(f"output folder {root} cannot be written ({error.strerror}): set --output_dir") from None
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise UserError(
+            f"output folder {root} has {free / 2**20:.0f} MiB free, the checkpoints need {needed / 2**20:.0f}: "
+            "free some space or set --output_dir"
+        )
+
+
+class _Tee:
+    """A text stream that also writes to the log, without colors."""
+
+    def __init__(self, stream, log):
+        self.stream, self.log = stream, log
+
+    def write(self, text: str) -> int:
+        self.log.write(_COLOR.sub("", text))
+        return self.stream.write(text)
+
+    def flush(self):
+        self.stream.flush()
+        self.log.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def logged(file: Path, training: TrainingArguments):
+    """Append everything that is printed, the libraries' log lines and the traceback of a failure to `file`.
+
+    In a run of several processes only the first one prints and logs.
+    """
+    if training.process_index != 0:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+        return
+    with open(file, "a", encoding="utf-8") as log:
+        handler = logging.StreamHandler(log)
+        transformers.utils.logging.add_handler(handler)
+        try:
+            with contextlib.redirect_stdout(_Tee(sys.stdout, log)):
+                yield
+        except BaseException:
+            traceback.print_exc(file=log)
+            raise
+        finally:
+            transformers.utils.logging.remove_handler(handler)
+
+
+class Clock:
+    """Seconds of each stage of a run."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str):
+        now = time.perf_counter()
+        self.seconds[stage], self._last = round(now - self._last, 2), now
+
+
+def environment() -> dict:
+    """Versions, device and commit: what a number needs to be compared with another."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def settings(*groups) -> dict:
+    """All settings of a run by group name, as JSON."""
+    return {
+        type(group).__name__: group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
+        for group in groups
+    }
+
+
+def write_json(file: Path, content: dict):
+    """Write at once or not at all: a reader never sees half a file."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns between rules."""
+    left = max(len(name) for name, _ in rows)
+    right = max(len(value) for _, value in rows)
+    rule = "-" * (left + 2 + right)
+    return "\n".join([rule, *(f"{name:<{left}}  {value:>{right}}" for name, value in rows), rule])
