@@ -18,8 +18,10 @@ from operators.quantize import (
     book_constants,
     dequantize_tile,
     empty_packed,
+    load_scale,
     load_words,
     quantize_tile,
+    store_scale,
     store_words,
     tile_index,
 )
@@ -46,8 +48,8 @@ def _fused_mlp_fwd_kernel(
     gate_ptr, gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, gate_xa_ptr, gate_b_ptr, gate_scaling,
     up_ptr, up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, up_xa_ptr, up_b_ptr, up_scaling,
     hidden_ptr, n_rows, n_cols, n_groups,
-    GATE_BITS: tl.constexpr, GATE_SLOPE: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
-    UP_BITS: tl.constexpr, UP_SLOPE: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
+    GATE_BITS: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
+    UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -58,13 +60,12 @@ def _fused_mlp_fwd_kernel(
     offset = row[:, None].to(tl.int64) * n_cols + col[None, :]
     word, unit = tile_index(row, group, n_groups, GROUP)
     unit_mask = (row < n_rows)[:, None]
-    counts = tl.minimum(n_cols - group * GROUP, GROUP).to(tl.float32)[None, :]
     gate = tl.load(gate_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    _pack_tile(gate, gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, col, n_cols, counts, word, unit,
-               unit_mask, GATE_BITS, GATE_SLOPE, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, BLOCK_ROWS)  # fmt: skip
-    _pack_tile(up, up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, col, n_cols, counts, word, unit,
-               unit_mask, UP_BITS, UP_SLOPE, UP_STEP, UP_CENTRE, GROUPED, GROUP, BLOCK_ROWS)  # fmt: skip
+    _pack_tile(gate, gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, col, n_cols, word, unit,
+               unit_mask, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, BLOCK_ROWS)  # fmt: skip
+    _pack_tile(up, up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, col, n_cols, word, unit,
+               unit_mask, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP, BLOCK_ROWS)  # fmt: skip
     if GATE_RANK > 0:
         gate += _lora_tile(gate_xa_ptr, gate_b_ptr, row, col, n_rows, n_cols, gate_scaling, GATE_RANK, RANK_BLOCK)
     if UP_RANK > 0:
@@ -77,34 +78,31 @@ def _fused_mlp_fwd_kernel(
 
 @triton.jit
 def _pack_tile(
-    x, mean_ptr, std_ptr, codes_ptr, scale_ptr, col, n_cols, counts, word, unit, unit_mask,
-    BITS: tl.constexpr, SLOPE: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    x, mean_ptr, std_ptr, codes_ptr, scale_ptr, col, n_cols, word, unit, unit_mask,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     mean = tl.load(mean_ptr + col, mask=col < n_cols, other=0.0)
     inv_std = 1.0 / tl.load(std_ptr + col, mask=col < n_cols, other=1.0)
-    words, exponent = quantize_tile(
+    words, exponent, middle = quantize_tile(
         tl.reshape(x, (BLOCK_ROWS, 1, GROUP // 8, 8)), tl.reshape(mean, (1, 1, GROUP // 8, 8)),
-        tl.reshape(inv_std, (1, 1, GROUP // 8, 8)), counts, BITS, SLOPE, STEP, CENTRE, GROUPED,
+        tl.reshape(inv_std, (1, 1, GROUP // 8, 8)), BITS, STEP, CENTRE, GROUPED,
     )  # fmt: skip
     store_words(codes_ptr, word, words, unit_mask[:, :, None], BITS)
-    if GROUPED:
-        tl.store(scale_ptr + unit, exponent, mask=unit_mask)
+    store_scale(scale_ptr, unit, exponent, middle, unit_mask, GROUPED)
 
 
 @triton.jit
 def _unpack_tile(
     mean_ptr, std_ptr, codes_ptr, scale_ptr, col, n_cols, word, unit, unit_mask,
-    BITS: tl.constexpr, SLOPE: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     mean = tl.reshape(tl.load(mean_ptr + col, mask=col < n_cols, other=0.0), (1, 1, GROUP // 8, 8))
     std = tl.reshape(tl.load(std_ptr + col, mask=col < n_cols, other=1.0), (1, 1, GROUP // 8, 8))
     words = load_words(codes_ptr, word, unit_mask[:, :, None], BITS)
-    exponent = tl.full([BLOCK_ROWS, 1], 0.0, tl.float32)
-    if GROUPED:
-        exponent = tl.load(scale_ptr + unit, mask=unit_mask, other=0).to(tl.float32)
-    x = dequantize_tile(words, exponent, mean, std, BITS, SLOPE, STEP, CENTRE, GROUPED)
+    exponent, middle = load_scale(scale_ptr, unit, unit_mask, GROUPED)
+    x = dequantize_tile(words, exponent, middle, mean, std, BITS, STEP, CENTRE, GROUPED)
     return tl.reshape(x, (BLOCK_ROWS, GROUP))
 
 
@@ -113,8 +111,8 @@ def _fused_mlp_bwd_kernel(
     gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, gate_xa_ptr, gate_b_ptr, gate_scaling,
     up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, up_xa_ptr, up_b_ptr, up_scaling,
     dhidden_ptr, dgate_ptr, dup_ptr, hidden_ptr, n_rows, n_cols, n_groups,
-    GATE_BITS: tl.constexpr, GATE_SLOPE: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
-    UP_BITS: tl.constexpr, UP_SLOPE: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
+    GATE_BITS: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
+    UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -128,11 +126,11 @@ def _fused_mlp_bwd_kernel(
     dtype = hidden_ptr.dtype.element_ty
     gate = _unpack_tile(
         gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, col, n_cols, word, unit, unit_mask,
-        GATE_BITS, GATE_SLOPE, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, BLOCK_ROWS,
+        GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, BLOCK_ROWS,
     )  # fmt: skip
     up = _unpack_tile(
         up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, col, n_cols, word, unit, unit_mask,
-        UP_BITS, UP_SLOPE, UP_STEP, UP_CENTRE, GROUPED, GROUP, BLOCK_ROWS,
+        UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP, BLOCK_ROWS,
     )  # fmt: skip
     if GATE_RANK > 0:
         gate += _lora_tile(gate_xa_ptr, gate_b_ptr, row, col, n_rows, n_cols, gate_scaling, GATE_RANK, RANK_BLOCK)

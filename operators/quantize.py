@@ -1,4 +1,4 @@
-"""Quantize and dequantize activations: channel statistics, group scales, companded codes, packed bits.
+"""Quantize and dequantize activations: channel statistics, group scales, uniform codes, packed bits.
 
 The device functions quantize_tile and dequantize_tile are the whole format; fused kernels call them on their own
 tiles, so that every kernel writes and reads the same bytes as reference.quantize.
@@ -14,41 +14,46 @@ from operators.codebook import Codebook
 from operators.dispatch import as_rows, device_guard, use_triton
 
 LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
-LOG_SCALE_ZERO = tl.constexpr(reference.LOG_SCALE_ZERO)
+MIDDLE_STEPS = tl.constexpr(reference.MIDDLE_STEPS)
+SCALE_ZERO = tl.constexpr(reference.SCALE_ZERO)
 WORD_DTYPE = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
 def quantize_tile(
-    x, mean, inv_std, counts, BITS: tl.constexpr, SLOPE: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
+    x, mean, inv_std, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
     GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """x fp32 [R, N, W, 8] (0 where masked) and its channel statistics to words [R, N, W] and scale codes [R, N].
+    """x fp32 [R, N, W, 8] and its channel statistics to words [R, N, W] and the two scale bytes [R, N] of a group.
 
-    counts: fp32 [1, N], real channels of each group.
+    x and mean must be 0 where there is no channel.
     """
     t = (x - mean) * inv_std
-    exponent = tl.full([x.shape[0], x.shape[1]], LOG_SCALE_ZERO, tl.float32)
+    exponent = tl.full([x.shape[0], x.shape[1]], SCALE_ZERO, tl.float32)
+    middle = exponent
     if GROUPED:
-        rms = tl.sqrt(tl.sum(tl.sum(t * t, axis=3), axis=2) / counts)
-        exponent = tl.floor(tl.log2(tl.maximum(rms, 1e-30)) * LOG_SCALE_STEPS + (LOG_SCALE_ZERO + 0.5))
-        exponent = tl.minimum(tl.maximum(exponent, 0.0), 255.0)
-        t = t * tl.exp2(-(exponent - LOG_SCALE_ZERO) / LOG_SCALE_STEPS)[:, :, None, None]
-    w = t / (1 + SLOPE * tl.abs(t))
-    code = tl.floor(w * (1 / STEP) + CENTRE + 0.5)
+        low = tl.minimum(tl.min(tl.min(t, axis=3), axis=2), 0.0)
+        high = tl.maximum(tl.max(tl.max(t, axis=3), axis=2), 0.0)
+        exponent = tl.log2(tl.maximum((high - low) / 2, 1e-30)) * LOG_SCALE_STEPS + SCALE_ZERO
+        exponent = tl.minimum(tl.maximum(tl.floor(exponent + 0.5), 0.0), 255.0)
+        inverse = tl.exp2(-(exponent - SCALE_ZERO) / LOG_SCALE_STEPS)
+        middle = tl.floor((high + low) / 2 * inverse * MIDDLE_STEPS + SCALE_ZERO + 0.5)
+        middle = tl.minimum(tl.maximum(middle, 0.0), 255.0)
+        t = t * inverse[:, :, None, None] - ((middle - SCALE_ZERO) / MIDDLE_STEPS)[:, :, None, None]
+    code = tl.floor(t * (1 / STEP) + CENTRE + 0.5)
     code = tl.minimum(tl.maximum(code, 0.0), float((1 << BITS) - 1))
     shift = tl.arange(0, 8)[None, None, None, :] * BITS
     if BITS == 8:
         words = tl.sum(code.to(tl.int64) << shift.to(tl.int64), axis=3)
     else:
         words = tl.sum(code.to(tl.int32) << shift, axis=3)
-    return words, exponent.to(tl.uint8)
+    return words, exponent.to(tl.uint8), middle.to(tl.uint8)
 
 
 @triton.jit
 def dequantize_tile(
-    words, exponent, mean, std, BITS: tl.constexpr, SLOPE: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
-    GROUPED: tl.constexpr,
+    words, exponent, middle, mean, std, BITS: tl.constexpr, STEP: tl.constexpr,
+    CENTRE: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Inverse of quantize_tile: fp32 [R, N, W, 8]."""
     shift = tl.arange(0, 8)[None, None, None, :] * BITS
@@ -56,11 +61,30 @@ def dequantize_tile(
         code = (words[:, :, :, None] >> shift.to(tl.int64)) & 255
     else:
         code = (words[:, :, :, None] >> shift) & ((1 << BITS) - 1)
-    w = (code.to(tl.float32) - CENTRE) * STEP
-    t = w / (1 - SLOPE * tl.abs(w))
+    t = (code.to(tl.float32) - CENTRE) * STEP
     if GROUPED:
-        t = t * tl.exp2((exponent.to(tl.float32) - LOG_SCALE_ZERO) / LOG_SCALE_STEPS)[:, :, None, None]
+        half = tl.exp2((exponent.to(tl.float32) - SCALE_ZERO) / LOG_SCALE_STEPS)
+        t = (t + ((middle.to(tl.float32) - SCALE_ZERO) / MIDDLE_STEPS)[:, :, None, None]) * half[:, :, None, None]
     return t * std + mean
+
+
+@triton.jit
+def store_scale(scale_ptr, unit, exponent, middle, mask, GROUPED: tl.constexpr):
+    """Write the scale bytes of groups [R, N] at unit index."""
+    if GROUPED:
+        tl.store(scale_ptr + unit * 2, exponent, mask=mask)
+        tl.store(scale_ptr + unit * 2 + 1, middle, mask=mask)
+
+
+@triton.jit
+def load_scale(scale_ptr, unit, mask, GROUPED: tl.constexpr):
+    """Read the scale bytes that store_scale wrote."""
+    exponent = tl.full(unit.shape, SCALE_ZERO, tl.uint8)
+    middle = exponent
+    if GROUPED:
+        exponent = tl.load(scale_ptr + unit * 2, mask=mask, other=0)
+        middle = tl.load(scale_ptr + unit * 2 + 1, mask=mask, other=0)
+    return exponent, middle
 
 
 @triton.jit
@@ -98,7 +122,7 @@ def tile_index(row, group, n_groups, GROUP: tl.constexpr):
 @triton.jit
 def _quantize_kernel(
     x_ptr, mean_ptr, std_ptr, codes_ptr, scale_ptr, n_rows, n_cols, n_groups, stride_row,
-    BITS: tl.constexpr, SLOPE: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -109,19 +133,17 @@ def _quantize_kernel(
     x = tl.load(x_ptr + row[:, None, None, None].to(tl.int64) * stride_row + col[None], mask=mask, other=0.0)
     mean = tl.load(mean_ptr + col, mask=col_mask, other=0.0)[None]
     inv_std = 1.0 / tl.load(std_ptr + col, mask=col_mask, other=1.0)[None]
-    counts = tl.minimum(tl.maximum(n_cols - group * GROUP, 1), GROUP).to(tl.float32)[None, :]
-    words, exponent = quantize_tile(x.to(tl.float32), mean, inv_std, counts, BITS, SLOPE, STEP, CENTRE, GROUPED)
+    words, exponent, middle = quantize_tile(x.to(tl.float32), mean, inv_std, BITS, STEP, CENTRE, GROUPED)
     word, unit = tile_index(row, group, n_groups, GROUP)
     unit_mask = (row < n_rows)[:, None] & (group < n_groups)[None, :]
     store_words(codes_ptr, word, words, unit_mask[:, :, None], BITS)
-    if GROUPED:
-        tl.store(scale_ptr + unit, exponent, mask=unit_mask)
+    store_scale(scale_ptr, unit, exponent, middle, unit_mask, GROUPED)
 
 
 @triton.jit
 def _dequantize_kernel(
     codes_ptr, scale_ptr, mean_ptr, std_ptr, x_ptr, n_rows, n_cols, n_groups,
-    BITS: tl.constexpr, SLOPE: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -129,14 +151,12 @@ def _dequantize_kernel(
     word, unit = tile_index(row, group, n_groups, GROUP)
     unit_mask = (row < n_rows)[:, None] & (group < n_groups)[None, :]
     words = load_words(codes_ptr, word, unit_mask[:, :, None], BITS)
-    exponent = tl.full([BLOCK_ROWS, BLOCK_GROUPS], LOG_SCALE_ZERO, tl.float32)
-    if GROUPED:
-        exponent = tl.load(scale_ptr + unit, mask=unit_mask, other=0).to(tl.float32)
+    exponent, middle = load_scale(scale_ptr, unit, unit_mask, GROUPED)
     col = group[:, None, None] * GROUP + tl.arange(0, GROUP // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     col_mask = col < n_cols
     mean = tl.load(mean_ptr + col, mask=col_mask, other=0.0)[None]
     std = tl.load(std_ptr + col, mask=col_mask, other=1.0)[None]
-    x = dequantize_tile(words, exponent, mean, std, BITS, SLOPE, STEP, CENTRE, GROUPED)
+    x = dequantize_tile(words, exponent, middle, mean, std, BITS, STEP, CENTRE, GROUPED)
     mask = (row < n_rows)[:, None, None, None] & col_mask[None]
     offset = row[:, None, None, None].to(tl.int64) * n_cols + col[None]
     tl.store(x_ptr + offset, x.to(x_ptr.dtype.element_ty), mask=mask)
@@ -146,7 +166,6 @@ def book_constants(book: Codebook) -> dict:
     """A code book as the constexpr arguments of a kernel."""
     return {
         "BITS": book.bits,
-        "SLOPE": book.slope,
         "STEP": book.step,
         "CENTRE": book.centre,
         "GROUPED": book.grouped,
@@ -155,10 +174,10 @@ def book_constants(book: Codebook) -> dict:
 
 
 def empty_packed(n_rows: int, n_cols: int, book: Codebook, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Uninitialised codes uint8 [T, n, G/8, b] and scale uint8 [T, n] ([T, 0] without group scales)."""
+    """Uninitialised codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2] ([T, 0, 2] without group scales)."""
     n_groups = triton.cdiv(n_cols, book.group)
     codes = torch.empty(n_rows, n_groups, book.group // 8, book.bits, dtype=torch.uint8, device=device)
-    return codes, torch.empty(n_rows, n_groups * book.grouped, dtype=torch.uint8, device=device)
+    return codes, torch.empty(n_rows, n_groups * book.grouped, 2, dtype=torch.uint8, device=device)
 
 
 def as_words(codes: Tensor, book: Codebook) -> Tensor:
@@ -167,7 +186,7 @@ def as_words(codes: Tensor, book: Codebook) -> Tensor:
 
 
 def quantize(x: Tensor, mean: Tensor, std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
-    """reference.quantize on any device: x [T, C] to codes uint8 [T, n, G/8, b] and scale uint8 [T, n]."""
+    """reference.quantize on any device: x [T, C] to codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2]."""
     if not use_triton(x):
         return reference.quantize(x, mean, std, book)
     x = as_rows(x)

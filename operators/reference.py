@@ -10,7 +10,8 @@ from torch import Tensor
 from operators.codebook import Codebook
 
 LOG_SCALE_STEPS = 8
-LOG_SCALE_ZERO = 128
+MIDDLE_STEPS = 127
+SCALE_ZERO = 128
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -43,31 +44,32 @@ def to_groups(x: Tensor, group: int) -> Tensor:
 def quantize(x: Tensor, mean: Tensor, std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
     """Quantize x [T, C] to packed codes and group scales.
 
-    t = (x - mean) / std with the calibrated channel statistics (fp32 [C]); with book.grouped each token's group of G
-    channels is divided by its rms, kept as e = round(8 log2 rms) + 128 (uint8), then code = book.encode(t / rms).
-    Returns codes uint8 [T, n, G/8, b] and scale uint8 [T, n] (empty [T, 0] when not grouped).
+    t = (x - mean) / std with the calibrated channel statistics (fp32 [C]). With book.grouped each token's group of G
+    channels is moved and scaled into [-1, 1]: half and middle of its range (which is made to include 0) are kept in a
+    byte each, e = round(8 log2 half) + 128 and m = round(127 middle / half) + 128. Then code = book.encode(t).
+    Returns codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2] = (e, m), or [T, 0, 2] when not grouped.
     """
-    n_rows, n_cols = x.shape
     t = to_groups((x.float() - mean) / std, book.group)
-    n_groups = t.shape[1]
+    scale = torch.empty(x.shape[0], 0, 2, dtype=torch.uint8, device=x.device)
     if book.grouped:
-        counts = (n_cols - torch.arange(n_groups, device=x.device) * book.group).clamp(max=book.group)
-        rms = (t.square().sum(dim=-1) / counts).sqrt()
-        exponent = torch.floor(rms.clamp_min(1e-30).log2() * LOG_SCALE_STEPS + (LOG_SCALE_ZERO + 0.5)).clamp(0, 255)
-        t = t * torch.exp2((LOG_SCALE_ZERO - exponent) / LOG_SCALE_STEPS).unsqueeze(-1)
-        scale = exponent.to(torch.uint8)
-    else:
-        scale = torch.empty(n_rows, 0, dtype=torch.uint8, device=x.device)
+        low, high = t.amin(dim=-1).clamp_max(0), t.amax(dim=-1).clamp_min(0)
+        exponent = torch.floor(((high - low) / 2).clamp_min(1e-30).log2() * LOG_SCALE_STEPS + (SCALE_ZERO + 0.5))
+        exponent = exponent.clamp(0, 255)
+        inverse = torch.exp2((SCALE_ZERO - exponent) / LOG_SCALE_STEPS)
+        middle = torch.floor((high + low) / 2 * inverse * MIDDLE_STEPS + (SCALE_ZERO + 0.5)).clamp(0, 255)
+        scale = torch.stack((exponent, middle), dim=-1).to(torch.uint8)
+        t = t * inverse.unsqueeze(-1) - ((middle - SCALE_ZERO) / MIDDLE_STEPS).unsqueeze(-1)
     return pack_codes(book.encode(t).to(torch.int64), book.bits), scale
 
 
 def dequantize(packed: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Codebook, dtype: torch.dtype) -> Tensor:
-    """Inverse of quantize up to rounding: x = book.decode(code) * rms * std + mean, [T, C] in dtype."""
-    n_cols = mean.numel()
+    """Inverse of quantize up to rounding: x = (book.decode(code) + middle) * half * std + mean, [T, C] in dtype."""
     t = book.decode(unpack_codes(packed, book.bits).float())
     if book.grouped:
-        t = t * torch.exp2((scale.float() - LOG_SCALE_ZERO) / LOG_SCALE_STEPS).unsqueeze(-1)
-    t = t.flatten(1)[:, :n_cols]
+        exponent, middle = scale.float().unbind(dim=-1)
+        half = torch.exp2((exponent - SCALE_ZERO) / LOG_SCALE_STEPS).unsqueeze(-1)
+        t = (t + ((middle - SCALE_ZERO) / MIDDLE_STEPS).unsqueeze(-1)) * half
+    t = t.flatten(1)[:, : mean.numel()]
     return (t * std + mean).to(dtype)
 
 

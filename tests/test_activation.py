@@ -17,7 +17,7 @@ def test_silu_mul(kernels, shape, dtype):
     gate, up, dhidden = (rand(*shape, dtype=dtype, seed=i, scale=2.0) for i in range(3))
 
     def truth(kind):
-        g, u = (t.to(kind).requires_grad_() for t in (gate, up))
+        g, u = (t.detach().to(kind, copy=True).requires_grad_() for t in (gate, up))
         hidden = torch.nn.functional.silu(g) * u
         hidden.backward(dhidden.to(kind))
         return g.grad, u.grad, hidden.detach()
@@ -51,7 +51,7 @@ def test_rope_and_its_gradient(kernels, head_dim, n_heads, batch, dtype):
     cos, sin = (torch.cat((f(angle), f(angle)), dim=-1).to(dtype) for f in (torch.cos, torch.sin))
 
     def stock(kind):
-        xs = x.to(kind).detach().requires_grad_()
+        xs = x.detach().to(kind, copy=True).requires_grad_()
         y, _ = apply_rotary_pos_emb(xs, xs, cos.to(kind), sin.to(kind), unsqueeze_dim=2)
         y.backward(dy.to(kind))
         return y.detach(), xs.grad

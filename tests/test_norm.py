@@ -8,7 +8,7 @@ from operators.norm import RMSNormFunction, rms_norm_bwd, rms_norm_fwd
 from operators.savers import Exact, Keeper, Step
 from tests.kernel_checks import DEVICE, DTYPES, assert_as_good_as_torch, rand, strided
 
-SHAPES = [(1, 1), (3, 7), (5, 96), (33, 257)]
+SHAPES = [(1, 33), (3, 7), (5, 96), (33, 257)]
 
 
 def stock(x, weight, eps=1e-5):

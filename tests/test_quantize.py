@@ -10,7 +10,6 @@ from tests.kernel_checks import DEVICE, DTYPES, rand, relative_error, strided
 
 BITS = [2, 3, 4, 8]
 SHAPES = [(1, 1), (7, 63), (33, 64), (19, 200), (65, 301)]
-LLOYD_MAX = {2: 0.1175, 3: 0.0345, 4: 0.0095}
 
 
 def statistics(x, book):
@@ -38,32 +37,41 @@ def test_pack_is_a_bit_stream(bits):
     assert bytes(packed[0, 0, 0].tolist()) == word.to_bytes(bits, "little")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_code_book_is_near_lloyd_max(bits):
-    """On a Gaussian the companded code book is within 4 % of the optimal scalar quantizer."""
-    t = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+def restored_by(book, x):
+    mean, std = statistics(x, book)
+    codes, scale = reference.quantize(x, mean, std, book)
+    return reference.dequantize(codes, scale, mean, std, book, torch.float32)
+
+
+@pytest.mark.parametrize("bits, noise", [(2, 0.14), (3, 0.040), (4, 0.0115), (8, 5e-5)])
+def test_noise_on_gaussian_channels(bits, noise):
+    """Noise over variance: within 25 % of the optimal scalar quantizer (0.1175, 0.0345, 0.0095) on a Gaussian."""
+    x = rand(2000, 256)
+    error = (restored_by(CODEBOOKS["channel_group"][bits], x) - x).square().mean() / x.square().mean()
+    assert error < noise
+
+
+@pytest.mark.parametrize("bits, share", [(2, 0.3), (3, 0.15), (4, 0.08), (8, 0.01)])
+def test_lone_spikes_survive(bits, share):
+    """A group's largest value 30 sigma out keeps most of itself: the range, not the rms, sets the scale."""
+    x = rand(500, 64)
+    mean, std = torch.zeros(64, device=DEVICE), torch.ones(64, device=DEVICE)
+    x[:, 9] = 30.0
     book = CODEBOOKS["channel_group"][bits]
-    error = (book.decode(book.encode(t)) - t).square().mean().item()
-    assert LLOYD_MAX[bits] * 0.97 < error < LLOYD_MAX[bits] * 1.04
-
-
-def test_eight_bit_never_clips():
-    """A group's rms bounds its largest value by sqrt(G) rms; 8 bit reaches that, as lone spikes do occur."""
-    book = CODEBOOKS["channel_group"][8]
-    t = torch.linspace(-(GROUP**0.5), GROUP**0.5, 1001)
-    assert ((book.decode(book.encode(t)) - t).abs() <= 0.025 * t.abs() + 0.01).all()
+    restored = reference.dequantize(*reference.quantize(x, mean, std, book), mean, std, book, torch.float32)
+    assert ((restored[:, 9] - 30).abs() < share * 30).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_group_scales_follow_the_token(bits):
-    """A token 1000 times larger than the calibration has the same relative error."""
+    """A token 1024 times larger than the calibration has the same codes."""
     book = CODEBOOKS["channel_group"][bits]
     x = rand(64, 256)
     mean, std = torch.zeros(256, device=DEVICE), torch.ones(256, device=DEVICE)
     codes, scale = reference.quantize(x, mean, std, book)
     large_codes, large_scale = reference.quantize(x * 1024, mean, std, book)
     assert torch.equal(codes, large_codes)
-    assert torch.equal(large_scale.int() - scale.int(), torch.full_like(scale, 80).int())
+    assert torch.equal(large_scale[..., 0].int() - scale[..., 0].int(), torch.full_like(scale[..., 0], 80).int())
 
 
 @pytest.mark.parametrize("rule", CODEBOOKS)
@@ -94,7 +102,7 @@ def test_kernels_every_dtype(kernels, dtype, bits):
     restored = dequantize(*quantize(x, mean, std, book), mean, std, book, dtype)
     assert restored.dtype == dtype and restored.shape == x.shape
     noise = ((restored.float() - x.float()) / std).square().mean() / ((x.float() - mean) / std).square().mean()
-    assert noise < {2: 0.13, 3: 0.04, 4: 0.012, 8: 2e-4}[bits]
+    assert noise < {2: 0.16, 3: 0.045, 4: 0.013, 8: 1e-4}[bits]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -103,9 +111,5 @@ def test_one_sided_channels_do_not_clip(bits):
     x = torch.nn.functional.silu(rand(512, 128)) + 5
     errors = {}
     for rule in CODEBOOKS:
-        book = CODEBOOKS[rule][bits]
-        mean, std = statistics(x, book)
-        errors[rule] = relative_error(
-            reference.dequantize(*reference.quantize(x, mean, std, book), mean, std, book, torch.float32), x
-        )
+        errors[rule] = relative_error(restored_by(CODEBOOKS[rule][bits], x), x)
     assert errors["channel_group"] < 0.1 * errors["paper"]

@@ -2,8 +2,9 @@
 
 Activations of a transformer have a mean and a spread a channel; a scale a token or a rotation destroys that structure.
 So the first training forwards calibrate mean and std of each channel, which are then frozen; a token's group of
-channels is scaled by its own rms, and a companded code book rounds what is left (operators/codebook.py). The channels
-of largest energy are kept exactly beside the codes.
+channels is moved and scaled into [-1, 1], and a code book rounds it (operators/codebook.py). The range of the group is
+what decides, not its rms: MLP activations have lone spikes that carry much of the gradient, and clipping them costs
+more than coarser steps elsewhere. The channels of largest energy are kept exactly beside the codes.
 """
 
 import math
@@ -104,7 +105,7 @@ class ChannelQuant(Saver):
 
     def bits(self, n_cols: int) -> float:
         n_groups = math.ceil(n_cols / self.book.group)
-        per_group = self.book.group * self.book.bits + 8 * self.book.grouped
+        per_group = self.book.group * self.book.bits + 16 * self.book.grouped
         return n_groups * per_group + 16.0 * math.ceil(self.outlier_ratio * n_cols)
 
     def state_dict(self) -> dict[str, Tensor]:
