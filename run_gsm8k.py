@@ -8,6 +8,7 @@ The settings are at the top of run_gsm8k.sh; `python run_gsm8k.py --help` lists 
 
 from pathlib import Path
 
+import torch
 from termcolor import colored
 
 from models import apply_hyclora, remove_hyclora
@@ -64,6 +65,7 @@ def main(argv=None):
         )
         trained = trainer.train(checkpoint)
         clock.lap("train")
+        peak = torch.cuda.max_memory_allocated() if training.device.type == "cuda" else None
         batch = trainer._prepare_inputs(collator(train_set.rows[: training.per_device_train_batch_size]))
         buffered = measure_buffers(model, batch, hyclora_args.use_hyclora)
         if not training.should_save:
@@ -76,7 +78,7 @@ def main(argv=None):
             results.write_json(run / "predictions.json", predictions)
 
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        print(closing_table(accuracy, losses, buffered))
+        print(closing_table(accuracy, losses, buffered, peak))
         results.write_json(
             run.with_name(run.name + ".json"),
             {
@@ -85,6 +87,7 @@ def main(argv=None):
                 "accuracy": accuracy,
                 "final_loss": losses[-1] if losses else None,
                 "buffered_bytes": buffered,
+                "peak_bytes": peak,
                 "masked_batches": int(trainer.masked_batches),
                 "train": trained.metrics,
                 "seconds": clock.seconds,
@@ -124,12 +127,13 @@ def measure_buffers(model, batch, compressed: bool) -> dict[str, int]:
     return buffered | {"lora": buffered_bytes(model, batch)}
 
 
-def closing_table(accuracy: dict[str, float], losses: list[float], buffered: dict[str, int]) -> str:
+def closing_table(accuracy: dict[str, float], losses: list[float], buffered: dict[str, int], peak: int | None) -> str:
     rows = [(f"accuracy {when} training", f"{value:.2%}") for when, value in accuracy.items()]
     rows += [("final loss", f"{losses[-1]:.4f}")] if losses else []
     rows += [(f"MiB kept for backward, {name}", f"{size / 2**20:.2f}") for name, size in buffered.items()]
     if "hyclora" in buffered:
         rows.append(("ratio", f"{buffered['lora'] / buffered['hyclora']:.2f}x"))
+    rows += [("MiB at the peak of GPU memory", f"{peak / 2**20:.0f}")] if peak else []
     return results.table(rows)
 
 

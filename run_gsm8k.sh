@@ -29,10 +29,10 @@ lora_rank=${lora_rank:-16}
 lora_alpha=${lora_alpha:-16}
 lora_init_type=${lora_init_type:-qlora}
 
-# training: the paper's settings, or for the demo one epoch of 200 steps
-learning_rate=${learning_rate:-3e-4}
+# training: the paper's settings, or for the demo one epoch of 150 steps
 seed=${seed:-11}
 if [[ "$data_name" == demo ]]; then
+    learning_rate=${learning_rate:-2e-3}
     num_train_epochs=${num_train_epochs:-1}
     per_device_train_batch_size=${per_device_train_batch_size:-16}
     gradient_accu_steps=${gradient_accu_steps:-1}
@@ -40,6 +40,7 @@ if [[ "$data_name" == demo ]]; then
     evaluate_before=${evaluate_before:-True}
     max_new_tokens=${max_new_tokens:-128}
 else
+    learning_rate=${learning_rate:-3e-4}
     num_train_epochs=${num_train_epochs:-6}
     per_device_train_batch_size=${per_device_train_batch_size:-4}
     gradient_accu_steps=${gradient_accu_steps:-4}

@@ -2,6 +2,7 @@
 # Run the tests; options go to pytest: bash run_tests.sh tests/test_metrics.py -k fraction
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+developing=1
 source "$root/utils/env.sh"
 cd "$root"
 export OMP_NUM_THREADS=1

@@ -1,17 +1,18 @@
 """q_bit=auto: how many bits each slot of each layer gets within an average.
 
-Quantization noise of b bits is about VARIANCE[b] of a slot's variance, and it costs gradient accuracy in proportion to
-the slot's SENSITIVITY (measured by benchmarks.fidelity: 1 - mean cosine of the LoRA gradients with that slot alone at
-2 bit). Starting from 2 bit, the upgrade that saves most error per added bit is taken until the budget is used.
+Quantization noise of b bits is about NOISE[b] of a slot's variance, and it costs gradient accuracy in proportion to
+the slot's SENSITIVITY: 1 - mean cosine of the LoRA gradients with that slot alone at 2 bit, from
+`python -m benchmarks.fidelity --slots 2` (norm_in with the linear inputs derived from it). Starting from 2 bit,
+the upgrade that saves most error per added bit is taken until the budget is used.
 """
 
 import heapq
 from collections.abc import Callable
 
-VARIANCE = {2: 0.1175, 3: 0.0345, 4: 0.0095, 8: 1e-4}
+NOISE = {2: 0.123, 3: 0.0315, 4: 0.0078, 8: 3e-5}
 SENSITIVITY = {
-    "norm_in": 0.0064, "attn_in": 0.0056, "mlp_in": 0.0056, "q": 0.026, "k": 0.016, "v": 0.014, "attn_out": 0.0056,
-    "gate": 0.050, "up": 0.022, "act": 0.0056, "hidden": 0.0056,
+    "norm_in": 0.007, "attn_in": 0.006, "mlp_in": 0.006, "q": 0.019, "k": 0.022, "v": 0.008, "attn_out": 0.006,
+    "gate": 0.020, "up": 0.011, "act": 0.006, "hidden": 0.006,
 }  # fmt: skip
 
 
@@ -23,7 +24,7 @@ def allocate_bits(
     packed_bits(key, width) is what a token of that slot costs, scales and exact channels included; the sum over slots
     is at most average_bits an element. ValueError if that is below the smallest possible.
     """
-    widths = sorted(VARIANCE)
+    widths = sorted(NOISE)
     elements = sum(sizes.values())
     lowest = sum(packed_bits(key, widths[0]) for key in sizes)
     if average_bits * elements < lowest:
@@ -40,7 +41,7 @@ def allocate_bits(
         wider = widths[widths.index(bits[key]) + 1 :]
         if not wider:
             return None
-        gain = SENSITIVITY[key[-1]] * (VARIANCE[bits[key]] - VARIANCE[wider[0]])
+        gain = SENSITIVITY[key[-1]] * (NOISE[bits[key]] - NOISE[wider[0]])
         cost = packed_bits(key, wider[0]) - packed_bits(key, bits[key])
         return -gain / cost, index, wider[0], cost
 

@@ -16,7 +16,7 @@ GROUP = 64
 
 @dataclass(frozen=True)
 class Codebook:
-    """Width, compander and granularity of a quantizer.
+    """Width and granularity of a quantizer.
 
     bits: 2, 3, 4 or 8. step, centre: the formulas above. grouped: t is relative to the middle and half-range of
     a token's group of `group` channels.

@@ -8,7 +8,7 @@ _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Silent if the interpreter $1 qualifies, else one line that says why not. What is needed for some uses only (the hub,
 # 4 bit, figures, lint) may be missing: that use says so.
 _lacks() {
-    "$1" - "$_root/requirements.txt" <<'PY'
+    "$1" - "$_root/requirements.txt" "${developing:-}" <<'PY'
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version

@@ -18,7 +18,7 @@ from utils.errors import UserError
 INSTRUCTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"
 FINAL_ANSWER = "The final answer is: "
 HUB_ID = "openai/gsm8k"
-DEMO_ROWS = {"train": 3200, "test": 200}
+DEMO_ROWS = {"train": 2400, "test": 200}
 DEMO_SEED = 0
 IGNORED = -100
 
