@@ -63,6 +63,8 @@ def main(argv=None):
             processing_class=tokenizer,
             compressed=hyclora_args.use_hyclora,
         )
+        if training.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         trained = trainer.train(checkpoint)
         clock.lap("train")
         peak = torch.cuda.max_memory_allocated() if training.device.type == "cuda" else None

@@ -29,10 +29,20 @@ SETTINGS = [
 ]
 
 
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Shape of the model and the batch; Llama-2-7B's by default."""
+    shape = {"hidden": 4096, "ffn": 11008, "heads": 32, "kv_heads": 32, "batch_size": 4, "seq_len": 512}
+    for name, default in shape.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def build_model(args: argparse.Namespace, layers: int) -> torch.nn.Module:
     """A LLaMA of `layers` layers with LoRA r=16 on all linears, fp32 adapters, in training mode."""
     config = LlamaConfig(
-        vocab_size=1000, hidden_size=args.hidden, intermediate_size=args.ffn, num_hidden_layers=layers,
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.ffn, num_hidden_layers=layers,
         num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, use_cache=False,
     )  # fmt: skip
     with torch.device(args.device):
@@ -42,41 +52,33 @@ def build_model(args: argparse.Namespace, layers: int) -> torch.nn.Module:
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS)).to(args.device).train()
 
 
-def layer_bytes(args: argparse.Namespace, setting: dict | None) -> int:
-    """Bytes kept by one layer; setting None is stock PEFT."""
-    ids = torch.randint(0, 1000, (args.batch_size, args.seq_len), device=args.device)
+def layer_bytes(args: argparse.Namespace, setting: dict | None) -> tuple[int, dict[str, int]]:
+    """Bytes kept by one layer, and those of its slots; setting None is stock PEFT."""
+    ids = torch.randint(0, args.vocab, (args.batch_size, args.seq_len), device=args.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    totals = []
+    totals, slots = [], {}
     for layers in (1, 2):
         model = build_model(args, layers)
         if setting is not None:
-            apply_hyclora(model, HycloraConfig(**setting))
+            report = apply_hyclora(model, HycloraConfig(**setting))
+            slots = {slot: round(bits / layers * ids.numel() / 8) for slot, bits in report.slot_bits.items()}
         with torch.autocast(args.device, dtype=torch.bfloat16):
             totals.append(buffered_bytes(model, batch))
-    return totals[1] - totals[0]
+    return totals[1] - totals[0], slots
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {
-        "hidden": 4096,
-        "ffn": 11008,
-        "heads": 32,
-        "kv_heads": 32,
-        "batch_size": 4,
-        "seq_len": 512,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_shape_arguments(parser)
     args = parser.parse_args(argv)
-    peft = layer_bytes(args, None)
     lines = []
     for setting in (None, *SETTINGS):
-        size = peft if setting is None else layer_bytes(args, setting)
+        size, slots = layer_bytes(args, setting)
+        ratio = lines[0]["layer_bytes"] / size if lines else 1.0
+        result = {"setting": setting, "layer_bytes": size, "slots": slots, "ratio": round(ratio, 3)}
+        lines.append(record("buffered", {"arguments": vars(args), **result}))
         label = "PEFT, sdpa" if setting is None else json.dumps(setting)
-        lines.append(record("buffered", {**vars(args), "setting": setting, "layer_bytes": size, "ratio": peft / size}))
-        print(f"{label:<48}{size / 2**20:9.2f} MiB a layer{peft / size:8.2f}x")
+        print(f"{label:<48}{size / 2**20:9.2f} MiB a layer{ratio:8.2f}x")
     return lines
 
 

@@ -124,10 +124,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
         train_exactly(model, batches[: args.exact_steps])
         calibration = batches[args.exact_steps : args.exact_steps + calibration_steps]
         exact = [(batch, lora_gradients(model, batch)) for batch in batches[args.exact_steps + calibration_steps :]]
+        arguments = {"arguments": {**vars(args), "settings": None}}
         for label, setting in settings.items():
             result = measure(model, HycloraConfig(**setting), calibration, exact)
             line = record(
-                "fidelity", {"model": folder, "data": args.data, "setting": setting, "label": label, **result}
+                "fidelity", {"model": Path(folder).name, "setting": setting, "label": label, **result, **arguments}
             )
             print(f"{folder:<24}{label:<56}{result['cosine']:.4f} ({result['smallest']:.3f}) {result['bits']:.2f} bits")
             lines.append(line)

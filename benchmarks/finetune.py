@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         exact = loss if setting is None else exact
         gap = None if exact is None else loss - exact
         result = {"setting": setting, "test_loss": loss, "gap": gap, "train_losses": losses, "seconds": seconds}
-        lines.append(record("finetune", {**vars(args), "settings": None, **result}))
+        lines.append(record("finetune", {"arguments": {**vars(args), "settings": None}, **result}))
         print(f"{label:<44} test loss {loss:.4f}" + ("" if gap is None else f"  {gap:+.4f} nats"), flush=True)
     return lines
 

@@ -18,11 +18,16 @@ PATCH = "_hyclora_patch"
 
 @dataclass
 class PatchReport:
-    """What apply_hyclora did; str() is the text for a person."""
+    """What apply_hyclora did; str() is the text for a person.
+
+    average_bits: of an element kept; slot_bits: of a token, by slot, summed over layers (the attention map, whose size
+    depends on the sequence, is left out of both).
+    """
 
     config: HycloraConfig
     n_layers: int
     average_bits: float
+    slot_bits: dict[str, float]
     savers: dict[str, list[str]]
     adapters: dict[str, int]
     not_patched: list[str]
@@ -66,11 +71,12 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     layers = list(getattr(decoder, family.layers))
     bits = _bits(config, family, layers)
     blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step)]
+    report = _report(config, family, decoder, layers, blocks, names)
     for block in blocks:
         block.bind()
     hook = decoder.register_forward_pre_hook(_StepHook(step), with_kwargs=True)
     object.__setattr__(model, PATCH, Patch(config, step, blocks, hook))
-    return _report(config, family, decoder, layers, blocks, names)
+    return report
 
 
 def remove_hyclora(model: PeftModel) -> None:
@@ -190,20 +196,22 @@ def _savers(config: HycloraConfig, kind: str, bits: dict[str, int]) -> dict[str,
 def _report(config, family, decoder, layers, blocks, names) -> PatchReport:
     savers: dict[str, list[str]] = {}
     adapters: dict[str, int] = {}
-    bits = elements = 0
+    slot_bits: dict[str, float] = {}
+    elements = 0
     widths = _slot_widths(family, layers[0])
     for block in blocks:
         for slot, saver in block.savers.items():
-            if slot != "prob" or config.attention == "eager":
-                savers.setdefault(slot, []).append(str(saver))
+            if slot == "prob" and config.attention != "eager":
+                continue
+            savers.setdefault(slot, []).append(str(saver))
             if saver.stored and slot != "prob":
-                bits += saver.bits(widths[slot])
+                slot_bits[slot] = slot_bits.get(slot, 0.0) + saver.bits(widths[slot])
                 elements += widths[slot]
         for p in block.projections:
             adapters[p.name] = adapters.get(p.name, 0) + p.has_adapter
     patched = {id(m) for layer in layers for m in layer.modules()}
     leaves = [m for m in decoder.modules() if not list(m.children()) and id(m) not in patched]
     adapters = {name: count for name, count in adapters.items() if count}
-    return PatchReport(
-        config, len(layers), bits / elements, savers, adapters, [names[id(m)] for m in leaves] + ["lm_head"]
-    )
+    average_bits = sum(slot_bits.values()) / elements
+    not_patched = [names[id(m)] for m in leaves] + ["lm_head"]
+    return PatchReport(config, len(layers), average_bits, slot_bits, savers, adapters, not_patched)

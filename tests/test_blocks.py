@@ -181,7 +181,7 @@ def test_eval_generate_disabled_and_merged_adapters_run_stock_code():
 
 def _with_disabled(model, batch):
     with model.disable_adapter():
-        out = model(**batch)
+        out = model(**batch, use_cache=False)
     return out.loss, out.logits
 
 

@@ -119,17 +119,22 @@ class Clock:
 
 
 def environment() -> dict:
-    """Versions, device and commit: what a number needs to be compared with another."""
+    """Versions, device and commit: what a number needs to be compared with another.
+
+    A copy of the tree without its history takes the commit from the environment variable COMMIT.
+    """
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
         "python": platform.python_version(),
         "versions": versions,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
-        "commit": git.stdout.strip() or None,
+        "commit": os.environ.get("COMMIT") or (git.stdout.strip() if git.returncode == 0 else None),
     }
 
 
