@@ -10,6 +10,7 @@ are first trained exactly for some steps, so that LoRA B is not zero. One JSON l
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -165,6 +165,6 @@ def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projectio
     if getattr(module, "lora_variant", None):
         kinds = ", ".join(sorted({type(v).__name__ for v in module.lora_variant.values()}))
         raise ValueError(f"{name}: LoRA variant {kinds} is not supported; use plain LoRA or rsLoRA")
-    if len(getattr(module, "active_adapters", [])) > 1:
-        raise ValueError(f"{name}: several active adapters {module.active_adapters}; activate one")
-    return Projection(module, attribute)
+    result = Projection(module, attribute)
+    result.parameters()
+    return result

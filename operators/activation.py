@@ -26,7 +26,7 @@ def silu_mul_grad_tile(dhidden, gate, up):
     return dgate, dhidden * act, act * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_elements"])
 def _silu_mul_fwd_kernel(gate_ptr, up_ptr, hidden_ptr, n_elements, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < n_elements
@@ -35,7 +35,7 @@ def _silu_mul_fwd_kernel(gate_ptr, up_ptr, hidden_ptr, n_elements, BLOCK: tl.con
     tl.store(hidden_ptr + index, silu_mul_tile(gate, up).to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_elements"])
 def _silu_mul_bwd_kernel(
     dhidden_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr, n_elements, BLOCK: tl.constexpr
 ):

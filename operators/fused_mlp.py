@@ -43,7 +43,7 @@ def _lora_tile(xa_ptr, b_ptr, row, col, n_rows, n_cols, scaling, RANK: tl.conste
     return tl.dot(xa.to(tl.float32), b.to(tl.float32), input_precision=precision) * scaling
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _fused_mlp_fwd_kernel(
     gate_ptr, gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, gate_xa_ptr, gate_b_ptr, gate_scaling,
     up_ptr, up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, up_xa_ptr, up_b_ptr, up_scaling,
@@ -106,7 +106,7 @@ def _unpack_tile(
     return tl.reshape(x, (BLOCK_ROWS, GROUP))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _fused_mlp_bwd_kernel(
     gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, gate_xa_ptr, gate_b_ptr, gate_scaling,
     up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, up_xa_ptr, up_b_ptr, up_scaling,

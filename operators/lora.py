@@ -47,9 +47,11 @@ class Projection:
 
     @property
     def adapter(self) -> str | None:
-        """The active adapter that this layer has weights of."""
-        active = (a for a in getattr(self.module, "active_adapters", ()) if a in self.module.lora_A)
-        return next(active, None)
+        """The active adapter that this layer has weights of; ValueError if there are several."""
+        active = [a for a in getattr(self.module, "active_adapters", ()) if a in self.module.lora_A]
+        if len(active) > 1:
+            raise ValueError(f"{self.name}: several active adapters, {', '.join(active)}; activate one")
+        return active[0] if active else None
 
     @property
     def has_adapter(self) -> bool:
@@ -82,6 +84,11 @@ class Projection:
         """W [out, in] in dtype; NF4 weights are dequantized on the way."""
         weight = self.base.weight
         if bnb is not None and isinstance(weight, bnb.nn.Params4bit):
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+                raise RuntimeError(
+                    f"{self.name}: bitsandbytes has repacked this weight for CPU inference; set "
+                    "support_avx512bf16_for_cpu = False on the Linear4bit modules before the first evaluation"
+                )
             # [N K / 2, 1] is the layout for which all bitsandbytes versions return [N, K] untransposed
             return bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).to(dtype)
         return weight.to(dtype)

@@ -119,7 +119,7 @@ def tile_index(row, group, n_groups, GROUP: tl.constexpr):
     return word, unit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _quantize_kernel(
     x_ptr, mean_ptr, std_ptr, codes_ptr, scale_ptr, n_rows, n_cols, n_groups, stride_row,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
@@ -140,7 +140,7 @@ def _quantize_kernel(
     store_scale(scale_ptr, unit, exponent, middle, unit_mask, GROUPED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _dequantize_kernel(
     codes_ptr, scale_ptr, mean_ptr, std_ptr, x_ptr, n_rows, n_cols, n_groups,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,

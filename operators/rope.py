@@ -9,7 +9,7 @@ from operators import reference
 from operators.dispatch import device_guard, use_triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seq_len"])
 def _rope_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, seq_len, n_heads, half, stride_batch, stride_seq, stride_head, stride_cos_batch,
     SIGN: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,

@@ -9,7 +9,7 @@ from operators import reference
 from operators.dispatch import device_guard, use_triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_cols"])
 def _softmax_bwd_kernel(dprob_ptr, prob_ptr, dscore_ptr, n_cols, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * n_cols
     total = tl.zeros([BLOCK], tl.float32)

@@ -120,15 +120,16 @@ def test_k_and_v_are_kept_for_their_own_heads():
     assert (63, 32) in kept and (63, 96) in kept
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("layer_type", list(POLICIES))
-def test_gradient_checkpointing_gives_the_same_gradients(layer_type):
+def test_gradient_checkpointing_gives_the_same_gradients(layer_type, use_reentrant):
     """The recomputed forward neither calibrates again nor changes what is packed."""
     model, batch = llama({"lora_dropout": 0.1}), padded_batch()
     config = HycloraConfig(layer_type=layer_type, q_bit=4, iteration_threshold=2)
     apply_hyclora(model, config)
     plain = [gradients(model, batch)[1] for _ in range(4)]
     remove_hyclora(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     apply_hyclora(model, config)
     for expected in plain:
@@ -243,3 +244,16 @@ def test_bf16_autocast_with_fp32_adapters():
     ours = autocast_gradients()
     assert all(g.dtype == torch.float32 for g in ours.values())
     assert largest_error(ours, exact) <= 1.5 * stock_error
+
+
+def test_several_active_adapters_are_refused_when_they_are_used():
+    model = llama()
+    model.add_adapter("second", model.peft_config["default"])
+    apply_hyclora(model, HycloraConfig())
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="q_proj: several active adapters, default, second"):
+        model(**padded_batch())
+    model.set_adapter("second")
+    model.train()
+    loss, ours = gradients(model, padded_batch())
+    assert all("second" in name for name in ours)

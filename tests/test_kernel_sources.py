@@ -1,0 +1,33 @@
+"""What every Triton kernel must not do, read off the source."""
+
+import ast
+
+import pytest
+
+from utils.args import ROOT
+
+# sizes of the model or of the tile; a number of rows or tokens here would compile a kernel for every sequence length
+ALLOWED = {"BITS", "STEP", "CENTRE", "GROUPED", "GROUP", "SIGN", "RANK"}
+KERNELS = [
+    (file.name, node)
+    for file in sorted((ROOT / "operators").glob("*.py"))
+    for node in ast.parse(file.read_text()).body
+    if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+]
+
+
+@pytest.mark.parametrize("file, kernel", KERNELS, ids=[f"{file}:{kernel.name}" for file, kernel in KERNELS])
+def test_no_kernel_is_compiled_for_a_sequence_length(file, kernel):
+    """Defect of the original: a new autotune for each sequence length. Also no libdevice: the interpreter lacks it."""
+    constants = {a.arg for a in kernel.args.args if a.annotation is not None}
+    stems = {name.removeprefix("GATE_").removeprefix("UP_").removesuffix("_BLOCK") for name in constants}
+    assert {name for name in stems if not name.startswith("BLOCK")} <= ALLOWED
+    source = ast.unparse(kernel)
+    assert "autotune" not in source and "libdevice" not in source
+    lengths = {"n_rows", "n_elements", "seq_len"} & {a.arg for a in kernel.args.args}
+    if kernel.name.endswith("_kernel") and lengths:
+        assert all(f"'{name}'" in ast.unparse(kernel.decorator_list[0]) for name in lengths)
+
+
+def test_the_kernels_are_found():
+    assert len(KERNELS) > 15
