@@ -7,7 +7,6 @@ python -m benchmarks.report --check    # exit 1 if README.md is not what the res
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable
 
@@ -25,9 +24,8 @@ def load(name: str) -> list[dict]:
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     latest = {}
     for line in lines:
-        key = json.dumps(
-            [line.get("model"), line.get("label"), line["setting"], line.get("arguments", {}).get("model")]
-        )
+        steps = line.get("arguments", {}).get("steps")
+        key = json.dumps([line.get("model"), line.get("label"), line["setting"], steps])
         latest[key] = line
     return list(latest.values())
 
@@ -95,6 +93,7 @@ def fidelity() -> str:
 
 def finetune() -> str:
     lines = [line for line in load("finetune") if line["arguments"]["steps"] == 300]
+    lines.sort(key=lambda line: line["gap"])
     rows = [[name_of(line["setting"]), f"{line['test_loss']:.4f}", f"{line['gap']:+.4f}"] for line in lines]
     head = ["300 steps of 16 on GSM8K, 27M LLaMA", "test loss, nats", "against exact LoRA"]
     return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.finetune --paper")
@@ -127,8 +126,8 @@ PARTS: dict[str, Callable[[], str]] = {
 def render(text: str) -> str:
     """README.md with every part between <!-- name --> and <!-- end name --> made anew."""
     for name, make in PARTS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
-        text = pattern.sub(lambda match, make=make: match[1] + make() + match[2], text)
+        before, after = text.split(f"<!-- {name} -->\n")[0], text.split(f"<!-- end {name} -->")[1]
+        text = f"{before}<!-- {name} -->\n{make()}\n<!-- end {name} -->{after}"
     return text
 
 

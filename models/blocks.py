@@ -93,7 +93,10 @@ def _forward(self, *args, **kwargs):
 
 
 class NormBlock(Block):
-    """RMSNorm; its output carries the handle from which the next block derives its input."""
+    """RMSNorm; its output carries the handle from which the next block derives its input.
+
+    Its projections are those of the block that it feeds, so that both run stock code together.
+    """
 
     def run(self, dtype, hidden_states):
         keeper = self.keeper()

@@ -177,6 +177,8 @@ def _blocks(config, family, index, layer, names, bits, step) -> list[Block]:
     for (kind, attribute), module in _layer_modules(family, layer).items():
         savers = _savers(config, kind, {slot: bits.get((index, attribute, slot), 8) for slot in SLOTS})
         blocks.append(kinds[kind](module, names[id(module)], savers, step, *extra[kind]))
+    for norm, fed in zip(blocks[::2], blocks[1::2], strict=True):
+        norm.projections = fed.projections
     return blocks
 
 
@@ -207,7 +209,7 @@ def _report(config, family, decoder, layers, blocks, names) -> PatchReport:
             if saver.stored and slot != "prob":
                 slot_bits[slot] = slot_bits.get(slot, 0.0) + saver.bits(widths[slot])
                 elements += widths[slot]
-        for p in block.projections:
+        for p in block.projections if not isinstance(block, NormBlock) else ():
             adapters[p.name] = adapters.get(p.name, 0) + p.has_adapter
     patched = {id(m) for layer in layers for m in layer.modules()}
     leaves = [m for m in decoder.modules() if not list(m.children()) and id(m) not in patched]

@@ -165,19 +165,25 @@ def test_calibration_freezes_and_skips_padding():
     assert all(torch.allclose(saver_of[3][k], saver_of[77][k], atol=1e-5) for k in saver_of[3])
 
 
-def test_eval_generate_disabled_and_merged_adapters_run_stock_code():
+def test_eval_generate_disabled_and_merged_adapters_run_stock_code(monkeypatch):
     model, batch = llama(), padded_batch()
     with torch.no_grad():
         expected = model.eval()(**batch).logits
         generated = model.generate(batch["input_ids"][:1], max_new_tokens=5, do_sample=False)
     _, disabled = _with_disabled(model.train(), batch)
     apply_hyclora(model, HycloraConfig(q_bit=2))
-    index = find_patch(model).step
+    for function in ("RMSNormFunction", "AttentionFunction", "MlpFunction"):
+        monkeypatch.delattr(f"models.blocks.{function}")
     with torch.no_grad():
         assert torch.equal(model.eval()(**batch).logits, expected)
         assert torch.equal(model.generate(batch["input_ids"][:1], max_new_tokens=5, do_sample=False), generated)
-    assert index.index == 0
+    assert find_patch(model).step.index == 0
     assert torch.equal(_with_disabled(model.train(), batch)[1], disabled)
+    model.merge_adapter()
+    model(**batch)
+    model.unmerge_adapter()
+    with pytest.raises(NameError):
+        model(**batch)
 
 
 def _with_disabled(model, batch):

@@ -1,0 +1,37 @@
+"""README.md says what the tree and the result files say."""
+
+import re
+
+from benchmarks.report import PARTS, README, ROOT, render
+from utils.args import GROUPS, Parser
+
+
+def test_generated_parts_are_current():
+    """Every part is there once, and `python -m benchmarks.report` would change nothing."""
+    text = README.read_text(encoding="utf-8")
+    assert all(text.count(f"<!-- {name} -->") == text.count(f"<!-- end {name} -->") == 1 for name in PARTS)
+    assert render(text) == text, "run python -m benchmarks.report"
+
+
+def test_named_files_exist():
+    text = README.read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[\w-]+/)+[\w.-]*)`|bash (\w+\.sh)|\]\((figures/\S+)\)", text))
+    paths = {path for found in named for path in found if path}
+    generated = {"exp_results_gsm8k/"}
+    assert len(paths) > 5
+    assert [path for path in paths - generated if not (ROOT / path).exists()] == []
+
+
+def test_named_options_exist():
+    known = {option for action in Parser(GROUPS)._actions for option in action.option_strings} | {
+        "--help",
+        "--shape",
+        "--paper",
+    }
+    named = set(re.findall(r"--[a-z]\w+", README.read_text(encoding="utf-8")))
+    assert named and named <= known
+
+
+def test_named_modules_exist():
+    named = set(re.findall(r"python -m ([\w.]+)", README.read_text(encoding="utf-8")))
+    assert named and all((ROOT / (name.replace(".", "/") + ".py")).is_file() for name in named)
