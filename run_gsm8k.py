@@ -80,7 +80,7 @@ def main(argv=None):
             results.write_json(run / "predictions.json", predictions)
 
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        print(closing_table(accuracy, losses, buffered, peak))
+        print(closing_table(accuracy, losses, int(trainer.masked_batches), buffered, peak))
         results.write_json(
             run.with_name(run.name + ".json"),
             {
@@ -129,9 +129,12 @@ def measure_buffers(model, batch, compressed: bool) -> dict[str, int]:
     return buffered | {"lora": buffered_bytes(model, batch)}
 
 
-def closing_table(accuracy: dict[str, float], losses: list[float], buffered: dict[str, int], peak: int | None) -> str:
+def closing_table(
+    accuracy: dict[str, float], losses: list[float], masked: int, buffered: dict[str, int], peak: int | None
+) -> str:
     rows = [(f"accuracy {when} training", f"{value:.2%}") for when, value in accuracy.items()]
     rows += [("final loss", f"{losses[-1]:.4f}")] if losses else []
+    rows += [("batches without a target, skipped", str(masked))] if masked else []
     rows += [(f"MiB kept for backward, {name}", f"{size / 2**20:.2f}") for name, size in buffered.items()]
     if "hyclora" in buffered:
         rows.append(("ratio", f"{buffered['lora'] / buffered['hyclora']:.2f}x"))
