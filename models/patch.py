@@ -71,7 +71,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     layers = list(getattr(decoder, family.layers))
     bits = _bits(config, family, layers)
     blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step)]
-    report = _report(config, family, decoder, layers, blocks, names)
+    report = _report(config, family, model, layers, blocks)
     for block in blocks:
         block.bind()
     hook = decoder.register_forward_pre_hook(_StepHook(step), with_kwargs=True)
@@ -195,9 +195,8 @@ def _savers(config: HycloraConfig, kind: str, bits: dict[str, int]) -> dict[str,
     }
 
 
-def _report(config, family, decoder, layers, blocks, names) -> PatchReport:
+def _report(config, family, model, layers, blocks) -> PatchReport:
     savers: dict[str, list[str]] = {}
-    adapters: dict[str, int] = {}
     slot_bits: dict[str, float] = {}
     elements = 0
     widths = _slot_widths(family, layers[0])
@@ -209,11 +208,9 @@ def _report(config, family, decoder, layers, blocks, names) -> PatchReport:
             if saver.stored and slot != "prob":
                 slot_bits[slot] = slot_bits.get(slot, 0.0) + saver.bits(widths[slot])
                 elements += widths[slot]
-        for p in block.projections if not isinstance(block, NormBlock) else ():
-            adapters[p.name] = adapters.get(p.name, 0) + p.has_adapter
+    adapters: dict[str, int] = {}
+    for p in {id(p): p for block in blocks for p in block.projections if p.has_adapter}.values():
+        adapters[p.name] = adapters.get(p.name, 0) + 1
     patched = {id(m) for layer in layers for m in layer.modules()}
-    leaves = [m for m in decoder.modules() if not list(m.children()) and id(m) not in patched]
-    adapters = {name: count for name, count in adapters.items() if count}
-    average_bits = sum(slot_bits.values()) / elements
-    not_patched = [names[id(m)] for m in leaves] + ["lm_head"]
-    return PatchReport(config, len(layers), average_bits, slot_bits, savers, adapters, not_patched)
+    leaves = [n for n, m in model.named_modules() if not list(m.children()) and id(m) not in patched]
+    return PatchReport(config, len(layers), sum(slot_bits.values()) / elements, slot_bits, savers, adapters, leaves)

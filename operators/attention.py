@@ -139,7 +139,7 @@ class AttentionFunction(torch.autograd.Function):
         rng: dict = {}
         if spec.qkv.needs_input:
             keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
-        frozen, low_rank = spec.qkv.forward(rows, parameters[:n_qkv], keeper, rng)
+        frozen = spec.qkv.forward(rows, parameters[:n_qkv], keeper, rng)
         heads = []
         for i, name in enumerate("qkv"):
             if spec.compensate:
@@ -154,8 +154,8 @@ class AttentionFunction(torch.autograd.Function):
         o = o.reshape(rows.shape[0], -1)
         if spec.out.needs_input:
             keeper.keep("attn_out", o)
-        frozen, _ = spec.out.forward(o, parameters[n_qkv:], keeper, rng)
-        y = spec.out.compensate(0, frozen[0], keeper)
+        (frozen,) = spec.out.forward(o, parameters[n_qkv:], keeper, rng)
+        y = spec.out.compensate(0, frozen, keeper)
         for name, tensor in (("cos", cos), ("sin", sin), ("mask", mask)):
             keeper.keep_exact(name, tensor)
         keeper.save(ctx)

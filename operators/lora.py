@@ -99,8 +99,9 @@ class Projection:
         return nn.functional.linear(x, self.weight(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def down(self, x: Tensor, lora_A: Tensor) -> Tensor:
-        """dropout(x) A^T, [T, r]."""
-        return (x if self.dropout is None else self.dropout(x)) @ lora_A.to(x.dtype).t()
+        """dropout(x) A^T, [T, r]; the mask is drawn in the adapter's dtype, as PEFT draws it."""
+        dropped = x if self.dropout is None else self.dropout(x.to(lora_A.dtype)).to(x.dtype)
+        return dropped @ lora_A.to(x.dtype).t()
 
     def up(self, frozen: Tensor, xa: Tensor | None, lora_B: Tensor | None, bias_B: Tensor | None) -> Tensor:
         """frozen + scaling * (xa B^T + b_B); frozen itself without an adapter."""
@@ -129,17 +130,17 @@ class ProjectionGroup:
         p = self.projections[index]
         return p.up(frozen, *(keeper.exact(f"{p.name}_{part}") for part in ("xa", "B", "bias_B")))
 
-    def forward(self, x: Tensor, parameters: tuple, keeper, rng: dict) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Frozen paths and x A^T of each projection; keeps x A^T, B and the RNG states of dropouts."""
-        frozen, low_rank = [], []
+    def forward(self, x: Tensor, parameters: tuple, keeper, rng: dict) -> list[Tensor]:
+        """Frozen path of each projection; keeps x A^T, the low-rank weights and the RNG states of dropouts."""
+        frozen = []
         for p, (lora_A, lora_B, bias_B, _) in zip(self.projections, split(parameters), strict=True):
             frozen.append(p.frozen(x))
             if p.dropout is not None:
                 rng[p.name] = get_rng_state(x.device)
-            low_rank.append(p.down(x, lora_A) if p.has_adapter else None)
-            for part, tensor in (("xa", low_rank[-1]), ("A", lora_A), ("B", lora_B), ("bias_B", bias_B)):
+            xa = p.down(x, lora_A) if p.has_adapter else None
+            for part, tensor in (("xa", xa), ("A", lora_A), ("B", lora_B), ("bias_B", bias_B)):
                 keeper.keep_exact(f"{p.name}_{part}", tensor)
-        return frozen, low_rank
+        return frozen
 
     def backward_input(
         self, dys: list[Tensor], keeper, rng: dict, need_dx: bool
@@ -185,7 +186,8 @@ class ProjectionGroup:
     def _dropout_mask(p: Projection, x: Tensor, rng: dict) -> Tensor:
         """The dropout's factors (0 or 1 / (1 - p)), drawn again from the generator state of the forward."""
         with replayed_rng(x.device, rng[p.name]):
-            return nn.functional.dropout(torch.ones_like(x), p.dropout.p)
+            ones = torch.ones_like(x, dtype=p.parameters()[0].dtype)
+            return nn.functional.dropout(ones, p.dropout.p).to(x.dtype)
 
 
 def split(parameters: tuple) -> list[tuple]:

@@ -43,13 +43,13 @@ class MlpFunction(torch.autograd.Function):
         rng: dict = {}
         if spec.gate_up.needs_input:
             keeper.derive("mlp_in", source) if source else keeper.keep("mlp_in", rows)
-        frozen, _ = spec.gate_up.forward(rows, parameters[:n_gate_up], keeper, rng)
+        frozen = spec.gate_up.forward(rows, parameters[:n_gate_up], keeper, rng)
         hidden = (fused_mlp_fwd if spec.fused else _activate_fwd)(spec, frozen, keeper)
         del frozen
         if spec.down.needs_input:
             keeper.keep("hidden", hidden)
-        frozen, _ = spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng)
-        y = spec.down.compensate(0, frozen[0], keeper)
+        (frozen,) = spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng)
+        y = spec.down.compensate(0, frozen, keeper)
         keeper.save(ctx)
         ctx.spec, ctx.rng, ctx.shape = spec, rng, x.shape
         return y.view(*x.shape[:-1], -1)

@@ -19,26 +19,27 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
     Eight consecutive codes make one word of b bytes, whatever the width: code i of a word is its bits b*i .. b*i+b-1.
     """
-    n_rows, n_groups, group = codes.shape
-    shifts = torch.arange(8, device=codes.device) * bits
-    words = (codes.view(n_rows, n_groups, group // 8, 8).to(torch.int64) << shifts).sum(dim=-1, keepdim=True)
-    return ((words >> torch.arange(bits, device=codes.device) * 8) & 255).to(torch.uint8)
+    codes = codes.unflatten(-1, (-1, 8))
+    if bits == 8:
+        return codes.to(torch.uint8)
+    shifts = torch.arange(8, device=codes.device, dtype=torch.int32) * bits
+    words = (codes.to(torch.int32) << shifts).sum(dim=-1, keepdim=True, dtype=torch.int32)
+    return words.view(torch.uint8)[..., :bits].contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of pack_codes: bytes [T, n, G/8, b] to int64 codes [T, n, G]."""
-    shifts = torch.arange(8, device=packed.device)
-    words = (packed.to(torch.int64) << shifts[:bits] * 8).sum(dim=-1, keepdim=True)
-    return ((words >> shifts * bits) & ((1 << bits) - 1)).flatten(-2)
+    """Inverse of pack_codes: bytes [T, n, G/8, b] to integer codes [T, n, G]."""
+    if bits == 8:
+        return packed.flatten(-2)
+    shifts = torch.arange(8, device=packed.device, dtype=torch.int32) * bits
+    words = torch.nn.functional.pad(packed, (0, 4 - bits)).view(torch.int32)
+    return ((words >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
 def to_groups(x: Tensor, group: int) -> Tensor:
-    """[T, C] to fp32 [T, ceil(C/G), G], the tail filled with zeros."""
-    n_rows, n_cols = x.shape
-    n_groups = -(-n_cols // group)
-    padded = x.new_zeros(n_rows, n_groups * group, dtype=torch.float32)
-    padded[:, :n_cols] = x
-    return padded.view(n_rows, n_groups, group)
+    """[T, C] to [T, ceil(C/G), G], the tail filled with zeros."""
+    padding = -x.shape[1] % group
+    return torch.nn.functional.pad(x, (0, padding)).unflatten(-1, (-1, group))
 
 
 def quantize(x: Tensor, mean: Tensor, std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,7 @@ def quantize(x: Tensor, mean: Tensor, std: Tensor, book: Codebook) -> tuple[Tens
         middle = torch.floor((high + low) / 2 * inverse * MIDDLE_STEPS + (SCALE_ZERO + 0.5)).clamp(0, 255)
         scale = torch.stack((exponent, middle), dim=-1).to(torch.uint8)
         t = t * inverse.unsqueeze(-1) - ((middle - SCALE_ZERO) / MIDDLE_STEPS).unsqueeze(-1)
-    return pack_codes(book.encode(t).to(torch.int64), book.bits), scale
+    return pack_codes(book.encode(t), book.bits), scale
 
 
 def dequantize(packed: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Codebook, dtype: torch.dtype) -> Tensor:

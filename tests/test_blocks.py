@@ -236,20 +236,28 @@ def test_gradient_accumulation_sums_micro_batches():
     assert largest_error(apart, together) < 1e-4
 
 
-def test_bf16_autocast_with_fp32_adapters():
-    """As HF Trainer runs with --bf16: adapters and their gradients stay fp32, error is bf16's."""
-    model, batch = llama(), padded_batch()
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_bf16_autocast_with_fp32_adapters(variant, base):
+    """As HF Trainer runs with --bf16: adapters and their gradients stay fp32, error is at most 1.5 times torch's."""
+    model, batch = llama(**variant), padded_batch()
     _, exact = gradients(model, batch)
+
+    for name, p in model.named_parameters():
+        if "lora_" not in name:
+            p.data = p.data.to(base)
 
     def autocast_gradients():
         with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16):
             return gradients(model, batch)[1]
 
-    stock_error = largest_error(autocast_gradients(), exact)
+    stock = autocast_gradients()
     apply_hyclora(model, HycloraConfig(layer_type="baseline"))
     ours = autocast_gradients()
-    assert all(g.dtype == torch.float32 for g in ours.values())
-    assert largest_error(ours, exact) <= 1.5 * stock_error
+    assert all(ours[name].dtype == g.dtype for name, g in stock.items())
+    errors = [torch.stack([(g[n].float() - e).norm() / e.norm() for n, e in exact.items()]) for g in (ours, stock)]
+    assert errors[0].mean() <= 1.5 * errors[1].mean()
+    assert errors[0].max() <= 1.5 * errors[1].max()
 
 
 def test_several_active_adapters_are_refused_when_they_are_used():
