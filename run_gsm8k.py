@@ -80,14 +80,15 @@ def main(argv=None):
             results.write_json(run / "predictions.json", predictions)
 
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        print(closing_table(accuracy, losses, int(trainer.masked_batches), buffered, peak))
+        final_loss = losses[-1] if losses else trained.metrics["train_loss"]
+        print(closing_table(accuracy, final_loss, int(trainer.masked_batches), buffered, peak))
         results.write_json(
             run.with_name(run.name + ".json"),
             {
                 "settings": results.settings(*groups),
                 "environment": results.environment(),
                 "accuracy": accuracy,
-                "final_loss": losses[-1] if losses else None,
+                "final_loss": final_loss,
                 "buffered_bytes": buffered,
                 "peak_bytes": peak,
                 "masked_batches": int(trainer.masked_batches),
@@ -130,10 +131,10 @@ def measure_buffers(model, batch, compressed: bool) -> dict[str, int]:
 
 
 def closing_table(
-    accuracy: dict[str, float], losses: list[float], masked: int, buffered: dict[str, int], peak: int | None
+    accuracy: dict[str, float], final_loss: float, masked: int, buffered: dict[str, int], peak: int | None
 ) -> str:
     rows = [(f"accuracy {when} training", f"{value:.2%}") for when, value in accuracy.items()]
-    rows += [("final loss", f"{losses[-1]:.4f}")] if losses else []
+    rows.append(("final loss", f"{final_loss:.4f}"))
     rows += [("batches without a target, skipped", str(masked))] if masked else []
     rows += [(f"MiB kept for backward, {name}", f"{size / 2**20:.2f}") for name, size in buffered.items()]
     if "hyclora" in buffered:

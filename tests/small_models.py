@@ -4,19 +4,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from models.loading import quantize_linears
 from tests.kernel_checks import DEVICE
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama(lora: dict | None = None, dtype=torch.float32, **config) -> torch.nn.Module:
-    """A two-layer LLaMA with grouped queries, odd widths, and LoRA whose B is not zero; alpha != r."""
+def llama(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+    """A two-layer LLaMA with grouped queries, odd widths, and LoRA whose B is not zero; alpha != r; base may be nf4."""
     torch.manual_seed(0)
     shape = {
         "vocab_size": 128, "hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**shape | config)).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**shape | config)).to(DEVICE)
+    if base == "nf4":
+        quantize_linears(model, torch.float32)
     model = get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 12, "target_modules": LINEARS} | (lora or {})))
     for name, p in model.named_parameters():
         if "lora_B" in name or name.endswith("bias"):

@@ -46,6 +46,21 @@ def test_baseline_equals_hf_and_peft(variant, attention):
     assert largest_error(ours, exact) < 1e-5
 
 
+@pytest.mark.parametrize("layer_type", list(POLICIES))
+def test_nf4_base_weights(layer_type):
+    """bitsandbytes NF4 with double quantization under LoRA: exact blocks equal stock, 8 bit comes close."""
+    model = llama({"lora_dropout": 0.1}, hidden_size=128, num_attention_heads=4, intermediate_size=192, base="nf4")
+    batch = padded_batch()
+    loss, exact = gradients(model, batch)
+    apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=8))
+    our_loss, ours = gradients(model, batch)
+    assert abs(our_loss - loss) < 1e-4
+    if layer_type == "baseline":
+        assert largest_error(ours, exact) < 1e-4
+    else:
+        assert mean_cosine(ours, exact) > 0.999
+
+
 def test_full_attention_mask_and_positions_of_packed_rows():
     """Two documents in one row: position ids restart, HF masks across them (without a cache), ours must too."""
     model = llama()

@@ -62,8 +62,10 @@ def download(split: str) -> list[dict]:
     place_by_hand = "put gsm8k's train.jsonl and test.jsonl into a folder and give it with --data_dir"
     try:
         from datasets import load_dataset
+        from huggingface_hub.utils import logging
     except ImportError:
         raise UserError(f"{HUB_ID} needs the package datasets: pip install datasets, or {place_by_hand}") from None
+    logging.set_verbosity_error()  # its retries would bury the sentence below
     try:
         return load_dataset(HUB_ID, "main", split=split).to_list()
     except Exception as error:  # the hub client raises its own, httpx's, OSError, ... when it cannot connect

@@ -1,0 +1,66 @@
+"""The benchmarks run end to end on a small model and write one whole line a setting."""
+
+import json
+
+import pytest
+
+from benchmarks import buffered, fidelity, finetune, record
+
+KEYS = {"benchmark", "time", "commit", "device", "versions", "setting", "arguments"}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The folder that results go to."""
+    write = record.record
+    for module in (buffered, fidelity, finetune):
+        monkeypatch.setattr(module, "record", lambda name, result: write(name, result, tmp_path))
+    return tmp_path
+
+
+def lines(results, name):
+    found = [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
+    assert all(line.keys() >= KEYS for line in found)
+    return found
+
+
+def test_fidelity(results, tiny_llama_folder):
+    settings = [{"layer_type": "baseline"}, {"q_bit": 8}, {"q_bit": 2}]
+    common = ["--model", str(tiny_llama_folder), "--device", "cpu", "--exact_steps", "2", "--batches", "1"]
+    fidelity.main([*common, "--settings", json.dumps(settings)])
+    exact, eight, two = lines(results, "fidelity")
+    assert exact["cosine"] > 0.99999 and exact["bits"] == 16
+    assert 1 > eight["cosine"] > two["cosine"] > 0.5 and two["bits"] < 3
+    fidelity.main([*common, "--slots", "4"])
+    assert {line["label"] for line in lines(results, "fidelity")[3:]} == {f"{n} at 4 bit" for n in fidelity.SLOT_GROUPS}
+
+
+def test_finetune(results, tiny_llama_folder):
+    common = ["--model", str(tiny_llama_folder), "--device", "cpu", "--steps", "3", "--batch_size", "4"]
+    finetune.main([*common, "--test_rows", "8", "--settings", '[null, {"layer_type": "baseline"}, {"q_bit": 4}]'])
+    exact, baseline, four = lines(results, "finetune")
+    assert len(exact["train_losses"]) == 3 and exact["gap"] == 0
+    assert abs(baseline["gap"]) < 1e-4 and abs(four["gap"]) < 0.05
+
+
+def test_buffered(results):
+    shape = [
+        "--hidden",
+        "256",
+        "--ffn",
+        "384",
+        "--heads",
+        "4",
+        "--kv_heads",
+        "2",
+        "--batch_size",
+        "2",
+        "--seq_len",
+        "64",
+    ]
+    buffered.main([*shape, "--vocab", "100", "--base", "bf16", "--device", "cpu"])
+    found = lines(results, "buffered")
+    sizes = {json.dumps(line["setting"]): line["layer_bytes"] for line in found}
+    assert sizes['{"q_bit": 2}'] < sizes['{"q_bit": 4}'] < sizes['{"q_bit": 8}'] < sizes["null"]
+    for line in found[1:]:
+        assert sum(line["slots"].values()) <= line["layer_bytes"]
