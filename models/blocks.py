@@ -64,7 +64,7 @@ class Block:
 
     def applies(self, *args, **kwargs) -> bool:
         """Only training forwards with grad enabled and active, unmerged adapters are ours."""
-        return self.module.training and torch.is_grad_enabled() and all(p.is_active for p in self.projections)
+        return self.module.training and torch.is_grad_enabled() and all([p.refresh() for p in self.projections])
 
     def keeper(self) -> Keeper:
         return Keeper(self.savers, self.step)
@@ -168,6 +168,4 @@ def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projectio
     if getattr(module, "lora_variant", None):
         kinds = ", ".join(sorted({type(v).__name__ for v in module.lora_variant.values()}))
         raise ValueError(f"{name}: LoRA variant {kinds} is not supported; use plain LoRA or rsLoRA")
-    result = Projection(module, attribute)
-    result.parameters()
-    return result
+    return Projection(module, attribute)

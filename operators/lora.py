@@ -39,39 +39,33 @@ def get_rng_state(device: torch.device) -> Tensor:
 
 
 class Projection:
-    """One linear layer of a block as the block's Functions see it; reads weights from the module at each use."""
+    """One linear layer of a block as the block's Functions see it; weights are read from the module at each use.
+
+    adapter: name of the active adapter or None; scaling: lora_alpha / r (/ sqrt(r) with rsLoRA); dropout: its
+    probability. They are read from PEFT by refresh(), once a forward.
+    """
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
         self.base = getattr(module, "base_layer", module)
+        self.refresh()
 
-    @property
-    def adapter(self) -> str | None:
-        """The active adapter that this layer has weights of; ValueError if there are several."""
+    def refresh(self) -> bool:
+        """Follow PEFT's switches; False while it has the adapter disabled or merged, ValueError for several active."""
         active = [a for a in getattr(self.module, "active_adapters", ()) if a in self.module.lora_A]
         if len(active) > 1:
             raise ValueError(f"{self.name}: several active adapters, {', '.join(active)}; activate one")
-        return active[0] if active else None
+        self.adapter = active[0] if active else None
+        self.scaling, self.dropout = 0.0, 0.0
+        if self.has_adapter:
+            self.scaling = self.module.scaling[self.adapter]
+            dropout = self.module.lora_dropout[self.adapter]
+            self.dropout = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return not (getattr(self.module, "disable_adapters", False) or getattr(self.module, "merged", False))
 
     @property
     def has_adapter(self) -> bool:
         return self.adapter is not None
-
-    @property
-    def is_active(self) -> bool:
-        """False while PEFT has the adapter disabled or merged."""
-        return not (getattr(self.module, "disable_adapters", False) or getattr(self.module, "merged", False))
-
-    @property
-    def scaling(self) -> float:
-        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
-        return self.module.scaling[self.adapter] if self.has_adapter else 0.0
-
-    @property
-    def dropout(self) -> nn.Module | None:
-        """The adapter's dropout if it drops anything."""
-        module = self.module.lora_dropout[self.adapter] if self.has_adapter else None
-        return module if isinstance(module, nn.Dropout) and module.p > 0 else None
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         """(lora_A, lora_B, lora_B bias, base bias): what may get a gradient; None where there is no such tensor."""
@@ -100,7 +94,7 @@ class Projection:
 
     def down(self, x: Tensor, lora_A: Tensor) -> Tensor:
         """dropout(x) A^T, [T, r]; the mask is drawn in the adapter's dtype, as PEFT draws it."""
-        dropped = x if self.dropout is None else self.dropout(x.to(lora_A.dtype)).to(x.dtype)
+        dropped = nn.functional.dropout(x.to(lora_A.dtype), self.dropout).to(x.dtype) if self.dropout else x
         return dropped @ lora_A.to(x.dtype).t()
 
     def up(self, frozen: Tensor, xa: Tensor | None, lora_B: Tensor | None, bias_B: Tensor | None) -> Tensor:
@@ -135,7 +129,7 @@ class ProjectionGroup:
         frozen = []
         for p, (lora_A, lora_B, bias_B, _) in zip(self.projections, split(parameters), strict=True):
             frozen.append(p.frozen(x))
-            if p.dropout is not None:
+            if p.dropout:
                 rng[p.name] = get_rng_state(x.device)
             xa = p.down(x, lora_A) if p.has_adapter else None
             for part, tensor in (("xa", xa), ("A", lora_A), ("B", lora_B), ("bias_B", bias_B)):
@@ -155,7 +149,7 @@ class ProjectionGroup:
             weight = p.weight(dy.dtype)
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             del weight
-            if p.has_adapter and p.dropout is None:
+            if p.has_adapter and not p.dropout:
                 dx.addmm_(gs[-1], lora_A.to(dy.dtype))
             elif p.has_adapter:
                 dxa = gs[-1] @ lora_A.to(dy.dtype)
@@ -172,7 +166,7 @@ class ProjectionGroup:
             total = dy.sum(dim=0, dtype=torch.float32) if need_bias or need_bias_B else None
             grad_A = grad_B = None
             if need_A:
-                dropped = x if p.dropout is None else x * self._dropout_mask(p, x, rng)
+                dropped = x * self._dropout_mask(p, x, rng) if p.dropout else x
                 grad_A = (g.t() @ dropped).to(p.parameters()[0].dtype)
             if need_B:
                 xa = keeper.exact(f"{p.name}_xa")
@@ -187,7 +181,7 @@ class ProjectionGroup:
         """The dropout's factors (0 or 1 / (1 - p)), drawn again from the generator state of the forward."""
         with replayed_rng(x.device, rng[p.name]):
             ones = torch.ones_like(x, dtype=p.parameters()[0].dtype)
-            return nn.functional.dropout(ones, p.dropout.p).to(x.dtype)
+            return nn.functional.dropout(ones, p.dropout).to(x.dtype)
 
 
 def split(parameters: tuple) -> list[tuple]:
