@@ -17,7 +17,8 @@ from benchmarks.fidelity import load_batches, load_model
 from benchmarks.record import record
 from models import HycloraConfig, apply_hyclora, remove_hyclora
 
-SETTINGS = [None, *({"q_bit": bits} for bits in (8, 4, 3, 2)), {"q_bit": "auto", "average_bits": 3.0}]
+SETTINGS = [None, *({"q_bit": bits} for bits in (8, 4, 3, 2))]
+SETTINGS += [{"q_bit": "auto", "average_bits": bits} for bits in (3.0, 2.5)]
 PAPER = [{"q_bit": bits, "scale_rule": "paper"} for bits in (8, 4, 2)]
 
 

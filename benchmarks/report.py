@@ -88,7 +88,11 @@ def fidelity() -> str:
         cells.setdefault(name_of(line["setting"]), {})[line["model"]] = cell
     rows = [[name, *(found.get(model, "") for model in models)] for name, found in cells.items()]
     head = ["cosine of LoRA gradients (smallest), bits an element"]
-    return table([*head, *models], rows) + "\n\n" + source(lines, "python -m benchmarks.fidelity")
+    return (
+        table([*head, *models], rows)
+        + "\n\n"
+        + source(lines, "python -m benchmarks.fidelity --model FOLDER --data DATA")
+    )
 
 
 def finetune() -> str:
@@ -96,7 +100,9 @@ def finetune() -> str:
     lines.sort(key=lambda line: line["gap"])
     rows = [[name_of(line["setting"]), f"{line['test_loss']:.4f}", f"{line['gap']:+.4f}"] for line in lines]
     head = ["300 steps of 16 on GSM8K, 27M LLaMA", "test loss, nats", "against exact LoRA"]
-    return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.finetune --paper")
+    return (
+        table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.finetune --model FOLDER --data FOLDER --paper")
+    )
 
 
 def step() -> str:

@@ -1,9 +1,11 @@
 """q_bit=auto: how many bits each slot of each layer gets within an average.
 
 Quantization noise of b bits is about NOISE[b] of a slot's variance, and it costs gradient accuracy in proportion to
-the slot's SENSITIVITY: 1 - mean cosine of the LoRA gradients with that slot alone at 2 bit, from
-`python -m benchmarks.fidelity --slots 2` (norm_in with the linear inputs derived from it). Starting from 2 bit,
-the upgrade that saves most error per added bit is taken until the budget is used.
+the slot's SENSITIVITY: 1 - mean cosine of the LoRA gradients with that slot alone at 2 bit, averaged over the two
+models of `python -m benchmarks.fidelity --slots 2` (benchmarks/results/fidelity.jsonl). norm_in is half of both norms
+and of the linear inputs derived from them; attn_in and mlp_in are half of their sum; act, hidden and attn_out were not
+measured and count as linear inputs. Starting from 2 bit, the upgrade that saves most error per added bit is taken until
+the budget is used.
 """
 
 import heapq
@@ -11,8 +13,8 @@ from collections.abc import Callable
 
 NOISE = {2: 0.123, 3: 0.0315, 4: 0.0078, 8: 3e-5}
 SENSITIVITY = {
-    "norm_in": 0.007, "attn_in": 0.006, "mlp_in": 0.006, "q": 0.019, "k": 0.022, "v": 0.008, "attn_out": 0.006,
-    "gate": 0.020, "up": 0.011, "act": 0.006, "hidden": 0.006,
+    "norm_in": 0.0075, "attn_in": 0.0065, "mlp_in": 0.0065, "q": 0.021, "k": 0.024, "v": 0.009, "attn_out": 0.0065,
+    "gate": 0.022, "up": 0.012, "act": 0.0065, "hidden": 0.0065,
 }  # fmt: skip
 
 

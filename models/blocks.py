@@ -113,6 +113,8 @@ class AttentionBlock(Block):
         qkv = ProjectionGroup([projection(module, name, n) for n in family.qkv])
         out = ProjectionGroup([projection(module, name, family.out)])
         self.projections = [*qkv.projections, *out.projections]
+        if attention == "eager" and module.attention_dropout > 0:
+            raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
         implementation = module.config._attn_implementation
         interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
         self.spec = AttentionSpec(qkv, out, CORES[attention](module, interface), compensate, module.head_dim)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from operators import reference
-from operators.dispatch import as_rows, device_guard, use_triton
+from operators.dispatch import device_guard, use_triton
 
 BLOCK = 1024
 
@@ -54,7 +54,7 @@ def silu_mul_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """reference.silu_mul_fwd on any device: gate, up [T, F] to hidden [T, F]."""
     if not use_triton(gate):
         return reference.silu_mul_fwd(gate, up)
-    gate, up = as_rows(gate).contiguous(), as_rows(up).contiguous()
+    gate, up = gate.contiguous(), up.contiguous()
     hidden = torch.empty_like(gate)
     with device_guard(gate):
         _silu_mul_fwd_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, hidden, gate.numel(), BLOCK=BLOCK)
@@ -65,7 +65,7 @@ def silu_mul_bwd(dhidden: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     """reference.silu_mul_bwd on any device: dgate, dup and hidden [T, F]."""
     if not use_triton(dhidden):
         return reference.silu_mul_bwd(dhidden, gate, up)
-    dhidden, gate, up = (as_rows(t).contiguous() for t in (dhidden, gate, up))
+    dhidden, gate, up = (t.contiguous() for t in (dhidden, gate, up))
     dgate, dup, hidden = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
     with device_guard(gate):
         _silu_mul_bwd_kernel[(triton.cdiv(gate.numel(), BLOCK),)](

@@ -5,6 +5,7 @@ backward on the restored q, k, v: probabilities stay normalised, attn_out comes 
 EagerCore is the paper's: it keeps the softmax map through its saver.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +43,7 @@ class FlashCore:
         """dq, dk, dv; do_fn maps the recomputed o to its gradient do."""
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-            if "attention" in rng:
-                with replayed_rng(q.device, rng["attention"]):
-                    o = self._run(q, k, v, mask, kwargs)
-            else:
+            with replayed_rng(q.device, rng["attention"]) if "attention" in rng else nullcontext():
                 o = self._run(q, k, v, mask, kwargs)
         do = do_fn(o.detach()).view_as(o)
         return torch.autograd.grad(o, (q, k, v), do)

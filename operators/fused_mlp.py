@@ -12,7 +12,7 @@ from torch import Tensor
 
 from operators import reference
 from operators.activation import silu_mul_grad_tile, silu_mul_tile
-from operators.dispatch import as_rows, device_guard, use_triton
+from operators.dispatch import device_guard, use_triton
 from operators.quantize import (
     as_words,
     book_constants,
@@ -188,7 +188,7 @@ def fused_mlp_fwd(spec, frozen: list[Tensor], keeper: Keeper) -> Tensor:
             codes, scale = reference.quantize(x, saver.mean, saver.std, saver.book)
         branches.append(_Branch(projection, codes, scale, saver.mean, saver.std, saver.book, keeper))
         keeper.adopt(name, saver.packed(codes, scale), x.shape, x.dtype)
-    gate, up = (as_rows(x).contiguous() for x in frozen)
+    gate, up = (x.contiguous() for x in frozen)
     if not use_triton(gate):
         return reference.silu_mul_fwd(_lora_add(gate, branches[0]), _lora_add(up, branches[1]))
     hidden = torch.empty_like(gate)
@@ -214,7 +214,7 @@ def fused_mlp_bwd(spec, dhidden: Tensor, keeper: Keeper) -> tuple[Tensor, Tensor
             _lora_add(reference.dequantize(b.codes, b.scale, b.mean, b.std, b.book, dhidden.dtype), b) for b in branches
         )
         return reference.silu_mul_bwd(dhidden, gate, up)
-    dhidden = as_rows(dhidden).contiguous()
+    dhidden = dhidden.contiguous()
     dgate, dup, hidden = (torch.empty_like(dhidden) for _ in range(3))
     n_rows, n_cols = dhidden.shape
     n_groups = branches[0].codes.shape[1]

@@ -21,6 +21,7 @@ VARIANTS = {
     "down only": {"lora": {"target_modules": ["down_proj"]}},
     "rank pattern": {"lora": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"up_proj": 5}}},
     "one layer only": {"lora": {"layers_to_transform": [1]}},
+    "attention dropout": {"attention_dropout": 0.2},
     "multi-head": {"num_key_value_heads": 6},
     "head_dim": {"head_dim": 20},
     "tied": {"tie_word_embeddings": True},
@@ -40,6 +41,10 @@ def test_baseline_equals_hf_and_peft(variant, attention):
     """Every gradient within 1e-5 in fp32; LoRA scaling and dropout were ignored by the original."""
     model, batch = llama(**variant), padded_batch()
     loss, exact = gradients(model, batch)
+    if attention == "eager" and "attention_dropout" in variant:
+        with pytest.raises(ValueError, match="self_attn: attention_dropout is not supported by attention=eager"):
+            apply_hyclora(model, HycloraConfig(attention=attention))
+        return
     apply_hyclora(model, HycloraConfig(layer_type="baseline", attention=attention))
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5

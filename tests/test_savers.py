@@ -99,6 +99,16 @@ def test_never_calibrated_is_an_error():
         quant().pack(rand(4, 8), Step(threshold=5, index=0))
 
 
+def test_calibration_resumes_on_the_device_of_the_activations():
+    """A checkpoint is loaded on the CPU; the next calibration forward adds to it wherever the model runs."""
+    first, x = quant(), rand(20, 30)
+    first.pack(x, Step(3, 1))
+    second = quant()
+    second.load_state_dict({name: t.cpu() for name, t in first.state_dict().items()})
+    second.pack(x, Step(3, 2))
+    assert second.statistics["count"].item() == 40 and second.mean.device == x.device
+
+
 def test_calibration_state_round_trip():
     """A loaded saver packs the same bytes, and is not calibrated again."""
     first, x = quant(outliers=0.1), rand(20, 30)

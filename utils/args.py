@@ -162,8 +162,14 @@ _HYCLORA_FIELDS = dataclasses.fields(HycloraConfig)
 _KINDS = typing.get_type_hints(HycloraConfig)
 
 
-def _hyclora_config(self) -> HycloraConfig:
-    return HycloraConfig(**{f.name: _value_of(f.name, getattr(self, f.name)) for f in _HYCLORA_FIELDS})
+class _Configures:
+    """Turns the options named like HycloraConfig's fields into one, first of all to check them."""
+
+    def config(self) -> HycloraConfig:
+        return HycloraConfig(**{f.name: _value_of(f.name, getattr(self, f.name)) for f in _HYCLORA_FIELDS})
+
+    def __post_init__(self):
+        self.config()
 
 
 HycloraArguments = dataclasses.make_dataclass(
@@ -172,7 +178,7 @@ HycloraArguments = dataclasses.make_dataclass(
         ("use_hyclora", bool, option(True, "Keep the activations compressed; False trains stock PEFT LoRA.")),
         *(_option_of(f, _KINDS[f.name]) for f in _HYCLORA_FIELDS),
     ],
-    namespace={"config": _hyclora_config, "__post_init__": lambda self: self.config() and None},
+    bases=(_Configures,),
 )
 
 GROUPS = (ModelArguments, DataArguments, LoraArguments, HycloraArguments, EvalArguments, TrainingArguments)

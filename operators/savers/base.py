@@ -1,5 +1,6 @@
 """What a saver is, and the keeper that carries a block's packed slots from its forward to its backward."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -24,22 +25,12 @@ class Step:
 
 
 class Saver:
-    """Keeps one slot: pack in forward, unpack in backward. stored is False if the slot costs no memory of its own."""
+    """How one slot is kept; this class by itself keeps nothing."""
 
-    stored = True
+    stored = False
 
     def __str__(self) -> str:
         return type(self).__name__.lower()
-
-    def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
-        raise NotImplementedError
-
-    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError
-
-    def bits(self, n_cols: int) -> float:
-        """Bits kept for one token of n_cols elements (a 16-bit activation where nothing is packed)."""
-        return 16.0 * n_cols
 
     def state_dict(self) -> dict[str, Tensor]:
         """Calibrated tensors, by name; empty for a saver without calibration."""
@@ -53,13 +44,27 @@ class Saver:
 class Recompute(Saver):
     """Nothing is kept: the block computes the slot again from other slots."""
 
-    stored = False
-
 
 class Derived(Saver):
     """Nothing is kept: the slot is x_hat * w of a norm whose x_hat is kept already (see Keeper.derive)."""
 
-    stored = False
+
+class StoringSaver(Saver, ABC):
+    """Keeps a slot as packed tensors between forward and backward."""
+
+    stored = True
+
+    @abstractmethod
+    def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
+        """What autograd keeps of x."""
+
+    @abstractmethod
+    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """x as backward sees it."""
+
+    def bits(self, n_cols: int) -> float:
+        """Bits kept for one token of n_cols elements (a 16-bit activation where nothing is packed)."""
+        return 16.0 * n_cols
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,8 @@ class Keeper:
         """Keep slot = x_hat * w by sharing the norm's packed x_hat; w is read again at backward time."""
         self._add(name, source.packed, source.shape, source.dtype, source.saver, source.weight)
 
-    def source(self, name: str, weight: Tensor) -> Source | None:
-        """A handle by which another block derives its input from the slot kept here; None if it is not kept."""
-        if name not in self._layout:
-            return None
+    def source(self, name: str, weight: Tensor) -> Source:
+        """A handle by which another block derives its input from the slot kept here."""
         first, count, shape, dtype, saver, _ = self._layout[name]
         return Source(tuple(self._tensors[first : first + count]), saver, shape, dtype, weight)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from operators.codebook import CODEBOOKS
 from operators.quantize import dequantize, quantize
-from operators.savers.base import Saver, Step
+from operators.savers.base import Step, StoringSaver
 
 
-class ChannelQuant(Saver):
+class ChannelQuant(StoringSaver):
     """x [T, C] as codes of b bits, group scales, and ceil(outlier_ratio * C) exact channels.
 
     scale_rule channel_group: mean, std over all calibration tokens (padding skipped). paper: mean 0, "std" is the
@@ -39,6 +39,8 @@ class ChannelQuant(Saver):
 
     def prepare(self, x: Tensor, step: Step) -> None:
         """Calibrate on x if this is a calibration forward not counted yet; afterwards mean and std are set."""
+        if self.statistics and self.mean.device != x.device:  # loaded on the CPU, or the model has moved since
+            self.load_state_dict({name: t.to(x.device) for name, t in self.statistics.items()})
         if step.calibrating and step.index != self._last_step:
             self._calibrate(x, step.token_mask)
             self._last_step = step.index
@@ -47,8 +49,6 @@ class ChannelQuant(Saver):
                 "a quantized slot was never calibrated: run the first iteration_threshold training "
                 "forwards through the whole model, or load the calibration saved with the checkpoint"
             )
-        if self.mean.device != x.device:
-            self.load_state_dict({name: t.to(x.device) for name, t in self.state_dict().items()})
 
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
         self.prepare(x, step)

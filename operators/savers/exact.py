@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from operators.savers.base import Saver, Step
+from operators.savers.base import Step, StoringSaver
 
 
-class Exact(Saver):
+class Exact(StoringSaver):
     """Keeps a reference to the tensor: no copy, no error."""
 
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:

@@ -1,12 +1,14 @@
 """A softmax map kept as the largest probabilities of each row (paper section 4.1: softmax outliers)."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from operators.savers.base import Saver, Step
+from operators.savers.base import Step, StoringSaver
 
 
-class Sparse(Saver):
+class Sparse(StoringSaver):
     """Keeps the ceil(ratio * S) largest entries of each row of prob [..., S]: values and their columns.
 
     The capacity depends on the shape alone, so nothing is counted on the device and no host sync is needed. Columns
@@ -21,7 +23,7 @@ class Sparse(Saver):
 
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
         n_cols = x.shape[-1]
-        capacity = min(n_cols, max(1, -int(-self.ratio * n_cols // 1)))
+        capacity = min(n_cols, max(1, math.ceil(self.ratio * n_cols)))
         values, columns = x.topk(capacity, dim=-1, sorted=False)
         return values, columns.to(torch.int16 if n_cols <= torch.iinfo(torch.int16).max else torch.int32)
 
