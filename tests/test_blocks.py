@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
-from models.config import POLICIES
+from models.config import POLICIES, SLOTS
 from models.patch import find_patch
 from tests.small_models import gradients, largest_error, llama, mean_cosine, padded_batch
 
@@ -144,17 +144,30 @@ def test_k_and_v_are_kept_for_their_own_heads():
 @pytest.mark.parametrize("layer_type", list(POLICIES))
 def test_gradient_checkpointing_gives_the_same_gradients(layer_type, use_reentrant):
     """The recomputed forward neither calibrates again nor changes what is packed."""
-    model, batch = llama({"lora_dropout": 0.1}), padded_batch()
+    model, batches = llama({"lora_dropout": 0.1}), [padded_batch(seed=seed) for seed in range(4)]
     config = HycloraConfig(layer_type=layer_type, q_bit=4, iteration_threshold=2)
     apply_hyclora(model, config)
-    plain = [gradients(model, batch)[1] for _ in range(4)]
+    plain = [gradients(model, batch)[1] for batch in batches]
     remove_hyclora(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     apply_hyclora(model, config)
-    for expected in plain:
+    for batch, expected in zip(batches, plain, strict=True):
         assert largest_error(gradients(model, batch)[1], expected) < 1e-6
     assert find_patch(model).step.index == 4
+
+
+def test_a_kept_act_and_hidden_are_what_backward_reads():
+    """With gate at 2 bit but act and hidden exact, up's and down's gradients in the last layer are exact."""
+    model, batch = llama(), padded_batch()
+    _, exact = gradients(model, batch)
+    slots = dict.fromkeys(SLOTS, "exact") | {"gate": "quant2"}
+    apply_hyclora(model, HycloraConfig(layer_type="intra", slot_savers=slots))
+    _, ours = gradients(model, batch)
+    errors = {name: largest_error({name: ours[name]}, {name: exact[name]}) for name in exact if "layers.1.mlp" in name}
+    assert len(errors) == 6
+    for name, error in errors.items():
+        assert (error > 1e-3) == ("gate_proj" in name), name
 
 
 def test_calibration_freezes_and_skips_padding():

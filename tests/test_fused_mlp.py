@@ -63,6 +63,13 @@ def test_fused_equals_unfused(kernels, shape, bits, dtype):
         assert relative_error(ours, theirs) < tolerance
 
 
+def test_gate_and_up_are_rounded_before_the_product_as_unfused(kernels):
+    """fp16, which the interpreter rounds as hardware does: nearly every hidden element is equal to the bit."""
+    spec, frozen, keeper = prepare(64, 192, 4, 8, torch.float16)
+    hidden = fused_mlp.fused_mlp_fwd(spec, list(frozen), keeper())
+    assert (hidden != mlp._activate_fwd(spec, list(frozen), keeper())).float().mean() < 0.05
+
+
 def _tensors(keeper, layout):
     first, count, *_ = layout
     return keeper._tensors[first : first + count]
