@@ -8,6 +8,7 @@ import torch
 from models import HycloraConfig, apply_hyclora, remove_hyclora
 from models.config import POLICIES, SLOTS
 from models.patch import find_patch
+from operators.savers import ChannelQuant
 from tests.small_models import gradients, largest_error, llama, mean_cosine, padded_batch
 
 VARIANTS = {
@@ -140,6 +141,12 @@ def test_k_and_v_are_kept_for_their_own_heads():
     assert (63, 32) in kept and (63, 96) in kept
 
 
+def token_counts(model) -> list[float]:
+    """Tokens that each quantizer was calibrated on."""
+    savers = [s for block in find_patch(model).blocks for s in block.savers.values()]
+    return [s.statistics["count"].item() for s in savers if isinstance(s, ChannelQuant) and s.statistics]
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("layer_type", list(POLICIES))
 def test_gradient_checkpointing_gives_the_same_gradients(layer_type, use_reentrant):
@@ -148,13 +155,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(layer_type, use_reentra
     config = HycloraConfig(layer_type=layer_type, q_bit=4, iteration_threshold=2)
     apply_hyclora(model, config)
     plain = [gradients(model, batch)[1] for batch in batches]
+    counted = token_counts(model)
     remove_hyclora(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     apply_hyclora(model, config)
     for batch, expected in zip(batches, plain, strict=True):
         assert largest_error(gradients(model, batch)[1], expected) < 1e-6
-    assert find_patch(model).step.index == 4
+    assert find_patch(model).step.index == 4 and token_counts(model) == counted
 
 
 def test_a_kept_act_and_hidden_are_what_backward_reads():
