@@ -13,8 +13,9 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from operators.attention import CORES, AttentionFunction, AttentionSpec
-from operators.lora import Projection, ProjectionGroup, bnb
+from operators.lora import Projection, ProjectionGroup
 from operators.mlp import MlpFunction, MlpSpec
+from operators.nf4 import is_4bit
 from operators.norm import RMSNormFunction
 from operators.savers import Derived, Keeper, Saver, Step
 
@@ -98,9 +99,13 @@ class NormBlock(Block):
     Its projections are those of the block that it feeds, so that both run stock code together.
     """
 
+    def __init__(self, module, name, savers, step, fused: bool):
+        super().__init__(module, name, savers, step)
+        self.fused = fused
+
     def run(self, dtype, hidden_states):
         keeper = self.keeper()
-        y = RMSNormFunction.apply(hidden_states, self.module.weight, self.module.variance_epsilon, keeper)
+        y = RMSNormFunction.apply(hidden_states, self.module.weight, self.module.variance_epsilon, keeper, self.fused)
         setattr(y, SOURCE, keeper.source("norm_in", self.module.weight))
         return y
 
@@ -108,16 +113,18 @@ class NormBlock(Block):
 class AttentionBlock(Block):
     """LlamaAttention's signature on AttentionFunction."""
 
-    def __init__(self, module, name, savers, step, family: Family, attention: str, compensate: bool):
+    def __init__(self, module, name, savers, step, family: Family, attention: str, compensate: bool, fused: bool):
         super().__init__(module, name, savers, step)
         qkv = ProjectionGroup([projection(module, name, n) for n in family.qkv])
         out = ProjectionGroup([projection(module, name, family.out)])
         self.projections = [*qkv.projections, *out.projections]
+        if fused:
+            _refuse_lora_bias(name, qkv)
         if attention == "eager" and module.attention_dropout > 0:
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
         implementation = module.config._attn_implementation
         interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
-        self.spec = AttentionSpec(qkv, out, CORES[attention](module, interface), compensate, module.head_dim)
+        self.spec = AttentionSpec(qkv, out, CORES[attention](module, interface), compensate, fused, module.head_dim)
 
     def applies(
         self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
@@ -142,16 +149,21 @@ class MlpBlock(Block):
         gate_up = ProjectionGroup([projection(module, name, n) for n in family.gate_up])
         down = ProjectionGroup([projection(module, name, family.down)])
         self.projections = [*gate_up.projections, *down.projections]
+        if fused:
+            _refuse_lora_bias(name, gate_up)
         if not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
             raise ValueError(f"{name}: activation {type(module.act_fn).__name__} is not supported, only SiLU is")
-        if fused and any(p.parameters()[2] is not None for p in gate_up.projections):
-            raise ValueError(f"{name}: lora_bias is not supported by intra_inter_full_fuse; use layer_type=intra_inter")
         self.spec = MlpSpec(gate_up, down, compensate, fused)
 
     def run(self, dtype, hidden_states):
         source = self.input_source(hidden_states, "mlp_in")
         x = hidden_states if dtype is None else hidden_states.to(dtype)
         return MlpFunction.apply(x, self.spec, self.keeper(), source, *self.spec.parameters())
+
+
+def _refuse_lora_bias(name: str, group: ProjectionGroup) -> None:
+    if any(p.parameters()[2] is not None for p in group.projections):
+        raise ValueError(f"{name}: lora_bias is not supported by intra_inter_full_fuse; use layer_type=intra_inter")
 
 
 def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projection:
@@ -162,8 +174,7 @@ def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projectio
         raise ValueError(f"{name}: {type(module).__name__} is not a LoRA layer; only LoRA adapters are supported")
     if not isinstance(base, nn.Linear):
         raise ValueError(f"{name}: base layer {type(base).__name__} is not a linear layer")
-    quantized = bnb is not None and isinstance(base.weight, bnb.nn.Params4bit)
-    if not quantized and not base.weight.is_floating_point():
+    if not is_4bit(base.weight) and not base.weight.is_floating_point():
         raise ValueError(f"{name}: base weights of {type(base).__name__} are not supported; use NF4 or floating point")
     if base.weight.requires_grad:
         raise ValueError(f"{name}: the base weight is trainable; only LoRA adapters and biases may be")

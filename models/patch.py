@@ -168,8 +168,8 @@ def _blocks(config, family, index, layer, names, bits, step) -> list[Block]:
     """The blocks of one layer, not bound yet."""
     compensate = config.policy.compensate
     extra = {
-        "norm": (),
-        "attention": (family, config.attention, compensate),
+        "norm": (config.policy.fused,),
+        "attention": (family, config.attention, compensate, config.policy.fused),
         "mlp": (family, compensate, config.policy.fused),
     }
     kinds = {"norm": NormBlock, "attention": AttentionBlock, "mlp": MlpBlock}

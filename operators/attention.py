@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from operators.dispatch import use_triton
+from operators.fused_qkv import fits, fused_qkv_fwd, fused_qkv_restore
 from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
-from operators.rope import rope
+from operators.rope import rope, rope_bwd
 from operators.savers import Keeper
 from operators.softmax import softmax_bwd
 
@@ -39,10 +41,11 @@ class FlashCore:
             rng["attention"] = get_rng_state(q.device)
         return self._run(q, k, v, mask, kwargs)
 
-    def backward(self, do_fn, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv; do_fn maps the recomputed o to its gradient do."""
+    def backward(self, do_fn, heads, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv; heads is q, k, v, emptied on the way; do_fn maps the recomputed o to its gradient do."""
         with torch.enable_grad():
-            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            q, k, v = (t.detach().requires_grad_() for t in heads)
+            heads.clear()
             with replayed_rng(q.device, rng["attention"]) if "attention" in rng else nullcontext():
                 o = self._run(q, k, v, mask, kwargs)
         do = do_fn(o.detach()).view_as(o)
@@ -72,7 +75,8 @@ class EagerCore:
         o = prob @ self._grouped(v, 1)
         return o.permute(0, 3, 1, 2, 4).reshape(q.shape)
 
-    def backward(self, do_fn, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, do_fn, heads, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = heads
         groups = q.shape[2] // k.shape[2]
         prob = keeper.restore("prob")
         value = self._grouped(v, 1)
@@ -104,13 +108,15 @@ class AttentionSpec:
     """The frozen description of one attention block.
 
     qkv and out: projection groups; core: FlashCore or EagerCore; compensate: keep the frozen paths of q, k, v before
-    RoPE and add the LoRA part back (else q, k, v are kept after RoPE); head_dim.
+    RoPE and add the LoRA part back (else q, k, v are kept after RoPE); fused: LoRA add, RoPE and packing in one kernel
+    each way; head_dim.
     """
 
     qkv: ProjectionGroup
     out: ProjectionGroup
     core: FlashCore | EagerCore
     compensate: bool
+    fused: bool
     head_dim: int
 
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -118,7 +124,7 @@ class AttentionSpec:
 
     def to_heads(self, x: Tensor, batch: int) -> Tensor:
         """[T, H D] to [B, S, H, D]."""
-        return x.view(batch, x.shape[0] // batch, -1, self.head_dim)
+        return x.unflatten(1, (-1, self.head_dim)).unflatten(0, (batch, -1))
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -137,27 +143,26 @@ class AttentionFunction(torch.autograd.Function):
         rng: dict = {}
         if spec.qkv.needs_input:
             keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
-        frozen = spec.qkv.forward(rows, parameters[:n_qkv], keeper, rng)
-        heads = []
-        for i, name in enumerate("qkv"):
-            if spec.compensate:
-                keeper.keep(name, frozen[i])
-            y = spec.qkv.compensate(i, frozen[i], keeper)
-            frozen[i] = None
-            y = spec.to_heads(y, batch)
-            heads.append(y if name == "v" else rope(y, cos, sin))
-            if not spec.compensate:
-                keeper.keep(name, heads[i].flatten(0, 1).flatten(1))
+        y = spec.qkv.frozen(rows)
+        low_rank = spec.qkv.low_rank(parameters[:n_qkv], rows.dtype)
+        spec.qkv.down(rows, low_rank, parameters[:n_qkv], keeper, rng)
+        fused = spec.fused and use_triton(y) and fits(spec.head_dim, keeper.savers)
+        if fused:
+            y = fused_qkv_fwd(spec, y, cos, sin, batch, low_rank, keeper)
+            heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
+        else:
+            heads = _rotate_fwd(spec, y, cos, sin, batch, low_rank, keeper)
+        del y, low_rank
         o = spec.core.forward(*heads, mask, kwargs, keeper, rng)
+        del heads
         o = o.reshape(rows.shape[0], -1)
         if spec.out.needs_input:
             keeper.keep("attn_out", o)
-        (frozen,) = spec.out.forward(o, parameters[n_qkv:], keeper, rng)
-        y = spec.out.compensate(0, frozen, keeper)
+        y = spec.out.forward(o, parameters[n_qkv:], keeper, rng)
         for name, tensor in (("cos", cos), ("sin", sin), ("mask", mask)):
             keeper.keep_exact(name, tensor)
         keeper.save(ctx)
-        ctx.spec, ctx.kwargs, ctx.rng, ctx.shape = spec, kwargs, rng, x.shape
+        ctx.spec, ctx.kwargs, ctx.rng, ctx.shape, ctx.fused = spec, kwargs, rng, x.shape, fused
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -174,24 +179,48 @@ class AttentionFunction(torch.autograd.Function):
         def do_fn(o):
             kept = keeper.restore("attn_out")
             o = o.reshape(dy.shape[0], -1) if kept is None else kept
-            do, gs = spec.out.backward_input([dy], keeper, rng, True)
-            out_grads.extend(spec.out.backward_parameters([dy], gs, o, keeper, rng, needs[n_qkv:]))
+            do, g = spec.out.backward_input(dy, spec.out.kept_low_rank(keeper, dy.dtype), keeper, rng)
+            out_grads.extend(spec.out.backward_parameters(dy, g, o, keeper, rng, needs[n_qkv:]))
             return do
 
-        heads = []
-        for i, name in enumerate("qkv"):
-            y = keeper.restore(name)
-            if spec.compensate:
-                y = spec.qkv.compensate(i, y, keeper)
-            y = spec.to_heads(y, batch)
-            heads.append(rope(y, cos, sin) if spec.compensate and name != "v" else y)
-        dheads = list(spec.core.backward(do_fn, *heads, mask, ctx.kwargs, keeper, rng))
-        del heads
-        for i in range(2):
-            dheads[i] = rope(dheads[i], cos, sin, inverse=True)
-        dys = [d.reshape(dy.shape[0], -1) for d in dheads]
+        low_rank = spec.qkv.kept_low_rank(keeper, dy.dtype)
+        if ctx.fused:
+            y = fused_qkv_restore(spec, cos, sin, batch, dy.dtype, low_rank, keeper)
+            heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
+            del y
+        else:
+            heads = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
+        dheads = spec.core.backward(do_fn, heads, mask, ctx.kwargs, keeper, rng)
+        dqkv = rope_bwd(*dheads, cos, sin)
         del dheads
-        dx, gs = spec.qkv.backward_input(dys, keeper, rng, ctx.needs_input_grad[0])
-        grads = spec.qkv.backward_parameters(dys, gs, keeper.restore("attn_in"), keeper, rng, needs[:n_qkv])
+        dx, g = spec.qkv.backward_input(dqkv, low_rank, keeper, rng, ctx.needs_input_grad[0])
+        x = keeper.restore("attn_in", dy.dtype)
+        grads = spec.qkv.backward_parameters(dqkv, g, x, keeper, rng, needs[:n_qkv])
         dx = None if dx is None else dx.view(ctx.shape)
         return dx, None, None, None, None, None, None, None, *grads, *out_grads
+
+
+def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, keeper: Keeper) -> list[Tensor]:
+    """Heads q, k (rotated), v [B, S, H, D] from the frozen paths y [T, N]; keeps the slots q, k, v."""
+    if spec.compensate:
+        for name, columns in zip("qkv", spec.qkv.columns, strict=True):
+            keeper.keep(name, y[:, columns])
+    y = spec.qkv.add(y, low_rank, keeper, in_place=not (spec.compensate and keeper.aliases(*"qkv")))
+    heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
+    heads = [heads[2] if name == "v" else rope(heads[i], cos, sin) for i, name in enumerate("qkv")]
+    if not spec.compensate:
+        for name, head in zip("qkv", heads, strict=True):
+            keeper.keep(name, head.flatten(0, 1).flatten(1))
+    return heads
+
+
+def _rotate_restored(spec: AttentionSpec, cos, sin, batch: int, low_rank, keeper: Keeper) -> list[Tensor]:
+    """The heads of _rotate_fwd from the restored slots."""
+    heads = []
+    for i, name in enumerate("qkv"):
+        y = keeper.restore(name)
+        if spec.compensate:
+            y = spec.qkv.add(y, low_rank, keeper, i, in_place=False)
+        y = spec.to_heads(y, batch)
+        heads.append(rope(y, cos, sin) if spec.compensate and name != "v" else y)
+    return heads

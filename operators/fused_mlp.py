@@ -10,217 +10,141 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from operators import reference
 from operators.activation import silu_mul_grad_tile, silu_mul_tile
-from operators.dispatch import device_guard, use_triton
-from operators.quantize import (
-    as_words,
-    book_constants,
-    dequantize_tile,
-    empty_packed,
-    load_scale,
-    load_words,
-    quantize_tile,
-    store_scale,
-    store_words,
-    tile_index,
+from operators.dispatch import device_guard
+from operators.fused_tiles import (
+    PackedSlot,
+    add_lora,
+    load_tile,
+    pack_tile,
+    shared_constants,
+    store_tile,
+    unpack_tile,
 )
+from operators.low_rank import LowRank
+from operators.quantize import tile_columns
 from operators.savers import Keeper
 
-BLOCK_ROWS = 32
+BLOCK_ROWS, BLOCK_GROUPS = 32, 1
 
 
-@triton.jit
-def _lora_tile(xa_ptr, b_ptr, row, col, n_rows, n_cols, scaling, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """scaling * xa B^T, fp32 [R, C], for xa [T, r] and B [F, r] contiguous."""
-    rank = tl.arange(0, RANK_BLOCK)
-    xa_mask = (row < n_rows)[:, None] & (rank < RANK)[None, :]
-    b_mask = (col < n_cols)[None, :] & (rank < RANK)[:, None]
-    xa = tl.load(xa_ptr + row[:, None].to(tl.int64) * RANK + rank[None, :], mask=xa_mask, other=0.0)
-    b = tl.load(b_ptr + col[None, :].to(tl.int64) * RANK + rank[:, None], mask=b_mask, other=0.0)
-    # half-precision operands are exact in tf32, so they go through the tensor cores without a rounding
-    precision: tl.constexpr = "ieee" if xa_ptr.dtype.element_ty == tl.float32 else "tf32"
-    return tl.dot(xa.to(tl.float32), b.to(tl.float32), input_precision=precision) * scaling
-
-
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "one"])
 def _fused_mlp_fwd_kernel(
-    gate_ptr, gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, gate_xa_ptr, gate_b_ptr, gate_scaling,
-    up_ptr, up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, up_xa_ptr, up_b_ptr, up_scaling,
-    hidden_ptr, n_rows, n_cols, n_groups,
+    y_ptr, xa_ptr, b_ptr, hidden_ptr,
+    gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr,
+    up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr,
+    n_rows, n_cols, n_groups, stride_y, stride_rank, one,
     GATE_BITS: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
     UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    group = tl.program_id(1) + tl.arange(0, 1)
-    col = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    mask = (row < n_rows)[:, None] & (col < n_cols)[None, :]
-    offset = row[:, None].to(tl.int64) * n_cols + col[None, :]
-    word, unit = tile_index(row, group, n_groups, GROUP)
-    unit_mask = (row < n_rows)[:, None]
-    gate = tl.load(gate_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    _pack_tile(gate, gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, col, n_cols, word, unit,
-               unit_mask, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, BLOCK_ROWS)  # fmt: skip
-    _pack_tile(up, up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, col, n_cols, word, unit,
-               unit_mask, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP, BLOCK_ROWS)  # fmt: skip
-    if GATE_RANK > 0:
-        gate += _lora_tile(gate_xa_ptr, gate_b_ptr, row, col, n_rows, n_cols, gate_scaling, GATE_RANK, RANK_BLOCK)
-    if UP_RANK > 0:
-        up += _lora_tile(up_xa_ptr, up_b_ptr, row, col, n_rows, n_cols, up_scaling, UP_RANK, RANK_BLOCK)
-    # the unfused path rounds gate and up to their dtype before the product
-    gate = gate.to(gate_ptr.dtype.element_ty).to(tl.float32)
-    up = up.to(up_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(hidden_ptr + offset, silu_mul_tile(gate, up).to(hidden_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _pack_tile(
-    x, mean_ptr, std_ptr, codes_ptr, scale_ptr, col, n_cols, word, unit, unit_mask,
-    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    mean = tl.load(mean_ptr + col, mask=col < n_cols, other=0.0)
-    inv_std = 1.0 / tl.load(std_ptr + col, mask=col < n_cols, other=1.0)
-    words, exponent, middle = quantize_tile(
-        tl.reshape(x, (BLOCK_ROWS, 1, GROUP // 8, 8)), tl.reshape(mean, (1, 1, GROUP // 8, 8)),
-        tl.reshape(inv_std, (1, 1, GROUP // 8, 8)), BITS, STEP, CENTRE, GROUPED,
-    )  # fmt: skip
-    store_words(codes_ptr, word, words, unit_mask[:, :, None], BITS)
-    store_scale(scale_ptr, unit, exponent, middle, unit_mask, GROUPED)
-
-
-@triton.jit
-def _unpack_tile(
-    mean_ptr, std_ptr, codes_ptr, scale_ptr, col, n_cols, word, unit, unit_mask,
-    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    mean = tl.reshape(tl.load(mean_ptr + col, mask=col < n_cols, other=0.0), (1, 1, GROUP // 8, 8))
-    std = tl.reshape(tl.load(std_ptr + col, mask=col < n_cols, other=1.0), (1, 1, GROUP // 8, 8))
-    words = load_words(codes_ptr, word, unit_mask[:, :, None], BITS)
-    exponent, middle = load_scale(scale_ptr, unit, unit_mask, GROUPED)
-    x = dequantize_tile(words, exponent, middle, mean, std, BITS, STEP, CENTRE, GROUPED)
-    return tl.reshape(x, (BLOCK_ROWS, GROUP))
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _fused_mlp_bwd_kernel(
-    gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, gate_xa_ptr, gate_b_ptr, gate_scaling,
-    up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, up_xa_ptr, up_b_ptr, up_scaling,
-    dhidden_ptr, dgate_ptr, dup_ptr, hidden_ptr, n_rows, n_cols, n_groups,
-    GATE_BITS: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
-    UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
-    GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    group = tl.program_id(1) + tl.arange(0, 1)
-    col = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    mask = (row < n_rows)[:, None] & (col < n_cols)[None, :]
-    offset = row[:, None].to(tl.int64) * n_cols + col[None, :]
-    word, unit = tile_index(row, group, n_groups, GROUP)
-    unit_mask = (row < n_rows)[:, None]
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    first_col = tl.program_id(1) * BLOCK_GROUPS * GROUP
+    col = tile_columns(group, GROUP)
+    live, inside = row < n_rows - first, col < n_cols
+    y_ptr += first * stride_y
+    xa_ptr += first * stride_rank
     dtype = hidden_ptr.dtype.element_ty
-    gate = _unpack_tile(
-        gate_mean_ptr, gate_std_ptr, gate_codes_ptr, gate_scale_ptr, col, n_cols, word, unit, unit_mask,
-        GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, BLOCK_ROWS,
+    gate = load_tile(y_ptr, row, col, stride_y, live, inside)
+    up = load_tile(y_ptr + n_cols, row, col, stride_y, live, inside)
+    pack_tile(
+        gate, gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, group, col, live, inside,
+        n_groups, one, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP,
     )  # fmt: skip
-    up = _unpack_tile(
-        up_mean_ptr, up_std_ptr, up_codes_ptr, up_scale_ptr, col, n_cols, word, unit, unit_mask,
-        UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP, BLOCK_ROWS,
+    pack_tile(
+        up, up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, group, col, live, inside,
+        n_groups, one, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
     )  # fmt: skip
-    if GATE_RANK > 0:
-        gate += _lora_tile(gate_xa_ptr, gate_b_ptr, row, col, n_rows, n_cols, gate_scaling, GATE_RANK, RANK_BLOCK)
-    if UP_RANK > 0:
-        up += _lora_tile(up_xa_ptr, up_b_ptr, row, col, n_rows, n_cols, up_scaling, UP_RANK, RANK_BLOCK)
-    dhidden = tl.load(dhidden_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    gate = add_lora(gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, GATE_RANK, RANK_BLOCK)
+    up = add_lora(
+        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, row, first_col, n_cols, live, stride_rank,
+        UP_RANK, RANK_BLOCK,
+    )  # fmt: skip
+    # the unfused path rounds gate and up to their dtype before the product
+    hidden = silu_mul_tile(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
+    store_tile(hidden_ptr + first * n_cols, hidden, row, col, n_cols, live, inside)
+
+
+@triton.jit(do_not_specialize=["n_rows", "one"])
+def _fused_mlp_bwd_kernel(
+    dhidden_ptr, xa_ptr, b_ptr, dy_ptr, hidden_ptr,
+    gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr,
+    up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr,
+    n_rows, n_cols, n_groups, stride_rank, one,
+    GATE_BITS: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
+    UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    first_col = tl.program_id(1) * BLOCK_GROUPS * GROUP
+    col = tile_columns(group, GROUP)
+    live, inside = row < n_rows - first, col < n_cols
+    xa_ptr += first * stride_rank
+    gate = unpack_tile(
+        gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, group, col, live, inside,
+        n_groups, one, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP,
+    )  # fmt: skip
+    up = unpack_tile(
+        up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, group, col, live, inside,
+        n_groups, one, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
+    )  # fmt: skip
+    gate = add_lora(gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, GATE_RANK, RANK_BLOCK)
+    up = add_lora(
+        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, row, first_col, n_cols, live, stride_rank,
+        UP_RANK, RANK_BLOCK,
+    )  # fmt: skip
+    dhidden = load_tile(dhidden_ptr + first * n_cols, row, col, n_cols, live, inside)
     dgate, dup, hidden = silu_mul_grad_tile(dhidden, gate, up)
-    tl.store(dgate_ptr + offset, dgate.to(dtype), mask=mask)
-    tl.store(dup_ptr + offset, dup.to(dtype), mask=mask)
-    tl.store(hidden_ptr + offset, hidden.to(dtype), mask=mask)
+    dy_ptr += first * 2 * n_cols
+    store_tile(dy_ptr, dgate, row, col, 2 * n_cols, live, inside)
+    store_tile(dy_ptr + n_cols, dup, row, col, 2 * n_cols, live, inside)
+    store_tile(hidden_ptr + first * n_cols, hidden, row, col, n_cols, live, inside)
 
 
-class _Branch:
-    """gate or up as the kernels take it: statistics, packed bytes, low-rank factors."""
-
-    def __init__(self, projection, codes, scale, mean, std, book, keeper: Keeper):
-        self.codes, self.scale, self.mean, self.std, self.book = codes, scale, mean, std, book
-        self.xa = keeper.exact(f"{projection.name}_xa")
-        lora_B = keeper.exact(f"{projection.name}_B")
-        self.b = None if lora_B is None else lora_B.to(self.xa.dtype).contiguous()
-        self.scaling = projection.scaling
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.xa is None else self.xa.shape[1]
-
-    def arguments(self) -> tuple:
-        low_rank = (self.mean, self.mean) if self.xa is None else (self.xa, self.b)
-        return self.mean, self.std, as_words(self.codes, self.book), self.scale, *low_rank, float(self.scaling)
+def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, keeper: Keeper, n_rows: int):
+    """Grid, low-rank arguments and constants that both kernels take."""
+    ranks = [p.rank for p in spec.gate_up.projections]
+    xa, B = (gate.mean, gate.mean) if low_rank is None else (keeper.exact(spec.gate_up.xa_name), low_rank.B)
+    constants = gate.constants("GATE_") | up.constants("UP_") | shared_constants([gate, up], ranks)
+    constants |= {"GATE_RANK": ranks[0], "UP_RANK": ranks[1], "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_GROUPS": BLOCK_GROUPS}
+    grid = (triton.cdiv(n_rows, BLOCK_ROWS), triton.cdiv(gate.n_groups, BLOCK_GROUPS))
+    return grid, xa, B, sum(ranks), constants
 
 
-def _constants(gate: _Branch, up: _Branch) -> dict:
-    shared = {"GROUPED", "GROUP"}
-    constants = {f"GATE_{k}" if k not in shared else k: v for k, v in book_constants(gate.book).items()}
-    constants |= {f"UP_{k}" if k not in shared else k: v for k, v in book_constants(up.book).items()}
-    rank_block = max(16, triton.next_power_of_2(max(gate.rank, up.rank)))
-    return constants | {
-        "GATE_RANK": gate.rank, "UP_RANK": up.rank, "RANK_BLOCK": rank_block, "BLOCK_ROWS": BLOCK_ROWS,
-    }  # fmt: skip
-
-
-def _lora_add(frozen: Tensor, branch: _Branch) -> Tensor:
-    return frozen if branch.xa is None else torch.addmm(frozen, branch.xa, branch.b.t(), alpha=branch.scaling)
-
-
-def fused_mlp_fwd(spec, frozen: list[Tensor], keeper: Keeper) -> Tensor:
-    """hidden = silu(gate + LoRA) * (up + LoRA), [T, F]; packs the frozen gate and up into their slots on the way."""
-    branches = []
-    for projection, x, name in zip(spec.gate_up.projections, frozen, ("gate", "up"), strict=True):
-        saver = keeper.savers[name]
-        saver.prepare(x, keeper.step)
-        if use_triton(x):
-            codes, scale = empty_packed(*x.shape, saver.book, x.device)
-        else:
-            codes, scale = reference.quantize(x, saver.mean, saver.std, saver.book)
-        branches.append(_Branch(projection, codes, scale, saver.mean, saver.std, saver.book, keeper))
-        keeper.adopt(name, saver.packed(codes, scale), x.shape, x.dtype)
-    gate, up = (x.contiguous() for x in frozen)
-    if not use_triton(gate):
-        return reference.silu_mul_fwd(_lora_add(gate, branches[0]), _lora_add(up, branches[1]))
-    hidden = torch.empty_like(gate)
-    n_rows, n_cols = gate.shape
-    n_groups = branches[0].codes.shape[1]
-    with device_guard(gate):
-        _fused_mlp_fwd_kernel[(triton.cdiv(n_rows, BLOCK_ROWS), n_groups)](
-            gate, *branches[0].arguments(), up, *branches[1].arguments(), hidden, n_rows, n_cols, n_groups,
-            **_constants(*branches),
+def fused_mlp_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
+    """hidden = silu(gate + LoRA) * (up + LoRA) [T, F] from the frozen paths y = [gate, up], packed on the way."""
+    n_rows, n_cols = y.shape[0], y.shape[1] // 2
+    slots = []
+    for name, columns in zip(("gate", "up"), spec.gate_up.columns, strict=True):
+        saver, frozen = keeper.savers[name], y[:, columns]
+        saver.prepare(frozen, keeper.step)
+        slots.append(PackedSlot.empty(n_rows, saver, y.device))
+        keeper.adopt(name, saver.packed(slots[-1].codes, slots[-1].scale), frozen.shape, frozen.dtype)
+    hidden = torch.empty(n_rows, n_cols, dtype=y.dtype, device=y.device)
+    grid, xa, B, rank, constants = _launch(spec, *slots, low_rank, keeper, n_rows)
+    with device_guard(y):
+        _fused_mlp_fwd_kernel[grid](
+            y, xa, B, hidden, *slots[0].arguments(), *slots[1].arguments(),
+            n_rows, n_cols, slots[0].n_groups, y.stride(0), rank, 1, **constants,
         )  # fmt: skip
     return hidden
 
 
-def fused_mlp_bwd(spec, dhidden: Tensor, keeper: Keeper) -> tuple[Tensor, Tensor, Tensor]:
-    """dgate, dup and hidden [T, F] from dhidden and the packed gate and up."""
-    branches = []
-    for projection, name in zip(spec.gate_up.projections, ("gate", "up"), strict=True):
-        book = keeper.saver(name).book
-        codes, scale, _, mean, std, _ = keeper.take(name)
-        branches.append(_Branch(projection, codes, scale, mean, std, book, keeper))
-    if not use_triton(dhidden):
-        gate, up = (
-            _lora_add(reference.dequantize(b.codes, b.scale, b.mean, b.std, b.book, dhidden.dtype), b) for b in branches
-        )
-        return reference.silu_mul_bwd(dhidden, gate, up)
-    dhidden = dhidden.contiguous()
-    dgate, dup, hidden = (torch.empty_like(dhidden) for _ in range(3))
+def fused_mlp_bwd(spec, dhidden: Tensor, low_rank: LowRank | None, keeper: Keeper) -> tuple[Tensor, Tensor]:
+    """dy = [dgate, dup] [T, 2F] and hidden [T, F] from dhidden, whose place hidden takes, and the packed slots."""
+    slots = [PackedSlot.kept(name, keeper) for name in ("gate", "up")]
     n_rows, n_cols = dhidden.shape
-    n_groups = branches[0].codes.shape[1]
+    dy = torch.empty(n_rows, 2 * n_cols, dtype=dhidden.dtype, device=dhidden.device)
+    grid, xa, B, rank, constants = _launch(spec, *slots, low_rank, keeper, n_rows)
     with device_guard(dhidden):
-        _fused_mlp_bwd_kernel[(triton.cdiv(n_rows, BLOCK_ROWS), n_groups)](
-            *branches[0].arguments(), *branches[1].arguments(), dhidden, dgate, dup, hidden, n_rows, n_cols, n_groups,
-            **_constants(*branches),
+        _fused_mlp_bwd_kernel[grid](
+            dhidden, xa, B, dy, dhidden, *slots[0].arguments(), *slots[1].arguments(),
+            n_rows, n_cols, slots[0].n_groups, rank, 1, **constants,
         )  # fmt: skip
-    return dgate, dup, hidden
+    return dy, dhidden

@@ -1,24 +1,25 @@
 """Linear layers with LoRA adapters: y = x W^T + b + scaling * dropout(x) A^T B^T (+ scaling * b_B).
 
 A Projection is a view of one PEFT layer (or of a plain linear without an adapter); a ProjectionGroup is several that
-share their input (q, k, v; gate, up). The frozen path x W^T + b and the low-rank x A^T are returned apart, because
-HyC-LoRA quantizes the first and keeps the second exactly.
+share their input (q, k, v; gate, up) and acts on their outputs side by side, y [T, N]. The frozen path x W^T + b and
+the low-rank x A^T are returned apart, because HyC-LoRA quantizes the first and keeps the second exactly.
 
-Gradients, with g = scaling * dy B [T, r] and x' = dropout(x):
-    dB = scaling * dy^T (x' A^T)    dA = g^T x'    dx = dy W + dropout(g A)    db = sum dy    db_B = scaling * sum dy
+Gradients, with A scaled (operators/low_rank.py), g = dy B [T, R] and x' = dropout(x):
+    dB = dy^T (x' A^T)    dA = scaling * g^T x'    dx = dy W + dropout(g A)    db = sum dy    db_B = scaling * sum dy
 """
 
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-try:
-    import bitsandbytes as bnb
-except ImportError:
-    bnb = None
+from operators.low_rank import LowRank, stack_adapters
+from operators.nf4 import dequantize_4bit, is_4bit
 
 PARAMETERS_PER_PROJECTION = 4
+# NF4 neighbours are dequantized side by side, for one GEMM, as long as they fit; larger ones gain nothing by it
+WEIGHT_BUFFER = 2**27
 
 
 @contextmanager
@@ -41,13 +42,14 @@ def get_rng_state(device: torch.device) -> Tensor:
 class Projection:
     """One linear layer of a block as the block's Functions see it; weights are read from the module at each use.
 
-    adapter: name of the active adapter or None; scaling: lora_alpha / r (/ sqrt(r) with rsLoRA); dropout: its
+    adapter: name of the active adapter or None; rank; scaling: lora_alpha / r (/ sqrt(r) with rsLoRA); dropout: its
     probability. They are read from PEFT by refresh(), once a forward.
     """
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
         self.base = getattr(module, "base_layer", module)
+        self.width = self.base.out_features
         self.refresh()
 
     def refresh(self) -> bool:
@@ -56,8 +58,9 @@ class Projection:
         if len(active) > 1:
             raise ValueError(f"{self.name}: several active adapters, {', '.join(active)}; activate one")
         self.adapter = active[0] if active else None
-        self.scaling, self.dropout = 0.0, 0.0
+        self.rank, self.scaling, self.dropout = 0, 0.0, 0.0
         if self.has_adapter:
+            self.rank = self.module.lora_A[self.adapter].weight.shape[0]
             self.scaling = self.module.scaling[self.adapter]
             dropout = self.module.lora_dropout[self.adapter]
             self.dropout = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
@@ -74,117 +77,214 @@ class Projection:
         lora_A, lora_B = self.module.lora_A[self.adapter], self.module.lora_B[self.adapter]
         return lora_A.weight, lora_B.weight, lora_B.bias, self.base.bias
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """W [out, in] in dtype; NF4 weights are dequantized on the way."""
-        weight = self.base.weight
-        if bnb is not None and isinstance(weight, bnb.nn.Params4bit):
-            if getattr(weight.quant_state, "packing_format_for_cpu", False):
-                raise RuntimeError(
-                    f"{self.name}: bitsandbytes has repacked this weight for CPU inference; set "
-                    "support_avx512bf16_for_cpu = False on the Linear4bit modules before the first evaluation"
-                )
-            # [N K / 2, 1] is the layout for which all bitsandbytes versions return [N, K] untransposed
-            return bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).to(dtype)
-        return weight.to(dtype)
-
-    def frozen(self, x: Tensor) -> Tensor:
-        """x W^T + b, [T, out]."""
-        bias = self.base.bias
-        return nn.functional.linear(x, self.weight(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    def down(self, x: Tensor, lora_A: Tensor) -> Tensor:
-        """dropout(x) A^T, [T, r]; the mask is drawn in the adapter's dtype, as PEFT draws it."""
-        dropped = nn.functional.dropout(x.to(lora_A.dtype), self.dropout).to(x.dtype) if self.dropout else x
-        return dropped @ lora_A.to(x.dtype).t()
-
-    def up(self, frozen: Tensor, xa: Tensor | None, lora_B: Tensor | None, bias_B: Tensor | None) -> Tensor:
-        """frozen + scaling * (xa B^T + b_B); frozen itself without an adapter."""
-        if xa is None:
-            return frozen
-        y = torch.addmm(frozen, xa, lora_B.to(xa.dtype).t(), alpha=self.scaling)
-        return y if bias_B is None else y.add_(bias_B.to(y.dtype), alpha=self.scaling)
+    def drop(self, x: Tensor, lora_A: Tensor) -> Tensor:
+        """dropout(x), whose mask is drawn in the adapter's dtype, as PEFT draws it."""
+        return nn.functional.dropout(x.to(lora_A.dtype), self.dropout).to(x.dtype)
 
 
 class ProjectionGroup:
-    """Projections that share one input x [T, in]; x A^T and the low-rank weights are kept exactly."""
+    """Projections that share one input x [T, in]; their outputs stand side by side in y [T, N].
+
+    x A^T is kept exactly; A and B are read again at backward time.
+    """
 
     def __init__(self, projections: list[Projection]):
         self.projections = projections
+        self.width = sum(p.width for p in projections)
+        self.columns = _slices([p.width for p in projections])
+        self.xa_name = "+".join(p.name for p in projections) + "_xa"
 
     @property
     def needs_input(self) -> bool:
         """Whether backward needs x, which is for dA alone."""
         return any(p.has_adapter for p in self.projections)
 
+    @property
+    def dropout(self) -> bool:
+        return any(p.dropout for p in self.projections)
+
+    @property
+    def ranks(self) -> list[slice]:
+        """Columns of x A^T that belong to each projection."""
+        return _slices([p.rank for p in self.projections])
+
     def parameters(self) -> tuple[Tensor | None, ...]:
         return tuple(t for p in self.projections for t in p.parameters())
 
-    def compensate(self, index: int, frozen: Tensor, keeper) -> Tensor:
-        """A restored frozen path with the exact LoRA part added back (paper section 4.2: inter-operator)."""
-        p = self.projections[index]
-        return p.up(frozen, *(keeper.exact(f"{p.name}_{part}") for part in ("xa", "B", "bias_B")))
+    def low_rank(self, parameters: tuple, dtype: torch.dtype) -> LowRank | None:
+        """All adapters as one in dtype; None without any."""
+        if not self.needs_input:
+            return None
+        adapters = [None if a is None else (a, b) for a, b, *_ in split(parameters)]
+        return stack_adapters(
+            adapters, [p.scaling for p in self.projections], [p.width for p in self.projections], dtype
+        )
 
-    def forward(self, x: Tensor, parameters: tuple, keeper, rng: dict) -> list[Tensor]:
-        """Frozen path of each projection; keeps x A^T, the low-rank weights and the RNG states of dropouts."""
-        frozen = []
-        for p, (lora_A, lora_B, bias_B, _) in zip(self.projections, split(parameters), strict=True):
-            frozen.append(p.frozen(x))
-            if p.dropout:
-                rng[p.name] = get_rng_state(x.device)
-            xa = p.down(x, lora_A) if p.has_adapter else None
-            for part, tensor in (("xa", xa), ("A", lora_A), ("B", lora_B), ("bias_B", bias_B)):
+    def kept_low_rank(self, keeper, dtype: torch.dtype) -> LowRank | None:
+        """low_rank of the parameters that forward kept."""
+        kept = [keeper.exact(f"{p.name}_{part}") for p in self.projections for part in ("A", "B")]
+        return self.low_rank(
+            tuple(t for a, b in zip(kept[::2], kept[1::2], strict=True) for t in (a, b, None, None)), dtype
+        )
+
+    def weights(self, dtype: torch.dtype):
+        """(columns of y, W [columns, in]) in dtype, piece by piece; NF4 neighbours share a buffer and come as one."""
+        pieces: list[list[int]] = []
+        room = 0
+        for i, p in enumerate(self.projections):
+            size = p.base.in_features * p.width * dtype.itemsize
+            if pieces and is_4bit(p.base.weight) and room >= size:
+                pieces[-1].append(i)
+            else:
+                pieces.append([i])
+                room = WEIGHT_BUFFER if is_4bit(p.base.weight) else 0
+            room -= size
+        for piece in pieces:
+            columns = slice(self.columns[piece[0]].start, self.columns[piece[-1]].stop)
+            first = self.projections[piece[0]].base
+            if not is_4bit(first.weight):
+                yield columns, first.weight.to(dtype)
+                continue
+            width = columns.stop - columns.start
+            weight = torch.empty(width, first.in_features, dtype=dtype, device=first.weight.device)
+            row = 0
+            for i in piece:
+                p = self.projections[i]
+                dequantize_4bit(p.base.weight, weight[row : row + p.width])
+                row += p.width
+            yield columns, weight
+            del weight
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """x W^T + b of all projections, [T, N]."""
+        y = None
+        for columns, weight in self.weights(x.dtype):
+            y = x.new_empty(x.shape[0], self.width) if y is None else y
+            bias = self._bias(columns, y)
+            if bias is None:
+                torch.mm(x, weight.t(), out=y[:, columns])
+            else:
+                torch.addmm(bias, x, weight.t(), out=y[:, columns])
+            del weight  # before the next one is made
+        return y
+
+    def _bias(self, columns: slice, y: Tensor) -> Tensor | None:
+        """The base layers' biases at these columns in y's dtype; None without any."""
+        if all(p.base.bias is None for p in self.projections):
+            return None
+        biases = [
+            y.new_zeros(p.width) if p.base.bias is None else p.base.bias.to(y.dtype)
+            for p, own in zip(self.projections, self.columns, strict=True)
+            if columns.start <= own.start < columns.stop
+        ]
+        return torch.cat(biases)
+
+    def down(self, x: Tensor, low_rank: LowRank | None, parameters: tuple, keeper, rng: dict) -> Tensor | None:
+        """dropout(x) A^T [T, R]; keeps it, the parameters and the RNG states of dropouts."""
+        for p, tensors in zip(self.projections, split(parameters), strict=True):
+            for part, tensor in zip(("A", "B", "bias_B"), tensors, strict=False):
                 keeper.keep_exact(f"{p.name}_{part}", tensor)
-        return frozen
+        if low_rank is None:
+            return None
+        if not self.dropout:
+            xa = x @ low_rank.A.t()
+        else:
+            xa = x.new_empty(x.shape[0], low_rank.A.shape[0])
+            for p, ranks in zip(self.projections, self.ranks, strict=True):
+                if p.has_adapter:
+                    rng[p.name] = get_rng_state(x.device)
+                    torch.mm(p.drop(x, p.parameters()[0]), low_rank.A[ranks].t(), out=xa[:, ranks])
+        keeper.keep_exact(self.xa_name, xa)
+        return xa
+
+    def add(
+        self, y: Tensor, low_rank: LowRank | None, keeper, index: int | None = None, in_place: bool = True
+    ) -> Tensor:
+        """y [T, N] (or the columns of one projection) + (x A^T) B^T + scaling * b_B (paper 4.2: inter-operator)."""
+        if low_rank is None:
+            return y
+        B, xa = low_rank.B, keeper.exact(self.xa_name)
+        if index is not None:
+            B, xa = B[self.columns[index], self.ranks[index]], xa[:, self.ranks[index]]
+        y = y.addmm_(xa, B.t()) if in_place else torch.addmm(y, xa, B.t())
+        for i, (p, columns) in enumerate(zip(self.projections, self.columns, strict=True)):
+            bias = keeper.exact(f"{p.name}_bias_B")
+            if bias is not None and index in (None, i):
+                part = y if index is not None else y[:, columns]
+                part.add_(bias.to(y.dtype), alpha=p.scaling)
+        return y
+
+    def forward(self, x: Tensor, parameters: tuple, keeper, rng: dict) -> Tensor:
+        """x W^T + b + LoRA [T, N], for a group of which nothing is kept but x A^T."""
+        y = self.frozen(x)
+        low_rank = self.low_rank(parameters, x.dtype)
+        self.down(x, low_rank, parameters, keeper, rng)
+        return self.add(y, low_rank, keeper)
 
     def backward_input(
-        self, dys: list[Tensor], keeper, rng: dict, need_dx: bool
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """dx [T, in] (None if not needed) and g = scaling * dy B [T, r] of each projection."""
-        dx, gs = None, []
-        for p, dy in zip(self.projections, dys, strict=True):
-            lora_A, lora_B = (keeper.exact(f"{p.name}_{part}") for part in ("A", "B"))
-            gs.append((dy @ lora_B.to(dy.dtype)).mul_(p.scaling) if p.has_adapter else None)
-            if not need_dx:
-                continue
-            weight = p.weight(dy.dtype)
-            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        self, dy: Tensor, low_rank: LowRank | None, keeper, rng: dict, need_dx: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dx [T, in] (None if not needed) and g = dy B [T, R] (None without adapters)."""
+        g = None if low_rank is None else dy @ low_rank.B
+        if not need_dx:
+            return None, g
+        dx = None
+        for columns, weight in self.weights(dy.dtype):
+            part = dy[:, columns]
+            dx = part @ weight if dx is None else dx.addmm_(part, weight)
             del weight
-            if p.has_adapter and not p.dropout:
-                dx.addmm_(gs[-1], lora_A.to(dy.dtype))
-            elif p.has_adapter:
-                dxa = gs[-1] @ lora_A.to(dy.dtype)
+        if g is None:
+            return dx, g
+        if not self.dropout:
+            return dx.addmm_(g, low_rank.A), g
+        for p, ranks in zip(self.projections, self.ranks, strict=True):
+            if p.has_adapter:
+                dxa = g[:, ranks] @ low_rank.A[ranks]
                 dx.addcmul_(dxa, self._dropout_mask(p, dxa, rng))
-        return dx, gs
+        return dx, g
 
     def backward_parameters(
-        self, dys: list[Tensor], gs: list[Tensor | None], x: Tensor | None, keeper, rng: dict, needs: tuple[bool, ...]
+        self, dy: Tensor, g: Tensor | None, x: Tensor | None, keeper, rng: dict, needs: tuple[bool, ...]
     ) -> list[Tensor | None]:
         """Gradients of parameters(), in order; x is the group's input as restored."""
-        grads = []
-        for p, dy, g, need in zip(self.projections, dys, gs, split(needs), strict=True):
-            need_A, need_B, need_bias_B, need_bias = need
-            total = dy.sum(dim=0, dtype=torch.float32) if need_bias or need_bias_B else None
-            grad_A = grad_B = None
+        needs = split(needs)
+        grads: list[Tensor | None] = [None] * (len(needs) * PARAMETERS_PER_PROJECTION)
+        grad_B = _mm32(dy.t(), keeper.exact(self.xa_name)) if any(need[1] for need in needs) else None
+        grad_A = _mm32(g.t(), x) if any(need[0] for need in needs) and not self.dropout else None
+        for i, (p, columns, ranks) in enumerate(zip(self.projections, self.columns, self.ranks, strict=True)):
+            first = i * PARAMETERS_PER_PROJECTION
+            need_A, need_B, need_bias_B, need_bias = needs[i]
+            lora_A, lora_B, bias_B, bias = p.parameters()
             if need_A:
-                dropped = x * self._dropout_mask(p, x, rng) if p.dropout else x
-                grad_A = (g.t() @ dropped).to(p.parameters()[0].dtype)
+                dA = _mm32(g[:, ranks].t(), x * self._dropout_mask(p, x, rng)) if self.dropout else grad_A[ranks]
+                grads[first] = (dA if p.scaling == 1 else dA * p.scaling).to(lora_A.dtype)
             if need_B:
-                xa = keeper.exact(f"{p.name}_xa")
-                grad_B = (dy.t() @ xa).mul_(p.scaling).to(p.parameters()[1].dtype)
-            grads += [grad_A, grad_B]
-            grads.append((total * p.scaling).to(p.parameters()[2].dtype) if need_bias_B else None)
-            grads.append(total.to(p.base.bias.dtype) if need_bias else None)
+                grads[first + 1] = grad_B[columns, ranks].to(lora_B.dtype)
+            if need_bias or need_bias_B:
+                total = dy[:, columns].sum(dim=0, dtype=torch.float32)
+                grads[first + 2] = (total * p.scaling).to(bias_B.dtype) if need_bias_B else None
+                grads[first + 3] = total.to(bias.dtype) if need_bias else None
         return grads
 
     @staticmethod
     def _dropout_mask(p: Projection, x: Tensor, rng: dict) -> Tensor:
         """The dropout's factors (0 or 1 / (1 - p)), drawn again from the generator state of the forward."""
         with replayed_rng(x.device, rng[p.name]):
-            ones = torch.ones_like(x, dtype=p.parameters()[0].dtype)
-            return nn.functional.dropout(ones, p.dropout).to(x.dtype)
+            return p.drop(torch.ones_like(x), p.parameters()[0])
 
 
 def split(parameters: tuple) -> list[tuple]:
     """A flat tuple of Function arguments as one tuple a projection."""
     n = PARAMETERS_PER_PROJECTION
     return [tuple(parameters[i : i + n]) for i in range(0, len(parameters), n)]
+
+
+def _slices(widths: list[int]) -> list[slice]:
+    """Neighbouring columns of the given widths."""
+    stops = list(accumulate(widths))
+    return [slice(stop - width, stop) for width, stop in zip(widths, stops, strict=True)]
+
+
+def _mm32(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32 from half-precision factors: gradients of fp32 adapters are not rounded to bf16 on the way."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype.itemsize == 2 else a @ b

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.activation import silu_mul_bwd, silu_mul_fwd
+from operators.dispatch import use_triton
 from operators.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
 from operators.lora import ProjectionGroup
 from operators.savers import Keeper
@@ -43,13 +44,14 @@ class MlpFunction(torch.autograd.Function):
         rng: dict = {}
         if spec.gate_up.needs_input:
             keeper.derive("mlp_in", source) if source else keeper.keep("mlp_in", rows)
-        frozen = spec.gate_up.forward(rows, parameters[:n_gate_up], keeper, rng)
-        hidden = (fused_mlp_fwd if spec.fused else _activate_fwd)(spec, frozen, keeper)
-        del frozen
+        y = spec.gate_up.frozen(rows)
+        low_rank = spec.gate_up.low_rank(parameters[:n_gate_up], rows.dtype)
+        spec.gate_up.down(rows, low_rank, parameters[:n_gate_up], keeper, rng)
+        hidden = (fused_mlp_fwd if spec.fused and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
+        del y, low_rank
         if spec.down.needs_input:
             keeper.keep("hidden", hidden)
-        (frozen,) = spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng)
-        y = spec.down.compensate(0, frozen, keeper)
+        y = spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng)
         keeper.save(ctx)
         ctx.spec, ctx.rng, ctx.shape = spec, rng, x.shape
         return y.view(*x.shape[:-1], -1)
@@ -61,38 +63,43 @@ class MlpFunction(torch.autograd.Function):
         n_gate_up = len(spec.gate_up.parameters())
         needs = ctx.needs_input_grad[4:]
         dy = dy.reshape(-1, dy.shape[-1])
-        dhidden, gs = spec.down.backward_input([dy], keeper, rng, True)
-        activate_bwd = fused_mlp_bwd if spec.fused else _activate_bwd
-        dgate, dup, hidden = activate_bwd(spec, dhidden, keeper)
+        dhidden, g = spec.down.backward_input(dy, spec.down.kept_low_rank(keeper, dy.dtype), keeper, rng)
+        low_rank = spec.gate_up.kept_low_rank(keeper, dy.dtype)
+        activate_bwd = fused_mlp_bwd if spec.fused and use_triton(dy) else _activate_bwd
+        dgate_up, hidden = activate_bwd(spec, dhidden, low_rank, keeper)
         del dhidden
-        down_grads = spec.down.backward_parameters([dy], gs, hidden, keeper, rng, needs[n_gate_up:])
+        down_grads = spec.down.backward_parameters(dy, g, hidden, keeper, rng, needs[n_gate_up:])
         del hidden
-        dx, gs = spec.gate_up.backward_input([dgate, dup], keeper, rng, ctx.needs_input_grad[0])
-        x = keeper.restore("mlp_in")
-        grads = spec.gate_up.backward_parameters([dgate, dup], gs, x, keeper, rng, needs[:n_gate_up])
+        dx, g = spec.gate_up.backward_input(dgate_up, low_rank, keeper, rng, ctx.needs_input_grad[0])
+        x = keeper.restore("mlp_in", dy.dtype)
+        grads = spec.gate_up.backward_parameters(dgate_up, g, x, keeper, rng, needs[:n_gate_up])
         dx = None if dx is None else dx.view(ctx.shape)
         return dx, None, None, None, *grads, *down_grads
 
 
-def _activate_fwd(spec: MlpSpec, frozen: list[Tensor], keeper: Keeper) -> Tensor:
-    """hidden [T, F] from the frozen paths; keeps gate, up and act."""
-    summed = []
-    for i, name in enumerate(("gate", "up")):
-        if spec.compensate:
-            keeper.keep(name, frozen[i])
-        summed.append(spec.gate_up.compensate(i, frozen[i], keeper))
-        if not spec.compensate:
-            keeper.keep(name, summed[i])
+def _activate_fwd(spec: MlpSpec, y: Tensor, low_rank, keeper: Keeper) -> Tensor:
+    """hidden [T, F] from the frozen paths y [T, 2F]; keeps gate, up and act."""
+    names = ("gate", "up")
+    if spec.compensate:
+        for name, columns in zip(names, spec.gate_up.columns, strict=True):
+            keeper.keep(name, y[:, columns])
+    y = spec.gate_up.add(y, low_rank, keeper, in_place=not (spec.compensate and keeper.aliases(*names)))
+    gate, up = (y[:, columns] for columns in spec.gate_up.columns)
+    if not spec.compensate:
+        keeper.keep("gate", gate)
+        keeper.keep("up", up)
     if keeper.keeps("act"):
-        keeper.keep("act", torch.nn.functional.silu(summed[0]))
-    return silu_mul_fwd(*summed)
+        keeper.keep("act", torch.nn.functional.silu(gate))
+    return silu_mul_fwd(gate, up)
 
 
-def _activate_bwd(spec: MlpSpec, dhidden: Tensor, keeper: Keeper) -> tuple[Tensor, Tensor, Tensor]:
-    """dgate, dup and hidden [T, F] from the restored slots."""
+def _activate_bwd(spec: MlpSpec, dhidden: Tensor, low_rank, keeper: Keeper) -> tuple[Tensor, Tensor]:
+    """[dgate, dup] [T, 2F] and hidden [T, F] from the restored slots."""
     gate, up = keeper.restore("gate"), keeper.restore("up")
     if spec.compensate:
-        gate, up = spec.gate_up.compensate(0, gate, keeper), spec.gate_up.compensate(1, up, keeper)
-    dgate, dup, hidden = silu_mul_bwd(dhidden, gate, up)
+        gate, up = (spec.gate_up.add(t, low_rank, keeper, i, in_place=False) for i, t in enumerate((gate, up)))
+    dy, hidden = silu_mul_bwd(dhidden, gate, up)
     act, kept = keeper.restore("act"), keeper.restore("hidden")
-    return dgate, dup if act is None else dhidden * act, hidden if kept is None else kept
+    if act is not None:
+        torch.mul(dhidden, act, out=dy[:, spec.gate_up.columns[1]])
+    return dy, hidden if kept is None else kept

@@ -8,7 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from operators import reference
 from operators.dispatch import as_rows, device_guard, use_triton
-from operators.savers import Keeper
+from operators.fused_tiles import PackedSlot, load_tile, pack_tile, store_tile, unpack_tile
+from operators.quantize import keep_outliers, pick_outliers, tile_columns
+from operators.savers import ChannelQuant, Keeper
 
 
 @triton.jit
@@ -43,6 +45,56 @@ def _rms_norm_bwd_kernel(
     tl.store(dx_ptr + row * n_cols + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["one"])
+def _rms_norm_pack_kernel(
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, slot_ptr, kept_ptr,
+    n_cols, n_groups, stride_row, n_outliers, eps, one,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    GROUP: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row, group = tl.arange(0, 1), tl.arange(0, BLOCK_GROUPS)
+    live = row < 1
+    col = tile_columns(group, GROUP)
+    inside = col < n_cols
+    x = load_tile(x_ptr + token * stride_row, row, col, stride_row, live, inside)
+    rstd = tl.rsqrt(tl.sum(tl.reshape(x * x, (x.numel,))) / n_cols + eps)
+    x_hat = (x * rstd).to(x_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + col, mask=inside, other=0.0)[None].to(tl.float32)
+    store_tile(y_ptr + token * n_cols, x_hat * weight, row, col, n_cols, live, inside)
+    tl.store(rstd_ptr + token, rstd)
+    pack_tile(
+        x_hat, codes_ptr, scale_ptr, mean_ptr, std_ptr, token, row, group, col, live, inside, n_groups, one,
+        BITS, STEP, CENTRE, GROUPED, GROUP,
+    )  # fmt: skip
+    if OUTLIERS:
+        keep_outliers(x_hat, slot_ptr, kept_ptr + token * n_outliers, row, col, inside, live, n_outliers)
+
+
+@triton.jit(do_not_specialize=["one"])
+def _rms_norm_unpack_bwd_kernel(
+    dy_ptr, rstd_ptr, weight_ptr, dx_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, slot_ptr, kept_ptr,
+    n_cols, n_groups, stride_dy, n_outliers, one,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    GROUP: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row, group = tl.arange(0, 1), tl.arange(0, BLOCK_GROUPS)
+    live = row < 1
+    col = tile_columns(group, GROUP)
+    inside = col < n_cols
+    x_hat = unpack_tile(
+        codes_ptr, scale_ptr, mean_ptr, std_ptr, token, row, group, col, live, inside, n_groups, one,
+        BITS, STEP, CENTRE, GROUPED, GROUP,
+    )  # fmt: skip
+    if OUTLIERS:
+        x_hat = pick_outliers(x_hat, slot_ptr, kept_ptr + token * n_outliers, row, col, inside, live, n_outliers)
+    dy = load_tile(dy_ptr + token * stride_dy, row, col, stride_dy, live, inside)
+    g = dy * tl.load(weight_ptr + col, mask=inside, other=0.0)[None].to(tl.float32)
+    dx = (g - x_hat * (tl.sum(tl.reshape(g * x_hat, (g.numel,))) / n_cols)) * tl.load(rstd_ptr + token)
+    store_tile(dx_ptr + token * n_cols, dx, row, col, n_cols, live, inside)
+
+
 def _row_launch(n_cols: int) -> dict:
     block = triton.next_power_of_2(n_cols)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
@@ -74,16 +126,59 @@ def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor) -> Ten
     return dx
 
 
+def _tile_launch(slot: PackedSlot) -> dict:
+    block = triton.next_power_of_2(slot.n_groups)
+    constants = slot.constants() | {"GROUPED": slot.book.grouped, "GROUP": slot.book.group, "BLOCK_GROUPS": block}
+    return constants | {"num_warps": min(16, max(1, block * slot.book.group // 256))}
+
+
+def rms_norm_pack(x: Tensor, weight: Tensor, eps: float, saver, step) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """rms_norm_fwd with x_hat packed by a calibrated ChannelQuant on the way: x [T, C] to y, rstd, packed."""
+    saver.prepare(x, step)
+    x = as_rows(x)
+    n_rows, n_cols = x.shape
+    slot, kept = PackedSlot.empty(n_rows, saver, x.device), saver.empty_kept(x)
+    y = torch.empty(n_rows, n_cols, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    with device_guard(x):
+        _rms_norm_pack_kernel[(n_rows,)](
+            x, weight, y, rstd, *slot.arguments(), saver.outliers, y if kept is None else kept, n_cols, slot.n_groups,
+            x.stride(0), saver.n_outliers, eps, 1, OUTLIERS=kept is not None, **_tile_launch(slot),
+        )  # fmt: skip
+    return y, rstd, saver.packed(slot.codes, slot.scale, kept)
+
+
+def rms_norm_unpack_bwd(dy: Tensor, rstd: Tensor, weight: Tensor, packed: tuple[Tensor, ...], book) -> Tensor:
+    """rms_norm_bwd from the packed x_hat: dx [T, C] in dy's dtype."""
+    codes, scale, kept, mean, std, outliers = packed
+    dy, slot = as_rows(dy), PackedSlot(codes, scale, mean, std, book)
+    n_rows, n_cols = dy.shape
+    dx = torch.empty(n_rows, n_cols, dtype=dy.dtype, device=dy.device)
+    with device_guard(dy):
+        _rms_norm_unpack_bwd_kernel[(n_rows,)](
+            dy, rstd, weight, dx, *slot.arguments(), outliers, kept, n_cols, slot.n_groups, dy.stride(0),
+            kept.shape[1] if kept.numel() else 0, 1, OUTLIERS=kept.numel() > 0, **_tile_launch(slot),
+        )  # fmt: skip
+    return dx
+
+
 class RMSNormFunction(torch.autograd.Function):
     """y = x_hat * w; dx by reference.rms_norm_bwd from slot norm_in (x_hat), dw = sum over tokens of dy * x_hat.
 
-    x [..., C], weight [C]. Saves norm_in through its saver and rstd (fp32 [T]) exactly.
+    x [..., C], weight [C]. Saves norm_in through its saver and rstd (fp32 [T]) exactly. fused: a quantized x_hat is
+    packed and restored inside the kernels.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, keeper: Keeper) -> Tensor:
-        y, x_hat, rstd = rms_norm_fwd(x.reshape(-1, x.shape[-1]), weight, eps)
-        keeper.keep("norm_in", x_hat)
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, keeper: Keeper, fused: bool = False) -> Tensor:
+        rows, saver = x.reshape(-1, x.shape[-1]), keeper.savers["norm_in"]
+        ctx.fused = fused and use_triton(x) and isinstance(saver, ChannelQuant)
+        if ctx.fused and not keeper.step.calibrating:
+            y, rstd, packed = rms_norm_pack(rows, weight, eps, saver, keeper.step)
+            keeper.adopt("norm_in", packed, rows.shape, rows.dtype)
+        else:
+            y, x_hat, rstd = rms_norm_fwd(rows, weight, eps)
+            keeper.keep("norm_in", x_hat)
         keeper.keep_exact("rstd", rstd)
         keeper.keep_exact("weight", weight)
         keeper.save(ctx)
@@ -94,11 +189,16 @@ class RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         keeper = Keeper.load(ctx)
-        x_hat, rstd, weight = keeper.restore("norm_in"), keeper.exact("rstd"), keeper.exact("weight")
+        rstd, weight = keeper.exact("rstd"), keeper.exact("weight")
         rows = dy.reshape(-1, dy.shape[-1])
         dx = dweight = None
+        if ctx.fused and not ctx.needs_input_grad[1]:
+            book = keeper.saver("norm_in").book
+            dx = rms_norm_unpack_bwd(rows, rstd, weight, keeper.take("norm_in"), book)
+            return dx.view(dy.shape).to(ctx.x_dtype), None, None, None, None
+        x_hat = keeper.restore("norm_in")
         if ctx.needs_input_grad[0]:
             dx = rms_norm_bwd(rows, x_hat, rstd, weight).view(dy.shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             dweight = (rows.float() * x_hat.float()).sum(dim=0).to(weight.dtype)
-        return dx, dweight, None, None
+        return dx, dweight, None, None, None

@@ -13,58 +13,51 @@ from operators import reference
 from operators.codebook import Codebook
 from operators.dispatch import as_rows, device_guard, use_triton
 
-LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
-MIDDLE_STEPS = tl.constexpr(reference.MIDDLE_STEPS)
 SCALE_ZERO = tl.constexpr(reference.SCALE_ZERO)
-WORD_DTYPE = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 8: torch.int64}
+LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
+LOG_SCALE_STEP = tl.constexpr(1 / reference.LOG_SCALE_STEPS)
+MIDDLE_STEPS = tl.constexpr(reference.MIDDLE_STEPS)
+MIDDLE_STEP = tl.constexpr(1 / reference.MIDDLE_STEPS)
+WORD_DTYPE = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 8: torch.uint8}
+BLOCK_ROWS, BLOCK_GROUPS = 8, 16
 
 
 @triton.jit
-def quantize_tile(
-    x, mean, inv_std, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
-    GROUPED: tl.constexpr,
-):  # fmt: skip
-    """x fp32 [R, N, W, 8] and its channel statistics to words [R, N, W] and the two scale bytes [R, N] of a group.
+def quantize_tile(x, mean, std, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr):
+    """x fp32 [R, N, W, 8] and its channel statistics to codes int32 [R, N, W, 8] and two scale bytes [R, N] a group.
 
     x and mean must be 0 where there is no channel.
     """
-    t = (x - mean) * inv_std
+    inv_std = 1.0 / std
+    t = x * inv_std - mean * inv_std
     exponent = tl.full([x.shape[0], x.shape[1]], SCALE_ZERO, tl.float32)
     middle = exponent
     if GROUPED:
         low = tl.minimum(tl.min(tl.min(t, axis=3), axis=2), 0.0)
         high = tl.maximum(tl.max(tl.max(t, axis=3), axis=2), 0.0)
-        exponent = tl.log2(tl.maximum((high - low) / 2, 1e-30)) * LOG_SCALE_STEPS + SCALE_ZERO
-        exponent = tl.minimum(tl.maximum(tl.floor(exponent + 0.5), 0.0), 255.0)
-        inverse = tl.exp2(-(exponent - SCALE_ZERO) / LOG_SCALE_STEPS)
-        middle = tl.floor((high + low) / 2 * inverse * MIDDLE_STEPS + SCALE_ZERO + 0.5)
-        middle = tl.minimum(tl.maximum(middle, 0.0), 255.0)
-        t = t * inverse[:, :, None, None] - ((middle - SCALE_ZERO) / MIDDLE_STEPS)[:, :, None, None]
-    code = tl.floor(t * (1 / STEP) + CENTRE + 0.5)
-    code = tl.minimum(tl.maximum(code, 0.0), float((1 << BITS) - 1))
-    shift = tl.arange(0, 8)[None, None, None, :] * BITS
-    if BITS == 8:
-        words = tl.sum(code.to(tl.int64) << shift.to(tl.int64), axis=3)
+        exponent = tl.log2(tl.maximum((high - low) * 0.5, 1e-30)) * LOG_SCALE_STEPS + (SCALE_ZERO + 0.5)
+        exponent = tl.floor(tl.minimum(tl.maximum(exponent, 0.0), 255.0))
+        inverse = tl.exp2((exponent - SCALE_ZERO) * -LOG_SCALE_STEP)
+        middle = (high + low) * 0.5 * inverse * MIDDLE_STEPS + (SCALE_ZERO + 0.5)
+        middle = tl.floor(tl.minimum(tl.maximum(middle, 0.0), 255.0))
+        zero = (middle - SCALE_ZERO) * (-MIDDLE_STEP / STEP) + (CENTRE + 0.5)
+        t = t * (inverse * (1 / STEP))[:, :, None, None] + zero[:, :, None, None]
     else:
-        words = tl.sum(code.to(tl.int32) << shift, axis=3)
-    return words, exponent.to(tl.uint8), middle.to(tl.uint8)
+        t = t * (1 / STEP) + (CENTRE + 0.5)
+    # the conversion truncates, which is floor from 0 on
+    code = tl.minimum(tl.maximum(t, 0.0), float((1 << BITS) - 1)).to(tl.int32)
+    return code, exponent.to(tl.uint8), middle.to(tl.uint8)
 
 
 @triton.jit
-def dequantize_tile(
-    words, exponent, middle, mean, std, BITS: tl.constexpr, STEP: tl.constexpr,
-    CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-):  # fmt: skip
+def dequantize_tile(code, exponent, middle, mean, std, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr):
     """Inverse of quantize_tile: fp32 [R, N, W, 8]."""
-    shift = tl.arange(0, 8)[None, None, None, :] * BITS
-    if BITS == 8:
-        code = (words[:, :, :, None] >> shift.to(tl.int64)) & 255
-    else:
-        code = (words[:, :, :, None] >> shift) & ((1 << BITS) - 1)
-    t = (code.to(tl.float32) - CENTRE) * STEP
     if GROUPED:
-        half = tl.exp2((exponent.to(tl.float32) - SCALE_ZERO) / LOG_SCALE_STEPS)
-        t = (t + ((middle.to(tl.float32) - SCALE_ZERO) / MIDDLE_STEPS)[:, :, None, None]) * half[:, :, None, None]
+        half = tl.exp2((exponent.to(tl.float32) - SCALE_ZERO) * LOG_SCALE_STEP)
+        zero = ((middle.to(tl.float32) - SCALE_ZERO) * MIDDLE_STEP - CENTRE * STEP) * half
+        t = code.to(tl.float32) * (half * STEP)[:, :, None, None] + zero[:, :, None, None]
+    else:
+        t = (code.to(tl.float32) - CENTRE) * STEP
     return t * std + mean
 
 
@@ -88,78 +81,133 @@ def load_scale(scale_ptr, unit, mask, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def store_words(codes_ptr, index, words, mask, BITS: tl.constexpr):
-    """Write words [R, N, W] at word index; a 3-bit word is three single bytes, all others one access."""
-    if BITS == 3:
-        for p in tl.static_range(3):
-            tl.store(codes_ptr + index * 3 + p, ((words >> (8 * p)) & 255).to(tl.uint8), mask=mask)
+def store_codes(codes_ptr, word, code, mask, BITS: tl.constexpr):
+    """Pack codes [R, N, W, 8] into the words at index [R, N, W]; mask [R, N, W]."""
+    lane = tl.arange(0, 8)[None, None, None, :]
+    if BITS == 8:
+        tl.store(codes_ptr + word[:, :, :, None] * 8 + lane, code.to(tl.uint8), mask=mask[:, :, :, None])
     else:
-        tl.store(codes_ptr + index, words.to(codes_ptr.dtype.element_ty), mask=mask)
+        words = tl.sum(code << (lane * BITS), axis=3)
+        if BITS == 3:
+            for p in tl.static_range(3):
+                tl.store(codes_ptr + word * 3 + p, ((words >> (8 * p)) & 255).to(tl.uint8), mask=mask)
+        else:
+            tl.store(codes_ptr + word, words.to(codes_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_words(codes_ptr, index, mask, BITS: tl.constexpr):
-    """Read words [R, N, W] that store_words wrote: int32, or int64 for 8 bit."""
+def load_codes(codes_ptr, word, mask, BITS: tl.constexpr):
+    """The integer codes [R, N, W, 8] that store_codes packed."""
+    lane = tl.arange(0, 8)[None, None, None, :]
+    if BITS == 8:
+        return tl.load(codes_ptr + word[:, :, :, None] * 8 + lane, mask=mask[:, :, :, None], other=0)
     if BITS == 3:
-        words = tl.load(codes_ptr + index * 3, mask=mask, other=0).to(tl.int32)
-        words |= tl.load(codes_ptr + index * 3 + 1, mask=mask, other=0).to(tl.int32) << 8
-        words |= tl.load(codes_ptr + index * 3 + 2, mask=mask, other=0).to(tl.int32) << 16
-    elif BITS == 8:
-        words = tl.load(codes_ptr + index, mask=mask, other=0)
+        words = tl.load(codes_ptr + word * 3, mask=mask, other=0).to(tl.int32)
+        words |= tl.load(codes_ptr + word * 3 + 1, mask=mask, other=0).to(tl.int32) << 8
+        words |= tl.load(codes_ptr + word * 3 + 2, mask=mask, other=0).to(tl.int32) << 16
     else:
-        words = tl.load(codes_ptr + index, mask=mask, other=0).to(tl.int32)
-    return words
+        words = tl.load(codes_ptr + word, mask=mask, other=0).to(tl.int32)
+    return (words[:, :, :, None] >> (lane * BITS)) & ((1 << BITS) - 1)
 
 
 @triton.jit
-def tile_index(row, group, n_groups, GROUP: tl.constexpr):
-    """Word index [R, N, W] and scale index [R, N] of rows [R] and groups [N]."""
-    unit = row[:, None].to(tl.int64) * n_groups + group[None, :]
-    word = unit[:, :, None] * (GROUP // 8) + tl.arange(0, GROUP // 8)[None, None, :]
+def tile_index(row, group, n_groups, one, GROUP: tl.constexpr):
+    """Word index [R, N, W] and scale index [R, N] of rows [R] and groups [N], int32 relative to the tile's first row.
+
+    one is 1, but the compiler must not know: it would give a thread several neighbouring words to load, which are then
+    spread over the threads again through shared memory, because a thread's 8 codes fill its widest access to x.
+    """
+    unit = row[:, None] * n_groups + group[None, :]
+    word = (unit[:, :, None] * (GROUP // 8) + tl.arange(0, GROUP // 8)[None, None, :]) * one
     return word, unit
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit
+def rows_of_codes(codes_ptr, row, n_groups, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Pointer to the first word of a row (int64)."""
+    words = row * n_groups * (GROUP // 8)
+    return codes_ptr + (words * BITS if BITS == 3 or BITS == 8 else words)
+
+
+@triton.jit
+def tile_columns(group, GROUP: tl.constexpr):
+    """Channels [N, W, 8] of groups [N]."""
+    word = tl.arange(0, GROUP // 8)[None, :, None]
+    return group[:, None, None] * GROUP + word * 8 + tl.arange(0, 8)[None, None, :]
+
+
+@triton.jit
+def pick_outliers(x, slot_ptr, kept_ptr, row, col, mask, live, n_outliers):
+    """x [R, N, W, 8] with the exact values of the outlier channels [N, W, 8] put in; slot is -1 for all others."""
+    slot = tl.load(slot_ptr + col, mask=mask, other=-1)[None]
+    at = row[:, None, None, None] * n_outliers + slot
+    kept = tl.load(kept_ptr + at, mask=(slot >= 0) & live[:, None, None, None], other=0.0)
+    return tl.where(slot >= 0, kept.to(tl.float32), x)
+
+
+@triton.jit
+def keep_outliers(x, slot_ptr, kept_ptr, row, col, mask, live, n_outliers):
+    """Write the outlier channels [N, W, 8] of x [R, N, W, 8] to kept [R, n_outliers]."""
+    slot = tl.load(slot_ptr + col, mask=mask, other=-1)[None]
+    at = row[:, None, None, None] * n_outliers + slot
+    tl.store(kept_ptr + at, x.to(kept_ptr.dtype.element_ty), mask=(slot >= 0) & live[:, None, None, None])
+
+
+@triton.jit(do_not_specialize=["n_rows", "one"])
 def _quantize_kernel(
-    x_ptr, mean_ptr, std_ptr, codes_ptr, scale_ptr, n_rows, n_cols, n_groups, stride_row,
+    x_ptr, mean_ptr, std_ptr, codes_ptr, scale_ptr, slot_ptr, kept_ptr,
+    n_rows, n_cols, n_groups, stride_row, n_outliers, one,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
     group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    col = group[:, None, None] * GROUP + tl.arange(0, GROUP // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    col_mask = col < n_cols
-    mask = (row < n_rows)[:, None, None, None] & col_mask[None]
-    x = tl.load(x_ptr + row[:, None, None, None].to(tl.int64) * stride_row + col[None], mask=mask, other=0.0)
-    mean = tl.load(mean_ptr + col, mask=col_mask, other=0.0)[None]
-    inv_std = 1.0 / tl.load(std_ptr + col, mask=col_mask, other=1.0)[None]
-    words, exponent, middle = quantize_tile(x.to(tl.float32), mean, inv_std, BITS, STEP, CENTRE, GROUPED)
-    word, unit = tile_index(row, group, n_groups, GROUP)
-    unit_mask = (row < n_rows)[:, None] & (group < n_groups)[None, :]
-    store_words(codes_ptr, word, words, unit_mask[:, :, None], BITS)
-    store_scale(scale_ptr, unit, exponent, middle, unit_mask, GROUPED)
+    col = tile_columns(group, GROUP)
+    live, inside = row < n_rows - first, col < n_cols
+    x = tl.load(
+        x_ptr + first * stride_row + (row[:, None, None, None] * stride_row + col[None]),
+        mask=live[:, None, None, None] & inside[None], other=0.0,
+    )  # fmt: skip
+    mean = tl.load(mean_ptr + col, mask=inside, other=0.0)[None]
+    std = tl.load(std_ptr + col, mask=inside, other=1.0)[None]
+    code, exponent, middle = quantize_tile(x.to(tl.float32), mean, std, BITS, STEP, CENTRE, GROUPED)
+    word, unit = tile_index(row, group, n_groups, one, GROUP)
+    mask = live[:, None] & (group < n_groups)[None, :]
+    store_codes(rows_of_codes(codes_ptr, first, n_groups, BITS, GROUP), word, code, mask[:, :, None], BITS)
+    store_scale(scale_ptr + first * n_groups * 2, unit, exponent, middle, mask, GROUPED)
+    if OUTLIERS:
+        keep_outliers(x, slot_ptr, kept_ptr + first * n_outliers, row, col, inside, live, n_outliers)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "one"])
 def _dequantize_kernel(
-    codes_ptr, scale_ptr, mean_ptr, std_ptr, x_ptr, n_rows, n_cols, n_groups,
+    codes_ptr, scale_ptr, mean_ptr, std_ptr, slot_ptr, kept_ptr, weight_ptr, x_ptr,
+    n_rows, n_cols, n_groups, n_outliers, one,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, OUTLIERS: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
     group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    word, unit = tile_index(row, group, n_groups, GROUP)
-    unit_mask = (row < n_rows)[:, None] & (group < n_groups)[None, :]
-    words = load_words(codes_ptr, word, unit_mask[:, :, None], BITS)
-    exponent, middle = load_scale(scale_ptr, unit, unit_mask, GROUPED)
-    col = group[:, None, None] * GROUP + tl.arange(0, GROUP // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    col_mask = col < n_cols
-    mean = tl.load(mean_ptr + col, mask=col_mask, other=0.0)[None]
-    std = tl.load(std_ptr + col, mask=col_mask, other=1.0)[None]
-    x = dequantize_tile(words, exponent, middle, mean, std, BITS, STEP, CENTRE, GROUPED)
-    mask = (row < n_rows)[:, None, None, None] & col_mask[None]
-    offset = row[:, None, None, None].to(tl.int64) * n_cols + col[None]
-    tl.store(x_ptr + offset, x.to(x_ptr.dtype.element_ty), mask=mask)
+    col = tile_columns(group, GROUP)
+    live, inside = row < n_rows - first, col < n_cols
+    word, unit = tile_index(row, group, n_groups, one, GROUP)
+    mask = live[:, None] & (group < n_groups)[None, :]
+    code = load_codes(rows_of_codes(codes_ptr, first, n_groups, BITS, GROUP), word, mask[:, :, None], BITS)
+    exponent, middle = load_scale(scale_ptr + first * n_groups * 2, unit, mask, GROUPED)
+    mean = tl.load(mean_ptr + col, mask=inside, other=0.0)[None]
+    std = tl.load(std_ptr + col, mask=inside, other=1.0)[None]
+    x = dequantize_tile(code, exponent, middle, mean, std, STEP, CENTRE, GROUPED)
+    if OUTLIERS:
+        x = pick_outliers(x, slot_ptr, kept_ptr + first * n_outliers, row, col, inside, live, n_outliers)
+    if WEIGHTED:
+        x *= tl.load(weight_ptr + col, mask=inside, other=0.0)[None].to(tl.float32)
+    tl.store(
+        x_ptr + first * n_cols + (row[:, None, None, None] * n_cols + col[None]),
+        x.to(x_ptr.dtype.element_ty), mask=live[:, None, None, None] & inside[None],
+    )  # fmt: skip
 
 
 def book_constants(book: Codebook) -> dict:
@@ -185,34 +233,51 @@ def as_words(codes: Tensor, book: Codebook) -> Tensor:
     return codes.view(WORD_DTYPE[book.bits])
 
 
-def quantize(x: Tensor, mean: Tensor, std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
-    """reference.quantize on any device: x [T, C] to codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2]."""
+def _grid(n_rows: int, n_groups: int) -> tuple[int, int]:
+    return triton.cdiv(n_rows, BLOCK_ROWS), triton.cdiv(n_groups, BLOCK_GROUPS)
+
+
+def quantize(
+    x: Tensor, mean: Tensor, std: Tensor, book: Codebook, slots: Tensor | None = None, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """reference.quantize on any device: x [T, C] to codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2].
+
+    With slots (int32 [C], the column of kept for an outlier channel, else -1) these channels are written to kept.
+    """
     if not use_triton(x):
+        if kept is not None:
+            kept.copy_(x[:, slots >= 0])
         return reference.quantize(x, mean, std, book)
     x = as_rows(x)
     n_rows, n_cols = x.shape
     codes, scale = empty_packed(n_rows, n_cols, book, x.device)
     n_groups = codes.shape[1]
-    blocks = {"BLOCK_ROWS": 16, "BLOCK_GROUPS": 4}
-    grid = (triton.cdiv(n_rows, blocks["BLOCK_ROWS"]), triton.cdiv(n_groups, blocks["BLOCK_GROUPS"]))
     with device_guard(x):
-        _quantize_kernel[grid](
-            x, mean, std, as_words(codes, book), scale, n_rows, n_cols, n_groups, x.stride(0),
-            **book_constants(book), **blocks,
+        _quantize_kernel[_grid(n_rows, n_groups)](
+            x, mean, std, as_words(codes, book), scale, mean if kept is None else slots, x if kept is None else kept,
+            n_rows, n_cols, n_groups, x.stride(0), 0 if kept is None else kept.shape[1], 1,
+            **book_constants(book), OUTLIERS=kept is not None, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,
         )  # fmt: skip
     return codes, scale
 
 
-def dequantize(codes: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Codebook, dtype: torch.dtype) -> Tensor:
-    """reference.dequantize on any device: x [T, C] in dtype."""
+def dequantize(
+    codes: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Codebook, dtype: torch.dtype,
+    slots: Tensor | None = None, kept: Tensor | None = None, weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """reference.dequantize on any device: x [T, C] in dtype, outlier channels from kept, times weight [C] if given."""
     if not use_triton(codes):
-        return reference.dequantize(codes, scale, mean, std, book, dtype)
+        x = reference.dequantize(codes, scale, mean, std, book, torch.float32)
+        if kept is not None:
+            x[:, slots >= 0] = kept.float()
+        return (x if weight is None else x * weight.float()).to(dtype)
     n_rows, n_groups = codes.shape[:2]
     x = torch.empty(n_rows, mean.numel(), dtype=dtype, device=codes.device)
-    blocks = {"BLOCK_ROWS": 16, "BLOCK_GROUPS": 4}
-    grid = (triton.cdiv(n_rows, blocks["BLOCK_ROWS"]), triton.cdiv(n_groups, blocks["BLOCK_GROUPS"]))
     with device_guard(codes):
-        _dequantize_kernel[grid](
-            as_words(codes, book), scale, mean, std, x, n_rows, mean.numel(), n_groups, **book_constants(book), **blocks
-        )
+        _dequantize_kernel[_grid(n_rows, n_groups)](
+            as_words(codes, book), scale, mean, std, mean if kept is None else slots, x if kept is None else kept,
+            mean if weight is None else weight, x, n_rows, mean.numel(), n_groups,
+            0 if kept is None else kept.shape[1], 1, **book_constants(book), OUTLIERS=kept is not None,
+            WEIGHTED=weight is not None, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,
+        )  # fmt: skip
     return x

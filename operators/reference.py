@@ -124,3 +124,22 @@ def softmax_bwd(dprob: Tensor, prob: Tensor) -> Tensor:
     """dscore = prob * (dprob - sum(prob * dprob)) over the last dim, fp32 inside, prob's dtype out."""
     prob32, dprob32 = prob.float(), dprob.float()
     return (prob32 * (dprob32 - (prob32 * dprob32).sum(dim=-1, keepdim=True))).to(prob.dtype)
+
+
+def stack_adapters(
+    adapters: list[tuple[Tensor, Tensor] | None], scalings: list[float], widths: list[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Adapters of projections with one input as one: A = [scaling_i A_i] [R, in], B = diag(B_i) [N, R].
+
+    adapters: (lora_A [r_i, in], lora_B [N_i, r_i]), or None for a projection without one, which has N_i rows of zeros.
+    """
+    A = torch.cat([a[0].float() * s for a, s in zip(adapters, scalings, strict=True) if a is not None])
+    B = torch.zeros(sum(widths), A.shape[0], dtype=torch.float32, device=A.device)
+    row = col = 0
+    for adapter, width in zip(adapters, widths, strict=True):
+        if adapter is not None:
+            rank = adapter[0].shape[0]
+            B[row : row + width, col : col + rank] = adapter[1].float()
+            col += rank
+        row += width
+    return A.to(dtype), B.to(dtype)

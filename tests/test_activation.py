@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from operators.activation import silu_mul_bwd, silu_mul_fwd
-from operators.rope import rope
+from operators.rope import rope, rope_bwd
 from operators.softmax import softmax_bwd
 from tests.kernel_checks import DTYPES, assert_as_good_as_torch, rand, strided
 
@@ -22,7 +22,8 @@ def test_silu_mul(kernels, shape, dtype):
         hidden.backward(dhidden.to(kind))
         return g.grad, u.grad, hidden.detach()
 
-    ours = silu_mul_bwd(strided(dhidden), strided(gate), strided(up))
+    dy, hidden = silu_mul_bwd(strided(dhidden), strided(gate), strided(up))
+    ours = *dy.chunk(2, dim=1), hidden
     assert torch.equal(silu_mul_fwd(strided(gate), strided(up)), ours[2])
     for mine, theirs, exact in zip(ours, truth(dtype), truth(torch.float64), strict=True):
         assert_as_good_as_torch(mine, theirs, exact)
@@ -60,3 +61,16 @@ def test_rope_and_its_gradient(kernels, head_dim, n_heads, batch, dtype):
     for mine, theirs, exact in zip(ours, stock(dtype), stock(torch.float64), strict=True):
         assert_as_good_as_torch(mine, theirs, exact)
     assert torch.equal(rope(x[:1], cos[:1], sin[:1]), rope(x, cos[:1], sin[:1])[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads, kv_heads, head_dim, batch", [(1, 1, 2, 1), (6, 2, 10, 2), (5, 5, 64, 2)])
+def test_rope_bwd_is_the_inverse_rotation_side_by_side(kernels, heads, kv_heads, head_dim, batch, dtype):
+    """q and k turned back, v as it is, whatever layout attention's backward leaves them in."""
+    dq, dk, dv = (
+        rand(batch, n, 7, head_dim, dtype=dtype, seed=i).transpose(1, 2)
+        for i, n in enumerate((heads, kv_heads, kv_heads))
+    )
+    cos, sin = (rand(1, 7, head_dim, dtype=dtype, seed=i) for i in (3, 4))
+    rows = [t.reshape(batch * 7, -1) for t in (rope(dq, cos, sin, inverse=True), rope(dk, cos, sin, inverse=True), dv)]
+    assert torch.equal(rope_bwd(dq, dk, dv, cos, sin), torch.cat(rows, dim=1))

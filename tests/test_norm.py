@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from operators import reference
-from operators.norm import RMSNormFunction, rms_norm_bwd, rms_norm_fwd
-from operators.savers import Exact, Keeper, Step
-from tests.kernel_checks import DEVICE, DTYPES, assert_as_good_as_torch, rand, strided
+from operators.norm import RMSNormFunction, rms_norm_bwd, rms_norm_fwd, rms_norm_pack, rms_norm_unpack_bwd
+from operators.savers import ChannelQuant, Exact, Keeper, Step
+from tests.kernel_checks import DEVICE, DTYPES, assert_as_good_as_torch, rand, relative_error, strided
 
 SHAPES = [(1, 33), (3, 7), (5, 96), (33, 257)]
 
@@ -58,3 +58,26 @@ def test_eps_is_the_modules(eps):
     got = torch.autograd.grad(y.sum(), (x, weight))
     for ours, theirs in zip(got, torch.autograd.grad(expected.sum(), (x, weight)), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 33), (5, 96), (7, 257)], ids=str)
+def test_packing_inside_the_kernels_changes_nothing(kernels, shape, bits, outliers, dtype):
+    """The same bytes and exact channels as norm, then pack; dx as from the restored x_hat; both pair with the other."""
+    x, dy = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=1)
+    weight = (1 + 0.2 * rand(shape[1], seed=2)).to(dtype)
+    saver, step = ChannelQuant(bits, "channel_group", outliers), Step(threshold=1, index=1)
+    y, x_hat, rstd = rms_norm_fwd(x, weight, 1e-5)
+    packed = saver.pack(x_hat, step)
+    step.index = 2
+    ours, our_rstd, our_packed = rms_norm_pack(strided(x), weight, 1e-5, saver, step)
+    # another order of summation moves rstd by a rounding, and a code with it once in a while
+    assert relative_error(ours, y) < 1e-5 and relative_error(our_rstd, rstd) < 1e-6
+    for mine, theirs in zip(our_packed, packed, strict=True):
+        assert mine.shape == theirs.shape and (mine != theirs).float().mean() < 0.02 if mine.numel() else True
+    restored = saver.unpack(packed, x_hat.shape, torch.float32)
+    expected = reference.rms_norm_bwd(dy.float(), restored, rstd, weight.float())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert relative_error(rms_norm_unpack_bwd(strided(dy), rstd, weight, packed, saver.book), expected) < tolerance

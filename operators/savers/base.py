@@ -53,14 +53,17 @@ class StoringSaver(Saver, ABC):
     """Keeps a slot as packed tensors between forward and backward."""
 
     stored = True
+    aliases = False  # whether what is kept is the tensor itself, which must then not be written to
 
     @abstractmethod
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
         """What autograd keeps of x."""
 
     @abstractmethod
-    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """x as backward sees it."""
+    def unpack(
+        self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype, weight: Tensor | None = None
+    ) -> Tensor:
+        """x as backward sees it, in dtype; times weight [C] if given."""
 
     def bits(self, n_cols: int) -> float:
         """Bits kept for one token of n_cols elements (a 16-bit activation where nothing is packed)."""
@@ -92,6 +95,10 @@ class Keeper:
 
     def keeps(self, name: str) -> bool:
         return self.savers[name].stored
+
+    def aliases(self, *names: str) -> bool:
+        """Whether one of these slots is kept as the tensor itself."""
+        return any(self.savers[name].stored and self.savers[name].aliases for name in names)
 
     def keep(self, name: str, x: Tensor) -> None:
         """Pack slot x by its saver; a slot that is not stored is left out."""
@@ -144,14 +151,13 @@ class Keeper:
         self._tensors[first : first + count] = [None] * count
         return packed
 
-    def restore(self, name: str) -> Tensor | None:
-        """The slot as backward sees it, once; None if it was not kept."""
+    def restore(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
+        """The slot as backward sees it, once, in its own dtype or the given one; None if it was not kept."""
         if name not in self._layout:
             return None
         packed = self.take(name)
-        _, _, shape, dtype, saver, weight = self._layout.pop(name)
-        x = saver.unpack(packed, shape, dtype)
-        return x if weight is None else weight * x
+        _, _, shape, kept_dtype, saver, weight = self._layout.pop(name)
+        return saver.unpack(packed, shape, dtype or kept_dtype, weight)
 
     def exact(self, name: str) -> Tensor | None:
         """A tensor given to keep_exact, as often as needed; None if it was not kept."""

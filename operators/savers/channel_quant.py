@@ -22,6 +22,7 @@ class ChannelQuant(StoringSaver):
 
     scale_rule channel_group: mean, std over all calibration tokens (padding skipped). paper: mean 0, "std" is the
     published scale (max - min) / (2^b - 1), averaged over the calibration steps. Source: paper section 4.1, seeds.
+    outliers: int32 [C], the place of an exact channel among them, -1 for all others.
     """
 
     def __init__(self, bits: int, scale_rule: str, outlier_ratio: float):
@@ -36,6 +37,10 @@ class ChannelQuant(StoringSaver):
 
     def __str__(self) -> str:
         return f"{self.book.bits} bit" + (f" (exact channels {self.outlier_ratio:g})" if self.outlier_ratio else "")
+
+    @property
+    def n_outliers(self) -> int:
+        return math.ceil(self.outlier_ratio * self.statistics["total"].numel())
 
     def prepare(self, x: Tensor, step: Step) -> None:
         """Calibrate on x if this is a calibration forward not counted yet; afterwards mean and std are set."""
@@ -52,19 +57,24 @@ class ChannelQuant(StoringSaver):
 
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
         self.prepare(x, step)
-        codes, scale = quantize(x, self.mean, self.std, self.book)
-        kept = x.index_select(1, self.outliers) if self.outliers.numel() else None
+        kept = self.empty_kept(x)
+        codes, scale = quantize(x, self.mean, self.std, self.book, self.outliers, kept)
         return self.packed(codes, scale, kept)
+
+    def empty_kept(self, x: Tensor) -> Tensor | None:
+        """Room for the exact channels of x [T, C]; None without any."""
+        return x.new_empty(x.shape[0], self.n_outliers) if self.n_outliers else None
 
     def packed(self, codes: Tensor, scale: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
         """What is kept of a slot; the statistics belong to it, because they still move while calibrating."""
         kept = self.mean.new_empty(0) if kept is None else kept
         return codes, scale, kept, self.mean, self.std, self.outliers
 
-    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def unpack(
+        self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype, weight: Tensor | None = None
+    ) -> Tensor:
         codes, scale, kept, mean, std, outliers = packed
-        x = dequantize(codes, scale, mean, std, self.book, dtype)
-        return x.index_copy_(1, outliers, kept) if kept.numel() else x
+        return dequantize(codes, scale, mean, std, self.book, dtype, outliers, kept if kept.numel() else None, weight)
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor, token_mask: Tensor | None) -> None:
@@ -100,8 +110,9 @@ class ChannelQuant(StoringSaver):
             self.mean = mean
             std = (energy - mean.square()).clamp_min(0.0).sqrt()
         self.std = std.clamp_min(1e-6)
-        n_outliers = math.ceil(self.outlier_ratio * mean.numel())
-        self.outliers = energy.topk(n_outliers).indices.sort().values
+        chosen = energy.topk(self.n_outliers).indices.sort().values
+        self.outliers = torch.full_like(mean, -1, dtype=torch.int32)
+        self.outliers[chosen] = torch.arange(self.n_outliers, dtype=torch.int32, device=mean.device)
 
     def bits(self, n_cols: int) -> float:
         n_groups = math.ceil(n_cols / self.book.group)

@@ -9,8 +9,12 @@ from operators.savers.base import Step, StoringSaver
 class Exact(StoringSaver):
     """Keeps a reference to the tensor: no copy, no error."""
 
+    aliases = True
+
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
         return (x,)
 
-    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return packed[0]
+    def unpack(
+        self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype, weight: Tensor | None = None
+    ) -> Tensor:
+        return (packed[0] if weight is None else packed[0] * weight).to(dtype)

@@ -27,6 +27,9 @@ class Sparse(StoringSaver):
         values, columns = x.topk(capacity, dim=-1, sorted=False)
         return values, columns.to(torch.int16 if n_cols <= torch.iinfo(torch.int16).max else torch.int32)
 
-    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def unpack(
+        self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype, weight: Tensor | None = None
+    ) -> Tensor:
         values, columns = packed
-        return torch.zeros(shape, dtype=dtype, device=values.device).scatter_(-1, columns.long(), values)
+        x = torch.zeros(shape, dtype=dtype, device=values.device).scatter_(-1, columns.long(), values)
+        return x if weight is None else x * weight

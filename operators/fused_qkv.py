@@ -1,0 +1,181 @@
+"""Between the q/k/v projections and attention in one kernel each way: LoRA add, RoPE and packing.
+
+Forward reads the frozen paths [q, k, v] once, packs them, and leaves the rotated q and k and the sum v in their place;
+backward restores the same from the packed slots. A tile is the two halves of one head, which RoPE mixes, so half a
+head must be whole groups of channels (64); other heads take the unfused path. The packed bytes are those of
+operators/quantize.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from operators.dispatch import device_guard
+from operators.fused_tiles import (
+    PackedSlot,
+    add_lora,
+    load_tile,
+    pack_tile,
+    shared_constants,
+    store_tile,
+    unpack_tile,
+)
+from operators.low_rank import LowRank
+from operators.quantize import tile_columns
+from operators.savers import Keeper
+
+BLOCK_ROWS = 32
+
+
+@triton.jit
+def _half_tile(
+    y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, part, n_heads, live, one,
+    stride_y, stride_rank,
+    PACK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Half a head of one slot: packed from y or restored, the LoRA part added, rounded to y's dtype."""
+    n_tile: tl.constexpr = HALF // GROUP
+    group = (head * 2 + part) * n_tile + tl.arange(0, n_tile)
+    first_col = (head * 2 + part) * HALF
+    n_cols = n_heads * 2 * HALF
+    n_groups = n_heads * 2 * n_tile
+    col = tile_columns(group, GROUP)
+    inside = col < n_cols
+    if PACK:
+        x = load_tile(y_ptr, row, col, stride_y, live, inside)
+        pack_tile(
+            x, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, col, live, inside, n_groups, one,
+            BITS, STEP, CENTRE, GROUPED, GROUP,
+        )  # fmt: skip
+    else:
+        x = unpack_tile(
+            codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, col, live, inside, n_groups, one,
+            BITS, STEP, CENTRE, GROUPED, GROUP,
+        )  # fmt: skip
+        # a slot comes back in the dtype that it was packed in
+        x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
+    x = add_lora(x, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, RANK, RANK_BLOCK)
+    return x.to(y_ptr.dtype.element_ty).to(tl.float32), col, inside
+
+
+@triton.jit
+def _head_tile(
+    y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, n_heads, live,
+    one, seq_len, stride_y, stride_rank, stride_cos,
+    PACK: tl.constexpr, ROTATE: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One head of one slot: both halves, rotated if ROTATE, into y [T, ...] at the head's columns."""
+    x1, col1, inside = _half_tile(
+        y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, 0, n_heads, live, one,
+        stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, HALF,
+    )  # fmt: skip
+    x2, col2, inside = _half_tile(
+        y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, 1, n_heads, live, one,
+        stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, HALF,
+    )  # fmt: skip
+    if ROTATE:
+        token = first + row
+        dim = tile_columns(tl.arange(0, HALF // GROUP), GROUP)[None]
+        angle = (token // seq_len * stride_cos + token % seq_len * 2 * HALF)[:, None, None, None] + dim
+        mask = live[:, None, None, None] & (dim < HALF)
+        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)
+        y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    else:
+        y1, y2 = x1, x2
+    store_tile(y_ptr, y1, row, col1, stride_y, live, inside)
+    store_tile(y_ptr, y2, row, col2, stride_y, live, inside)
+
+
+@triton.jit(do_not_specialize=["n_rows", "seq_len", "one"])
+def _fused_qkv_kernel(
+    y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr,
+    q_codes_ptr, q_scale_ptr, q_mean_ptr, q_std_ptr,
+    k_codes_ptr, k_scale_ptr, k_mean_ptr, k_std_ptr,
+    v_codes_ptr, v_scale_ptr, v_mean_ptr, v_std_ptr,
+    n_rows, seq_len, q_heads, k_heads, stride_y, stride_rank, stride_cos, one,
+    PACK: tl.constexpr, HALF: tl.constexpr,
+    Q_BITS: tl.constexpr, Q_STEP: tl.constexpr, Q_CENTRE: tl.constexpr,
+    K_BITS: tl.constexpr, K_STEP: tl.constexpr, K_CENTRE: tl.constexpr,
+    V_BITS: tl.constexpr, V_STEP: tl.constexpr, V_CENTRE: tl.constexpr,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr, Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    live = row < n_rows - first
+    head = tl.program_id(1)
+    y_ptr += first * stride_y
+    xa_ptr += first * stride_rank
+    q_cols, k_cols = q_heads * 2 * HALF, k_heads * 2 * HALF
+    if head < q_heads:
+        _head_tile(
+            y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, q_codes_ptr, q_scale_ptr, q_mean_ptr, q_std_ptr, first, row, head,
+            q_heads, live, one, seq_len, stride_y, stride_rank, stride_cos, PACK, True, Q_BITS, Q_STEP, Q_CENTRE,
+            GROUPED, GROUP, Q_RANK, RANK_BLOCK, HALF,
+        )  # fmt: skip
+    elif head < q_heads + k_heads:
+        _head_tile(
+            y_ptr + q_cols, xa_ptr + Q_RANK, b_ptr + q_cols * stride_rank + Q_RANK, cos_ptr, sin_ptr, k_codes_ptr,
+            k_scale_ptr, k_mean_ptr, k_std_ptr, first, row, head - q_heads, k_heads, live, one, seq_len, stride_y,
+            stride_rank, stride_cos, PACK, True, K_BITS, K_STEP, K_CENTRE, GROUPED, GROUP, K_RANK, RANK_BLOCK, HALF,
+        )  # fmt: skip
+    else:
+        _head_tile(
+            y_ptr + q_cols + k_cols, xa_ptr + Q_RANK + K_RANK,
+            b_ptr + (q_cols + k_cols) * stride_rank + Q_RANK + K_RANK, cos_ptr, sin_ptr, v_codes_ptr, v_scale_ptr,
+            v_mean_ptr, v_std_ptr, first, row, head - q_heads - k_heads, k_heads, live, one, seq_len, stride_y,
+            stride_rank, stride_cos, PACK, False, V_BITS, V_STEP, V_CENTRE, GROUPED, GROUP, V_RANK, RANK_BLOCK, HALF,
+        )  # fmt: skip
+
+
+def fits(head_dim: int, savers: dict) -> bool:
+    """Whether the kernel can take these heads and savers."""
+    books = [getattr(savers[name], "book", None) for name in "qkv"]
+    if None in books:
+        return False
+    half, group = head_dim // 2, books[0].group
+    return half % group == 0 and (half // group).bit_count() == 1
+
+
+def _launch(
+    spec, y: Tensor, cos, sin, batch: int, slots: list[PackedSlot], low_rank: LowRank | None, keeper, pack: bool
+):
+    group = spec.qkv
+    ranks = [p.rank for p in group.projections]
+    heads = [p.width // spec.head_dim for p in group.projections]
+    xa, B = (slots[0].mean, slots[0].mean) if low_rank is None else (keeper.exact(group.xa_name), low_rank.B)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    constants = shared_constants(slots, ranks)
+    for name, slot, rank in zip("QKV", slots, ranks, strict=True):
+        constants |= slot.constants(f"{name}_") | {f"{name}_RANK": rank}
+    with device_guard(y):
+        _fused_qkv_kernel[(triton.cdiv(y.shape[0], BLOCK_ROWS), sum(heads))](
+            y, xa, B, cos, sin, *(t for slot in slots for t in slot.arguments()),
+            y.shape[0], y.shape[0] // batch, *heads[:2], y.stride(0), sum(ranks),
+            cos.stride(0) if cos.shape[0] > 1 else 0, 1,
+            PACK=pack, HALF=spec.head_dim // 2, BLOCK_ROWS=BLOCK_ROWS, **constants,
+        )  # fmt: skip
+
+
+def fused_qkv_fwd(spec, y: Tensor, cos, sin, batch: int, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
+    """[rope(q + LoRA), rope(k + LoRA), v + LoRA] in place of the frozen paths y [T, N], which are packed on the way."""
+    slots = []
+    for name, columns in zip("qkv", spec.qkv.columns, strict=True):
+        saver, frozen = keeper.savers[name], y[:, columns]
+        saver.prepare(frozen, keeper.step)
+        slots.append(PackedSlot.empty(y.shape[0], saver, y.device))
+        keeper.adopt(name, saver.packed(slots[-1].codes, slots[-1].scale), frozen.shape, frozen.dtype)
+    _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=True)
+    return y
+
+
+def fused_qkv_restore(spec, cos, sin, batch: int, dtype, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
+    """The same [T, N] again from the packed slots."""
+    slots = [PackedSlot.kept(name, keeper) for name in "qkv"]
+    y = torch.empty(slots[0].codes.shape[0], spec.qkv.width, dtype=dtype, device=slots[0].codes.device)
+    _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=False)
+    return y
