@@ -97,6 +97,11 @@ class Projection:
         dropped = nn.functional.dropout(x.to(lora_A.dtype), self.dropout).to(x.dtype) if self.dropout else x
         return dropped @ lora_A.to(x.dtype).t()
 
+    def dropout_factors(self, x: Tensor) -> Tensor:
+        """What dropout multiplies x by (0 or 1 / (1 - p)), in the adapter's dtype."""
+        ones = torch.ones_like(x, dtype=self.parameters()[0].dtype)
+        return nn.functional.dropout(ones, self.dropout)
+
     def up(self, frozen: Tensor, xa: Tensor | None, lora_B: Tensor | None, bias_B: Tensor | None) -> Tensor:
         """frozen + scaling * (xa B^T + b_B); frozen itself without an adapter."""
         if xa is None:
@@ -178,10 +183,9 @@ class ProjectionGroup:
 
     @staticmethod
     def _dropout_mask(p: Projection, x: Tensor, rng: dict) -> Tensor:
-        """The dropout's factors (0 or 1 / (1 - p)), drawn again from the generator state of the forward."""
+        """The dropout's factors, drawn again from the generator state of the forward."""
         with replayed_rng(x.device, rng[p.name]):
-            ones = torch.ones_like(x, dtype=p.parameters()[0].dtype)
-            return nn.functional.dropout(ones, p.dropout).to(x.dtype)
+            return p.dropout_factors(x).to(x.dtype)
 
 
 def split(parameters: tuple) -> list[tuple]:
