@@ -69,8 +69,11 @@ def test_equals_stock(variant, batch):
     assert largest_error(ours, exact) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "base, dtype",
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)],
+    ids=str,
+)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_autocast_is_no_worse_than_stock(variant, base, dtype):
     """Error against fp32 truth at most 1.5 times stock's, the head alone being ours."""
@@ -194,8 +197,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("variant", ["frozen head", "lora on head, dropout"])
-def test_logits_never_exist_as_a_whole(variant):
+def test_logits_never_exist_as_a_whole(monkeypatch, variant):
     """The largest tensor of a step is smaller than T x V; stock's is not."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 40 * 2048 * 4)
     model, batch = llama(**VARIANTS[variant], vocab_size=2048, hidden_size=48), padded_batch(rows=3, width=80)
     whole = batch["input_ids"].numel() * 2048
 
