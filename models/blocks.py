@@ -5,6 +5,7 @@ __dict__); evaluation, generation, disabled or merged adapters run the stock for
 """
 
 from dataclasses import dataclass
+from functools import wraps
 from types import MethodType
 
 import torch
@@ -25,7 +26,7 @@ BLOCK = "_hyclora_block"
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names of a model family, from its base model (layers) and from one layer (the rest)."""
+    """Attribute names of a model family: of its decoder (layers), of its causal LM (head), of one layer (the rest)."""
 
     layers: str
     attention: str
@@ -36,6 +37,7 @@ class Family:
     mlp_norm: str
     gate_up: tuple[str, str]
     down: str
+    head: str
 
 
 class Block:
@@ -49,7 +51,13 @@ class Block:
         """Put this block in front of the module's forward."""
         self.stock = self.module.__dict__.get("forward")
         setattr(self.module, BLOCK, self)
-        self.module.forward = MethodType(_forward, self.module)
+
+        # HF's Trainer and generate read off the signature which inputs a model takes
+        @wraps(type(self.module).forward)
+        def forward(module, *args, **kwargs):
+            return getattr(module, BLOCK).forward(*args, **kwargs)
+
+        self.module.forward = MethodType(forward, self.module)
 
     def unbind(self) -> None:
         """Give the module its own forward back."""
@@ -57,6 +65,14 @@ class Block:
         delattr(self.module, BLOCK)
         if self.stock is not None:
             self.module.forward = self.stock
+
+    def forward(self, *args, **kwargs):
+        if not self.applies(*args, **kwargs):
+            return self.run_stock(*args, **kwargs)
+        device_type = (args[0] if args else kwargs["hidden_states"]).device.type
+        dtype = autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return self.run(dtype, *args, **kwargs)
 
     def run_stock(self, *args, **kwargs):
         if self.stock is not None:
@@ -83,14 +99,9 @@ class Block:
         return source
 
 
-def _forward(self, *args, **kwargs):
-    block = getattr(self, BLOCK)
-    if not block.applies(*args, **kwargs):
-        return block.run_stock(*args, **kwargs)
-    device_type = (args[0] if args else kwargs["hidden_states"]).device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    with torch.autocast(device_type, enabled=False):
-        return block.run(dtype, *args, **kwargs)
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in, None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 class NormBlock(Block):

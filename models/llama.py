@@ -12,4 +12,5 @@ LLAMA = Family(
     mlp_norm="post_attention_layernorm",
     gate_up=("gate_proj", "up_proj"),
     down="down_proj",
+    head="lm_head",
 )

@@ -9,6 +9,7 @@ from torch import nn
 from models.bits import allocate_bits
 from models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
 from models.config import SLOTS, HycloraConfig
+from models.head import HeadBlock
 from models.llama import LLAMA
 from operators.savers import ChannelQuant, Saver, Step, make_saver
 
@@ -21,7 +22,8 @@ class PatchReport:
     """What apply_hyclora did; str() is the text for a person.
 
     average_bits: of an element kept; slot_bits: of a token, by slot, summed over layers (the attention map, whose size
-    depends on the sequence, is left out of both).
+    depends on the sequence, is left out of both). head: name of the LM head whose loss is computed by chunks, or None;
+    not_patched then says why.
     """
 
     config: HycloraConfig
@@ -30,6 +32,7 @@ class PatchReport:
     slot_bits: dict[str, float]
     savers: dict[str, list[str]]
     adapters: dict[str, int]
+    head: str | None
     not_patched: list[str]
 
     def __str__(self) -> str:
@@ -38,6 +41,8 @@ class PatchReport:
         for slot, names in self.savers.items():
             kinds = ", ".join(f"{name} x{names.count(name)}" for name in dict.fromkeys(names))
             lines.append(f"  {slot:<9}{kinds if len(set(names)) > 1 else names[0]}")
+        if self.head is not None:
+            lines.append(f"  {self.head}: chunked cross-entropy, no logits in training")
         adapted = ", ".join(f"{name} x{count}" for name, count in self.adapters.items())
         lines.append(f"  LoRA on  {adapted}")
         lines.append(f"  not patched: {', '.join(self.not_patched)}")
@@ -71,7 +76,9 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     layers = list(getattr(decoder, family.layers))
     bits = _bits(config, family, layers)
     blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step)]
-    report = _report(config, family, model, layers, blocks)
+    head, stock_head = _head(model, family, names, step, blocks)
+    report = _report(config, family, model, layers, blocks, head, stock_head)
+    blocks += [] if head is None else [head]
     for block in blocks:
         block.bind()
     hook = decoder.register_forward_pre_hook(_StepHook(step), with_kwargs=True)
@@ -114,9 +121,14 @@ class _StepHook:
         return args, kwargs
 
 
+def _base(model: nn.Module) -> nn.Module:
+    """The transformers model inside."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:
     """The module that holds the decoder layers, and the model's family."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     model_type = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
     if model_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -182,6 +194,18 @@ def _blocks(config, family, index, layer, names, bits, step) -> list[Block]:
     return blocks
 
 
+def _head(model, family, names, step, blocks) -> tuple[HeadBlock | None, list[str]]:
+    """The causal LM's block, not bound yet; or none, and what to report: a head that stays stock with the reason."""
+    base = _base(model)
+    if not hasattr(base, family.head):
+        return None, []
+    adapted = [p for block in blocks for p in block.projections if p.has_adapter][:1]
+    try:
+        return HeadBlock(base, names[id(base)], step, family.head, adapted), []
+    except ValueError as reason:
+        return None, [str(reason)]
+
+
 def _savers(config: HycloraConfig, kind: str, bits: dict[str, int]) -> dict[str, Saver]:
     return {
         slot: make_saver(
@@ -195,7 +219,7 @@ def _savers(config: HycloraConfig, kind: str, bits: dict[str, int]) -> dict[str,
     }
 
 
-def _report(config, family, model, layers, blocks) -> PatchReport:
+def _report(config, family, model, layers, blocks, head, stock_head) -> PatchReport:
     savers: dict[str, list[str]] = {}
     slot_bits: dict[str, float] = {}
     elements = 0
@@ -209,8 +233,19 @@ def _report(config, family, model, layers, blocks) -> PatchReport:
                 slot_bits[slot] = slot_bits.get(slot, 0.0) + saver.bits(widths[slot])
                 elements += widths[slot]
     adapters: dict[str, int] = {}
-    for p in {id(p): p for block in blocks for p in block.projections if p.has_adapter}.values():
+    every = blocks if head is None else [*blocks, head]
+    for p in {id(p): p for block in every for p in block.projections if p.has_adapter}.values():
         adapters[p.name] = adapters.get(p.name, 0) + 1
-    patched = {id(m) for layer in layers for m in layer.modules()}
-    leaves = [n for n, m in model.named_modules() if not list(m.children()) and id(m) not in patched]
-    return PatchReport(config, len(layers), sum(slot_bits.values()) / elements, slot_bits, savers, adapters, leaves)
+    known = {id(m) for layer in layers for m in layer.modules()}
+    known |= {id(m) for m in getattr(_base(model), family.head, nn.Module()).modules()}
+    leaves = [n for n, m in model.named_modules() if not list(m.children()) and id(m) not in known]
+    return PatchReport(
+        config,
+        len(layers),
+        sum(slot_bits.values()) / elements,
+        slot_bits,
+        savers,
+        adapters,
+        None if head is None else f"{head.name}.{family.head}",
+        leaves + stock_head,
+    )

@@ -77,9 +77,25 @@ class Projection:
         lora_A, lora_B = self.module.lora_A[self.adapter], self.module.lora_B[self.adapter]
         return lora_A.weight, lora_B.weight, lora_B.bias, self.base.bias
 
-    def drop(self, x: Tensor, lora_A: Tensor) -> Tensor:
-        """dropout(x), whose mask is drawn in the adapter's dtype, as PEFT draws it."""
-        return nn.functional.dropout(x.to(lora_A.dtype), self.dropout).to(x.dtype)
+    def weight(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """W [N, in] in dtype; NF4 is dequantized into out, or a new tensor."""
+        weight = self.base.weight
+        if not is_4bit(weight):
+            return weight.to(dtype)
+        shape = self.width, self.base.in_features
+        return dequantize_4bit(weight, torch.empty(shape, dtype=dtype, device=weight.device) if out is None else out)
+
+    def dropout_factors(self, x: Tensor) -> Tensor:
+        """What dropout multiplies x by (0 or 1 / (1 - p)), in the adapter's dtype, in which PEFT draws them."""
+        ones = torch.ones_like(x, dtype=self.parameters()[0].dtype)
+        return nn.functional.dropout(ones, self.dropout)
+
+    def up(self, frozen: Tensor, xa: Tensor | None, lora_B: Tensor | None, bias_B: Tensor | None) -> Tensor:
+        """frozen + scaling * (xa B^T + b_B); frozen itself without an adapter."""
+        if xa is None:
+            return frozen
+        y = torch.addmm(frozen, xa, lora_B.to(xa.dtype).t(), alpha=self.scaling)
+        return y if bias_B is None else y.add_(bias_B.to(y.dtype), alpha=self.scaling)
 
 
 class ProjectionGroup:
@@ -141,17 +157,17 @@ class ProjectionGroup:
             room -= size
         for piece in pieces:
             columns = slice(self.columns[piece[0]].start, self.columns[piece[-1]].stop)
-            first = self.projections[piece[0]].base
-            if not is_4bit(first.weight):
-                yield columns, first.weight.to(dtype)
-                continue
-            width = columns.stop - columns.start
-            weight = torch.empty(width, first.in_features, dtype=dtype, device=first.weight.device)
-            row = 0
+            weight = None
+            if len(piece) > 1:
+                base = self.projections[piece[0]].base
+                shape = columns.stop - columns.start, base.in_features
+                weight = torch.empty(shape, dtype=dtype, device=base.weight.device)
             for i in piece:
-                p = self.projections[i]
-                dequantize_4bit(p.base.weight, weight[row : row + p.width])
-                row += p.width
+                own = self.columns[i]
+                part = None if weight is None else weight[own.start - columns.start : own.stop - columns.start]
+                part = self.projections[i].weight(dtype, part)
+            weight = part if weight is None else weight
+            del part
             yield columns, weight
             del weight
 
@@ -193,7 +209,8 @@ class ProjectionGroup:
             for p, ranks in zip(self.projections, self.ranks, strict=True):
                 if p.has_adapter:
                     rng[p.name] = get_rng_state(x.device)
-                    torch.mm(p.drop(x, p.parameters()[0]), low_rank.A[ranks].t(), out=xa[:, ranks])
+                    dropped = (x * p.dropout_factors(x)).to(x.dtype)
+                    torch.mm(dropped, low_rank.A[ranks].t(), out=xa[:, ranks])
         keeper.keep_exact(self.xa_name, xa)
         return xa
 
@@ -268,9 +285,9 @@ class ProjectionGroup:
 
     @staticmethod
     def _dropout_mask(p: Projection, x: Tensor, rng: dict) -> Tensor:
-        """The dropout's factors (0 or 1 / (1 - p)), drawn again from the generator state of the forward."""
+        """The dropout's factors, drawn again from the generator state of the forward."""
         with replayed_rng(x.device, rng[p.name]):
-            return p.drop(torch.ones_like(x), p.parameters()[0])
+            return p.dropout_factors(x).to(x.dtype)
 
 
 def split(parameters: tuple) -> list[tuple]:

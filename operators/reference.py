@@ -12,6 +12,7 @@ from operators.codebook import Codebook
 LOG_SCALE_STEPS = 8
 MIDDLE_STEPS = 127
 SCALE_ZERO = 128
+IGNORED = -100
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -143,3 +144,17 @@ def stack_adapters(
             col += rank
         row += width
     return A.to(dtype), B.to(dtype)
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    """loss = logsumexp(z) - z[label] of each row of z [R, V], computed and returned in fp32 [R].
+
+    z is overwritten by its gradient softmax(z) - onehot(label). A row with label -100 has loss 0 and gradient 0.
+    """
+    log_prob = torch.log_softmax(logits.float(), dim=-1)
+    loss = torch.nn.functional.nll_loss(log_prob, labels, reduction="none", ignore_index=IGNORED)
+    ignored = (labels == IGNORED).unsqueeze(-1)
+    index = labels.unsqueeze(-1).masked_fill(ignored, 0)
+    grad = log_prob.exp_().scatter_add_(-1, index, torch.full_like(index, -1, dtype=torch.float32))
+    logits.copy_(grad.masked_fill_(ignored, 0))
+    return loss

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import buffered, fidelity, finetune, record
+from benchmarks import buffered, cross_entropy, fidelity, finetune, record
+from operators.reference import IGNORED
 
 KEYS = {"benchmark", "time", "commit", "device", "versions", "setting", "arguments"}
 
@@ -64,3 +66,18 @@ def test_buffered(results):
     assert sizes['{"q_bit": 2}'] < sizes['{"q_bit": 4}'] < sizes['{"q_bit": 8}'] < sizes["null"]
     for line in found[1:]:
         assert sum(line["slots"].values()) <= line["layer_bytes"]
+
+
+def test_cross_entropy(monkeypatch, capsys):
+    """All versions that are installed compute one gradient; without a GPU there is nothing to measure."""
+    hidden, head = torch.randn(64, 32, requires_grad=True), torch.nn.Linear(32, 500, bias=False).requires_grad_(False)
+    labels = torch.randint(0, 500, (64,))
+    labels[:20] = IGNORED
+    expected = cross_entropy.gradient(cross_entropy.stock, hidden, head, labels)
+    for name in ("ours", "torch chunked"):
+        loss_of = cross_entropy.IMPLEMENTATIONS[name]()
+        assert torch.allclose(cross_entropy.gradient(loss_of, hidden, head, labels), expected, atol=1e-6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        cross_entropy.main([])
+    assert "needs a GPU" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""The block of a causal LM: decoder, then LM head and loss chunk by chunk, so that training has no logits."""
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import can_return_tuple
+
+from models.blocks import Block, autocast_dtype, projection
+from operators.cross_entropy import Targets, linear_cross_entropy
+from operators.lora import Projection
+from operators.reference import IGNORED
+from operators.savers import Step
+
+
+class HeadBlock(Block):
+    """LlamaForCausalLM's signature on LinearCrossEntropyFunction: the same loss and gradients, and logits None.
+
+    adapted: a projection of the decoder. PEFT disables and merges all adapters together, so it tells when the model
+    as a whole runs stock code. Raises ValueError where the stock head must stay.
+    """
+
+    def __init__(self, module: nn.Module, name: str, step: Step, attribute: str, adapted: list[Projection]):
+        super().__init__(module, name, {}, step)
+        self.head = projection(module, name, attribute)
+        self.projections = [self.head, *adapted]
+        # can_return_tuple reads the default of return_dict off it
+        self.config = module.config
+        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(module.config.model_type) != type(module).__name__:
+            raise ValueError(f"{name}.{attribute}: {type(module).__name__} is not the causal LM of transformers")
+        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+            raise ValueError(f"{name}.{attribute}: the forward of {type(module).__name__} is replaced by another one")
+        if module.loss_function is not ForCausalLMLoss:
+            raise ValueError(f"{name}.{attribute}: the loss is not ForCausalLMLoss")
+
+    def forward(self, *args, **kwargs):
+        """Unlike in a layer's block, autocast stays on: the decoder runs inside."""
+        return self.run(*args, **kwargs) if self.applies(*args, **kwargs) else self.run_stock(*args, **kwargs)
+
+    def applies(self, *args, labels=None, logits_to_keep=0, **kwargs) -> bool:
+        """Also: HF's default loss of all positions is asked for, and the head's weight is still frozen."""
+        return (
+            labels is not None
+            and len(args) <= 1
+            and isinstance(logits_to_keep, int)
+            and logits_to_keep == 0
+            and "ignore_index" not in kwargs
+            and self.module.loss_function is ForCausalLMLoss
+            and not self.head.base.weight.requires_grad
+            and super().applies()
+        )
+
+    @can_return_tuple
+    def run(self, *args, labels, logits_to_keep=0, shift_labels=None, num_items_in_batch=None, **kwargs):
+        targets = Targets(shifted(labels) if shift_labels is None else shift_labels)
+        outputs = self.module.base_model(*args, **kwargs)
+        hidden = outputs.last_hidden_state
+        device_type = hidden.device.type
+        dtype = autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            hidden = hidden.to(self.head.base.weight.device, dtype)
+            loss = linear_cross_entropy(hidden, targets, self.head, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Labels [B, S] moved so that position n has the token that it predicts; the last one predicts nothing."""
+    return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
