@@ -16,7 +16,7 @@ from operators.attention import CORES, AttentionFunction, AttentionSpec
 from operators.lora import Projection, ProjectionGroup, bnb
 from operators.mlp import MlpFunction, MlpSpec
 from operators.norm import RMSNormFunction
-from operators.savers import Derived, Keeper, Saver, Step
+from operators.savers import Derived, Keeper, Saver, Step, Store
 
 SOURCE = "_hyclora_source"
 BLOCK = "_hyclora_block"
@@ -38,7 +38,9 @@ class Family:
 
 
 class Block:
-    """What all blocks share: savers, the model's Step, the binding, and when to run."""
+    """What all blocks share: savers, the model's Step and Store (None: slots stay put), the binding, when to run."""
+
+    store: Store | None = None
 
     def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step):
         self.module, self.name, self.savers, self.step = module, name, savers, step
@@ -67,7 +69,7 @@ class Block:
         return self.module.training and torch.is_grad_enabled() and all([p.refresh() for p in self.projections])
 
     def keeper(self) -> Keeper:
-        return Keeper(self.savers, self.step)
+        return Keeper(self.savers, self.step, self.store if self.store and self.store.active else None)
 
     def input_source(self, x: torch.Tensor, slot: str):
         """Where the norm before this block keeps x_hat, if the slot is derived from it."""

@@ -10,7 +10,7 @@ from models.bits import allocate_bits
 from models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
 from models.config import SLOTS, HycloraConfig
 from models.llama import LLAMA
-from operators.savers import ChannelQuant, Saver, Step, make_saver
+from operators.savers import ChannelQuant, CudaCopies, Saver, Step, Store, make_saver
 
 FAMILIES: dict[str, Family] = {"llama": LLAMA}
 PATCH = "_hyclora_patch"
@@ -40,6 +40,8 @@ class PatchReport:
             lines.append(f"  {slot:<9}{kinds if len(set(names)) > 1 else names[0]}")
         adapted = ", ".join(f"{name} x{count}" for name, count in self.adapters.items())
         lines.append(f"  LoRA on  {adapted}")
+        if self.config.offload:
+            lines.append("  packed slots wait in pinned host memory")
         lines.append(f"  not patched: {', '.join(self.not_patched)}")
         return "\n".join(lines)
 
@@ -52,6 +54,13 @@ class Patch:
     step: Step
     blocks: list[Block] = field(default_factory=list)
     hook: torch.utils.hooks.RemovableHandle | None = None
+    store: Store | None = None
+
+    def use(self, store: Store) -> None:
+        """Send the packed slots of all blocks to a store."""
+        self.store = store
+        for block in self.blocks:
+            block.store = store
 
 
 def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> PatchReport:
@@ -72,10 +81,13 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     bits = _bits(config, family, layers)
     blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step)]
     report = _report(config, family, model, layers, blocks)
+    patch = Patch(config, step, blocks)
+    if config.offload:
+        patch.use(Store(CudaCopies(_gpu(layers))))
     for block in blocks:
         block.bind()
-    hook = decoder.register_forward_pre_hook(_StepHook(step), with_kwargs=True)
-    object.__setattr__(model, PATCH, Patch(config, step, blocks, hook))
+    patch.hook = decoder.register_forward_pre_hook(_StepHook(step), with_kwargs=True)
+    object.__setattr__(model, PATCH, patch)
     return report
 
 
@@ -112,6 +124,14 @@ class _StepHook:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False
         return args, kwargs
+
+
+def _gpu(layers: list[nn.Module]) -> torch.device:
+    """The one GPU that holds the decoder layers; ValueError if they are elsewhere."""
+    devices = list(dict.fromkeys(str(p.device) for layer in layers for p in layer.parameters()))
+    if len(devices) != 1 or not devices[0].startswith("cuda"):
+        raise ValueError(f"offload=True needs all layers on one GPU; this model is on {', '.join(devices)}")
+    return torch.device(devices[0])
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:

@@ -24,6 +24,8 @@ class ChannelQuant(StoringSaver):
     published scale (max - min) / (2^b - 1), averaged over the calibration steps. Source: paper section 4.1, seeds.
     """
 
+    n_state = 3
+
     def __init__(self, bits: int, scale_rule: str, outlier_ratio: float):
         self.book = CODEBOOKS[scale_rule][bits]
         self.scale_rule = scale_rule
