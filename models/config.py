@@ -51,6 +51,7 @@ SLOTS = {
     "up": Slot("mlp", "quant", "quant"),
     "act": Slot("mlp", "quant", "recompute"),
     "hidden": Slot("mlp", "quant", "recompute"),
+    "layer_in": Slot("layer", "exact", "exact"),
 }
 DERIVABLE = ("attn_in", "mlp_in")
 RECOMPUTABLE = ("attn_out", "act", "hidden")

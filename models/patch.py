@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import nn
 
 from models.bits import allocate_bits
-from models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
+from models.blocks import AttentionBlock, Block, Family, LayerBlock, MlpBlock, NormBlock
 from models.config import SLOTS, HycloraConfig
 from models.llama import LLAMA
 from operators.savers import ChannelQuant, CudaCopies, Saver, Step, Store, make_saver
@@ -53,13 +53,14 @@ class Patch:
     config: HycloraConfig
     step: Step
     blocks: list[Block] = field(default_factory=list)
+    layers: list[LayerBlock] = field(default_factory=list)
     hook: torch.utils.hooks.RemovableHandle | None = None
     store: Store | None = None
 
     def use(self, store: Store) -> None:
         """Send the packed slots of all blocks to a store."""
         self.store = store
-        for block in self.blocks:
+        for block in [*self.blocks, *self.layers]:
             block.store = store
 
 
@@ -81,12 +82,14 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     bits = _bits(config, family, layers)
     blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step)]
     report = _report(config, family, model, layers, blocks)
-    patch = Patch(config, step, blocks)
+    savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
+    checkpoints = [LayerBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
+    patch = Patch(config, step, blocks, checkpoints)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers))))
     for block in blocks:
         block.bind()
-    patch.hook = decoder.register_forward_pre_hook(_StepHook(step), with_kwargs=True)
+    patch.hook = decoder.register_forward_pre_hook(_StepHook(step, checkpoints), with_kwargs=True)
     object.__setattr__(model, PATCH, patch)
     return report
 
@@ -94,7 +97,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
 def remove_hyclora(model: PeftModel) -> None:
     """Take every block off again: the model is stock, bit for bit. ValueError if it was not patched."""
     patch = find_patch(model)
-    for block in patch.blocks:
+    for block in [*patch.blocks, *patch.layers]:
         block.unbind()
     patch.hook.remove()
     object.__setattr__(model, PATCH, None)
@@ -109,15 +112,17 @@ def find_patch(model: PeftModel) -> Patch:
 
 
 class _StepHook:
-    """Runs before the decoder's forward: counts training forwards, notes padding, and keeps the KV cache off."""
+    """Runs before the decoder's forward: counts it, notes padding, binds checkpoints, and keeps the KV cache off."""
 
-    def __init__(self, step: Step):
-        self.step = step
+    def __init__(self, step: Step, checkpoints: list[LayerBlock]):
+        self.step, self.checkpoints = step, checkpoints
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
         if not (decoder.training and torch.is_grad_enabled()):
             return None
         self.step.index += 1
+        for checkpoint in self.checkpoints:
+            checkpoint.bind()
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:

@@ -50,4 +50,8 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
 
 
 def _savers(patch):
-    return [(f"{block.name}.{slot}", saver) for block in patch.blocks for slot, saver in block.savers.items()]
+    return [
+        (f"{block.name}.{slot}", saver)
+        for block in [*patch.blocks, *patch.layers]
+        for slot, saver in block.savers.items()
+    ]

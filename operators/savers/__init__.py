@@ -8,11 +8,11 @@ from operators.savers.channel_quant import ChannelQuant
 from operators.savers.exact import Exact
 from operators.savers.host import CudaCopies
 from operators.savers.sparse import Sparse
-from operators.savers.store import Store
+from operators.savers.store import UNITS_A_LAYER, Store
 
 __all__ = [
-    "ChannelQuant", "CudaCopies", "Derived", "Exact", "Keeper", "Recompute", "Saver", "Sparse", "Step", "Store",
-    "make_saver",
+    "UNITS_A_LAYER", "ChannelQuant", "CudaCopies", "Derived", "Exact", "Keeper", "Recompute", "Saver", "Sparse", "Step",
+    "Store", "make_saver",
 ]  # fmt: skip
 
 

@@ -93,11 +93,11 @@ class Keeper:
 
     Everything goes through ctx.save_for_backward, so that saved-tensor hooks (offloading, checkpointing, counting)
     see it; restore() drops its references, so that a slot is freed as soon as it is used. With a store, the packed
-    tensors of slots go there, and what autograd saves instead is a ticket for them.
+    tensors of slots go there (as a unit of that span), and what autograd saves instead is a ticket for them.
     """
 
-    def __init__(self, savers: dict[str, Saver], step: Step | None, store: Store | None = None):
-        self.savers, self.step, self.store = savers, step, store
+    def __init__(self, savers: dict[str, Saver], step: Step | None, store: Store | None = None, span: int = 1):
+        self.savers, self.step, self.store, self.span = savers, step, store, span
         self._tensors: list[Tensor | None] = []
         self._layout: dict[str, tuple] = {}
         self._slots: list[int] = []
@@ -142,7 +142,7 @@ class Keeper:
     def save(self, ctx) -> None:
         """Hand all kept tensors to autograd, those of slots by way of the store if there is one."""
         if self.store is not None:
-            homes = self.store.put([self._tensors[i] for i in self._slots])
+            homes = self.store.put([self._tensors[i] for i in self._slots], self.span)
             self._homes |= dict(zip(self._slots, homes, strict=True))
         for i in self._homes:
             self._tensors[i] = None

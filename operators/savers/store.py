@@ -129,8 +129,9 @@ class Unit:
 class Store:
     """Units of one patched model, in the order in which they were put.
 
-    At most `window` units that nobody waits for stay on the device, and `ahead` are fetched before they are asked for;
-    both are about a decoder layer by default. Where the host is short of memory, units stay on the device.
+    The last `window` units stay on the device, and `ahead` are fetched before they are asked for; both are a decoder
+    layer by default. A unit that stands for more than one block counts as several (`span`). Where the host is short of
+    memory, units stay on the device.
     """
 
     def __init__(self, copies, *, window: int = UNITS_A_LAYER, ahead: int = UNITS_A_LAYER, slab: int = SLAB):
@@ -140,7 +141,7 @@ class Store:
         self.active = True
         self.discarded: deque[tuple[int, int]] = deque()
         self._units: weakref.WeakValueDictionary[int, Unit] = weakref.WeakValueDictionary()
-        self._window: deque[weakref.ref[Unit]] = deque()
+        self._window: deque[tuple[int, weakref.ref[Unit]]] = deque()
         self._serial = 0
         self._warned = False
 
@@ -170,12 +171,12 @@ class Store:
         finally:
             self.active = active
 
-    def put(self, tensors: list[Tensor]) -> list[Home]:
+    def put(self, tensors: list[Tensor], span: int = 1) -> list[Home]:
         """Send tensors to the host as one unit; where each is from now on."""
         if not tensors:
             return []
         self._sweep()
-        self._serial += 1
+        self._serial += span
         self._units[self._serial] = unit = Unit(self, self._serial, tensors)
         unit.extent = self.arena.take(unit.nbytes)
         if unit.extent is None:
@@ -197,10 +198,10 @@ class Store:
         return tensors
 
     def _settle(self, unit: Unit) -> None:
-        """Count a unit among those on the device that nobody waits for; the oldest beyond the window leaves it."""
-        self._window.append(weakref.ref(unit))
-        while len(self._window) > self.window:
-            oldest = self._window.popleft()()
+        """Count a unit among those on the device that nobody waits for; those beyond the window leave it."""
+        self._window.append((unit.serial, weakref.ref(unit)))
+        while self._window and abs(unit.serial - self._window[0][0]) >= self.window:
+            oldest = self._window.popleft()[1]()
             if oldest is not None:
                 oldest.park()
 
