@@ -6,40 +6,19 @@ import warnings
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
 from models.config import POLICIES
 from models.patch import find_patch
-from operators.savers import UNITS_A_LAYER, CudaCopies, Exact, Keeper, Step, Store
-from operators.savers.host import Arena, available_bytes
+from operators.savers import CudaCopies, Exact, Keeper, Step, Store
 from operators.savers.store import as_buffers
-from tests.copies import LazyCopies
 from tests.kernel_checks import DEVICE
-from tests.small_models import gradients, largest_error, llama, mean_cosine, padded_batch
+from tests.offloading import SLAB, LazyCopies, equal, offloaded
+from tests.small_models import gradients, llama, padded_batch
 from utils.profiling import buffered_bytes
 
-SLAB = 2**14  # smaller than a slot of the small models, so that copies straddle slabs
+pytestmark = pytest.mark.usefixtures("deterministic_attention")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies beside the computation need a GPU")
-
-
-def offloaded(model, config, copies=None, **options) -> Store:
-    """Patch a model and send its slots to a store, on the GPU or to late copies on the CPU."""
-    apply_hyclora(model, config)
-    copies = copies or (CudaCopies(torch.device("cuda", 0)) if DEVICE == "cuda" else LazyCopies())
-    store = Store(copies, **{"slab": SLAB} | options)
-    find_patch(model).use(store)
-    return store
-
-
-def equal(ours: dict, theirs: dict) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in theirs)
-
-
-@pytest.fixture(autouse=True)
-def deterministic_attention():
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 CONFIGS = {
@@ -233,75 +212,6 @@ def test_several_forwards_before_one_backward():
     assert store.host_bytes == store.device_bytes == 0
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("layer_type", list(POLICIES))
-def test_checkpointing_gives_what_torchs_gives(layer_type, use_reentrant):
-    """Layer inputs go to the host instead of blocks' slots; random state and calibration are those of torch's."""
-    model, batches = llama({"lora_dropout": 0.1}), [padded_batch(seed=seed) for seed in range(3)]
-    config = HycloraConfig(layer_type=layer_type, iteration_threshold=2)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model.enable_input_require_grads()
-    apply_hyclora(model, config)
-    expected = [gradients(model, batch)[1] for batch in batches]
-    remove_hyclora(model)
-    stock = model.get_base_model().model.layers[0]._gradient_checkpointing_func
-    store = offloaded(model, config)
-    for batch, theirs in zip(batches, expected, strict=True):
-        assert largest_error(gradients(model, batch)[1], theirs) < 1e-6
-        assert store.host_bytes == store.device_bytes == 0
-    assert store._serial == 3 * 2 * UNITS_A_LAYER
-    remove_hyclora(model)
-    assert model.get_base_model().model.layers[0]._gradient_checkpointing_func is stock
-
-
-def test_checkpointing_that_a_trainer_switches():
-    """Switched on after apply_hyclora, without gradients of the input; off again, nothing is left of it."""
-    model, batch = llama(), padded_batch()
-    store = offloaded(model, HycloraConfig(layer_type="baseline"))
-    _, expected = gradients(model, batch)
-    blocks = store._serial
-    model.gradient_checkpointing_enable()
-    _, ours = gradients(model, batch)
-    assert store._serial == blocks + 2 * UNITS_A_LAYER and largest_error(ours, expected) < 1e-5
-    model.gradient_checkpointing_disable()
-    assert equal(gradients(model, batch)[1], expected) and store._serial == 2 * blocks + 2 * UNITS_A_LAYER
-
-
-@pytest.mark.parametrize("store", [False, True])
-def test_checkpointing_with_compressed_layer_inputs(store):
-    """slot_savers can compress what checkpointing keeps, on the device as well."""
-    model, batch = llama(num_hidden_layers=4), padded_batch()
-    _, exact = gradients(model, batch)
-    model.gradient_checkpointing_enable()
-    bytes_kept = {}
-    for name in ("exact", "quant8", "quant4"):
-        config = HycloraConfig(layer_type="baseline", slot_savers={"layer_in": name})
-        offloaded(model, config, window=0) if store else apply_hyclora(model, config)
-        _, ours = gradients(model, batch)
-        bytes_kept[name] = find_patch(model).store.arena.pinned if store else buffered_bytes(model, batch)
-        assert mean_cosine(ours, exact) > {"exact": 1 - 1e-6, "quant8": 0.999, "quant4": 0.97}[name]
-        assert (largest_error(ours, exact) > 1e-5) == (name != "exact")
-        remove_hyclora(model)
-    assert bytes_kept["quant4"] < bytes_kept["quant8"] < bytes_kept["exact"]
-
-
-def test_checkpointing_passes_gradients_the_usual_way():
-    """torch.autograd.grad works, as it does not with torch's reentrant kind; autocast is replayed."""
-    model, batch = llama(), padded_batch()
-    offloaded(model, HycloraConfig(layer_type="baseline"))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    device = batch["input_ids"].device.type
-
-    def grads():
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(**batch).loss
-        return dict(enumerate(torch.autograd.grad(loss, parameters)))
-
-    expected = grads()
-    model.gradient_checkpointing_enable()
-    assert mean_cosine(grads(), expected) > 0.999
-
-
 @pytest.mark.parametrize("slabs", [0, 3])
 def test_a_short_host_keeps_the_rest_on_the_device(slabs):
     """One warning, the same gradients."""
@@ -325,12 +235,6 @@ def test_a_short_host_keeps_the_rest_on_the_device(slabs):
             assert store.host_bytes == store.device_bytes == 0
     assert len([w for w in caught if "offload" in str(w.message)]) == 1
     assert store.arena.pinned == slabs * SLAB
-
-
-def test_a_host_with_little_available_memory_is_not_asked(monkeypatch):
-    monkeypatch.setattr("operators.savers.host.available_bytes", lambda: 2**20)
-    arena = Arena(LazyCopies().pin, SLAB)
-    assert arena.take(100) is None and arena.used == arena.pinned == 0
 
 
 def test_a_deep_copy_has_a_store_of_its_own():
@@ -389,35 +293,6 @@ def test_tensors_survive_whatever_their_layout():
     assert homes[0].unit.buffers is None
     for ours, theirs in zip(store.read(homes[0].unit), tensors, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs)
-
-
-def test_the_arena_reuses_and_merges():
-    arena = Arena(LazyCopies().pin, slab=1000)
-    a, b, c = (arena.take(400) for _ in range(3))
-    assert (a, b, c) == ((0, 400), (400, 800), (800, 1200)) and arena.pinned == 2000
-    assert [len(piece) for piece in arena.pieces(c[0], 400)] == [200, 200]
-    arena.give(b)
-    assert arena.take(500)[0] == 1200 and arena.take(300) == (400, 700) and arena.take(100) == (700, 800)
-    for extent in ((1200, 1700), (0, 400), (700, 800), (800, 1200), (400, 700)):
-        arena.give(extent)
-    assert arena.used == 0 and len(arena._gaps) == 1 and arena.take(2000) == (0, 2000) and arena.pinned == 2000
-
-
-def test_available_bytes_is_the_smallest_limit(tmp_path):
-    def write(name, text):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-
-    assert available_bytes(tmp_path) == float("inf")
-    write("proc/meminfo", "MemTotal: 100 kB\nMemAvailable:      90 kB\n")
-    assert available_bytes(tmp_path) == 90 * 1024
-    write("sys/fs/cgroup/memory.max", "max\n")
-    assert available_bytes(tmp_path) == 90 * 1024
-    write("proc/self/cgroup", "0::/pod\n")
-    write("sys/fs/cgroup/pod/memory.max", "50000\n")
-    write("sys/fs/cgroup/pod/memory.current", "30000\n")
-    write("sys/fs/cgroup/pod/memory.stat", "anon 1\ninactive_file 4000\n")
-    assert available_bytes(tmp_path) == 24000
 
 
 @needs_gpu

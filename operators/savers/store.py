@@ -35,15 +35,17 @@ class Home:
 
 @dataclass(frozen=True)
 class View:
-    """How a tensor is cut out of a buffer of bytes."""
+    """How a tensor is cut out of a buffer of bytes; stride None: it is the whole buffer, contiguous."""
 
     buffer: int
-    offset: int
     dtype: torch.dtype
     size: torch.Size
-    stride: tuple[int, ...]
+    offset: int = 0
+    stride: tuple[int, ...] | None = None
 
     def of(self, buffers: list[Tensor]) -> Tensor:
+        if self.stride is None:
+            return buffers[self.buffer].view(self.dtype).view(self.size)
         nbytes = _extent(self.size, self.stride) * self.dtype.itemsize
         flat = buffers[self.buffer][self.offset : self.offset + nbytes].view(self.dtype)
         return flat.as_strided(self.size, self.stride)
@@ -62,10 +64,12 @@ class Unit:
         self.pending: tuple | None = None
         self.fetched = False
         self.buffers, self.views = as_buffers(tensors)
-        self.sizes = [buffer.numel() for buffer in self.buffers]
-        self.nbytes = sum(map(_aligned, self.sizes))
-        shared = {buffer.untyped_storage().data_ptr() for buffer in self.buffers}
-        self._versions = [(t.detach(), t._version) for t in tensors if t.untyped_storage().data_ptr() in shared]
+        self._spans = []
+        self.nbytes = 0
+        for buffer in self.buffers:
+            self._spans.append((self.nbytes, buffer.numel()))
+            self.nbytes += -(-buffer.numel() // ALIGNMENT) * ALIGNMENT
+        self._versions = [(buffer, buffer._version) for buffer in self.buffers]
 
     def __del__(self):
         if sys.is_finalizing():
@@ -77,9 +81,10 @@ class Unit:
 
     def send(self) -> None:
         """Start the copy to the host."""
-        self.pending = self.store.copies.copy(
-            [pair for host, buffer in zip(self._host(), self.buffers, strict=True) for pair in _pairs(host, buffer)]
-        )
+        pieces, first = self.store.arena.pieces, self.extent[0]
+        hosts = [pieces(first + start, size) for start, size in self._spans]
+        pairs = [pair for host, buffer in zip(hosts, self.buffers, strict=True) for pair in _pairs(host, buffer)]
+        self.pending = self.store.copies.copy(pairs)
 
     def fetch(self) -> None:
         """Start the copy back, if the bytes are on the host alone: one buffer, as the host has them in one extent."""
@@ -89,8 +94,7 @@ class Unit:
         host = self.store.arena.pieces(self.extent[0], self.nbytes)
         self.pending = self.store.copies.copy([(target, source) for source, target in _pairs(host, whole)])
         self.fetched = True
-        starts = self._starts()
-        self.buffers = [whole[start : start + size] for start, size in zip(starts, self.sizes, strict=True)]
+        self.buffers = [whole[start : start + size] for start, size in self._spans]
 
     def arrive(self) -> list[Tensor]:
         """The tensors on the device, for work queued from now on."""
@@ -113,17 +117,6 @@ class Unit:
     def _check_versions(self) -> None:
         if any(t._version != version for t, version in self._versions):
             raise RuntimeError("a tensor that was kept for backward has been modified by an inplace operation")
-
-    def _starts(self) -> list[int]:
-        """Where each buffer starts in the extent."""
-        starts = [0]
-        for size in self.sizes:
-            starts.append(starts[-1] + _aligned(size))
-        return starts[:-1]
-
-    def _host(self) -> list[list[Tensor]]:
-        pieces, first = self.store.arena.pieces, self.extent[0]
-        return [pieces(first + start, size) for start, size in zip(self._starts(), self.sizes, strict=True)]
 
 
 class Store:
@@ -247,38 +240,35 @@ def redeem(empty: Tensor) -> dict[int, Tensor]:
 def as_buffers(tensors: list[Tensor]) -> tuple[list[Tensor], list[View]]:
     """Byte buffers that hold tensors, and how each is cut out of them.
 
-    Tensors that together fill their storage's range share one buffer; any other gets one of its own, contiguous.
+    Tensors that together fill their storage's range share one buffer; any other gets one of its own, contiguous. A
+    buffer has the version counter of the first tensor in it.
     """
     storages: dict[int, list[int]] = {}
     for i, t in enumerate(tensors):
         storages.setdefault(t.untyped_storage().data_ptr(), []).append(i)
     buffers: list[Tensor] = []
     views: dict[int, View] = {}
-
-    def add(members: dict[int, Tensor]) -> None:
-        low, high = _range(members.values())
-        first = next(iter(members.values()))
-        bytes_of = torch.empty(0, dtype=torch.uint8, device=first.device)
-        for i, t in members.items():
-            offset = t.storage_offset() * t.element_size() - low
-            views[i] = View(len(buffers), offset, t.dtype, t.shape, t.stride())
-        buffers.append(bytes_of.set_(first.untyped_storage(), low, (high - low,), (1,)))
-
     for indices in storages.values():
-        members = {i: tensors[i].detach() for i in indices}
-        low, high = _range(members.values())
-        if high - low <= 1.125 * sum(t.numel() * t.element_size() for t in members.values()) + ALIGNMENT:
-            add(members)
-        else:
-            for i, t in members.items():
-                add({i: t.contiguous()})
+        members = [tensors[i].detach() for i in indices]
+        low = high = 0
+        if len(members) > 1 or not members[0].is_contiguous():
+            low, high = _range(members)
+        if 0 < high - low <= 1.125 * sum(t.nbytes for t in members) + ALIGNMENT:
+            for i, t in zip(indices, members, strict=True):
+                views[i] = View(len(buffers), t.dtype, t.shape, t.storage_offset() * t.itemsize - low, t.stride())
+            flat = members[0].as_strided((1,), (1,), 0).view(torch.uint8)
+            buffers.append(flat.as_strided((high - low,), (1,), low))
+            continue
+        for i, t in zip(indices, members, strict=True):
+            views[i] = View(len(buffers), t.dtype, t.shape)
+            buffers.append(t.contiguous().view(-1).view(torch.uint8))
     return buffers, [views[i] for i in range(len(tensors))]
 
 
-def _range(tensors) -> tuple[int, int]:
+def _range(tensors: list[Tensor]) -> tuple[int, int]:
     """Byte range in their storage; it starts at a multiple of the largest element."""
-    starts = [t.storage_offset() * t.element_size() for t in tensors]
-    ends = [start + _extent(t.shape, t.stride()) * t.element_size() for start, t in zip(starts, tensors, strict=True)]
+    starts = [t.storage_offset() * t.itemsize for t in tensors]
+    ends = [start + _extent(t.shape, t.stride()) * t.itemsize for start, t in zip(starts, tensors, strict=True)]
     return min(starts) // 16 * 16, max(ends)
 
 
@@ -287,10 +277,8 @@ def _extent(size, stride) -> int:
     return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 def _pairs(pieces: list[Tensor], buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Pieces of host memory with the parts of a device buffer that belong to them."""
+    if len(pieces) == 1:
+        return [(pieces[0], buffer)]
     return list(zip(pieces, buffer.split([piece.numel() for piece in pieces]), strict=True))

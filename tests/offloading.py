@@ -1,10 +1,17 @@
-"""Copies for stores that are tested without a GPU."""
+"""Models whose slots go to a store, and copies for stores that are tested without a GPU."""
 
 import ctypes
 import itertools
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from models import apply_hyclora
+from models.patch import find_patch
+from operators.savers import CudaCopies, Store
+from tests.kernel_checks import DEVICE
+
+SLAB = 2**14  # smaller than a slot of the small models, so that copies straddle slabs
 
 
 class LazyCopies:
@@ -50,3 +57,16 @@ class LazyCopies:
             target.fill_(255)
         weak = StorageWeakRef(device_side.untyped_storage())
         return to_host, target.numel(), target.data_ptr(), source.data_ptr(), weak
+
+
+def offloaded(model, config, copies=None, **options) -> Store:
+    """Patch a model and send its slots to a store, on the GPU or to late copies on the CPU."""
+    apply_hyclora(model, config)
+    copies = copies or (CudaCopies(torch.device("cuda", 0)) if DEVICE == "cuda" else LazyCopies())
+    store = Store(copies, **{"slab": SLAB} | options)
+    find_patch(model).use(store)
+    return store
+
+
+def equal(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in theirs)
