@@ -1,4 +1,4 @@
-"""The three blocks of a decoder layer: what is bound to a norm, an attention and an MLP module.
+"""The three blocks of a decoder layer: what is bound to a norm, an attention and an MLP module; and the layer itself.
 
 A block owns the training forward of one module. It is bound to that instance alone (MethodType in the instance's
 __dict__); evaluation, generation, disabled or merged adapters run the stock forward.
@@ -14,11 +14,12 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from operators.attention import CORES, AttentionFunction, AttentionSpec
+from operators.checkpoint import CheckpointFunction
 from operators.lora import Projection, ProjectionGroup
 from operators.mlp import MlpFunction, MlpSpec
 from operators.nf4 import is_4bit
 from operators.norm import RMSNormFunction
-from operators.savers import Derived, Keeper, Saver, Step
+from operators.savers import UNITS_A_LAYER, Derived, Exact, Keeper, Saver, Step, Store
 
 SOURCE = "_hyclora_source"
 BLOCK = "_hyclora_block"
@@ -41,7 +42,10 @@ class Family:
 
 
 class Block:
-    """What all blocks share: savers, the model's Step, the binding, and when to run."""
+    """What all blocks share: savers, the model's Step and Store (None: slots stay put), the binding, when to run."""
+
+    store: Store | None = None
+    span = 1
 
     def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step):
         self.module, self.name, self.savers, self.step = module, name, savers, step
@@ -84,7 +88,8 @@ class Block:
         return self.module.training and torch.is_grad_enabled() and all([p.refresh() for p in self.projections])
 
     def keeper(self) -> Keeper:
-        return Keeper(self.savers, self.step)
+        store = self.store if self.store is not None and self.store.active else None
+        return Keeper(self.savers, self.step, store, self.span)
 
     def input_source(self, x: torch.Tensor, slot: str):
         """Where the norm before this block keeps x_hat, if the slot is derived from it."""
@@ -170,6 +175,33 @@ class MlpBlock(Block):
         source = self.input_source(hidden_states, "mlp_in")
         x = hidden_states if dtype is None else hidden_states.to(dtype)
         return MlpFunction.apply(x, self.spec, self.keeper(), source, *self.spec.parameters())
+
+
+class LayerBlock(Block):
+    """A decoder layer's checkpoint function in place of torch's, where it can keep the layer's input better.
+
+    That is with a store, or if layer_in is not exact. HF calls it as it calls torch's, while gradient checkpointing is
+    on; a trainer may switch that at any time, so bind() is called before every training forward.
+    """
+
+    span = UNITS_A_LAYER
+    stock = None
+
+    def bind(self) -> None:
+        installed = getattr(self.module, "_gradient_checkpointing_func", None)
+        better = self.store is not None or not isinstance(self.savers["layer_in"], Exact)
+        if better and getattr(self.module, "gradient_checkpointing", False) and installed is not self:
+            self.stock, self.module._gradient_checkpointing_func = installed, self
+
+    def unbind(self) -> None:
+        if getattr(self.module, "_gradient_checkpointing_func", None) is self:
+            self.module._gradient_checkpointing_func = self.stock
+
+    def __call__(self, function, hidden_states, *args):
+        if not torch.is_grad_enabled():
+            return function(hidden_states, *args)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return CheckpointFunction.apply(hidden_states, lambda x: function(x, *args), self.keeper(), *parameters)
 
 
 def _refuse_lora_bias(name: str, group: ProjectionGroup) -> None:

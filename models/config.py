@@ -51,6 +51,7 @@ SLOTS = {
     "up": Slot("mlp", "quant", "quant"),
     "act": Slot("mlp", "quant", "recompute"),
     "hidden": Slot("mlp", "quant", "recompute"),
+    "layer_in": Slot("layer", "exact", "exact"),
 }
 DERIVABLE = ("attn_in", "mlp_in")
 RECOMPUTABLE = ("attn_out", "act", "hidden")
@@ -77,6 +78,7 @@ class HycloraConfig:
     layernorm_outlier_ratio: float = _option(0.005, "Share of the norm's channels that is kept exactly.")
     attention: str = _option("flash", "flash (no attention map) or eager (keeps a sparse map, as the paper does).")
     scale_rule: str = _option("channel_group", "Quantizer: channel_group, or paper (the published rule).")
+    offload: bool = _option(False, "Keep packed slots in pinned host memory; backward fetches them just in time.")
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
 
     def __post_init__(self):

@@ -7,11 +7,11 @@ from peft import PeftModel
 from torch import nn
 
 from models.bits import allocate_bits
-from models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
+from models.blocks import AttentionBlock, Block, Family, LayerBlock, MlpBlock, NormBlock
 from models.config import SLOTS, HycloraConfig
 from models.head import HeadBlock
 from models.llama import LLAMA
-from operators.savers import ChannelQuant, Saver, Step, make_saver
+from operators.savers import ChannelQuant, CudaCopies, Saver, Step, Store, make_saver
 
 FAMILIES: dict[str, Family] = {"llama": LLAMA}
 PATCH = "_hyclora_patch"
@@ -45,6 +45,8 @@ class PatchReport:
             lines.append(f"  {self.head}: chunked cross-entropy, no logits in training")
         adapted = ", ".join(f"{name} x{count}" for name, count in self.adapters.items())
         lines.append(f"  LoRA on  {adapted}")
+        if self.config.offload:
+            lines.append("  packed slots wait in pinned host memory")
         lines.append(f"  not patched: {', '.join(self.not_patched)}")
         return "\n".join(lines)
 
@@ -56,7 +58,15 @@ class Patch:
     config: HycloraConfig
     step: Step
     blocks: list[Block] = field(default_factory=list)
+    layers: list[LayerBlock] = field(default_factory=list)
     hook: torch.utils.hooks.RemovableHandle | None = None
+    store: Store | None = None
+
+    def use(self, store: Store) -> None:
+        """Send the packed slots of all blocks to a store."""
+        self.store = store
+        for block in [*self.blocks, *self.layers]:
+            block.store = store
 
 
 def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> PatchReport:
@@ -79,17 +89,22 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     head, stock_head = _head(model, family, names, step, blocks)
     report = _report(config, family, model, layers, blocks, head, stock_head)
     blocks += [] if head is None else [head]
+    savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
+    checkpoints = [LayerBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
+    patch = Patch(config, step, blocks, checkpoints)
+    if config.offload:
+        patch.use(Store(CudaCopies(_gpu(layers))))
     for block in blocks:
         block.bind()
-    hook = decoder.register_forward_pre_hook(_StepHook(step), with_kwargs=True)
-    object.__setattr__(model, PATCH, Patch(config, step, blocks, hook))
+    patch.hook = decoder.register_forward_pre_hook(_StepHook(step, checkpoints), with_kwargs=True)
+    object.__setattr__(model, PATCH, patch)
     return report
 
 
 def remove_hyclora(model: PeftModel) -> None:
     """Take every block off again: the model is stock, bit for bit. ValueError if it was not patched."""
     patch = find_patch(model)
-    for block in patch.blocks:
+    for block in [*patch.blocks, *patch.layers]:
         block.unbind()
     patch.hook.remove()
     object.__setattr__(model, PATCH, None)
@@ -104,15 +119,17 @@ def find_patch(model: PeftModel) -> Patch:
 
 
 class _StepHook:
-    """Runs before the decoder's forward: counts training forwards, notes padding, and keeps the KV cache off."""
+    """Runs before the decoder's forward: counts it, notes padding, binds checkpoints, and keeps the KV cache off."""
 
-    def __init__(self, step: Step):
-        self.step = step
+    def __init__(self, step: Step, checkpoints: list[LayerBlock]):
+        self.step, self.checkpoints = step, checkpoints
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
         if not (decoder.training and torch.is_grad_enabled()):
             return None
         self.step.index += 1
+        for checkpoint in self.checkpoints:
+            checkpoint.bind()
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
@@ -124,6 +141,14 @@ class _StepHook:
 def _base(model: nn.Module) -> nn.Module:
     """The transformers model inside."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _gpu(layers: list[nn.Module]) -> torch.device:
+    """The one GPU that holds the decoder layers; ValueError if they are elsewhere."""
+    devices = list(dict.fromkeys(str(p.device) for layer in layers for p in layer.parameters()))
+    if len(devices) != 1 or not devices[0].startswith("cuda"):
+        raise ValueError(f"offload=True needs all layers on one GPU; this model is on {', '.join(devices)}")
+    return torch.device(devices[0])
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:

@@ -45,7 +45,7 @@ def test_the_slot_table(layer_type, attention):
     if layer_type == "baseline":
         assert set(names.values()) == {"exact"}
     elif layer_type == "intra":
-        assert {slot for slot, name in names.items() if name != "quant4"} == {"prob"}
+        assert {slot for slot, name in names.items() if name != "quant4"} == {"prob", "layer_in"}
     else:
         assert names["attn_in"] == names["mlp_in"] == "derived"
         assert names["act"] == names["hidden"] == "recompute"

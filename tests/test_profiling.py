@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from utils.profiling import buffered_bytes
 
@@ -36,3 +37,17 @@ def test_dropout_draws_from_a_random_state_that_comes_back():
     assert buffered_bytes(model, {"x": torch.randn(2, 4, generator=torch.Generator())}) > 0
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_nothing_stays_alive():
+    """An operator that saves its own output, such as tanh, is freed after the count."""
+    model, seen = nn.Linear(4, 4), []
+
+    def forward(x):
+        hidden = torch.tanh(nn.Linear.forward(model, x))
+        seen.append(StorageWeakRef(hidden.untyped_storage()))
+        return hidden.sum()
+
+    model.forward = forward
+    assert buffered_bytes(model, {"x": torch.randn(2, 4)}) == 2 * 4 * 4
+    assert seen[0].expired()

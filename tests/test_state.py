@@ -51,3 +51,11 @@ def test_an_uncalibrated_model_saves_and_loads(tmp_path):
     load_calibration(second, tmp_path)
     gradients(second, padded_batch())
     assert find_patch(second).step.index == 1
+
+
+def test_calibration_does_not_depend_on_where_slots_wait(tmp_path):
+    """A run may go on with offload=True, or from a file that was written before there was such an option."""
+    model = calibrated()
+    save_calibration(model, tmp_path)
+    find_patch(model).config.offload = True
+    load_calibration(model, tmp_path)

@@ -5,6 +5,8 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from models.patch import PATCH
+
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, *, train: bool):
@@ -20,10 +22,11 @@ def undisturbed(model: nn.Module, *, train: bool):
 
 
 def buffered_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes of the storages that one training forward of `batch` saves for backward.
+    """Bytes of the storages that one training forward of `batch` saves for backward on the model's device.
 
     A storage counts once however many operators save views of it; parameters, buffers and the batch itself do not
-    count, as they live anyway. Random state, gradients and training mode are left as they were.
+    count, as they live anyway. With offload=True, host memory does not count (the patch's store knows it), but what the
+    store has on the device when the forward ends does. Random state, gradients and training mode are left as they were.
     """
     resident = [*model.parameters(), *model.buffers(), *batch.values()]
     known = {tensor.untyped_storage().data_ptr() for tensor in resident}
@@ -34,8 +37,12 @@ def buffered_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage
-        return tensor
+        # an operator that holds its own output in a hook's result would never be freed
+        return tensor if tensor.grad_fn is None else tensor.detach()
 
     with undisturbed(model, train=True), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(**batch)
-    return sum(storage.nbytes() for storage in kept.values())
+        output = model(**batch)
+        patch = getattr(model, PATCH, None)
+        in_store = patch.store.device_bytes if patch is not None and patch.store is not None else 0
+        del output
+    return in_store + sum(storage.nbytes() for storage in kept.values())

@@ -1,11 +1,19 @@
-"""How one buffered activation (a slot) is kept between forward and backward; one file a way of keeping."""
+"""How one buffered activation (a slot) is kept between forward and backward.
+
+One file a way of keeping; store.py and host.py are where the packed bytes wait, if not on the GPU.
+"""
 
 from operators.savers.base import Derived, Keeper, Recompute, Saver, Step
 from operators.savers.channel_quant import ChannelQuant
 from operators.savers.exact import Exact
+from operators.savers.host import CudaCopies
 from operators.savers.sparse import Sparse
+from operators.savers.store import UNITS_A_LAYER, Store
 
-__all__ = ["ChannelQuant", "Derived", "Exact", "Keeper", "Recompute", "Saver", "Sparse", "Step", "make_saver"]
+__all__ = [
+    "UNITS_A_LAYER", "ChannelQuant", "CudaCopies", "Derived", "Exact", "Keeper", "Recompute", "Saver", "Sparse", "Step",
+    "Store", "make_saver",
+]  # fmt: skip
 
 
 def make_saver(name: str, *, scale_rule: str, outlier_ratio: float, softmax_outlier_ratio: float) -> Saver:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from operators.savers.store import Home, Store, redeem, ticket
+
 
 @dataclass
 class Step:
@@ -50,10 +52,14 @@ class Derived(Saver):
 
 
 class StoringSaver(Saver, ABC):
-    """Keeps a slot as packed tensors between forward and backward."""
+    """Keeps a slot as packed tensors between forward and backward.
+
+    n_state: how many of the packed tensors, at their end, are not the slot's but the saver's, the same in every step.
+    """
 
     stored = True
     aliases = False  # whether what is kept is the tensor itself, which must then not be written to
+    n_state = 0
 
     @abstractmethod
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
@@ -72,9 +78,13 @@ class StoringSaver(Saver, ABC):
 
 @dataclass(frozen=True)
 class Source:
-    """Rides on a norm's output: where its x_hat is packed, so that a block fed by it need not keep its input."""
+    """Rides on a norm's output: where its x_hat is packed, so that a block fed by it need not keep its input.
 
-    packed: tuple[Tensor, ...]
+    homes: where each packed tensor is if a store has it (it is None then in packed).
+    """
+
+    packed: tuple[Tensor | None, ...]
+    homes: tuple[Home | None, ...]
     saver: Saver
     shape: torch.Size
     dtype: torch.dtype
@@ -85,13 +95,16 @@ class Keeper:
     """The packed slots of one block between forward and backward.
 
     Everything goes through ctx.save_for_backward, so that saved-tensor hooks (offloading, checkpointing, counting)
-    see it; restore() drops its references, so that a slot is freed as soon as it is used.
+    see it; restore() drops its references, so that a slot is freed as soon as it is used. With a store, the packed
+    tensors of slots go there (as a unit of that span), and what autograd saves instead is a ticket for them.
     """
 
-    def __init__(self, savers: dict[str, Saver], step: Step | None):
-        self.savers, self.step = savers, step
-        self._tensors: list[Tensor] = []
+    def __init__(self, savers: dict[str, Saver], step: Step | None, store: Store | None = None, span: int = 1):
+        self.savers, self.step, self.store, self.span = savers, step, store, span
+        self._tensors: list[Tensor | None] = []
         self._layout: dict[str, tuple] = {}
+        self._slots: list[int] = []
+        self._homes: dict[int, Home] = {}
 
     def keeps(self, name: str) -> bool:
         return self.savers[name].stored
@@ -104,11 +117,13 @@ class Keeper:
         """Pack slot x by its saver; a slot that is not stored is left out."""
         saver = self.savers[name]
         if saver.stored:
-            self._add(name, saver.pack(x, self.step), x.shape, x.dtype, saver, None)
+            self.adopt(name, saver.pack(x, self.step), x.shape, x.dtype)
 
     def adopt(self, name: str, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> None:
         """Keep a slot that a fused kernel has packed already, in the layout of its saver."""
-        self._add(name, packed, shape, dtype, self.savers[name], None)
+        saver, first = self.savers[name], len(self._tensors)
+        self._slots += [first + i for i, t in enumerate(packed[: len(packed) - saver.n_state]) if t.numel()]
+        self._add(name, packed, shape, dtype, saver, None)
 
     def keep_exact(self, name: str, x: Tensor | None) -> None:
         """Keep a small tensor (rstd, x A^T, a parameter, an input) as it is."""
@@ -117,27 +132,38 @@ class Keeper:
 
     def derive(self, name: str, source: Source) -> None:
         """Keep slot = x_hat * w by sharing the norm's packed x_hat; w is read again at backward time."""
+        first = len(self._tensors)
+        self._homes |= {first + i: home for i, home in enumerate(source.homes) if home is not None}
         self._add(name, source.packed, source.shape, source.dtype, source.saver, source.weight)
 
     def source(self, name: str, weight: Tensor) -> Source:
-        """A handle by which another block derives its input from the slot kept here."""
+        """A handle by which another block derives its input from the slot saved here."""
         first, count, shape, dtype, saver, _ = self._layout[name]
-        return Source(tuple(self._tensors[first : first + count]), saver, shape, dtype, weight)
+        homes = tuple(self._homes.get(first + i) for i in range(count))
+        return Source(tuple(self._tensors[first : first + count]), homes, saver, shape, dtype, weight)
 
     def _add(self, name, tensors, shape, dtype, saver, weight) -> None:
         self._layout[name] = (len(self._tensors), len(tensors), shape, dtype, saver, weight)
         self._tensors.extend(tensors)
 
     def save(self, ctx) -> None:
-        """Hand all kept tensors to autograd."""
-        ctx.save_for_backward(*self._tensors)
-        ctx.slot_layout = self._layout
+        """Hand all kept tensors to autograd, those of slots by way of the store if there is one."""
+        if self.store is not None:
+            homes = self.store.put([self._tensors[i] for i in self._slots], self.span)
+            self._homes |= dict(zip(self._slots, homes, strict=True))
+        for i in self._homes:
+            self._tensors[i] = None
+        ctx.save_for_backward(*self._tensors, *([ticket(self._homes)] if self._homes else []))
+        ctx.slot_layout, ctx.has_ticket = self._layout, bool(self._homes)
 
     @staticmethod
     def load(ctx) -> "Keeper":
         """The slots that forward saved on ctx."""
         keeper = Keeper({}, None)
         keeper._layout, keeper._tensors = dict(ctx.slot_layout), list(ctx.saved_tensors)
+        if ctx.has_ticket:
+            for i, tensor in redeem(keeper._tensors.pop()).items():
+                keeper._tensors[i] = tensor
         return keeper
 
     def saver(self, name: str) -> Saver:

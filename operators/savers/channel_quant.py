@@ -25,6 +25,8 @@ class ChannelQuant(StoringSaver):
     outliers: int32 [C], the place of an exact channel among them, -1 for all others.
     """
 
+    n_state = 3
+
     def __init__(self, bits: int, scale_rule: str, outlier_ratio: float):
         self.book = CODEBOOKS[scale_rule][bits]
         self.scale_rule = scale_rule
