@@ -6,41 +6,17 @@ python -m benchmarks.report --check    # exit 1 if README.md is not what the res
 
 import argparse
 import dataclasses
-import json
+import math
 import sys
 from collections.abc import Callable
 
 from benchmarks.record import RESULTS
+from benchmarks.rows import describe, load, memory_cells, name_of
 from models.config import SLOTS, HycloraConfig
 
 ROOT = RESULTS.parent.parent
 README, FIGURES = ROOT / "README.md", ROOT / "figures"
 MIB = 2**20
-
-
-def load(name: str) -> list[dict]:
-    """The last run of each setting, in the order of first appearance."""
-    file = RESULTS / f"{name}.jsonl"
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    latest = {}
-    for line in lines:
-        steps = line.get("arguments", {}).get("steps")
-        key = json.dumps([line.get("model"), line.get("label"), line["setting"], steps])
-        latest[key] = line
-    return list(latest.values())
-
-
-def name_of(setting) -> str:
-    """A setting as a reader would say it."""
-    if setting is None:
-        return "PEFT LoRA"
-    if isinstance(setting, str):
-        return f"PEFT LoRA, {setting}"
-    bits = setting.get("q_bit", 4)
-    width = f"auto, {setting.get('average_bits', 3.0):g} bits on average" if bits == "auto" else f"{bits} bit"
-    rule = ", published quantizer" if setting.get("scale_rule") == "paper" else ""
-    kind = setting.get("layer_type", "intra_inter")
-    return "baseline (exact)" if kind == "baseline" else f"{kind}, {width}{rule}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -80,7 +56,7 @@ def buffered() -> str:
 
 
 def fidelity() -> str:
-    lines = [line for line in load("fidelity") if "slot_savers" not in line["setting"]]
+    lines = [line for line in load("fidelity", "model", "label") if "slot_savers" not in line["setting"]]
     models = list(dict.fromkeys(line["model"] for line in lines))
     cells: dict[str, dict[str, str]] = {}
     for line in lines:
@@ -96,7 +72,7 @@ def fidelity() -> str:
 
 
 def finetune() -> str:
-    lines = [line for line in load("finetune") if line["arguments"]["steps"] == 300]
+    lines = [line for line in load("finetune", "label", "steps") if line["arguments"]["steps"] == 300]
     lines.sort(key=lambda line: line["gap"])
     rows = [[name_of(line["setting"]), f"{line['test_loss']:.4f}", f"{line['gap']:+.4f}"] for line in lines]
     head = ["300 steps of 16 on GSM8K, 27M LLaMA", "test loss, nats", "against exact LoRA"]
@@ -105,18 +81,44 @@ def finetune() -> str:
     )
 
 
-def step() -> str:
-    lines = load("step")
-    rows = []
-    for line in lines:
-        if "error" in line:
-            rows.append([name_of(line["setting"]), line["error"], "", ""])
-            continue
-        low, high = line["ms_range"]
-        speed = f"{line['ms']:.0f} ({low:.0f} to {high:.0f})"
-        rows.append([name_of(line["setting"]), f"{line['dyn_mib']:.0f}", speed, str(line["tokens_per_second"])])
-    head = ["7B, 4 x 512 tokens, NF4", "dyn MiB", "ms a micro-step", "tokens/s"]
-    return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.step")
+def memory_throughput() -> str:
+    """One table a shape and batch, by memory; failures, with their cause, last."""
+    parts = []
+    for cell, lines in memory_cells().items():
+        lines.sort(key=lambda line: line.get("dyn_mib", math.inf))
+        head = [describe(cell), "static MiB", "dyn MiB", "buffered MiB (host)", "ms a micro-step", "tokens/s"]
+        rows = [[name_of(line["setting"]), *memory_columns(line)] for line in lines]
+        parts.append(table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.memory_throughput"))
+        if any(line["benchmark"] == "step" for line in lines):
+            parts.append("*Rows without buffered: by the predecessor, which ran all settings in one process.*")
+    drawn = {
+        "memory_speed": "memory against speed, and the settings that none beats in both",
+        "memory_breakdown": "what the peak is made of",
+        "memory_length": "memory against tokens",
+    }
+    parts += [f"![{alt}](figures/{name}.png)" for name, alt in drawn.items() if (FIGURES / f"{name}.png").exists()]
+    return "\n\n".join(parts)
+
+
+def memory_columns(line: dict) -> list[str]:
+    if "error" in line:
+        return ["", line["error"].replace("|", "/"), "", "", ""]
+    buffered, host = (f"{line[key]:.0f}" if key in line else "" for key in ("buffered_mib", "host_mib"))
+    columns = [f"{line[key]:.0f}" if key in line else "" for key in ("static_mib", "dyn_mib")]
+    columns.append(f"{buffered} ({host})" if line.get("host_mib") else buffered)
+    if "ms" not in line:
+        return [*columns, "", ""]
+    low, high = line["ms_range"]
+    return [*columns, f"{line['ms']:.0f} ({low:.0f} to {high:.0f})", str(line["tokens_per_second"])]
+
+
+def kernels() -> str:
+    lines = load("kernels")
+    rows = [
+        [line["setting"], f"{1e3 * line['ms']:.0f}", f"{line['gb_s']:.0f}", f"{line['share']:.0%}"] for line in lines
+    ]
+    head = ["kernel, 7B widths, 2048 tokens", "us", "GB/s", "of the copy rate"]
+    return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.kernels")
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -125,7 +127,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "buffered": buffered,
     "fidelity": fidelity,
     "finetune": finetune,
-    "step": step,
+    "memory_throughput": memory_throughput,
+    "kernels": kernels,
 }
 
 
@@ -137,62 +140,17 @@ def render(text: str) -> str:
     return text
 
 
-def draw() -> None:
-    """figures/kept.png: bytes of a 7B layer by slot; figures/fidelity.png: gradient cosine against bits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = load("buffered")
-    figure, axes = plt.subplots(figsize=(9, 3.8))
-    colors = dict(zip(SLOTS, plt.get_cmap("tab20").colors, strict=False))
-    for y, line in enumerate(reversed(lines)):
-        left = 0.0
-        for slot, size in line["slots"].items():
-            axes.barh(y, size / MIB, left=left, color=colors[slot], label=slot)
-            left += size / MIB
-        axes.barh(y, line["layer_bytes"] / MIB - left, left=left, color="lightgrey", label="rank-r, statistics, other")
-        axes.text(line["layer_bytes"] / MIB + 3, y, f"{line['layer_bytes'] / MIB:.0f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(lines)), [name_of(line["setting"]) for line in reversed(lines)], fontsize=8)
-    axes.set_xlabel("MiB kept for backward by one Llama-2-7B layer, 4 x 512 tokens")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), fontsize=7, ncols=2, loc="lower right")
-    _save(figure, "kept.png")
-
-    figure, axes = plt.subplots(figsize=(6, 3.8))
-    lines = [line for line in load("fidelity") if "slot_savers" not in line["setting"]]
-    lines = [line for line in lines if line["setting"].get("layer_type", "intra_inter") == "intra_inter"]
-    for model in dict.fromkeys(line["model"] for line in lines):
-        for rule, style in (("channel_group", "o-"), ("paper", "x--")):
-            points = sorted(
-                (line["bits"], 1 - line["cosine"])
-                for line in lines
-                if line["model"] == model and line["setting"].get("scale_rule", "channel_group") == rule
-            )
-            label = model + (", published quantizer" if rule == "paper" else "")
-            axes.semilogy(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set_xlabel("bits an element kept, scales included")
-    axes.set_ylabel("1 - cosine of the LoRA gradients")
-    axes.legend(fontsize=8)
-    _save(figure, "fidelity.png")
-
-
-def _save(figure, name: str) -> None:
-    figure.tight_layout()
-    figure.savefig(FIGURES / name, dpi=130, metadata={"Software": None})
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args(argv)
     text = README.read_text(encoding="utf-8")
-    fresh = render(text)
     if args.check:
-        sys.exit("README.md is stale: python -m benchmarks.report" if fresh != text else 0)
-    README.write_text(fresh, encoding="utf-8")
-    draw()
+        sys.exit("README.md is stale: python -m benchmarks.report" if render(text) != text else 0)
+    from benchmarks.figures import draw
+
+    draw()  # first, as README.md shows the figures that are there
+    README.write_text(render(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,11 @@ _INIT = {"qlora": True, "loftq": True, "gaussian": "gaussian", "pissa": "pissa_n
 _NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def find_base(args: ModelArguments, lora: LoraArguments) -> str:
-    """Where to load from (a folder or a hub id); settings and files are checked before anything is loaded."""
+def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True) -> str:
+    """Where to load from (a folder or a hub id); settings and files are checked before anything is loaded.
+
+    tokenizer: whether the run reads text and needs one.
+    """
     if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")
     if lora.lora_init_type == "loftq" and (args.random_weights or not (args.load_in_4bit and args.model_dir)):
@@ -55,7 +58,7 @@ def find_base(args: ModelArguments, lora: LoraArguments) -> str:
     except (json.JSONDecodeError, KeyError):
         raise UserError(f"{folder / 'config.json'} is not the configuration of a model: copy the file again") from None
     _check_family(family, folder)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{folder} has no tokenizer: it needs tokenizer.json or tokenizer.model")
     if not args.random_weights and not list(folder.glob("*.safetensors")):
         if list(folder.glob("*.bin")):

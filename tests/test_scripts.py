@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+import run_memory_throughput
 from utils.args import GROUPS, ROOT, Parser
 
 SCRIPTS = [ROOT / "utils/env.sh", ROOT / ".ci/run", *sorted(ROOT.glob("*.sh"))]
@@ -19,10 +20,14 @@ def test_script_parses_and_hides_no_failure(script):
     assert "| tee" not in text
 
 
-def test_every_option_of_run_gsm8k_is_known_and_set():
-    text = (ROOT / "run_gsm8k.sh").read_text()
+DRIVERS = {"run_gsm8k": GROUPS, "run_memory_throughput": run_memory_throughput.GROUPS}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_every_option_that_is_passed_is_known_and_set(driver):
+    text = (ROOT / f"{driver}.sh").read_text()
     passed = dict(re.findall(r'--(\w+) "\$(\w+)"', text))
-    known = {name for action in Parser(GROUPS)._actions for name in action.option_strings}
+    known = {name for action in Parser(DRIVERS[driver])._actions for name in action.option_strings}
     assert passed and {f"--{name}" for name in passed} <= known
     for variable in passed.values():
         assert re.search(rf"^\s*{variable}=\$\{{{variable}:?-", text, re.MULTILINE), variable

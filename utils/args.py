@@ -100,6 +100,28 @@ class EvalArguments:
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
 
 
+@dataclass
+class ProfileArguments:
+    seq_len: int = option(512, "Tokens of a sequence.")
+    per_device_train_batch_size: int = option(4, "Sequences of a micro-step (a forward and a backward).")
+    evaluate_memory: bool = option(True, "Measure what a micro-step allocates.")
+    evaluate_throughput: bool = option(True, "Measure how fast micro-steps are.")
+    steps: int = option(10, "Timed micro-steps.")
+    warm_up_seq_len: int | None = option(None, "Warm up and calibrate on sequences this short; default: seq_len.")
+    seed: int = option(11, "Of the random weights, adapters and tokens.")
+    output_dir: str = option(str(ROOT / "benchmarks" / "results"), "Folder of memory_throughput.jsonl.")
+
+    def __post_init__(self):
+        require(self.evaluate_memory or self.evaluate_throughput, "set evaluate_memory or evaluate_throughput to True")
+        require(self.seq_len >= 2, f"seq_len must be at least 2, not {self.seq_len}")
+        require(
+            self.warm_up_seq_len is None or self.warm_up_seq_len >= 2,
+            f"warm_up_seq_len must be at least 2, not {self.warm_up_seq_len}",
+        )
+        for name in ("per_device_train_batch_size", "steps"):
+            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+
+
 def _trainer_default(name: str, value):
     return field(default=value, metadata=transformers.TrainingArguments.__dataclass_fields__[name].metadata)
 

@@ -1,11 +1,17 @@
-"""What a training forward leaves behind: the bytes that autograd keeps until backward."""
+"""What a training step costs: the bytes that autograd keeps until backward, GPU memory, time."""
 
 import contextlib
+import gc
+import statistics
+import time
 
 import torch
 from torch import Tensor, nn
 
 from models.patch import PATCH
+
+MIB = 2**20
+WARM_UP = 7
 
 
 @contextlib.contextmanager
@@ -46,3 +52,94 @@ def buffered_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
         in_store = patch.store.device_bytes if patch is not None and patch.store is not None else 0
         del output
     return in_store + sum(storage.nbytes() for storage in kept.values())
+
+
+def random_batch(vocab: int, batch_size: int, seq_len: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Random tokens, none of them padding, each of them a label."""
+    ids = torch.randint(0, vocab, (batch_size, seq_len), device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def host_bytes(model: nn.Module) -> int:
+    """Host memory that holds offloaded activations: as HyC-LoRA's store counts it, otherwise all that is pinned."""
+    store = getattr(getattr(model, PATCH, None), "store", None)
+    if store is not None:
+        return getattr(store, "host_bytes", 0)
+    pinned = torch.cuda.host_memory_stats()
+    return pinned.get("active_bytes.current", pinned.get("allocated_bytes.current", 0))
+
+
+class MicroStep:
+    """A forward and a backward of a LoRA model, warmed up: calibration, autotuning and Adam's state are over.
+
+    The model is changed: its LoRA B are drawn anew, as zeros would make half of the gradients zero, and it is trained.
+    """
+
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor], warm_up_batch: dict[str, Tensor] | None = None):
+        self.model, self.batch = model.train(), batch
+        self.device = batch["input_ids"].device
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=1e-3)
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+        for _ in range(WARM_UP):
+            self.forward(warm_up_batch or batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """The loss, in bfloat16 autocast on a GPU."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.model(**batch).loss
+
+    def memory(self) -> dict[str, float]:
+        """MiB of GPU memory; on a CPU only what autograd keeps can be told.
+
+        static: weights, adapters, gradients and optimizer, of which trained is all but the frozen weights. buffered:
+        allocated over static after the forward, and host what is offloaded by then. dyn: peak over static.
+        """
+        if self.device.type != "cuda":
+            return {"buffered_mib": round(buffered_bytes(self.model, self.batch) / MIB, 3)}
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        state = [t for values in self.optimizer.state.values() for t in values.values() if t.is_cuda]
+        trained = [*trainable, *(p.grad for p in trainable if p.grad is not None), *state]
+        gc.collect()
+        torch.cuda.synchronize()
+        static = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss = self.forward(self.batch)
+        torch.cuda.synchronize()
+        buffered, host = torch.cuda.memory_allocated() - static, host_bytes(self.model)
+        loss.backward()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        found = {
+            "static": static,
+            "trained": sum(t.numel() * t.element_size() for t in trained),
+            "buffered": buffered,
+            "host": host,
+            "peak": peak,
+            "dyn": peak - static,
+            "reserved": torch.cuda.max_memory_reserved(),
+        }
+        return {f"{name}_mib": round(size / MIB, 1) for name, size in found.items()}
+
+    def throughput(self, steps: int) -> dict[str, float]:
+        """Median time of a micro-step with its spread, and what it means in sequences and tokens."""
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            loss = self.forward(self.batch)
+            loss.backward()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        median = statistics.median(times)
+        return {
+            "ms": round(1e3 * median, 1),
+            "ms_range": [round(1e3 * min(times), 1), round(1e3 * max(times), 1)],
+            "steps_per_second": round(1 / median, 3),
+            "sequences_per_second": round(len(self.batch["input_ids"]) / median, 2),
+            "tokens_per_second": round(self.batch["input_ids"].numel() / median),
+            "loss": round(loss.item(), 4),
+        }

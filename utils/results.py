@@ -30,6 +30,7 @@ from utils.errors import UserError
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+_PEERS = ("liger-kernel", "unsloth")
 
 
 def start_run(root: Path, tag: str, training: TrainingArguments) -> Path:
@@ -124,7 +125,7 @@ def environment() -> dict:
     A copy of the tree without its history takes the commit from the environment variable COMMIT.
     """
     versions = {}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *_PEERS):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     git = subprocess.run(

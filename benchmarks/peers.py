@@ -1,0 +1,219 @@
+"""One way of LoRA fine-tuning in one process: memory and time of a micro-step at a model shape.
+
+    python -m benchmarks.peers JOB        # JOB: the JSON that benchmarks.memory_throughput writes
+
+The weights are random, NF4 with double quantization unless the peer says otherwise, with LoRA on all seven linears.
+Packages are imported as late as possible: Unsloth patches only what is imported after it.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = Path(__file__).parent / "shapes"
+MARK = "RESULT "
+NOT_INSTALLED = "not installed"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure. setting: a key of PEERS, or arguments of HycloraConfig."""
+
+    setting: str | dict
+    shape: str
+    base: str
+    lora_rank: int
+    batch_size: int
+    seq_len: int
+    steps: int
+    warm_up_seq_len: int | None
+    device: str
+    checkpoints: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the shape's config.json is: a shape that is shipped, or a folder."""
+        shipped = SHAPES / self.shape
+        return shipped if shipped.is_dir() else Path(self.shape)
+
+
+def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None):
+    """Stock PEFT on a model with random weights; checkpointing: options of Hugging Face's, None for none."""
+    import torch
+
+    from models.loading import load_model
+    from utils.args import LoraArguments, ModelArguments
+
+    folder = job.folder.resolve()
+    in_4bit = (base or job.base) == "nf4"
+    arguments = ModelArguments(folder.name, str(folder.parent), load_in_4bit=in_4bit, random_weights=True)
+    adapters = LoraArguments(lora_rank=job.lora_rank, lora_alpha=job.lora_rank)
+    model = load_model(arguments, adapters, str(folder), torch.device(job.device), seed=0)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": False}, **checkpointing)
+        model.enable_input_require_grads()
+    return model
+
+
+def liger(job: Job, **options):
+    """Liger's fused kernels in the model's classes, among them its loss that never holds whole logits."""
+    import liger_kernel.transformers as kernels
+
+    family = json.loads((job.folder / "config.json").read_text())["model_type"]
+    getattr(kernels, f"apply_liger_kernel_to_{family}")()
+    return lora(job, **options)
+
+
+def compiled(job: Job, budget: float):
+    """torch.compile choosing what to keep within a share of the activations; NF4 would break its graphs."""
+    import torch
+    import torch._functorch.config
+
+    torch._functorch.config.activation_memory_budget = budget
+    return torch.compile(lora(job, base="bf16"))
+
+
+def unsloth(job: Job, checkpointing: bool | str):
+    """Unsloth loads from disk only: from random weights that are written once, by a process of their own."""
+    folder = Path(job.checkpoints) / f"random-{job.folder.name}"
+    if not folder.is_dir():
+        write = [sys.executable, "-m", "benchmarks.random_checkpoint", str(job.folder.resolve()), str(folder.resolve())]
+        subprocess.run(write, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    config = json.loads((folder / "config.json").read_text())
+    # Past the longest position of the config Unsloth would stretch its rotary embedding.
+    config["max_position_embeddings"] = max(config["max_position_embeddings"], job.seq_len)
+    (folder / "config.json").write_text(json.dumps(config))
+    from unsloth import FastLanguageModel  # isort: skip
+    import torch
+
+    from utils.args import LINEARS
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=max(2048, job.seq_len),
+        dtype=torch.bfloat16,
+        load_in_4bit=job.base == "nf4",
+        local_files_only=True,
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=job.lora_rank,
+        lora_alpha=job.lora_rank,
+        lora_dropout=0,
+        bias="none",
+        target_modules=LINEARS,
+        use_gradient_checkpointing=checkpointing,
+        random_state=0,
+    )
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a peer's model is built, and the module that has to be installed."""
+
+    build: Callable
+    needs: str = "peft"
+
+
+PEERS = {
+    "PEFT LoRA": Peer(lora),
+    "PEFT LoRA, checkpointing": Peer(partial(lora, checkpointing={})),
+    "PEFT LoRA, checkpointing every 2nd layer": Peer(partial(lora, checkpointing={"every_n_layers": 2})),
+    "PEFT LoRA, offloaded checkpointing": Peer(partial(lora, checkpointing={"offload": True})),
+    "Liger": Peer(liger, "liger_kernel"),
+    "Liger, checkpointing": Peer(partial(liger, checkpointing={}), "liger_kernel"),
+    "Unsloth": Peer(partial(unsloth, checkpointing=False), "unsloth"),
+    "Unsloth, checkpointing": Peer(partial(unsloth, checkpointing=True), "unsloth"),
+    "Unsloth, offloaded checkpointing": Peer(partial(unsloth, checkpointing="unsloth"), "unsloth"),
+    "torch.compile, bf16 base, memory budget 1.0": Peer(partial(compiled, budget=1.0)),
+    "torch.compile, bf16 base, memory budget 0.2": Peer(partial(compiled, budget=0.2)),
+}
+
+
+def hyclora(job: Job):
+    """This project: PEFT's model, patched."""
+    model = lora(job)
+    from models import HycloraConfig, apply_hyclora
+
+    apply_hyclora(model, HycloraConfig(**job.setting))
+    return model
+
+
+def measure(job: Job) -> dict:
+    """Memory and time of the job's micro-step."""
+    model = hyclora(job) if isinstance(job.setting, dict) else PEERS[job.setting].build(job)
+    from utils.profiling import MicroStep, random_batch
+
+    batch, warm_up = (
+        random_batch(model.config.vocab_size, job.batch_size, length, job.device)
+        for length in (job.seq_len, job.warm_up_seq_len or job.seq_len)
+    )
+    step = MicroStep(model, batch, warm_up)
+    return step.memory() | step.throughput(job.steps)
+
+
+def cause(error: BaseException) -> str:
+    """An error as the words of a table cell."""
+    text = " ".join(str(error).split())
+    if "out of memory" in text.lower() or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory"
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def run(job: Job, timeout: float) -> dict:
+    """`measure` in a process of its own; a failure is {"error": its cause}."""
+    peer = PEERS.get(job.setting) if isinstance(job.setting, str) else None
+    if peer and importlib.util.find_spec(peer.needs) is None:
+        return {"error": NOT_INSTALLED}
+    cache = Path(tempfile.gettempdir()) / "unsloth_compiled_cache"
+    offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": str(cache)}
+    # A file, not a pipe: workers that a compiler leaves behind would hold a pipe open.
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.peers", json.dumps(asdict(job))],
+            cwd=ROOT,
+            env=os.environ | offline,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {timeout:.0f} s"}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        lines = output.read().splitlines()
+    for line in lines:
+        if line.startswith(MARK):
+            return json.loads(line.removeprefix(MARK))
+    said = next((line for line in reversed(lines) if line.strip()), "nothing said")
+    return {"error": cause(RuntimeError(f"exit code {process.returncode}, {said}"))}
+
+
+def main(argv: list[str] | None = None):
+    (text,) = sys.argv[1:] if argv is None else argv
+    try:
+        found = measure(Job(**json.loads(text)))
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": cause(error)}
+    print(MARK + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

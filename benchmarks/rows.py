@@ -1,0 +1,56 @@
+"""What the result files say: the last line of each setting, and a setting in words."""
+
+import json
+
+from benchmarks.record import RESULTS
+from models.config import HycloraConfig
+
+CELL = ("shape", "base", "lora_rank", "batch_size", "seq_len")
+
+
+def load(name: str, *keys: str) -> list[dict]:
+    """The last line of each setting, in the order of first appearance.
+
+    keys: what else tells two measurements apart, names of a line's values or arguments.
+    """
+    latest = {}
+    file = RESULTS / f"{name}.jsonl"
+    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        line = json.loads(text)
+        values = {**line["arguments"], **line}
+        latest[json.dumps([name_of(line["setting"]), *(values.get(key) for key in keys)])] = line
+    return list(latest.values())
+
+
+def memory_cells() -> dict[tuple, list[dict]]:
+    """Lines of memory_throughput that were measured on a GPU, by the values of CELL."""
+    cells: dict[tuple, list[dict]] = {}
+    for line in load("memory_throughput", *CELL, "device"):
+        if line["arguments"]["device"] == "cuda":
+            cells.setdefault(tuple(line["arguments"][key] for key in CELL), []).append(line)
+    return dict(sorted(cells.items(), key=lambda cell: (cell[0][:3], cell[0][-1], cell[0][-2])))
+
+
+def name_of(setting: dict | str | None) -> str:
+    """A setting as a reader would say it; a peer's name says it already."""
+    if not isinstance(setting, dict):
+        return setting or "PEFT LoRA"
+    default = HycloraConfig().to_dict()
+    rest = {name: value for name, value in setting.items() if value != default.get(name)}
+    kind, bits = rest.pop("layer_type", "intra_inter"), rest.pop("q_bit", 4)
+    average, rule = rest.pop("average_bits", 3.0), rest.pop("scale_rule", "channel_group")
+    words = [kind, f"auto, {average:g} bits on average" if bits == "auto" else f"{bits} bit"]
+    if kind == "baseline":
+        words = ["baseline (exact)"]
+    if rule == "paper":
+        words.append("published quantizer")
+    if rest.pop("offload", False):
+        words.append("offloaded")
+    return ", ".join([*words, *(f"{name} {value}" for name, value in rest.items())])
+
+
+def describe(cell: tuple) -> str:
+    """The shape and batch of a cell of `memory_cells`."""
+    shape, base, rank, batch_size, seq_len = cell
+    other = "" if rank == 16 else f", rank {rank}"
+    return f"{shape}, {batch_size} x {seq_len} tokens, {base.upper()}{other}"

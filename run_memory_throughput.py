@@ -1,0 +1,119 @@
+"""Memory and throughput of a training micro-step (a forward and a backward) with random tokens.
+
+    bash run_memory_throughput.sh                    # Llama-2-7B's shape on a GPU, the tiny LLaMA on a CPU
+    q_bit=2 seq_len=8192 per_device_train_batch_size=1 bash run_memory_throughput.sh
+
+The settings are at the top of run_memory_throughput.sh; `python run_memory_throughput.py --help` lists all of them. One
+JSON line a run is appended to benchmarks/results/memory_throughput.jsonl.
+"""
+
+from pathlib import Path
+
+import torch
+from termcolor import colored
+
+from benchmarks.record import record
+from models import apply_hyclora
+from models.loading import find_base, load_model
+from utils import results
+from utils.args import HycloraArguments, LoraArguments, ModelArguments, ProfileArguments, parse_arguments
+from utils.errors import RunStopped, entry_point
+from utils.profiling import MicroStep, random_batch
+
+GROUPS = (ModelArguments, LoraArguments, HycloraArguments, ProfileArguments)
+
+
+@entry_point
+def main(argv=None):
+    groups = parse_arguments(argv, GROUPS)
+    model_args, lora_args, hyclora_args, profile = groups
+    source = find_base(model_args, lora_args, tokenizer=False)
+    results.check_output(Path(profile.output_dir), needed=2**20)
+    for group in groups:
+        for name, value in vars(group).items():
+            print(colored(f"{name}: {value}", "green"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(model_args, lora_args, source, device, profile.seed)
+    report = None
+    if hyclora_args.use_hyclora:
+        report = apply_hyclora(model, hyclora_args.config())
+        print(report)
+    try:
+        found = measure(model, profile, device)
+    except torch.OutOfMemoryError:
+        found = {"error": "out of memory"}
+    line = {
+        "setting": hyclora_args.config().to_dict() if hyclora_args.use_hyclora else None,
+        **found,
+        "slot_mib": slot_mib(report, profile) if report else {},
+        "arguments": arguments_of(model_args, lora_args, profile, device),
+        "settings": results.settings(*groups),
+    }
+    record("memory_throughput", line, Path(profile.output_dir))
+    if "error" in found:
+        raise RunStopped("out of memory: lower per_device_train_batch_size or seq_len, or try a smaller q_bit")
+    print(closing_table(line, profile))
+
+
+def measure(model, profile: ProfileArguments, device: torch.device) -> dict:
+    """What was asked for, after warm-up."""
+    batch, warm_up = (
+        random_batch(model.config.vocab_size, profile.per_device_train_batch_size, length, device)
+        for length in (profile.seq_len, profile.warm_up_seq_len or profile.seq_len)
+    )
+    step = MicroStep(model, batch, warm_up)
+    memory = step.memory() if profile.evaluate_memory else {}
+    return memory | (step.throughput(profile.steps) if profile.evaluate_throughput else {})
+
+
+def slot_mib(report, profile: ProfileArguments) -> dict[str, float]:
+    """MiB of each slot of one layer, on average over the layers."""
+    tokens = profile.per_device_train_batch_size * profile.seq_len
+    return {slot: round(bits / report.n_layers * tokens / 2**23, 4) for slot, bits in report.slot_bits.items()}
+
+
+def arguments_of(model_args, lora_args, profile, device) -> dict:
+    """What `python -m benchmarks.memory_throughput` writes of its settings, under the same names."""
+    return {
+        "shape": Path(model_args.model_name).name,
+        "base": "nf4" if model_args.load_in_4bit else "bf16" if device.type == "cuda" else "fp32",
+        "lora_rank": lora_args.lora_rank,
+        "batch_size": profile.per_device_train_batch_size,
+        "seq_len": profile.seq_len,
+        "steps": profile.steps,
+        "warm_up_seq_len": profile.warm_up_seq_len,
+        "device": device.type,
+    }
+
+
+def closing_table(line: dict, profile: ProfileArguments) -> str:
+    rows = []
+    if profile.evaluate_memory and "static_mib" in line:
+        rows = [
+            ("torch.cuda.memory_allocated (static)", f"{line['static_mib']:.2f} MiB"),
+            ("  of it adapters, gradients, optimizer", f"{line['trained_mib']:.2f} MiB"),
+            ("buffered after the forward, on the GPU", f"{line['buffered_mib']:.2f} MiB"),
+            ("buffered after the forward, on the host", f"{line['host_mib']:.2f} MiB"),
+            ("torch.cuda.max_memory_allocated (peak)", f"{line['peak_mib']:.2f} MiB"),
+            ("dyn: peak - static", f"{line['dyn_mib']:.2f} MiB"),
+        ]
+    elif profile.evaluate_memory:
+        rows = [
+            ("kept by autograd after the forward", f"{line['buffered_mib']:.2f} MiB"),
+            ("torch.cuda.memory_allocated, static and peak", "need a GPU"),
+        ]
+    if profile.evaluate_memory:
+        rows += [(f"slot {slot}, a layer", f"{size:.3f} MiB") for slot, size in line["slot_mib"].items()]
+    if profile.evaluate_throughput:
+        low, high = line["ms_range"]
+        rows += [
+            ("micro-step, median and range", f"{line['ms']:.1f} ms ({low:.1f} to {high:.1f})"),
+            ("iterations (micro-steps) a second", f"{line['steps_per_second']:.3f}"),
+            ("sequences a second", f"{line['sequences_per_second']:.2f}"),
+            ("tokens a second", f"{line['tokens_per_second']}"),
+        ]
+    return results.table(rows)
+
+
+if __name__ == "__main__":
+    main()

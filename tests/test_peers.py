@@ -1,0 +1,150 @@
+"""The sweep against the peers on a small shape on the CPU, and the tables and figures of its lines."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import figures, memory_throughput, peers, random_checkpoint, report, rows
+from benchmarks.memory_throughput import NAME
+from benchmarks.peers import NOT_INSTALLED, PEERS, SHAPES, Job
+from models.config import HycloraConfig
+
+
+@pytest.fixture
+def job(tiny_llama_folder):
+    common = {"base": "bf16", "lora_rank": 4, "batch_size": 2, "seq_len": 16, "steps": 1, "warm_up_seq_len": 8}
+    return Job({"q_bit": 2}, str(tiny_llama_folder), **common, device="cpu", checkpoints="ckpt")
+
+
+def test_peers_keep_what_they_say(job):
+    names = [name for name in PEERS if "PEFT" in name and "offloaded" not in name]
+    full, every, second = (peers.measure(replace(job, setting=name))["buffered_mib"] for name in names)
+    assert full > second > every
+    assert full > peers.measure(job)["buffered_mib"]
+
+
+def test_sweep_keeps_failures_and_continues_where_it_stopped(tiny_llama_folder, tmp_path, capsys, monkeypatch):
+    settings = ["PEFT LoRA", {"q_bit": 2}, {"q_bit": 5}, "Unsloth"]
+    common = ["--shapes", str(tiny_llama_folder), "--cells", "2x16", "--steps", "1", "--device", "cpu"]
+    options = [*common, "--base", "bf16", "--output_dir", str(tmp_path), "--settings", json.dumps(settings)]
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "unsloth" else 1)
+    memory_throughput.main(options)
+    file = tmp_path / f"{NAME}.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["setting"] for line in lines] == settings
+    assert lines[0]["buffered_mib"] > lines[1]["buffered_mib"] and lines[1]["tokens_per_second"] > 0
+    assert lines[2]["error"].startswith("ValueError: q_bit=5 is not one of") and lines[3]["error"] == NOT_INSTALLED
+
+    capsys.readouterr()
+    memory_throughput.main(options)
+    assert capsys.readouterr().out.count("measured already") == 3, "a peer may have been installed since"
+    assert len(file.read_text().splitlines()) == 5
+
+
+def test_a_process_that_dies_or_hangs_is_a_cause(job, monkeypatch):
+    monkeypatch.setattr(peers.sys, "executable", "/bin/false")
+    assert peers.run(job, 10)["error"] == "RuntimeError: exit code 1, nothing said"
+    monkeypatch.undo()
+    assert peers.run(job, 0.01)["error"] == "not done after 0 s"
+    assert peers.cause(torch.OutOfMemoryError("CUDA")) == peers.cause(RuntimeError("Out of memory!")) == "out of memory"
+
+
+def test_the_sweep_refuses(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        memory_throughput.main([])
+    assert "needs a GPU" in capsys.readouterr().err
+    for options in (["--cells", "4"], ["--settings", '["Nobody"]']):
+        with pytest.raises(SystemExit):
+            memory_throughput.main([*options, "--device", "cpu"])
+        assert options[1].strip('"[]') in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        memory_throughput.main(["--shapes", "nowhere", "--device", "cpu"])
+    assert "nowhere has no config.json" in capsys.readouterr().err
+
+
+def test_settings_stand_for_lists():
+    assert memory_throughput.settings('["peers", {"q_bit": 2}]') == [*PEERS, {"q_bit": 2}]
+    assert len({rows.name_of(setting) for setting in memory_throughput.OURS}) == len(memory_throughput.OURS)
+    assert memory_throughput.cell("1x131072") == (1, 131072)
+
+
+def test_random_checkpoint(tiny_llama_folder, tmp_path):
+    random_checkpoint.main([str(tiny_llama_folder), str(tmp_path / "random")])
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "random").iterdir()}
+
+
+def test_shapes_are_configurations():
+    from transformers import AutoConfig
+
+    sizes = {folder.name: AutoConfig.from_pretrained(folder).hidden_size for folder in SHAPES.iterdir()}
+    assert sizes == {"llama-2-7b": 4096, "llama-2-13b": 5120, "llama-3-8b": 4096, "mistral-7b": 4096}
+
+
+def test_a_setting_has_one_name():
+    assert rows.name_of({}) == rows.name_of({"q_bit": 4}) == rows.name_of(HycloraConfig().to_dict())
+    assert rows.name_of({"q_bit": 2, "offload": True}) == "intra_inter, 2 bit, offloaded"
+    assert rows.name_of({"attention": "eager"}) == "intra_inter, 4 bit, attention eager"
+    assert rows.name_of(None) == "PEFT LoRA"
+
+
+def line(setting, dyn=None, seq_len=512, batch_size=4, **more):
+    """A line as the sweep writes it on a GPU; no dyn is a failure."""
+    sizes = {"static_mib": 4400, "trained_mib": 640, "buffered_mib": dyn and dyn / 2, "dyn_mib": dyn, "host_mib": 7}
+    speed = {"peak_mib": dyn and 4400 + dyn, "ms": 200.4, "ms_range": [190, 210.0], "tokens_per_second": dyn}
+    arguments = {"shape": "llama-2-7b", "base": "nf4", "lora_rank": 16, "batch_size": batch_size, "seq_len": seq_len}
+    return {
+        **{"benchmark": NAME, "device": "GPU", "commit": "0123456789", "setting": setting, "versions": VERSIONS},
+        **({"error": "out of memory"} if dyn is None else sizes | speed),
+        "arguments": {**arguments, "device": "cuda"},
+        **more,
+    }
+
+
+VERSIONS = dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")
+
+
+@pytest.fixture
+def reported(tmp_path, monkeypatch):
+    """Write lines; the README part and the names of the figures that they make."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    for module in (figures, report):
+        monkeypatch.setattr(module, "FIGURES", tmp_path)
+
+    def write(*lines):
+        (tmp_path / f"{NAME}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for figure in (figures.memory_speed, figures.memory_breakdown, figures.memory_length):
+            if drawn := figure():
+                drawn.savefig(tmp_path / f"{figure.__name__}.png")
+        return report.memory_throughput(), {file.stem for file in tmp_path.glob("*.png")}
+
+    return write
+
+
+def test_tables_are_sorted_and_keep_failures(reported):
+    text, drawn = reported(
+        line("PEFT LoRA", 9000), line("Liger"), line({"q_bit": 2}, 900), line("Liger", 8000, seq_len=64),
+        line({"q_bit": 2}, 800), line({"q_bit": 2, "layer_type": "intra_inter"}, 700),
+    )  # fmt: skip
+    short, long = (part for part in text.split("\n\n") if part.startswith("| "))
+    assert "4 x 64 tokens, NF4" in short and "Liger | 4400 | 8000 | 4000 (7) | 200 (190 to 210) | 8000" in short
+    names = [row.split(" | ")[0].strip("| ") for row in long.splitlines()[2:]]
+    assert names == ["intra_inter, 2 bit", "PEFT LoRA", "Liger"] and "out of memory" in long and "| 700 |" in long
+    assert drawn == {"memory_speed", "memory_breakdown"} and "(figures/memory_speed.png)" in text
+
+
+def test_few_or_no_lines_draw_what_there_is(reported):
+    assert reported() == ("", set())
+    assert reported(line("PEFT LoRA"))[1] == set()
+    assert reported(line("PEFT LoRA", 900), line("PEFT LoRA", 9000, 8192, 1))[1] == {
+        "memory_speed", "memory_breakdown", "memory_length",
+    }  # fmt: skip
+
+
+def test_pareto_front():
+    points = [(1, 5), (2, 4), (3, 7), (3, 9), (4, 9)]
+    assert figures.pareto(points) == [(1, 5), (3, 9)]
