@@ -32,7 +32,7 @@ iteration_threshold=${iteration_threshold:-5}
 softmax_outlier_ratio=${softmax_outlier_ratio:-0.05}
 layernorm_outlier_ratio=${layernorm_outlier_ratio:-0.005}
 q_bit=${q_bit:-4}
-offload=${offload:-}
+offload=${offload:-False}
 
 # LoRA
 lora_rank=${lora_rank:-16}

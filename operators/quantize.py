@@ -100,14 +100,16 @@ def load_codes(codes_ptr, word, mask, BITS: tl.constexpr):
     """The integer codes [R, N, W, 8] that store_codes packed."""
     lane = tl.arange(0, 8)[None, None, None, :]
     if BITS == 8:
-        return tl.load(codes_ptr + word[:, :, :, None] * 8 + lane, mask=mask[:, :, :, None], other=0)
-    if BITS == 3:
-        words = tl.load(codes_ptr + word * 3, mask=mask, other=0).to(tl.int32)
-        words |= tl.load(codes_ptr + word * 3 + 1, mask=mask, other=0).to(tl.int32) << 8
-        words |= tl.load(codes_ptr + word * 3 + 2, mask=mask, other=0).to(tl.int32) << 16
+        code = tl.load(codes_ptr + word[:, :, :, None] * 8 + lane, mask=mask[:, :, :, None], other=0).to(tl.int32)
     else:
-        words = tl.load(codes_ptr + word, mask=mask, other=0).to(tl.int32)
-    return (words[:, :, :, None] >> (lane * BITS)) & ((1 << BITS) - 1)
+        if BITS == 3:
+            words = tl.load(codes_ptr + word * 3, mask=mask, other=0).to(tl.int32)
+            words |= tl.load(codes_ptr + word * 3 + 1, mask=mask, other=0).to(tl.int32) << 8
+            words |= tl.load(codes_ptr + word * 3 + 2, mask=mask, other=0).to(tl.int32) << 16
+        else:
+            words = tl.load(codes_ptr + word, mask=mask, other=0).to(tl.int32)
+        code = (words[:, :, :, None] >> (lane * BITS)) & ((1 << BITS) - 1)
+    return code
 
 
 @triton.jit

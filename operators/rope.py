@@ -61,26 +61,24 @@ def _rope_bwd_kernel(
     cos = tl.load(cos_ptr + angle, mask=dim < half, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + angle, mask=dim < half, other=0.0).to(tl.float32)[None, :]
     block = tl.program_id(1)
-    dy_ptr += token * (q_heads + 2 * k_heads) * 2 * half
+    head = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    to = token * (q_heads + 2 * k_heads) * 2 * half + dim[None, :]
     if block < q_blocks:
-        head = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         mask = (head < q_heads)[:, None] & (dim < half)[None, :]
         offset = batch * q_stride_batch + pos * q_stride_seq + head[:, None] * q_stride_head + dim[None, :]
-        _rotate_back(dq_ptr + offset, dy_ptr + head[:, None] * 2 * half + dim[None, :], cos, sin, half, mask)
+        _rotate_back(dq_ptr + offset, dy_ptr + to + head[:, None] * 2 * half, cos, sin, half, mask)
     elif block < q_blocks + k_blocks:
-        head = (block - q_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        head -= q_blocks * BLOCK_HEADS
         mask = (head < k_heads)[:, None] & (dim < half)[None, :]
         offset = batch * k_stride_batch + pos * k_stride_seq + head[:, None] * k_stride_head + dim[None, :]
-        _rotate_back(
-            dk_ptr + offset, dy_ptr + (q_heads + head[:, None]) * 2 * half + dim[None, :], cos, sin, half, mask
-        )
+        _rotate_back(dk_ptr + offset, dy_ptr + to + (q_heads + head[:, None]) * 2 * half, cos, sin, half, mask)
     else:
-        head = (block - q_blocks - k_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        head -= (q_blocks + k_blocks) * BLOCK_HEADS
         mask = (head < k_heads)[:, None] & (dim < half)[None, :]
         offset = batch * v_stride_batch + pos * v_stride_seq + head[:, None] * v_stride_head + dim[None, :]
-        dy_ptr += (q_heads + k_heads + head[:, None]) * 2 * half + dim[None, :]
-        tl.store(dy_ptr, tl.load(dv_ptr + offset, mask=mask, other=0.0), mask=mask)
-        tl.store(dy_ptr + half, tl.load(dv_ptr + offset + half, mask=mask, other=0.0), mask=mask)
+        into = dy_ptr + to + (q_heads + k_heads + head[:, None]) * 2 * half
+        tl.store(into, tl.load(dv_ptr + offset, mask=mask, other=0.0), mask=mask)
+        tl.store(into + half, tl.load(dv_ptr + offset + half, mask=mask, other=0.0), mask=mask)
 
 
 @triton.jit

@@ -1,7 +1,10 @@
 """What every Triton kernel must not do, read off the source."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -34,3 +37,13 @@ def test_no_kernel_is_compiled_for_a_sequence_length(file, kernel):
 
 def test_the_kernels_are_found():
     assert len(KERNELS) > 15
+
+
+def test_every_kernel_compiles_for_a_gpu():
+    """In a process of its own: the interpreter is chosen when triton is imported, and takes what does not compile."""
+    command = [sys.executable, "-m", "tests.compile_kernels"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(done.stdout.split()) == {kernel.name for _, kernel in KERNELS if kernel.name.endswith("_kernel")}
