@@ -75,8 +75,14 @@ class Block:
             return self.run_stock(*args, **kwargs)
         device_type = (args[0] if args else kwargs["hidden_states"]).device.type
         dtype = autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
+        if dtype is None:
+            return self.run(None, *args, **kwargs)
+        # what torch.autocast(enabled=False) does, at a tenth of its cost: this runs four times a layer
+        torch.set_autocast_enabled(device_type, False)
+        try:
             return self.run(dtype, *args, **kwargs)
+        finally:
+            torch.set_autocast_enabled(device_type, True)
 
     def run_stock(self, *args, **kwargs):
         if self.stock is not None:
@@ -85,7 +91,9 @@ class Block:
 
     def applies(self, *args, **kwargs) -> bool:
         """Only training forwards with grad enabled and active, unmerged adapters are ours."""
-        return self.module.training and torch.is_grad_enabled() and all([p.refresh() for p in self.projections])
+        if not (self.module.training and torch.is_grad_enabled()):
+            return False
+        return all([p.refresh(self.step.index) for p in self.projections])
 
     def keeper(self) -> Keeper:
         store = self.store if self.store is not None and self.store.active else None

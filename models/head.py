@@ -48,7 +48,10 @@ class HeadBlock(Block):
             and "ignore_index" not in kwargs
             and self.module.loss_function is ForCausalLMLoss
             and not self.head.base.weight.requires_grad
-            and super().applies()
+            and self.module.training
+            and torch.is_grad_enabled()
+            # not the blocks' answer for this forward: its number is counted when the decoder starts
+            and all([p.refresh() for p in self.projections])
         )
 
     @can_return_tuple

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from operators import reference
-from operators.dispatch import as_rows, device_guard, use_triton
+from operators.dispatch import as_rows, cdiv, device_guard, use_triton
 
 BLOCK = 2048
 
@@ -62,7 +62,7 @@ def silu_mul_fwd(gate: Tensor, up: Tensor) -> Tensor:
     n_rows, n_cols = gate.shape
     hidden = torch.empty(n_rows, n_cols, dtype=gate.dtype, device=gate.device)
     with device_guard(gate):
-        _silu_mul_fwd_kernel[(n_rows, triton.cdiv(n_cols, BLOCK))](
+        _silu_mul_fwd_kernel[(n_rows, cdiv(n_cols, BLOCK))](
             gate, up, hidden, n_cols, gate.stride(0), up.stride(0), BLOCK=BLOCK
         )
     return hidden
@@ -78,7 +78,7 @@ def silu_mul_bwd(dhidden: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     dy = torch.empty(n_rows, 2 * n_cols, dtype=gate.dtype, device=gate.device)
     hidden = torch.empty(n_rows, n_cols, dtype=gate.dtype, device=gate.device)
     with device_guard(gate):
-        _silu_mul_bwd_kernel[(n_rows, triton.cdiv(n_cols, BLOCK))](
+        _silu_mul_bwd_kernel[(n_rows, cdiv(n_cols, BLOCK))](
             dhidden, gate, up, dy, hidden, n_cols, dhidden.stride(0), gate.stride(0), up.stride(0), BLOCK=BLOCK
         )
     return dy, hidden

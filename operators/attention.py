@@ -124,7 +124,7 @@ class AttentionSpec:
 
     def to_heads(self, x: Tensor, batch: int) -> Tensor:
         """[T, H D] to [B, S, H, D]."""
-        return x.unflatten(1, (-1, self.head_dim)).unflatten(0, (batch, -1))
+        return x.view(batch, x.shape[0] // batch, -1, self.head_dim)
 
 
 class AttentionFunction(torch.autograd.Function):

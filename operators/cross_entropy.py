@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators import reference
-from operators.dispatch import as_rows, device_guard, use_triton
+from operators.dispatch import as_rows, device_guard, next_power_of_2, use_triton
 from operators.lora import Projection
 from operators.reference import IGNORED
 
@@ -58,7 +58,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.stride(1) != 1:
         raise ValueError("logits must have unit stride along the vocabulary: they are overwritten in place")
     loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
-    block = min(triton.next_power_of_2(n_cols), MAX_BLOCK)
+    block = min(next_power_of_2(n_cols), MAX_BLOCK)
     if n_rows:
         with device_guard(logits):
             _cross_entropy_kernel[(n_rows,)](

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+_NO_GUARD = nullcontext()
 INTERPRETING = triton.knobs.runtime.interpret
 
 
@@ -22,4 +23,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 def device_guard(x: Tensor):
     """Make x's GPU current while a kernel is launched (Triton launches on the current device)."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _NO_GUARD
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). Triton's own takes 10 us on the host, as it serves kernels too."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n > 0."""
+    return 1 << (n - 1).bit_length()

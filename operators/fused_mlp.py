@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from operators.activation import silu_mul_grad_tile, silu_mul_tile
-from operators.dispatch import device_guard
+from operators.dispatch import cdiv, device_guard
 from operators.fused_tiles import (
     PackedSlot,
     add_lora,
@@ -113,7 +113,7 @@ def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, ke
     xa, B = (gate.mean, gate.mean) if low_rank is None else (keeper.exact(spec.gate_up.xa_name), low_rank.B)
     constants = gate.constants("GATE_") | up.constants("UP_") | shared_constants([gate, up], ranks)
     constants |= {"GATE_RANK": ranks[0], "UP_RANK": ranks[1], "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_GROUPS": BLOCK_GROUPS}
-    grid = (triton.cdiv(n_rows, BLOCK_ROWS), triton.cdiv(gate.n_groups, BLOCK_GROUPS))
+    grid = (cdiv(n_rows, BLOCK_ROWS), cdiv(gate.n_groups, BLOCK_GROUPS))
     return grid, xa, B, sum(ranks), constants
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from operators.dispatch import device_guard
+from operators.dispatch import cdiv, device_guard
 from operators.fused_tiles import (
     PackedSlot,
     add_lora,
@@ -153,7 +153,7 @@ def _launch(
     for name, slot, rank in zip("QKV", slots, ranks, strict=True):
         constants |= slot.constants(f"{name}_") | {f"{name}_RANK": rank}
     with device_guard(y):
-        _fused_qkv_kernel[(triton.cdiv(y.shape[0], BLOCK_ROWS), sum(heads))](
+        _fused_qkv_kernel[(cdiv(y.shape[0], BLOCK_ROWS), sum(heads))](
             y, xa, B, cos, sin, *(t for slot in slots for t in slot.arguments()),
             y.shape[0], y.shape[0] // batch, *heads[:2], y.stride(0), sum(ranks),
             cos.stride(0) if cos.shape[0] > 1 else 0, 1,

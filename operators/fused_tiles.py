@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from operators.codebook import Codebook
+from operators.dispatch import next_power_of_2
 from operators.quantize import (
-    as_words,
     dequantize_tile,
     empty_packed,
     load_codes,
@@ -119,7 +119,7 @@ class PackedSlot:
         return self.codes.shape[1]
 
     def arguments(self) -> tuple[Tensor, ...]:
-        return as_words(self.codes, self.book), self.scale, self.mean, self.std
+        return self.codes, self.scale, self.mean, self.std
 
     def constants(self, prefix: str = "") -> dict:
         """BITS, STEP and CENTRE of this slot; GROUPED and GROUP are one for all slots of a kernel."""
@@ -134,5 +134,5 @@ class PackedSlot:
 def shared_constants(slots: list[PackedSlot], ranks: list[int]) -> dict:
     """Constants that all slots of a kernel have in common."""
     book = slots[0].book
-    rank_block = max(16, triton.next_power_of_2(max(ranks)))
+    rank_block = max(16, next_power_of_2(max(ranks)))
     return {"GROUPED": book.grouped, "GROUP": book.group, "RANK_BLOCK": rank_block}

@@ -50,10 +50,17 @@ class Projection:
         self.module, self.name = module, name
         self.base = getattr(module, "base_layer", module)
         self.width = self.base.out_features
+        self._forward: int | None = None
         self.refresh()
 
-    def refresh(self) -> bool:
-        """Follow PEFT's switches; False while it has the adapter disabled or merged, ValueError for several active."""
+    def refresh(self, forward: int | None = None) -> bool:
+        """Follow PEFT's switches; False while it has the adapter disabled or merged, ValueError for several active.
+
+        forward: number of the model's training forward; within one, what was read is not read again.
+        """
+        if forward is not None and forward == self._forward:
+            return self._active
+        self._forward = forward
         active = [a for a in getattr(self.module, "active_adapters", ()) if a in self.module.lora_A]
         if len(active) > 1:
             raise ValueError(f"{self.name}: several active adapters, {', '.join(active)}; activate one")
@@ -64,7 +71,10 @@ class Projection:
             self.scaling = self.module.scaling[self.adapter]
             dropout = self.module.lora_dropout[self.adapter]
             self.dropout = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return not (getattr(self.module, "disable_adapters", False) or getattr(self.module, "merged", False))
+        self._parameters = self._find_parameters()
+        off = getattr(self.module, "disable_adapters", False) or getattr(self.module, "merged", False)
+        self._active = not off
+        return self._active
 
     @property
     def has_adapter(self) -> bool:
@@ -72,6 +82,9 @@ class Projection:
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         """(lora_A, lora_B, lora_B bias, base bias): what may get a gradient; None where there is no such tensor."""
+        return self._parameters
+
+    def _find_parameters(self) -> tuple[Tensor | None, ...]:
         if not self.has_adapter:
             return None, None, None, self.base.bias
         lora_A, lora_B = self.module.lora_A[self.adapter], self.module.lora_B[self.adapter]
@@ -109,6 +122,7 @@ class ProjectionGroup:
         self.width = sum(p.width for p in projections)
         self.columns = _slices([p.width for p in projections])
         self.xa_name = "+".join(p.name for p in projections) + "_xa"
+        self._pieces: dict[torch.dtype, list] = {}
 
     @property
     def needs_input(self) -> bool:
@@ -132,43 +146,42 @@ class ProjectionGroup:
         if not self.needs_input:
             return None
         adapters = [None if a is None else (a, b) for a, b, *_ in split(parameters)]
-        return stack_adapters(
-            adapters, [p.scaling for p in self.projections], [p.width for p in self.projections], dtype
-        )
+        scalings, widths = [p.scaling for p in self.projections], [p.width for p in self.projections]
+        return stack_adapters(adapters, scalings, widths, dtype)
 
     def kept_low_rank(self, keeper, dtype: torch.dtype) -> LowRank | None:
         """low_rank of the parameters that forward kept."""
-        kept = [keeper.exact(f"{p.name}_{part}") for p in self.projections for part in ("A", "B")]
-        return self.low_rank(
-            tuple(t for a, b in zip(kept[::2], kept[1::2], strict=True) for t in (a, b, None, None)), dtype
-        )
+        parts = ("A", "B", "bias_B", "bias")
+        return self.low_rank(tuple(keeper.exact(f"{p.name}_{part}") for p in self.projections for part in parts), dtype)
+
+    def pieces(self, dtype: torch.dtype) -> list[list[tuple[Projection, slice]]]:
+        """Which projections (with their columns of y) are dequantized side by side."""
+        if dtype not in self._pieces:
+            pieces, room = [], 0
+            for p, columns in zip(self.projections, self.columns, strict=True):
+                size = p.base.in_features * p.width * dtype.itemsize
+                if pieces and is_4bit(p.base.weight) and room >= size:
+                    pieces[-1].append((p, columns))
+                else:
+                    pieces.append([(p, columns)])
+                    room = WEIGHT_BUFFER if is_4bit(p.base.weight) else 0
+                room -= size
+            self._pieces[dtype] = pieces
+        return self._pieces[dtype]
 
     def weights(self, dtype: torch.dtype):
-        """(columns of y, W [columns, in]) in dtype, piece by piece; NF4 neighbours share a buffer and come as one."""
-        pieces: list[list[int]] = []
-        room = 0
-        for i, p in enumerate(self.projections):
-            size = p.base.in_features * p.width * dtype.itemsize
-            if pieces and is_4bit(p.base.weight) and room >= size:
-                pieces[-1].append(i)
-            else:
-                pieces.append([i])
-                room = WEIGHT_BUFFER if is_4bit(p.base.weight) else 0
-            room -= size
-        for piece in pieces:
-            columns = slice(self.columns[piece[0]].start, self.columns[piece[-1]].stop)
-            weight = None
-            if len(piece) > 1:
-                base = self.projections[piece[0]].base
-                shape = columns.stop - columns.start, base.in_features
-                weight = torch.empty(shape, dtype=dtype, device=base.weight.device)
-            for i in piece:
-                own = self.columns[i]
-                part = None if weight is None else weight[own.start - columns.start : own.stop - columns.start]
-                part = self.projections[i].weight(dtype, part)
-            weight = part if weight is None else weight
-            del part
-            yield columns, weight
+        """(columns of y, W [columns, in]) in dtype, piece by piece; each is to be dropped before the next is made."""
+        for piece in self.pieces(dtype):
+            (first, start), (_, stop) = piece[0], piece[-1]
+            if len(piece) == 1:
+                yield start, first.weight(dtype)
+                continue
+            base = first.base
+            shape = stop.stop - start.start, base.in_features
+            weight = torch.empty(shape, dtype=dtype, device=base.weight.device)
+            for p, columns in piece:
+                p.weight(dtype, weight[columns.start - start.start : columns.stop - start.start])
+            yield slice(start.start, stop.stop), weight
             del weight
 
     def frozen(self, x: Tensor) -> Tensor:

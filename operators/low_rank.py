@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from operators import reference
-from operators.dispatch import device_guard, use_triton
+from operators.dispatch import cdiv, device_guard, use_triton
 
 BLOCK = 1024
 SLOTS = 3
@@ -64,14 +64,14 @@ def stack_adapters(
         return LowRank(*reference.stack_adapters(adapters, scalings, widths, dtype))
     n_cols, missing = lora_A.shape[1], SLOTS - len(adapters)
     ranks = [0 if a is None else a[0].shape[0] for a in adapters] + [0] * missing
-    pairs = [(lora_A, lora_A) if a is None else (a[0].contiguous(), a[1].contiguous()) for a in adapters]
+    pairs = [(lora_A, lora_A) if a is None else a for a in adapters]
     pairs += [(lora_A, lora_A)] * missing
     rank, n_out = sum(ranks), sum(widths)
     A = torch.empty(rank, n_cols, dtype=dtype, device=lora_A.device)
     B = torch.empty(n_out, rank, dtype=dtype, device=lora_A.device)
-    a_blocks = triton.cdiv(rank * n_cols, BLOCK)
+    a_blocks = cdiv(rank * n_cols, BLOCK)
     with device_guard(A):
-        _stack_kernel[(a_blocks + triton.cdiv(n_out * rank, BLOCK),)](
+        _stack_kernel[(a_blocks + cdiv(n_out * rank, BLOCK),)](
             *(a for a, _ in pairs), *(b for _, b in pairs), A, B, *(float(s) for s in [*scalings, *[0.0] * missing]),
             *ranks, *[*widths, 0, 0][:2], n_cols, a_blocks, rank, n_out, BLOCK=BLOCK,
         )  # fmt: skip

@@ -4,12 +4,11 @@ w = code[nibble] * absmax, absmax = code2[absmax_u8] * absmax2 + offset. A byte 
 first; a block of weights (64) shares an absmax, a block of absmax (256) an absmax2. FP4 differs in the code alone.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from operators.dispatch import device_guard, use_triton
+from operators.dispatch import cdiv, device_guard, use_triton
 
 try:
     import bitsandbytes as bnb
@@ -24,6 +23,7 @@ def _nf4_kernel(
     words_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, w_ptr, n_words,
     NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    words_ptr = words_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, 8)
     mask = word < n_words
@@ -57,11 +57,11 @@ def dequantize_4bit(weight: Tensor, out: Tensor) -> Tensor:
     if not use_triton(out) or state.dtype != out.dtype or out.numel() % 8:
         # [N K / 2, 1] is the layout for which all bitsandbytes versions return [N, K] untransposed
         return out.copy_(bnb.functional.dequantize_4bit(weight.data.view(-1, 1), state))
-    outer, words = state.state2 if state.nested else state, weight.data.view(-1).view(torch.int32)
+    outer, n_words = state.state2 if state.nested else state, out.numel() // 8
     with device_guard(out):
-        _nf4_kernel[(triton.cdiv(words.numel(), BLOCK),)](
-            words, state.code, state.absmax, outer.code, outer.absmax, state.offset if state.nested else outer.absmax,
-            out, words.numel(), NESTED=state.nested, BLOCKSIZE=state.blocksize, BLOCKSIZE2=outer.blocksize,
+        _nf4_kernel[(cdiv(n_words, BLOCK),)](
+            weight, state.code, state.absmax, outer.code, outer.absmax, state.offset if state.nested else outer.absmax,
+            out, n_words, NESTED=state.nested, BLOCKSIZE=state.blocksize, BLOCKSIZE2=outer.blocksize,
             BLOCK=BLOCK,
         )  # fmt: skip
     return out

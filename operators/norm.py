@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators import reference
-from operators.dispatch import as_rows, device_guard, use_triton
+from operators.dispatch import as_rows, device_guard, next_power_of_2, use_triton
 from operators.fused_tiles import PackedSlot, load_tile, pack_tile, store_tile, unpack_tile
 from operators.quantize import keep_outliers, pick_outliers, tile_columns
 from operators.savers import ChannelQuant, Keeper
@@ -96,7 +96,7 @@ def _rms_norm_unpack_bwd_kernel(
 
 
 def _row_launch(n_cols: int) -> dict:
-    block = triton.next_power_of_2(n_cols)
+    block = next_power_of_2(n_cols)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
@@ -127,7 +127,7 @@ def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor) -> Ten
 
 
 def _tile_launch(slot: PackedSlot) -> dict:
-    block = triton.next_power_of_2(slot.n_groups)
+    block = next_power_of_2(slot.n_groups)
     constants = slot.constants() | {"GROUPED": slot.book.grouped, "GROUP": slot.book.group, "BLOCK_GROUPS": block}
     return constants | {"num_warps": min(16, max(1, block * slot.book.group // 256))}
 

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from operators import reference
 from operators.codebook import Codebook
-from operators.dispatch import as_rows, device_guard, use_triton
+from operators.dispatch import as_rows, cdiv, device_guard, use_triton
 
 SCALE_ZERO = tl.constexpr(reference.SCALE_ZERO)
 LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
 LOG_SCALE_STEP = tl.constexpr(1 / reference.LOG_SCALE_STEPS)
 MIDDLE_STEPS = tl.constexpr(reference.MIDDLE_STEPS)
 MIDDLE_STEP = tl.constexpr(1 / reference.MIDDLE_STEPS)
-WORD_DTYPE = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 8: torch.uint8}
 BLOCK_ROWS, BLOCK_GROUPS = 8, 16
 
 
@@ -126,9 +125,13 @@ def tile_index(row, group, n_groups, one, GROUP: tl.constexpr):
 
 @triton.jit
 def rows_of_codes(codes_ptr, row, n_groups, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Pointer to the first word of a row (int64)."""
-    words = row * n_groups * (GROUP // 8)
-    return codes_ptr + (words * BITS if BITS == 3 or BITS == 8 else words)
+    """Pointer to the first word of a row (int64): 16 or 32 bits wide for 2 and 4 bit codes, bytes for the others."""
+    codes_ptr += row * n_groups * (GROUP // 8 * BITS)
+    if BITS == 2:
+        codes_ptr = codes_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+    elif BITS == 4:
+        codes_ptr = codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    return codes_ptr
 
 
 @triton.jit
@@ -225,18 +228,13 @@ def book_constants(book: Codebook) -> dict:
 
 def empty_packed(n_rows: int, n_cols: int, book: Codebook, device: torch.device) -> tuple[Tensor, Tensor]:
     """Uninitialised codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2] ([T, 0, 2] without group scales)."""
-    n_groups = triton.cdiv(n_cols, book.group)
+    n_groups = cdiv(n_cols, book.group)
     codes = torch.empty(n_rows, n_groups, book.group // 8, book.bits, dtype=torch.uint8, device=device)
     return codes, torch.empty(n_rows, n_groups * book.grouped, 2, dtype=torch.uint8, device=device)
 
 
-def as_words(codes: Tensor, book: Codebook) -> Tensor:
-    """The bytes of packed codes as the integer type that kernels load and store."""
-    return codes.view(WORD_DTYPE[book.bits])
-
-
 def _grid(n_rows: int, n_groups: int) -> tuple[int, int]:
-    return triton.cdiv(n_rows, BLOCK_ROWS), triton.cdiv(n_groups, BLOCK_GROUPS)
+    return cdiv(n_rows, BLOCK_ROWS), cdiv(n_groups, BLOCK_GROUPS)
 
 
 def quantize(
@@ -256,7 +254,7 @@ def quantize(
     n_groups = codes.shape[1]
     with device_guard(x):
         _quantize_kernel[_grid(n_rows, n_groups)](
-            x, mean, std, as_words(codes, book), scale, mean if kept is None else slots, x if kept is None else kept,
+            x, mean, std, codes, scale, mean if kept is None else slots, x if kept is None else kept,
             n_rows, n_cols, n_groups, x.stride(0), 0 if kept is None else kept.shape[1], 1,
             **book_constants(book), OUTLIERS=kept is not None, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,
         )  # fmt: skip
@@ -277,7 +275,7 @@ def dequantize(
     x = torch.empty(n_rows, mean.numel(), dtype=dtype, device=codes.device)
     with device_guard(codes):
         _dequantize_kernel[_grid(n_rows, n_groups)](
-            as_words(codes, book), scale, mean, std, mean if kept is None else slots, x if kept is None else kept,
+            codes, scale, mean, std, mean if kept is None else slots, x if kept is None else kept,
             mean if weight is None else weight, x, n_rows, mean.numel(), n_groups,
             0 if kept is None else kept.shape[1], 1, **book_constants(book), OUTLIERS=kept is not None,
             WEIGHTED=weight is not None, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,

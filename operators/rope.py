@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from operators import reference
-from operators.dispatch import device_guard, use_triton
+from operators.dispatch import cdiv, device_guard, next_power_of_2, use_triton
 
 
 @triton.jit(do_not_specialize=["seq_len"])
@@ -38,10 +38,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     cos, sin = cos.contiguous(), sin.contiguous()
     batch, seq_len, n_heads, head_dim = x.shape
     y = torch.empty(batch, seq_len, n_heads, head_dim, dtype=x.dtype, device=x.device)
-    block_half = triton.next_power_of_2(head_dim // 2)
-    block_heads = min(triton.next_power_of_2(n_heads), max(1, 2048 // block_half))
+    block_half = next_power_of_2(head_dim // 2)
+    block_heads = min(next_power_of_2(n_heads), max(1, 2048 // block_half))
     with device_guard(x):
-        _rope_kernel[(batch * seq_len, triton.cdiv(n_heads, block_heads))](
+        _rope_kernel[(batch * seq_len, cdiv(n_heads, block_heads))](
             x, cos, sin, y, seq_len, n_heads, head_dim // 2, *x.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0,
             SIGN=-1 if inverse else 1, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
         )  # fmt: skip
@@ -100,9 +100,9 @@ def rope_bwd(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Te
     cos, sin = cos.contiguous(), sin.contiguous()
     k_heads = dk.shape[2]
     dy = torch.empty(batch * seq_len, (q_heads + 2 * k_heads) * head_dim, dtype=dq.dtype, device=dq.device)
-    block_half = triton.next_power_of_2(head_dim // 2)
-    block_heads = min(triton.next_power_of_2(k_heads), max(1, 2048 // block_half))
-    q_blocks, k_blocks = triton.cdiv(q_heads, block_heads), triton.cdiv(k_heads, block_heads)
+    block_half = next_power_of_2(head_dim // 2)
+    block_heads = min(next_power_of_2(k_heads), max(1, 2048 // block_half))
+    q_blocks, k_blocks = cdiv(q_heads, block_heads), cdiv(k_heads, block_heads)
     with device_guard(dq):
         _rope_bwd_kernel[(batch * seq_len, q_blocks + 2 * k_blocks)](
             dq, dk, dv, cos, sin, dy, seq_len, q_heads, k_heads, head_dim // 2, q_blocks, k_blocks,
