@@ -30,6 +30,7 @@ class Family:
     """Attribute names of a model family: of its decoder (layers), of its causal LM (head), of one layer (the rest)."""
 
     layers: str
+    final_norm: str
     attention: str
     attention_norm: str
     qkv: tuple[str, str, str]

@@ -4,6 +4,7 @@ from models.blocks import Family
 
 LLAMA = Family(
     layers="layers",
+    final_norm="norm",
     attention="self_attn",
     attention_norm="input_layernorm",
     qkv=("q_proj", "k_proj", "v_proj"),

@@ -88,6 +88,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step)]
     head, stock_head = _head(model, family, names, step, blocks)
     report = _report(config, family, model, layers, blocks, head, stock_head)
+    blocks.append(_final_norm(config, getattr(decoder, family.final_norm), names, step, blocks))
     blocks += [] if head is None else [head]
     savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
     checkpoints = [LayerBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
@@ -219,14 +220,27 @@ def _blocks(config, family, index, layer, names, bits, step) -> list[Block]:
     return blocks
 
 
+def _final_norm(config, module: nn.Module, names, step, blocks) -> NormBlock:
+    """The norm before the head, not bound yet. It is one of many, so 8 bit cost next to nothing."""
+    norm = NormBlock(
+        module, names[id(module)], _savers(config, "norm", dict.fromkeys(SLOTS, 8)), step, config.policy.fused
+    )
+    norm.projections = _adapted(blocks)
+    return norm
+
+
+def _adapted(blocks: list[Block]) -> list:
+    """A projection that tells when the model as a whole runs stock code: PEFT disables and merges all together."""
+    return [p for block in blocks for p in block.projections if p.has_adapter][:1]
+
+
 def _head(model, family, names, step, blocks) -> tuple[HeadBlock | None, list[str]]:
     """The causal LM's block, not bound yet; or none, and what to report: a head that stays stock with the reason."""
     base = _base(model)
     if not hasattr(base, family.head):
         return None, []
-    adapted = [p for block in blocks for p in block.projections if p.has_adapter][:1]
     try:
-        return HeadBlock(base, names[id(base)], step, family.head, adapted), []
+        return HeadBlock(base, names[id(base)], step, family.head, _adapted(blocks)), []
     except ValueError as reason:
         return None, [str(reason)]
 
@@ -263,6 +277,7 @@ def _report(config, family, model, layers, blocks, head, stock_head) -> PatchRep
         adapters[p.name] = adapters.get(p.name, 0) + 1
     known = {id(m) for layer in layers for m in layer.modules()}
     known |= {id(m) for m in getattr(_base(model), family.head, nn.Module()).modules()}
+    known.add(id(getattr(_decoder(model)[0], family.final_norm)))
     leaves = [n for n, m in model.named_modules() if not list(m.children()) and id(m) not in known]
     return PatchReport(
         config,

@@ -15,25 +15,24 @@ from operators.dispatch import cdiv, device_guard
 from operators.fused_tiles import (
     PackedSlot,
     add_lora,
-    load_tile,
     pack_tile,
+    prepare_slots,
     shared_constants,
-    store_tile,
     unpack_tile,
 )
 from operators.low_rank import LowRank
-from operators.quantize import tile_columns
+from operators.quantize import load_tile, store_tile
 from operators.savers import Keeper
 
 BLOCK_ROWS, BLOCK_GROUPS = 32, 1
 
 
-@triton.jit(do_not_specialize=["n_rows", "one"])
+@triton.jit(do_not_specialize=["n_rows"])
 def _fused_mlp_fwd_kernel(
     y_ptr, xa_ptr, b_ptr, hidden_ptr,
     gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr,
     up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr,
-    n_rows, n_cols, n_groups, stride_y, stride_rank, one,
+    n_rows, n_cols, n_groups, stride_y, stride_rank,
     GATE_BITS: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
     UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
@@ -41,22 +40,22 @@ def _fused_mlp_fwd_kernel(
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)
-    group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    first_col = tl.program_id(1) * BLOCK_GROUPS * GROUP
-    col = tile_columns(group, GROUP)
+    first_group = tl.program_id(1) * BLOCK_GROUPS
+    first_col = first_group * GROUP
+    col = first_col + tl.arange(0, BLOCK_GROUPS * GROUP)
     live, inside = row < n_rows - first, col < n_cols
     y_ptr += first * stride_y
     xa_ptr += first * stride_rank
     dtype = hidden_ptr.dtype.element_ty
-    gate = load_tile(y_ptr, row, col, stride_y, live, inside)
-    up = load_tile(y_ptr + n_cols, row, col, stride_y, live, inside)
+    gate = load_tile(y_ptr, row, col, stride_y, live, inside, GROUP)
+    up = load_tile(y_ptr + n_cols, row, col, stride_y, live, inside, GROUP)
     pack_tile(
-        gate, gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, group, col, live, inside,
-        n_groups, one, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP,
+        gate, gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, first_group, col, live, inside,
+        n_groups, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP,
     )  # fmt: skip
     pack_tile(
-        up, up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, group, col, live, inside,
-        n_groups, one, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
+        up, up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, first_group, col, live, inside,
+        n_groups, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
     )  # fmt: skip
     gate = add_lora(gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, GATE_RANK, RANK_BLOCK)
     up = add_lora(
@@ -68,12 +67,12 @@ def _fused_mlp_fwd_kernel(
     store_tile(hidden_ptr + first * n_cols, hidden, row, col, n_cols, live, inside)
 
 
-@triton.jit(do_not_specialize=["n_rows", "one"])
+@triton.jit(do_not_specialize=["n_rows"])
 def _fused_mlp_bwd_kernel(
     dhidden_ptr, xa_ptr, b_ptr, dy_ptr, hidden_ptr,
     gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr,
     up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr,
-    n_rows, n_cols, n_groups, stride_rank, one,
+    n_rows, n_cols, n_groups, stride_rank,
     GATE_BITS: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
     UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
@@ -81,25 +80,25 @@ def _fused_mlp_bwd_kernel(
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)
-    group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    first_col = tl.program_id(1) * BLOCK_GROUPS * GROUP
-    col = tile_columns(group, GROUP)
+    first_group = tl.program_id(1) * BLOCK_GROUPS
+    first_col = first_group * GROUP
+    col = first_col + tl.arange(0, BLOCK_GROUPS * GROUP)
     live, inside = row < n_rows - first, col < n_cols
     xa_ptr += first * stride_rank
     gate = unpack_tile(
-        gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, group, col, live, inside,
-        n_groups, one, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP,
+        gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, first_group, col, live, inside,
+        n_groups, BLOCK_GROUPS, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP,
     )  # fmt: skip
     up = unpack_tile(
-        up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, group, col, live, inside,
-        n_groups, one, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
+        up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, first_group, col, live, inside,
+        n_groups, BLOCK_GROUPS, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
     )  # fmt: skip
     gate = add_lora(gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, GATE_RANK, RANK_BLOCK)
     up = add_lora(
         up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, row, first_col, n_cols, live, stride_rank,
         UP_RANK, RANK_BLOCK,
     )  # fmt: skip
-    dhidden = load_tile(dhidden_ptr + first * n_cols, row, col, n_cols, live, inside)
+    dhidden = load_tile(dhidden_ptr + first * n_cols, row, col, n_cols, live, inside, GROUP)
     dgate, dup, hidden = silu_mul_grad_tile(dhidden, gate, up)
     dy_ptr += first * 2 * n_cols
     store_tile(dy_ptr, dgate, row, col, 2 * n_cols, live, inside)
@@ -120,18 +119,13 @@ def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, ke
 def fused_mlp_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
     """hidden = silu(gate + LoRA) * (up + LoRA) [T, F] from the frozen paths y = [gate, up], packed on the way."""
     n_rows, n_cols = y.shape[0], y.shape[1] // 2
-    slots = []
-    for name, columns in zip(("gate", "up"), spec.gate_up.columns, strict=True):
-        saver, frozen = keeper.savers[name], y[:, columns]
-        saver.prepare(frozen, keeper.step)
-        slots.append(PackedSlot.empty(n_rows, saver, y.device))
-        keeper.adopt(name, saver.packed(slots[-1].codes, slots[-1].scale), frozen.shape, frozen.dtype)
+    slots = prepare_slots(("gate", "up"), spec.gate_up.columns, y, keeper)
     hidden = torch.empty(n_rows, n_cols, dtype=y.dtype, device=y.device)
     grid, xa, B, rank, constants = _launch(spec, *slots, low_rank, keeper, n_rows)
     with device_guard(y):
         _fused_mlp_fwd_kernel[grid](
             y, xa, B, hidden, *slots[0].arguments(), *slots[1].arguments(),
-            n_rows, n_cols, slots[0].n_groups, y.stride(0), rank, 1, **constants,
+            n_rows, n_cols, slots[0].n_groups, y.stride(0), rank, **constants,
         )  # fmt: skip
     return hidden
 
@@ -145,6 +139,6 @@ def fused_mlp_bwd(spec, dhidden: Tensor, low_rank: LowRank | None, keeper: Keepe
     with device_guard(dhidden):
         _fused_mlp_bwd_kernel[grid](
             dhidden, xa, B, dy, dhidden, *slots[0].arguments(), *slots[1].arguments(),
-            n_rows, n_cols, slots[0].n_groups, rank, 1, **constants,
+            n_rows, n_cols, slots[0].n_groups, rank, **constants,
         )  # fmt: skip
     return dy, dhidden

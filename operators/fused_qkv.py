@@ -15,14 +15,13 @@ from operators.dispatch import cdiv, device_guard
 from operators.fused_tiles import (
     PackedSlot,
     add_lora,
-    load_tile,
     pack_tile,
+    prepare_slots,
     shared_constants,
-    store_tile,
     unpack_tile,
 )
 from operators.low_rank import LowRank
-from operators.quantize import tile_columns
+from operators.quantize import load_tile, store_tile, to_words
 from operators.savers import Keeper
 
 BLOCK_ROWS = 32
@@ -30,29 +29,29 @@ BLOCK_ROWS = 32
 
 @triton.jit
 def _half_tile(
-    y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, part, n_heads, live, one,
+    y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, part, n_heads, live,
     stride_y, stride_rank,
     PACK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
     GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Half a head of one slot: packed from y or restored, the LoRA part added, rounded to y's dtype."""
     n_tile: tl.constexpr = HALF // GROUP
-    group = (head * 2 + part) * n_tile + tl.arange(0, n_tile)
+    first_group = (head * 2 + part) * n_tile
     first_col = (head * 2 + part) * HALF
     n_cols = n_heads * 2 * HALF
     n_groups = n_heads * 2 * n_tile
-    col = tile_columns(group, GROUP)
+    col = first_col + tl.arange(0, HALF)
     inside = col < n_cols
     if PACK:
-        x = load_tile(y_ptr, row, col, stride_y, live, inside)
+        x = load_tile(y_ptr, row, col, stride_y, live, inside, GROUP)
         pack_tile(
-            x, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, col, live, inside, n_groups, one,
+            x, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, first_group, col, live, inside, n_groups,
             BITS, STEP, CENTRE, GROUPED, GROUP,
         )  # fmt: skip
     else:
         x = unpack_tile(
-            codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, col, live, inside, n_groups, one,
-            BITS, STEP, CENTRE, GROUPED, GROUP,
+            codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, first_group, col, live, inside, n_groups,
+            n_tile, BITS, STEP, CENTRE, GROUPED, GROUP,
         )  # fmt: skip
         # a slot comes back in the dtype that it was packed in
         x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
@@ -63,26 +62,24 @@ def _half_tile(
 @triton.jit
 def _head_tile(
     y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, n_heads, live,
-    one, seq_len, stride_y, stride_rank, stride_cos,
+    seq_len, stride_y, stride_rank, stride_cos,
     PACK: tl.constexpr, ROTATE: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One head of one slot: both halves, rotated if ROTATE, into y [T, ...] at the head's columns."""
     x1, col1, inside = _half_tile(
-        y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, 0, n_heads, live, one,
+        y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, 0, n_heads, live,
         stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, HALF,
     )  # fmt: skip
     x2, col2, inside = _half_tile(
-        y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, 1, n_heads, live, one,
+        y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, head, 1, n_heads, live,
         stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, HALF,
     )  # fmt: skip
     if ROTATE:
         token = first + row
-        dim = tile_columns(tl.arange(0, HALF // GROUP), GROUP)[None]
-        angle = (token // seq_len * stride_cos + token % seq_len * 2 * HALF)[:, None, None, None] + dim
-        mask = live[:, None, None, None] & (dim < HALF)
-        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)
+        angle = (token // seq_len * stride_cos + token % seq_len * 2 * HALF)[:, None] + tl.arange(0, HALF)[None, :]
+        cos = to_words(tl.load(cos_ptr + angle, mask=live[:, None], other=0.0).to(tl.float32), GROUP)
+        sin = to_words(tl.load(sin_ptr + angle, mask=live[:, None], other=0.0).to(tl.float32), GROUP)
         y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     else:
         y1, y2 = x1, x2
@@ -90,13 +87,13 @@ def _head_tile(
     store_tile(y_ptr, y2, row, col2, stride_y, live, inside)
 
 
-@triton.jit(do_not_specialize=["n_rows", "seq_len", "one"])
+@triton.jit(do_not_specialize=["n_rows", "seq_len"])
 def _fused_qkv_kernel(
     y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr,
     q_codes_ptr, q_scale_ptr, q_mean_ptr, q_std_ptr,
     k_codes_ptr, k_scale_ptr, k_mean_ptr, k_std_ptr,
     v_codes_ptr, v_scale_ptr, v_mean_ptr, v_std_ptr,
-    n_rows, seq_len, q_heads, k_heads, stride_y, stride_rank, stride_cos, one,
+    n_rows, seq_len, q_heads, k_heads, stride_y, stride_rank, stride_cos,
     PACK: tl.constexpr, HALF: tl.constexpr,
     Q_BITS: tl.constexpr, Q_STEP: tl.constexpr, Q_CENTRE: tl.constexpr,
     K_BITS: tl.constexpr, K_STEP: tl.constexpr, K_CENTRE: tl.constexpr,
@@ -114,20 +111,20 @@ def _fused_qkv_kernel(
     if head < q_heads:
         _head_tile(
             y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, q_codes_ptr, q_scale_ptr, q_mean_ptr, q_std_ptr, first, row, head,
-            q_heads, live, one, seq_len, stride_y, stride_rank, stride_cos, PACK, True, Q_BITS, Q_STEP, Q_CENTRE,
+            q_heads, live, seq_len, stride_y, stride_rank, stride_cos, PACK, True, Q_BITS, Q_STEP, Q_CENTRE,
             GROUPED, GROUP, Q_RANK, RANK_BLOCK, HALF,
         )  # fmt: skip
     elif head < q_heads + k_heads:
         _head_tile(
             y_ptr + q_cols, xa_ptr + Q_RANK, b_ptr + q_cols * stride_rank + Q_RANK, cos_ptr, sin_ptr, k_codes_ptr,
-            k_scale_ptr, k_mean_ptr, k_std_ptr, first, row, head - q_heads, k_heads, live, one, seq_len, stride_y,
+            k_scale_ptr, k_mean_ptr, k_std_ptr, first, row, head - q_heads, k_heads, live, seq_len, stride_y,
             stride_rank, stride_cos, PACK, True, K_BITS, K_STEP, K_CENTRE, GROUPED, GROUP, K_RANK, RANK_BLOCK, HALF,
         )  # fmt: skip
     else:
         _head_tile(
             y_ptr + q_cols + k_cols, xa_ptr + Q_RANK + K_RANK,
             b_ptr + (q_cols + k_cols) * stride_rank + Q_RANK + K_RANK, cos_ptr, sin_ptr, v_codes_ptr, v_scale_ptr,
-            v_mean_ptr, v_std_ptr, first, row, head - q_heads - k_heads, k_heads, live, one, seq_len, stride_y,
+            v_mean_ptr, v_std_ptr, first, row, head - q_heads - k_heads, k_heads, live, seq_len, stride_y,
             stride_rank, stride_cos, PACK, False, V_BITS, V_STEP, V_CENTRE, GROUPED, GROUP, V_RANK, RANK_BLOCK, HALF,
         )  # fmt: skip
 
@@ -156,19 +153,14 @@ def _launch(
         _fused_qkv_kernel[(cdiv(y.shape[0], BLOCK_ROWS), sum(heads))](
             y, xa, B, cos, sin, *(t for slot in slots for t in slot.arguments()),
             y.shape[0], y.shape[0] // batch, *heads[:2], y.stride(0), sum(ranks),
-            cos.stride(0) if cos.shape[0] > 1 else 0, 1,
+            cos.stride(0) if cos.shape[0] > 1 else 0,
             PACK=pack, HALF=spec.head_dim // 2, BLOCK_ROWS=BLOCK_ROWS, **constants,
         )  # fmt: skip
 
 
 def fused_qkv_fwd(spec, y: Tensor, cos, sin, batch: int, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
     """[rope(q + LoRA), rope(k + LoRA), v + LoRA] in place of the frozen paths y [T, N], which are packed on the way."""
-    slots = []
-    for name, columns in zip("qkv", spec.qkv.columns, strict=True):
-        saver, frozen = keeper.savers[name], y[:, columns]
-        saver.prepare(frozen, keeper.step)
-        slots.append(PackedSlot.empty(y.shape[0], saver, y.device))
-        keeper.adopt(name, saver.packed(slots[-1].codes, slots[-1].scale), frozen.shape, frozen.dtype)
+    slots = prepare_slots("qkv", spec.qkv.columns, y, keeper)
     _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=True)
     return y
 

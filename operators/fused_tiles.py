@@ -14,30 +14,14 @@ from torch import Tensor
 from operators.codebook import Codebook
 from operators.dispatch import next_power_of_2
 from operators.quantize import (
+    carve,
     dequantize_tile,
-    empty_packed,
-    load_codes,
-    load_scale,
+    load_channels,
+    load_packed,
+    packed_shapes,
     quantize_tile,
-    rows_of_codes,
-    store_codes,
-    store_scale,
-    tile_index,
+    store_packed,
 )
-
-
-@triton.jit
-def load_tile(x_ptr, row, col, stride_row, live, inside):
-    """x [R, N, W, 8] of channels [N, W, 8]; 0 outside."""
-    offset = row[:, None, None, None] * stride_row + col[None]
-    return tl.load(x_ptr + offset, mask=live[:, None, None, None] & inside[None], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_tile(x_ptr, x, row, col, stride_row, live, inside):
-    """Write a tile where load_tile read it."""
-    offset = row[:, None, None, None] * stride_row + col[None]
-    tl.store(x_ptr + offset, x.to(x_ptr.dtype.element_ty), mask=live[:, None, None, None] & inside[None])
 
 
 @triton.jit
@@ -64,49 +48,42 @@ def add_lora(x, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, RANK: 
 
 @triton.jit
 def pack_tile(
-    x, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, col, live, inside, n_groups, one,
+    x, codes_ptr, scale_ptr, mean_ptr, inv_std_ptr, first, row, first_group, col, live, inside, n_groups,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Quantize a tile into the packed layout of operators/quantize.py."""
-    mean = tl.load(mean_ptr + col, mask=inside, other=0.0)[None]
-    std = tl.load(std_ptr + col, mask=inside, other=1.0)[None]
-    code, exponent, middle = quantize_tile(x, mean, std, BITS, STEP, CENTRE, GROUPED)
-    word, unit = tile_index(row, group, n_groups, one, GROUP)
-    mask = live[:, None] & (group < n_groups)[None, :]
-    store_codes(rows_of_codes(codes_ptr, first, n_groups, BITS, GROUP), word, code, mask[:, :, None], BITS)
-    store_scale(scale_ptr + first * n_groups * 2, unit, exponent, middle, mask, GROUPED)
+    mean, inv_std = load_channels(mean_ptr, col, inside, GROUP), load_channels(inv_std_ptr, col, inside, GROUP)
+    code, scale = quantize_tile(x, mean, inv_std, BITS, STEP, CENTRE, GROUPED)
+    store_packed(codes_ptr, scale_ptr, code, scale, first, row, first_group, live, n_groups, BITS, GROUPED, GROUP)
 
 
 @triton.jit
 def unpack_tile(
-    codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, col, live, inside, n_groups, one,
+    codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, first_group, col, live, inside, n_groups, N: tl.constexpr,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The tile that pack_tile packed."""
-    word, unit = tile_index(row, group, n_groups, one, GROUP)
-    mask = live[:, None] & (group < n_groups)[None, :]
-    code = load_codes(rows_of_codes(codes_ptr, first, n_groups, BITS, GROUP), word, mask[:, :, None], BITS)
-    exponent, middle = load_scale(scale_ptr + first * n_groups * 2, unit, mask, GROUPED)
-    mean = tl.load(mean_ptr + col, mask=inside, other=0.0)[None]
-    std = tl.load(std_ptr + col, mask=inside, other=1.0)[None]
-    return dequantize_tile(code, exponent, middle, mean, std, STEP, CENTRE, GROUPED)
+    """The tile of N groups that pack_tile packed."""
+    code, scale = load_packed(codes_ptr, scale_ptr, first, row, first_group, live, n_groups, N, BITS, GROUPED, GROUP)
+    mean, std = load_channels(mean_ptr, col, inside, GROUP), load_channels(std_ptr, col, inside, GROUP)
+    return dequantize_tile(code, scale, mean, std, STEP, CENTRE, GROUPED)
 
 
 @dataclass
 class PackedSlot:
-    """A quantized slot [T, C] without exact channels, as a kernel takes it."""
+    """A quantized slot [T, C] without exact channels as a kernel takes it; spread: inv_std to pack, std to unpack."""
 
     codes: Tensor
     scale: Tensor
     mean: Tensor
-    std: Tensor
+    spread: Tensor
     book: Codebook
 
     @classmethod
-    def empty(cls, n_rows: int, saver, device: torch.device) -> "PackedSlot":
-        """Room for the slot of a calibrated ChannelQuant."""
-        codes, scale = empty_packed(n_rows, saver.mean.numel(), saver.book, device)
-        return cls(codes, scale, saver.mean, saver.std, saver.book)
+    def empty(cls, n_rows: int, savers: list, device: torch.device) -> "list[PackedSlot]":
+        """Room for the slots of calibrated ChannelQuants, in one allocation."""
+        shapes = [shape for saver in savers for shape in packed_shapes(n_rows, saver.mean.numel(), saver.book)]
+        tensors = iter(carve(shapes, device))
+        return [cls(next(tensors), next(tensors), saver.mean, saver.inv_std, saver.book) for saver in savers]
 
     @classmethod
     def kept(cls, name: str, keeper) -> "PackedSlot":
@@ -119,16 +96,23 @@ class PackedSlot:
         return self.codes.shape[1]
 
     def arguments(self) -> tuple[Tensor, ...]:
-        return self.codes, self.scale, self.mean, self.std
+        return self.codes, self.scale, self.mean, self.spread
 
     def constants(self, prefix: str = "") -> dict:
         """BITS, STEP and CENTRE of this slot; GROUPED and GROUP are one for all slots of a kernel."""
         return {f"{prefix}BITS": self.book.bits, f"{prefix}STEP": self.book.step, f"{prefix}CENTRE": self.book.centre}
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        from operators.quantize import dequantize
 
-        return dequantize(self.codes, self.scale, self.mean, self.std, self.book, dtype)
+def prepare_slots(names: str | tuple[str, ...], columns: list[slice], y: Tensor, keeper) -> list[PackedSlot]:
+    """Room for slots that are columns of y [T, N], calibrated on them if need be and kept in advance."""
+    savers = [keeper.savers[name] for name in names]
+    for saver, own in zip(savers, columns, strict=True):
+        saver.prepare(y[:, own], keeper.step)
+    slots = PackedSlot.empty(y.shape[0], savers, y.device)
+    for name, saver, slot in zip(names, savers, slots, strict=True):
+        shape = torch.Size((y.shape[0], saver.mean.numel()))
+        keeper.adopt(name, saver.packed(slot.codes, slot.scale), shape, y.dtype)
+    return slots
 
 
 def shared_constants(slots: list[PackedSlot], ranks: list[int]) -> dict:

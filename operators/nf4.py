@@ -58,10 +58,11 @@ def dequantize_4bit(weight: Tensor, out: Tensor) -> Tensor:
         # [N K / 2, 1] is the layout for which all bitsandbytes versions return [N, K] untransposed
         return out.copy_(bnb.functional.dequantize_4bit(weight.data.view(-1, 1), state))
     outer, n_words = state.state2 if state.nested else state, out.numel() // 8
+    # without fused multiply-add, absmax is rounded twice, as bitsandbytes rounds it
     with device_guard(out):
         _nf4_kernel[(cdiv(n_words, BLOCK),)](
             weight, state.code, state.absmax, outer.code, outer.absmax, state.offset if state.nested else outer.absmax,
             out, n_words, NESTED=state.nested, BLOCKSIZE=state.blocksize, BLOCKSIZE2=outer.blocksize,
-            BLOCK=BLOCK,
+            BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -7,9 +7,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators import reference
-from operators.dispatch import as_rows, device_guard, next_power_of_2, use_triton
-from operators.fused_tiles import PackedSlot, load_tile, pack_tile, store_tile, unpack_tile
-from operators.quantize import keep_outliers, pick_outliers, tile_columns
+from operators.dispatch import as_rows, cdiv, device_guard, next_power_of_2, use_triton
+from operators.quantize import (
+    ROWS_A_PROGRAM,
+    book_constants,
+    carve,
+    dequantize_tile,
+    load_channels,
+    load_packed,
+    load_tile,
+    packed_shapes,
+    quantize_tile,
+    row_constants,
+    store_packed,
+    store_tile,
+)
 from operators.savers import ChannelQuant, Keeper
 
 
@@ -45,54 +57,69 @@ def _rms_norm_bwd_kernel(
     tl.store(dx_ptr + row * n_cols + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_pack_kernel(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, slot_ptr, kept_ptr,
-    n_cols, n_groups, stride_row, n_outliers, eps, one,
-    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-    GROUP: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, codes_ptr, scale_ptr, mean_ptr, inv_std_ptr, outliers_ptr, kept_ptr,
+    n_rows, n_cols, n_groups, stride_row, n_outliers, eps,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_OUTLIERS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    row, group = tl.arange(0, 1), tl.arange(0, BLOCK_GROUPS)
-    live = row < 1
-    col = tile_columns(group, GROUP)
+    one = tl.arange(0, 1)
+    col = tl.arange(0, BLOCK_GROUPS * GROUP)
     inside = col < n_cols
-    x = load_tile(x_ptr + token * stride_row, row, col, stride_row, live, inside)
-    rstd = tl.rsqrt(tl.sum(tl.reshape(x * x, (x.numel,))) / n_cols + eps)
-    x_hat = (x * rstd).to(x_ptr.dtype.element_ty).to(tl.float32)
-    weight = tl.load(weight_ptr + col, mask=inside, other=0.0)[None].to(tl.float32)
-    store_tile(y_ptr + token * n_cols, x_hat * weight, row, col, n_cols, live, inside)
-    tl.store(rstd_ptr + token, rstd)
-    pack_tile(
-        x_hat, codes_ptr, scale_ptr, mean_ptr, std_ptr, token, row, group, col, live, inside, n_groups, one,
-        BITS, STEP, CENTRE, GROUPED, GROUP,
-    )  # fmt: skip
-    if OUTLIERS:
-        keep_outliers(x_hat, slot_ptr, kept_ptr + token * n_outliers, row, col, inside, live, n_outliers)
+    weight = load_channels(weight_ptr, col, inside, GROUP)
+    mean, inv_std = load_channels(mean_ptr, col, inside, GROUP), load_channels(inv_std_ptr, col, inside, GROUP)
+    place = tl.arange(0, BLOCK_OUTLIERS)
+    outlier = tl.load(outliers_ptr + place, mask=place < n_outliers, other=0)
+    dtype = x_ptr.dtype.element_ty
+    for i in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        live = one < n_rows - row
+        x = load_tile(x_ptr + row * stride_row, one, col, stride_row, live, inside, GROUP)
+        rstd = tl.rsqrt(tl.sum(tl.reshape(x * x, (x.numel,))) / n_cols + eps)
+        # HF rounds x_hat to the input's dtype before the weight multiplies it
+        x_hat = (x * rstd).to(dtype).to(tl.float32)
+        store_tile(y_ptr + row * n_cols, x_hat * weight, one, col, n_cols, live, inside)
+        tl.store(rstd_ptr + row, rstd, mask=row < n_rows)
+        code, scale = quantize_tile(x_hat, mean, inv_std, BITS, STEP, CENTRE, GROUPED)
+        store_packed(codes_ptr, scale_ptr, code, scale, row, one, 0, live, n_groups, BITS, GROUPED, GROUP)
+        mask = (place < n_outliers) & (row < n_rows)
+        kept = tl.load(x_ptr + row * stride_row + outlier, mask=mask, other=0.0).to(tl.float32) * rstd
+        tl.store(kept_ptr + row * n_outliers + place, kept.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_unpack_bwd_kernel(
-    dy_ptr, rstd_ptr, weight_ptr, dx_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, slot_ptr, kept_ptr,
-    n_cols, n_groups, stride_dy, n_outliers, one,
-    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-    GROUP: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    dy_ptr, rstd_ptr, weight_ptr, dx_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, outliers_ptr, kept_ptr,
+    n_rows, n_cols, n_groups, stride_dy, n_outliers,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_OUTLIERS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    row, group = tl.arange(0, 1), tl.arange(0, BLOCK_GROUPS)
-    live = row < 1
-    col = tile_columns(group, GROUP)
+    one = tl.arange(0, 1)
+    col = tl.arange(0, BLOCK_GROUPS * GROUP)
     inside = col < n_cols
-    x_hat = unpack_tile(
-        codes_ptr, scale_ptr, mean_ptr, std_ptr, token, row, group, col, live, inside, n_groups, one,
-        BITS, STEP, CENTRE, GROUPED, GROUP,
-    )  # fmt: skip
-    if OUTLIERS:
-        x_hat = pick_outliers(x_hat, slot_ptr, kept_ptr + token * n_outliers, row, col, inside, live, n_outliers)
-    dy = load_tile(dy_ptr + token * stride_dy, row, col, stride_dy, live, inside)
-    g = dy * tl.load(weight_ptr + col, mask=inside, other=0.0)[None].to(tl.float32)
-    dx = (g - x_hat * (tl.sum(tl.reshape(g * x_hat, (g.numel,))) / n_cols)) * tl.load(rstd_ptr + token)
-    store_tile(dx_ptr + token * n_cols, dx, row, col, n_cols, live, inside)
+    weight = load_channels(weight_ptr, col, inside, GROUP)
+    mean, std = load_channels(mean_ptr, col, inside, GROUP), load_channels(std_ptr, col, inside, GROUP)
+    place = tl.arange(0, BLOCK_OUTLIERS)
+    outlier = tl.load(outliers_ptr + place, mask=place < n_outliers, other=0)
+    outlier_weight = tl.load(weight_ptr + outlier, mask=place < n_outliers, other=0.0).to(tl.float32)
+    dtype = dx_ptr.dtype.element_ty
+    for i in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        live = one < n_rows - row
+        code, scale = load_packed(codes_ptr, scale_ptr, row, one, 0, live, n_groups, BLOCK_GROUPS, BITS, GROUPED, GROUP)
+        x_hat = dequantize_tile(code, scale, mean, std, STEP, CENTRE, GROUPED)
+        g = load_tile(dy_ptr + row * stride_dy, one, col, stride_dy, live, inside, GROUP) * weight
+        mask = (place < n_outliers) & (row < n_rows)
+        kept = tl.load(kept_ptr + row * n_outliers + place, mask=mask, other=0.0).to(tl.float32)
+        outlier_g = tl.load(dy_ptr + row * stride_dy + outlier, mask=mask, other=0.0).to(tl.float32) * outlier_weight
+        # x_hat is 0 at the exact channels so far
+        mean_gx = (tl.sum(tl.reshape(g * x_hat, (g.numel,))) + tl.sum(outlier_g * kept)) / n_cols
+        rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
+        store_tile(dx_ptr + row * n_cols, (g - x_hat * mean_gx) * rstd, one, col, n_cols, live, inside)
+        # other threads write the exact channels once more
+        tl.debug_barrier()
+        tl.store(dx_ptr + row * n_cols + outlier, ((outlier_g - kept * mean_gx) * rstd).to(dtype), mask=mask)
 
 
 def _row_launch(n_cols: int) -> dict:
@@ -126,38 +153,35 @@ def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor) -> Ten
     return dx
 
 
-def _tile_launch(slot: PackedSlot) -> dict:
-    block = next_power_of_2(slot.n_groups)
-    constants = slot.constants() | {"GROUPED": slot.book.grouped, "GROUP": slot.book.group, "BLOCK_GROUPS": block}
-    return constants | {"num_warps": min(16, max(1, block * slot.book.group // 256))}
-
-
 def rms_norm_pack(x: Tensor, weight: Tensor, eps: float, saver, step) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """rms_norm_fwd with x_hat packed by a calibrated ChannelQuant on the way: x [T, C] to y, rstd, packed."""
     saver.prepare(x, step)
     x = as_rows(x)
     n_rows, n_cols = x.shape
-    slot, kept = PackedSlot.empty(n_rows, saver, x.device), saver.empty_kept(x)
+    shapes = [*packed_shapes(n_rows, n_cols, saver.book), ((n_rows, saver.n_outliers), x.dtype)]
+    codes, scale, kept = carve(shapes, x.device)
     y = torch.empty(n_rows, n_cols, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     with device_guard(x):
-        _rms_norm_pack_kernel[(n_rows,)](
-            x, weight, y, rstd, *slot.arguments(), saver.outliers, y if kept is None else kept, n_cols, slot.n_groups,
-            x.stride(0), saver.n_outliers, eps, 1, OUTLIERS=kept is not None, **_tile_launch(slot),
+        _rms_norm_pack_kernel[(cdiv(n_rows, ROWS_A_PROGRAM),)](
+            x, weight, y, rstd, codes, scale, saver.mean, saver.inv_std, saver.outliers, kept,
+            n_rows, n_cols, codes.shape[1], x.stride(0), saver.n_outliers, eps,
+            **book_constants(saver.book), **row_constants(codes.shape[1], saver.book, saver.n_outliers),
         )  # fmt: skip
-    return y, rstd, saver.packed(slot.codes, slot.scale, kept)
+    return y, rstd, saver.packed(codes, scale, kept)
 
 
 def rms_norm_unpack_bwd(dy: Tensor, rstd: Tensor, weight: Tensor, packed: tuple[Tensor, ...], book) -> Tensor:
     """rms_norm_bwd from the packed x_hat: dx [T, C] in dy's dtype."""
     codes, scale, kept, mean, std, outliers = packed
-    dy, slot = as_rows(dy), PackedSlot(codes, scale, mean, std, book)
+    dy = as_rows(dy)
     n_rows, n_cols = dy.shape
+    n_outliers = kept.shape[1] if kept.numel() else 0
     dx = torch.empty(n_rows, n_cols, dtype=dy.dtype, device=dy.device)
     with device_guard(dy):
-        _rms_norm_unpack_bwd_kernel[(n_rows,)](
-            dy, rstd, weight, dx, *slot.arguments(), outliers, kept, n_cols, slot.n_groups, dy.stride(0),
-            kept.shape[1] if kept.numel() else 0, 1, OUTLIERS=kept.numel() > 0, **_tile_launch(slot),
+        _rms_norm_unpack_bwd_kernel[(cdiv(n_rows, ROWS_A_PROGRAM),)](
+            dy, rstd, weight, dx, codes, scale, mean, std, outliers, kept, n_rows, n_cols, codes.shape[1],
+            dy.stride(0), n_outliers, **book_constants(book), **row_constants(codes.shape[1], book, n_outliers),
         )  # fmt: skip
     return dx
 

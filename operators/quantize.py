@@ -4,6 +4,9 @@ The device functions quantize_tile and dequantize_tile are the whole format; fus
 tiles, so that every kernel writes and reads the same bytes as reference.quantize.
 """
 
+import math
+from itertools import accumulate
+
 import torch
 import triton
 import triton.language as tl
@@ -11,26 +14,56 @@ from torch import Tensor
 
 from operators import reference
 from operators.codebook import Codebook
-from operators.dispatch import as_rows, cdiv, device_guard, use_triton
+from operators.dispatch import as_rows, cdiv, device_guard, next_power_of_2, use_triton
 
 SCALE_ZERO = tl.constexpr(reference.SCALE_ZERO)
 LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
 LOG_SCALE_STEP = tl.constexpr(1 / reference.LOG_SCALE_STEPS)
 MIDDLE_STEPS = tl.constexpr(reference.MIDDLE_STEPS)
 MIDDLE_STEP = tl.constexpr(1 / reference.MIDDLE_STEPS)
-BLOCK_ROWS, BLOCK_GROUPS = 8, 16
+BLOCK_ROWS, BLOCK_GROUPS = 8, 8
+ROWS_A_PROGRAM = 4
 
 
 @triton.jit
-def quantize_tile(x, mean, std, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr):
-    """x fp32 [R, N, W, 8] and its channel statistics to codes int32 [R, N, W, 8] and two scale bytes [R, N] a group.
+def to_words(x, GROUP: tl.constexpr):
+    """[R, C] as [R, N, W, 8]: groups, words of a group, channels of a word.
 
-    x and mean must be 0 where there is no channel.
+    Global memory is accessed in two dimensions only: from four, compilers spread neighbouring threads over rows.
     """
-    inv_std = 1.0 / std
-    t = x * inv_std - mean * inv_std
-    exponent = tl.full([x.shape[0], x.shape[1]], SCALE_ZERO, tl.float32)
-    middle = exponent
+    return tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP // 8, 8))
+
+
+@triton.jit
+def load_tile(x_ptr, row, col, stride_row, live, inside, GROUP: tl.constexpr):
+    """fp32 [R, N, W, 8] of x at rows [R] and channels [C]; 0 outside."""
+    offset = row[:, None] * stride_row + col[None, :]
+    return to_words(tl.load(x_ptr + offset, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32), GROUP)
+
+
+@triton.jit
+def load_channels(ptr, col, inside, GROUP: tl.constexpr):
+    """fp32 [1, N, W, 8] of a vector over channels [C]; 0 outside."""
+    return to_words(tl.load(ptr + col, mask=inside, other=0.0).to(tl.float32)[None, :], GROUP)
+
+
+@triton.jit
+def store_tile(x_ptr, x, row, col, stride_row, live, inside):
+    """Write a tile where load_tile read it."""
+    x = tl.reshape(x, (row.shape[0], col.shape[0])).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + row[:, None] * stride_row + col[None, :], x, mask=live[:, None] & inside[None, :])
+
+
+@triton.jit
+def quantize_tile(
+    x, mean, inv_std, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr
+):
+    """x fp32 [R, N, W, 8] and its channel statistics to codes int32 [R, N, W, 8] and scale int32 [R, N] of a group.
+
+    x, mean and inv_std must be 0 where there is no channel. scale is both bytes, the exponent the lower one.
+    """
+    t = (x - mean) * inv_std
+    scale = tl.zeros([x.shape[0], x.shape[1]], tl.int32)
     if GROUPED:
         low = tl.minimum(tl.min(tl.min(t, axis=3), axis=2), 0.0)
         high = tl.maximum(tl.max(tl.max(t, axis=3), axis=2), 0.0)
@@ -41,178 +74,164 @@ def quantize_tile(x, mean, std, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: 
         middle = tl.floor(tl.minimum(tl.maximum(middle, 0.0), 255.0))
         zero = (middle - SCALE_ZERO) * (-MIDDLE_STEP / STEP) + (CENTRE + 0.5)
         t = t * (inverse * (1 / STEP))[:, :, None, None] + zero[:, :, None, None]
+        scale = exponent.to(tl.int32) | (middle.to(tl.int32) << 8)
     else:
         t = t * (1 / STEP) + (CENTRE + 0.5)
     # the conversion truncates, which is floor from 0 on
     code = tl.minimum(tl.maximum(t, 0.0), float((1 << BITS) - 1)).to(tl.int32)
-    return code, exponent.to(tl.uint8), middle.to(tl.uint8)
+    return code, scale
 
 
 @triton.jit
-def dequantize_tile(code, exponent, middle, mean, std, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr):
+def dequantize_tile(code, scale, mean, std, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr):
     """Inverse of quantize_tile: fp32 [R, N, W, 8]."""
     if GROUPED:
-        half = tl.exp2((exponent.to(tl.float32) - SCALE_ZERO) * LOG_SCALE_STEP)
-        zero = ((middle.to(tl.float32) - SCALE_ZERO) * MIDDLE_STEP - CENTRE * STEP) * half
-        t = code.to(tl.float32) * (half * STEP)[:, :, None, None] + zero[:, :, None, None]
+        half = tl.exp2(((scale & 255).to(tl.float32) - SCALE_ZERO) * LOG_SCALE_STEP)
+        zero = (((scale >> 8) & 255).to(tl.float32) - SCALE_ZERO) * MIDDLE_STEP - CENTRE * STEP
+        t = code.to(tl.float32) * (half * STEP)[:, :, None, None] + (zero * half)[:, :, None, None]
     else:
         t = (code.to(tl.float32) - CENTRE) * STEP
     return t * std + mean
 
 
 @triton.jit
-def store_scale(scale_ptr, unit, exponent, middle, mask, GROUPED: tl.constexpr):
-    """Write the scale bytes of groups [R, N] at unit index."""
-    if GROUPED:
-        tl.store(scale_ptr + unit * 2, exponent, mask=mask)
-        tl.store(scale_ptr + unit * 2 + 1, middle, mask=mask)
-
-
-@triton.jit
-def load_scale(scale_ptr, unit, mask, GROUPED: tl.constexpr):
-    """Read the scale bytes that store_scale wrote."""
-    exponent = tl.full(unit.shape, SCALE_ZERO, tl.uint8)
-    middle = exponent
-    if GROUPED:
-        exponent = tl.load(scale_ptr + unit * 2, mask=mask, other=0)
-        middle = tl.load(scale_ptr + unit * 2 + 1, mask=mask, other=0)
-    return exponent, middle
-
-
-@triton.jit
-def store_codes(codes_ptr, word, code, mask, BITS: tl.constexpr):
-    """Pack codes [R, N, W, 8] into the words at index [R, N, W]; mask [R, N, W]."""
-    lane = tl.arange(0, 8)[None, None, None, :]
+def store_packed(
+    codes_ptr, scale_ptr, code, scale, first, row, first_group, live, n_groups,
+    BITS: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Pack codes [R, N, W, 8] and scales [R, N] of rows first + [R] and groups first_group + [N]."""
+    n_words: tl.constexpr = code.shape[1] * code.shape[2]
+    group = first_group + tl.arange(0, code.shape[1])
+    word = first_group * (GROUP // 8) + tl.arange(0, n_words)
+    words_a_row = n_groups * (GROUP // 8)
+    codes_ptr += first * words_a_row * BITS
+    mask = live[:, None] & (word < words_a_row)[None, :]
+    index = row[:, None] * words_a_row + word[None, :]
     if BITS == 8:
-        tl.store(codes_ptr + word[:, :, :, None] * 8 + lane, code.to(tl.uint8), mask=mask[:, :, :, None])
+        byte = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+        byte = row[:, None] * words_a_row * 8 + tl.reshape(byte, (1, n_words * 8))
+        inside = live[:, None] & (byte - row[:, None] * words_a_row * 8 < words_a_row * 8)
+        tl.store(codes_ptr + byte, tl.reshape(code, byte.shape).to(tl.uint8), mask=inside)
     else:
-        words = tl.sum(code << (lane * BITS), axis=3)
+        words = tl.sum(code << (tl.arange(0, 8)[None, None, None, :] * BITS), axis=3)
+        words = tl.reshape(words, (code.shape[0], n_words))
         if BITS == 3:
             for p in tl.static_range(3):
-                tl.store(codes_ptr + word * 3 + p, ((words >> (8 * p)) & 255).to(tl.uint8), mask=mask)
+                tl.store(codes_ptr + index * 3 + p, ((words >> (8 * p)) & 255).to(tl.uint8), mask=mask)
+        elif BITS == 2:
+            tl.store(codes_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, words.to(tl.int16), mask=mask)
         else:
-            tl.store(codes_ptr + word, words.to(codes_ptr.dtype.element_ty), mask=mask)
+            tl.store(codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index, words, mask=mask)
+    if GROUPED:
+        scale_ptr = scale_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + first * n_groups
+        inside = live[:, None] & (group < n_groups)[None, :]
+        tl.store(scale_ptr + row[:, None] * n_groups + group[None, :], scale.to(tl.int16), mask=inside)
 
 
 @triton.jit
-def load_codes(codes_ptr, word, mask, BITS: tl.constexpr):
-    """The integer codes [R, N, W, 8] that store_codes packed."""
-    lane = tl.arange(0, 8)[None, None, None, :]
+def load_packed(
+    codes_ptr, scale_ptr, first, row, first_group, live, n_groups,
+    N: tl.constexpr, BITS: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The codes [R, N, W, 8] and scales [R, N] that store_packed packed."""
+    n_words: tl.constexpr = N * (GROUP // 8)
+    group = first_group + tl.arange(0, N)
+    word = first_group * (GROUP // 8) + tl.arange(0, n_words)
+    words_a_row = n_groups * (GROUP // 8)
+    codes_ptr += first * words_a_row * BITS
+    mask = live[:, None] & (word < words_a_row)[None, :]
+    index = row[:, None] * words_a_row + word[None, :]
     if BITS == 8:
-        code = tl.load(codes_ptr + word[:, :, :, None] * 8 + lane, mask=mask[:, :, :, None], other=0).to(tl.int32)
+        byte = first_group * GROUP + tl.arange(0, N * GROUP)
+        inside = live[:, None] & (byte < words_a_row * 8)[None, :]
+        code = tl.load(codes_ptr + row[:, None] * words_a_row * 8 + byte[None, :], mask=inside, other=0).to(tl.int32)
+        code = to_words(code, GROUP)
     else:
         if BITS == 3:
-            words = tl.load(codes_ptr + word * 3, mask=mask, other=0).to(tl.int32)
-            words |= tl.load(codes_ptr + word * 3 + 1, mask=mask, other=0).to(tl.int32) << 8
-            words |= tl.load(codes_ptr + word * 3 + 2, mask=mask, other=0).to(tl.int32) << 16
+            words = tl.load(codes_ptr + index * 3, mask=mask, other=0).to(tl.int32)
+            words |= tl.load(codes_ptr + index * 3 + 1, mask=mask, other=0).to(tl.int32) << 8
+            words |= tl.load(codes_ptr + index * 3 + 2, mask=mask, other=0).to(tl.int32) << 16
+        elif BITS == 2:
+            pointer = codes_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+            words = tl.load(pointer + index, mask=mask, other=0).to(tl.int32)
         else:
-            words = tl.load(codes_ptr + word, mask=mask, other=0).to(tl.int32)
-        code = (words[:, :, :, None] >> (lane * BITS)) & ((1 << BITS) - 1)
-    return code
+            words = tl.load(codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index, mask=mask, other=0)
+        words = tl.reshape(words, (row.shape[0], N, GROUP // 8))
+        code = (words[:, :, :, None] >> (tl.arange(0, 8)[None, None, None, :] * BITS)) & ((1 << BITS) - 1)
+    scale = tl.zeros([row.shape[0], N], tl.int32)
+    if GROUPED:
+        scale_ptr = scale_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + first * n_groups
+        inside = live[:, None] & (group < n_groups)[None, :]
+        scale = tl.load(scale_ptr + row[:, None] * n_groups + group[None, :], mask=inside, other=0).to(tl.int32)
+    return code, scale
 
 
-@triton.jit
-def tile_index(row, group, n_groups, one, GROUP: tl.constexpr):
-    """Word index [R, N, W] and scale index [R, N] of rows [R] and groups [N], int32 relative to the tile's first row.
-
-    one is 1, but the compiler must not know: it would give a thread several neighbouring words to load, which are then
-    spread over the threads again through shared memory, because a thread's 8 codes fill its widest access to x.
-    """
-    unit = row[:, None] * n_groups + group[None, :]
-    word = (unit[:, :, None] * (GROUP // 8) + tl.arange(0, GROUP // 8)[None, None, :]) * one
-    return word, unit
-
-
-@triton.jit
-def rows_of_codes(codes_ptr, row, n_groups, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Pointer to the first word of a row (int64): 16 or 32 bits wide for 2 and 4 bit codes, bytes for the others."""
-    codes_ptr += row * n_groups * (GROUP // 8 * BITS)
-    if BITS == 2:
-        codes_ptr = codes_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-    elif BITS == 4:
-        codes_ptr = codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    return codes_ptr
-
-
-@triton.jit
-def tile_columns(group, GROUP: tl.constexpr):
-    """Channels [N, W, 8] of groups [N]."""
-    word = tl.arange(0, GROUP // 8)[None, :, None]
-    return group[:, None, None] * GROUP + word * 8 + tl.arange(0, 8)[None, None, :]
-
-
-@triton.jit
-def pick_outliers(x, slot_ptr, kept_ptr, row, col, mask, live, n_outliers):
-    """x [R, N, W, 8] with the exact values of the outlier channels [N, W, 8] put in; slot is -1 for all others."""
-    slot = tl.load(slot_ptr + col, mask=mask, other=-1)[None]
-    at = row[:, None, None, None] * n_outliers + slot
-    kept = tl.load(kept_ptr + at, mask=(slot >= 0) & live[:, None, None, None], other=0.0)
-    return tl.where(slot >= 0, kept.to(tl.float32), x)
-
-
-@triton.jit
-def keep_outliers(x, slot_ptr, kept_ptr, row, col, mask, live, n_outliers):
-    """Write the outlier channels [N, W, 8] of x [R, N, W, 8] to kept [R, n_outliers]."""
-    slot = tl.load(slot_ptr + col, mask=mask, other=-1)[None]
-    at = row[:, None, None, None] * n_outliers + slot
-    tl.store(kept_ptr + at, x.to(kept_ptr.dtype.element_ty), mask=(slot >= 0) & live[:, None, None, None])
-
-
-@triton.jit(do_not_specialize=["n_rows", "one"])
+@triton.jit(do_not_specialize=["n_rows"])
 def _quantize_kernel(
-    x_ptr, mean_ptr, std_ptr, codes_ptr, scale_ptr, slot_ptr, kept_ptr,
-    n_rows, n_cols, n_groups, stride_row, n_outliers, one,
+    x_ptr, mean_ptr, inv_std_ptr, codes_ptr, scale_ptr, n_rows, n_cols, n_groups, stride_row,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-    GROUP: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)
-    group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    col = tile_columns(group, GROUP)
+    first_group = tl.program_id(1) * BLOCK_GROUPS
+    col = first_group * GROUP + tl.arange(0, BLOCK_GROUPS * GROUP)
     live, inside = row < n_rows - first, col < n_cols
-    x = tl.load(
-        x_ptr + first * stride_row + (row[:, None, None, None] * stride_row + col[None]),
-        mask=live[:, None, None, None] & inside[None], other=0.0,
-    )  # fmt: skip
-    mean = tl.load(mean_ptr + col, mask=inside, other=0.0)[None]
-    std = tl.load(std_ptr + col, mask=inside, other=1.0)[None]
-    code, exponent, middle = quantize_tile(x.to(tl.float32), mean, std, BITS, STEP, CENTRE, GROUPED)
-    word, unit = tile_index(row, group, n_groups, one, GROUP)
-    mask = live[:, None] & (group < n_groups)[None, :]
-    store_codes(rows_of_codes(codes_ptr, first, n_groups, BITS, GROUP), word, code, mask[:, :, None], BITS)
-    store_scale(scale_ptr + first * n_groups * 2, unit, exponent, middle, mask, GROUPED)
-    if OUTLIERS:
-        keep_outliers(x, slot_ptr, kept_ptr + first * n_outliers, row, col, inside, live, n_outliers)
+    x = load_tile(x_ptr + first * stride_row, row, col, stride_row, live, inside, GROUP)
+    mean, inv_std = load_channels(mean_ptr, col, inside, GROUP), load_channels(inv_std_ptr, col, inside, GROUP)
+    code, scale = quantize_tile(x, mean, inv_std, BITS, STEP, CENTRE, GROUPED)
+    store_packed(codes_ptr, scale_ptr, code, scale, first, row, first_group, live, n_groups, BITS, GROUPED, GROUP)
 
 
-@triton.jit(do_not_specialize=["n_rows", "one"])
+@triton.jit(do_not_specialize=["n_rows"])
 def _dequantize_kernel(
-    codes_ptr, scale_ptr, mean_ptr, std_ptr, slot_ptr, kept_ptr, weight_ptr, x_ptr,
-    n_rows, n_cols, n_groups, n_outliers, one,
+    codes_ptr, scale_ptr, mean_ptr, std_ptr, x_ptr, n_rows, n_cols, n_groups,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-    GROUP: tl.constexpr, OUTLIERS: tl.constexpr, WEIGHTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)
-    group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    col = tile_columns(group, GROUP)
+    first_group = tl.program_id(1) * BLOCK_GROUPS
+    col = first_group * GROUP + tl.arange(0, BLOCK_GROUPS * GROUP)
     live, inside = row < n_rows - first, col < n_cols
-    word, unit = tile_index(row, group, n_groups, one, GROUP)
-    mask = live[:, None] & (group < n_groups)[None, :]
-    code = load_codes(rows_of_codes(codes_ptr, first, n_groups, BITS, GROUP), word, mask[:, :, None], BITS)
-    exponent, middle = load_scale(scale_ptr + first * n_groups * 2, unit, mask, GROUPED)
-    mean = tl.load(mean_ptr + col, mask=inside, other=0.0)[None]
-    std = tl.load(std_ptr + col, mask=inside, other=1.0)[None]
-    x = dequantize_tile(code, exponent, middle, mean, std, STEP, CENTRE, GROUPED)
-    if OUTLIERS:
-        x = pick_outliers(x, slot_ptr, kept_ptr + first * n_outliers, row, col, inside, live, n_outliers)
+    code, scale = load_packed(
+        codes_ptr, scale_ptr, first, row, first_group, live, n_groups, BLOCK_GROUPS, BITS, GROUPED, GROUP
+    )
+    mean, std = load_channels(mean_ptr, col, inside, GROUP), load_channels(std_ptr, col, inside, GROUP)
+    x = dequantize_tile(code, scale, mean, std, STEP, CENTRE, GROUPED)
+    store_tile(x_ptr + first * n_cols, x, row, col, n_cols, live, inside)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _dequantize_rows_kernel(
+    codes_ptr, scale_ptr, mean_ptr, std_ptr, outliers_ptr, kept_ptr, weight_ptr, x_ptr,
+    n_rows, n_cols, n_groups, n_outliers,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
+    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_OUTLIERS: tl.constexpr,
+):  # fmt: skip
+    one = tl.arange(0, 1)
+    col = tl.arange(0, BLOCK_GROUPS * GROUP)
+    inside = col < n_cols
+    mean, std = load_channels(mean_ptr, col, inside, GROUP), load_channels(std_ptr, col, inside, GROUP)
+    place = tl.arange(0, BLOCK_OUTLIERS)
+    outlier = tl.load(outliers_ptr + place, mask=place < n_outliers, other=0)
     if WEIGHTED:
-        x *= tl.load(weight_ptr + col, mask=inside, other=0.0)[None].to(tl.float32)
-    tl.store(
-        x_ptr + first * n_cols + (row[:, None, None, None] * n_cols + col[None]),
-        x.to(x_ptr.dtype.element_ty), mask=live[:, None, None, None] & inside[None],
-    )  # fmt: skip
+        weight = load_channels(weight_ptr, col, inside, GROUP)
+        outlier_weight = tl.load(weight_ptr + outlier, mask=place < n_outliers, other=0.0).to(tl.float32)
+    for i in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        live = one < n_rows - row
+        code, scale = load_packed(codes_ptr, scale_ptr, row, one, 0, live, n_groups, BLOCK_GROUPS, BITS, GROUPED, GROUP)
+        x = dequantize_tile(code, scale, mean, std, STEP, CENTRE, GROUPED)
+        kept_mask = (place < n_outliers) & (row < n_rows)
+        kept = tl.load(kept_ptr + row * n_outliers + place, mask=kept_mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            x *= weight
+            kept *= outlier_weight
+        store_tile(x_ptr + row * n_cols, x, one, col, n_cols, live, inside)
+        # other threads write the same channels once more
+        tl.debug_barrier()
+        tl.store(x_ptr + row * n_cols + outlier, kept.to(x_ptr.dtype.element_ty), mask=kept_mask)
 
 
 def book_constants(book: Codebook) -> dict:
@@ -226,58 +245,90 @@ def book_constants(book: Codebook) -> dict:
     }
 
 
-def empty_packed(n_rows: int, n_cols: int, book: Codebook, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Uninitialised codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2] ([T, 0, 2] without group scales)."""
+def carve(parts: list[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> list[Tensor]:
+    """Uninitialised tensors of these shapes and dtypes in one allocation, each at a multiple of 16 bytes.
+
+    What is packed together travels together: a store copies one piece of memory instead of many small ones.
+    """
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
+    starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+    return [
+        buffer[start : start + size].view(dtype).view(shape)
+        for (shape, dtype), start, size in zip(parts, starts, sizes, strict=False)
+    ]
+
+
+def packed_shapes(n_rows: int, n_cols: int, book: Codebook) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2] ([T, 0, 2] without group scales)."""
     n_groups = cdiv(n_cols, book.group)
-    codes = torch.empty(n_rows, n_groups, book.group // 8, book.bits, dtype=torch.uint8, device=device)
-    return codes, torch.empty(n_rows, n_groups * book.grouped, 2, dtype=torch.uint8, device=device)
+    codes = (n_rows, n_groups, book.group // 8, book.bits)
+    return [(codes, torch.uint8), ((n_rows, n_groups * book.grouped, 2), torch.uint8)]
 
 
 def _grid(n_rows: int, n_groups: int) -> tuple[int, int]:
     return cdiv(n_rows, BLOCK_ROWS), cdiv(n_groups, BLOCK_GROUPS)
 
 
-def quantize(
-    x: Tensor, mean: Tensor, std: Tensor, book: Codebook, slots: Tensor | None = None, kept: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """reference.quantize on any device: x [T, C] to codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2].
-
-    With slots (int32 [C], the column of kept for an outlier channel, else -1) these channels are written to kept.
-    """
+def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
+    """reference.quantize on any device: x [T, C] to codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2]."""
     if not use_triton(x):
-        if kept is not None:
-            kept.copy_(x[:, slots >= 0])
-        return reference.quantize(x, mean, std, book)
+        return reference.quantize(x, mean, inv_std, book)
     x = as_rows(x)
     n_rows, n_cols = x.shape
-    codes, scale = empty_packed(n_rows, n_cols, book, x.device)
+    codes, scale = carve(packed_shapes(n_rows, n_cols, book), x.device)
     n_groups = codes.shape[1]
     with device_guard(x):
         _quantize_kernel[_grid(n_rows, n_groups)](
-            x, mean, std, codes, scale, mean if kept is None else slots, x if kept is None else kept,
-            n_rows, n_cols, n_groups, x.stride(0), 0 if kept is None else kept.shape[1], 1,
-            **book_constants(book), OUTLIERS=kept is not None, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,
+            x, mean, inv_std, codes, scale, n_rows, n_cols, n_groups, x.stride(0),
+            **book_constants(book), BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,
         )  # fmt: skip
     return codes, scale
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Codebook, dtype: torch.dtype,
-    slots: Tensor | None = None, kept: Tensor | None = None, weight: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """reference.dequantize on any device: x [T, C] in dtype, outlier channels from kept, times weight [C] if given."""
+def dequantize(codes: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Codebook, dtype: torch.dtype) -> Tensor:
+    """reference.dequantize on any device: x [T, C] in dtype."""
     if not use_triton(codes):
-        x = reference.dequantize(codes, scale, mean, std, book, torch.float32)
-        if kept is not None:
-            x[:, slots >= 0] = kept.float()
-        return (x if weight is None else x * weight.float()).to(dtype)
+        return reference.dequantize(codes, scale, mean, std, book, dtype)
     n_rows, n_groups = codes.shape[:2]
     x = torch.empty(n_rows, mean.numel(), dtype=dtype, device=codes.device)
     with device_guard(codes):
         _dequantize_kernel[_grid(n_rows, n_groups)](
-            codes, scale, mean, std, mean if kept is None else slots, x if kept is None else kept,
-            mean if weight is None else weight, x, n_rows, mean.numel(), n_groups,
-            0 if kept is None else kept.shape[1], 1, **book_constants(book), OUTLIERS=kept is not None,
-            WEIGHTED=weight is not None, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,
+            codes, scale, mean, std, x, n_rows, mean.numel(), n_groups,
+            **book_constants(book), BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,
         )  # fmt: skip
     return x
+
+
+def dequantize_rows(
+    codes: Tensor, scale: Tensor, kept: Tensor, mean: Tensor, std: Tensor, outliers: Tensor, book: Codebook,
+    dtype: torch.dtype, weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dequantize with the channels outliers [n] taken from kept [T, n], times weight [C] if given.
+
+    mean and std must be 0 at these channels.
+    """
+    if not use_triton(codes):
+        x = reference.dequantize(codes, scale, mean, std, book, torch.float32)
+        x = x.index_copy_(1, outliers, kept.float())
+        return (x if weight is None else x * weight.float()).to(dtype)
+    n_rows, n_groups = codes.shape[:2]
+    x = torch.empty(n_rows, mean.numel(), dtype=dtype, device=codes.device)
+    with device_guard(codes):
+        _dequantize_rows_kernel[(cdiv(n_rows, ROWS_A_PROGRAM),)](
+            codes, scale, mean, std, outliers, kept, mean if weight is None else weight, x,
+            n_rows, mean.numel(), n_groups, kept.shape[1], **book_constants(book), WEIGHTED=weight is not None,
+            **row_constants(n_groups, book, kept.shape[1]),
+        )  # fmt: skip
+    return x
+
+
+def row_constants(n_groups: int, book: Codebook, n_outliers: int) -> dict:
+    """Tile of a kernel whose programs take whole rows, ROWS_A_PROGRAM one after the other."""
+    block = next_power_of_2(n_groups)
+    return {
+        "ROWS": ROWS_A_PROGRAM,
+        "BLOCK_GROUPS": block,
+        "BLOCK_OUTLIERS": next_power_of_2(max(n_outliers, 1)),
+        "num_warps": min(16, max(1, block * book.group // 256)),
+    }

@@ -43,15 +43,15 @@ def to_groups(x: Tensor, group: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, padding)).unflatten(-1, (-1, group))
 
 
-def quantize(x: Tensor, mean: Tensor, std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
     """Quantize x [T, C] to packed codes and group scales.
 
-    t = (x - mean) / std with the calibrated channel statistics (fp32 [C]). With book.grouped each token's group of G
+    t = (x - mean) * inv_std with the calibrated statistics (fp32 [C]). With book.grouped each token's group of G
     channels is moved and scaled into [-1, 1]: half and middle of its range (which is made to include 0) are kept in a
     byte each, e = round(8 log2 half) + 128 and m = round(127 middle / half) + 128. Then code = book.encode(t).
     Returns codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2] = (e, m), or [T, 0, 2] when not grouped.
     """
-    t = to_groups((x.float() - mean) / std, book.group)
+    t = to_groups((x.float() - mean) * inv_std, book.group)
     scale = torch.empty(x.shape[0], 0, 2, dtype=torch.uint8, device=x.device)
     if book.grouped:
         low, high = t.amin(dim=-1).clamp_max(0), t.amax(dim=-1).clamp_min(0)

@@ -65,10 +65,20 @@ def test_fused_equals_unfused(kernels, shape, bits, dtype):
 
 
 def test_gate_and_up_are_rounded_before_the_product_as_unfused(kernels):
-    """fp16, which the interpreter rounds as hardware does: nearly every hidden element is equal to the bit."""
+    """fp16, which the interpreter rounds as hardware does: as far from the truth as the unfused path, not less or more.
+
+    On a CPU nearly every element is equal to the bit; cuBLAS and the kernel add in another order.
+    """
     spec, frozen, low_rank, keeper = prepare(64, 192, 4, 8, torch.float16)
     hidden = fused_mlp.fused_mlp_fwd(spec, frozen.clone(), low_rank, keeper())
-    assert (hidden != mlp._activate_fwd(spec, frozen.clone(), low_rank, keeper())).float().mean() < 0.05
+    plain = mlp._activate_fwd(spec, frozen.clone(), low_rank, keeper())
+    if DEVICE == "cpu":
+        assert (hidden != plain).float().mean() < 0.05
+    summed = frozen.double() + keeper().exact(spec.gate_up.xa_name).double() @ low_rank.B.double().t()
+    gate, up = summed.chunk(2, dim=1)
+    truth = torch.nn.functional.silu(gate) * up
+    ratio = relative_error(hidden, truth) / relative_error(plain, truth)
+    assert 0.9 < ratio < 1.1, ratio
 
 
 def _tensors(keeper, layout):

@@ -76,7 +76,7 @@ def test_packing_inside_the_kernels_changes_nothing(kernels, shape, bits, outlie
     # another order of summation moves rstd by a rounding, and a code with it once in a while
     assert relative_error(ours, y) < 1e-5 and relative_error(our_rstd, rstd) < 1e-6
     for mine, theirs in zip(our_packed, packed, strict=True):
-        assert mine.shape == theirs.shape and (mine != theirs).float().mean() < 0.02 if mine.numel() else True
+        assert mine.shape == theirs.shape and (mine != theirs).sum() <= max(2, 0.02 * mine.numel())
     restored = saver.unpack(packed, x_hat.shape, torch.float32)
     expected = reference.rms_norm_bwd(dy.float(), restored, rstd, weight.float())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]

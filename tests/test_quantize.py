@@ -39,7 +39,7 @@ def test_pack_is_a_bit_stream(bits):
 
 def restored_by(book, x):
     mean, std = statistics(x, book)
-    codes, scale = reference.quantize(x, mean, std, book)
+    codes, scale = reference.quantize(x, mean, 1 / std, book)
     return reference.dequantize(codes, scale, mean, std, book, torch.float32)
 
 
@@ -58,7 +58,7 @@ def test_lone_spikes_survive(bits, share):
     mean, std = torch.zeros(64, device=DEVICE), torch.ones(64, device=DEVICE)
     x[:, 9] = 30.0
     book = CODEBOOKS["channel_group"][bits]
-    restored = reference.dequantize(*reference.quantize(x, mean, std, book), mean, std, book, torch.float32)
+    restored = reference.dequantize(*reference.quantize(x, mean, 1 / std, book), mean, std, book, torch.float32)
     assert ((restored[:, 9] - 30).abs() < share * 30).all()
 
 
@@ -68,8 +68,8 @@ def test_group_scales_follow_the_token(bits):
     book = CODEBOOKS["channel_group"][bits]
     x = rand(64, 256)
     mean, std = torch.zeros(256, device=DEVICE), torch.ones(256, device=DEVICE)
-    codes, scale = reference.quantize(x, mean, std, book)
-    large_codes, large_scale = reference.quantize(x * 1024, mean, std, book)
+    codes, scale = reference.quantize(x, mean, 1 / std, book)
+    large_codes, large_scale = reference.quantize(x * 1024, mean, 1 / std, book)
     assert torch.equal(codes, large_codes)
     assert torch.equal(large_scale[..., 0].int() - scale[..., 0].int(), torch.full_like(scale[..., 0], 80).int())
 
@@ -82,8 +82,8 @@ def test_kernels_match_reference(kernels, rule, bits, shape):
     book = CODEBOOKS[rule][bits]
     x = activations(*shape)
     mean, std = statistics(x, book)
-    codes, scale = quantize(strided(x), mean, std, book)
-    expected_codes, expected_scale = reference.quantize(x, mean, std, book)
+    codes, scale = quantize(strided(x), mean, 1 / std, book)
+    expected_codes, expected_scale = reference.quantize(x, mean, 1 / std, book)
     assert (scale != expected_scale).float().mean() <= 1e-3 if scale.numel() else scale.shape == expected_scale.shape
     got = reference.unpack_codes(codes, bits)[..., : shape[1]]
     assert (got != reference.unpack_codes(expected_codes, bits)[..., : shape[1]]).float().mean() <= 1e-3
@@ -99,7 +99,7 @@ def test_kernels_every_dtype(kernels, dtype, bits):
     book = CODEBOOKS["channel_group"][bits]
     x = activations(130, 150, dtype)
     mean, std = statistics(x, book)
-    restored = dequantize(*quantize(x, mean, std, book), mean, std, book, dtype)
+    restored = dequantize(*quantize(x, mean, 1 / std, book), mean, std, book, dtype)
     assert restored.dtype == dtype and restored.shape == x.shape
     noise = ((restored.float() - x.float()) / std).square().mean() / ((x.float() - mean) / std).square().mean()
     assert noise < {2: 0.16, 3: 0.045, 4: 0.013, 8: 1e-4}[bits]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from operators.codebook import CODEBOOKS
-from operators.quantize import dequantize, quantize
+from operators.quantize import dequantize, dequantize_rows, quantize
 from operators.savers.base import Step, StoringSaver
 
 
@@ -22,7 +22,6 @@ class ChannelQuant(StoringSaver):
 
     scale_rule channel_group: mean, std over all calibration tokens (padding skipped). paper: mean 0, "std" is the
     published scale (max - min) / (2^b - 1), averaged over the calibration steps. Source: paper section 4.1, seeds.
-    outliers: int32 [C], the place of an exact channel among them, -1 for all others.
     """
 
     n_state = 3
@@ -59,24 +58,26 @@ class ChannelQuant(StoringSaver):
 
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
         self.prepare(x, step)
-        kept = self.empty_kept(x)
-        codes, scale = quantize(x, self.mean, self.std, self.book, self.outliers, kept)
-        return self.packed(codes, scale, kept)
-
-    def empty_kept(self, x: Tensor) -> Tensor | None:
-        """Room for the exact channels of x [T, C]; None without any."""
-        return x.new_empty(x.shape[0], self.n_outliers) if self.n_outliers else None
+        codes, scale = quantize(x, self.mean, self.inv_std, self.book)
+        return self.packed(codes, scale, x.index_select(1, self.outliers) if self.n_outliers else None)
 
     def packed(self, codes: Tensor, scale: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What is kept of a slot; the statistics belong to it, because they still move while calibrating."""
+        """What is kept of a slot; the statistics belong to it, because they still move while calibrating.
+
+        Those that restore it are 0 at the exact channels.
+        """
         kept = self.mean.new_empty(0) if kept is None else kept
-        return codes, scale, kept, self.mean, self.std, self.outliers
+        return codes, scale, kept, *self.restoring, self.outliers
 
     def unpack(
         self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype, weight: Tensor | None = None
     ) -> Tensor:
         codes, scale, kept, mean, std, outliers = packed
-        return dequantize(codes, scale, mean, std, self.book, dtype, outliers, kept if kept.numel() else None, weight)
+        if kept.numel():
+            return dequantize_rows(codes, scale, kept, mean, std, outliers, self.book, dtype, weight)
+        if weight is not None:
+            mean, std = mean * weight, std * weight
+        return dequantize(codes, scale, mean, std, self.book, dtype)
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor, token_mask: Tensor | None) -> None:
@@ -112,9 +113,11 @@ class ChannelQuant(StoringSaver):
             self.mean = mean
             std = (energy - mean.square()).clamp_min(0.0).sqrt()
         self.std = std.clamp_min(1e-6)
-        chosen = energy.topk(self.n_outliers).indices.sort().values
-        self.outliers = torch.full_like(mean, -1, dtype=torch.int32)
-        self.outliers[chosen] = torch.arange(self.n_outliers, dtype=torch.int32, device=mean.device)
+        self.inv_std = 1 / self.std
+        self.outliers = energy.topk(self.n_outliers).indices.sort().values
+        self.restoring = (self.mean, self.std)
+        if self.n_outliers:
+            self.restoring = tuple(t.index_fill(0, self.outliers, 0.0) for t in self.restoring)
 
     def bits(self, n_cols: int) -> float:
         n_groups = math.ceil(n_cols / self.book.group)
