@@ -2,27 +2,45 @@
 
     python -m benchmarks.kernels              # at Llama-2-7B's widths, 2048 tokens, bf16; needs a GPU
 
-Bytes are the fewest that the operator must read and write; GB/s is those over the median time. One JSON line a kernel.
+Bytes are the fewest that the operator must read and write; GB/s is those over the median time on the GPU: a call waits
+in the queue behind other work, so that the host's part of it, which is often longer, does not count. One JSON line a
+kernel.
 """
 
 import argparse
+import statistics
 from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
 from benchmarks.record import record
 from operators.activation import silu_mul_bwd, silu_mul_fwd
 from operators.codebook import CODEBOOKS
-from operators.norm import rms_norm_bwd, rms_norm_fwd
+from operators.nf4 import bnb, dequantize_4bit
+from operators.norm import rms_norm_bwd, rms_norm_fwd, rms_norm_pack, rms_norm_unpack_bwd
 from operators.quantize import dequantize, quantize
-from operators.rope import rope
+from operators.rope import rope, rope_bwd
+from operators.savers import ChannelQuant, Step
 from utils.errors import UserError, entry_point
 
 
 def size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def gpu_ms(call: Callable, repeat: int = 20) -> float:
+    """Median milliseconds of the kernels that call launches, with nothing of its inputs in the L2 cache."""
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat + 3)]
+    for start, stop in events:
+        flush.zero_()
+        torch.cuda._sleep(400_000)
+        start.record()
+        call()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events[3:])
 
 
 def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tuple[Callable, int]]:
@@ -34,20 +52,35 @@ def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tu
     heads = x.view(1, n_rows, -1, head_dim)
     cos, sin = (torch.randn(1, n_rows, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     y, x_hat, rstd = rms_norm_fwd(x, weight, 1e-5)
+    saver, step = ChannelQuant(4, "channel_group", 0.005), Step(threshold=1, index=1)
+    slot = saver.pack(x_hat, step)
+    step.index, packed = 2, size(*slot[:3])
     found = {
         "copy": (lambda: gate.clone(), 2 * size(gate)),
         "rms_norm_fwd": (lambda: rms_norm_fwd(x, weight, 1e-5), size(x, y, x_hat)),
         "rms_norm_bwd": (lambda: rms_norm_bwd(dy, x_hat, rstd, weight), size(dy, x_hat, dy)),
+        "rms_norm_pack 4 bit": (lambda: rms_norm_pack(x, weight, 1e-5, saver, step), size(x, y) + packed),
+        "rms_norm_unpack_bwd 4 bit": (
+            lambda: rms_norm_unpack_bwd(dy, rstd, weight, slot, saver.book),
+            size(dy, dy) + packed,
+        ),
         "rope": (lambda: rope(heads, cos, sin), 2 * size(x)),
+        "rope_bwd": (lambda: rope_bwd(heads, heads, heads, cos, sin), 6 * size(x)),
         "silu_mul_fwd": (lambda: silu_mul_fwd(gate, up), 3 * size(gate)),
         "silu_mul_bwd": (lambda: silu_mul_bwd(dhidden, gate, up), 6 * size(gate)),
     }
+    if bnb is not None:
+        nf4 = bnb.nn.Params4bit(torch.randn(ffn, hidden).bfloat16(), requires_grad=False, quant_type="nf4").to("cuda")
+        out = torch.empty(ffn, hidden, dtype=torch.bfloat16, device="cuda")
+        moved = out.numel() // 2 + size(out, nf4.quant_state.absmax)
+        found["nf4 dequantize"] = lambda: dequantize_4bit(nf4, out), moved
+        found["nf4 dequantize, bitsandbytes"] = lambda: bnb.functional.dequantize_4bit(nf4.data, nf4.quant_state), moved
     for bits, book in CODEBOOKS["channel_group"].items():
-        codes, scale = quantize(gate, mean, std, book)
+        codes, scale = quantize(gate, mean, 1 / std, book)
         moved = size(gate, codes, scale)
 
         def pack(book=book):
-            return quantize(gate, mean, std, book)
+            return quantize(gate, mean, std, book)  # any numbers will do for inv_std
 
         def unpack(codes=codes, scale=scale, book=book):
             return dequantize(codes, scale, mean, std, book, torch.bfloat16)
@@ -66,7 +99,7 @@ def main(argv: list[str] | None = None):
         raise UserError("benchmarks.kernels measures GPU bandwidth: it needs a GPU")
     copy_rate = None
     for name, (call, moved) in operators(**vars(args)).items():
-        ms = triton.testing.do_bench(call, return_mode="median")
+        ms = gpu_ms(call)
         rate = moved / ms / 1e6
         copy_rate = copy_rate or rate
         share = rate / copy_rate

@@ -23,7 +23,9 @@ def as_rows(x: Tensor) -> Tensor:
 
 def device_guard(x: Tensor):
     """Make x's GPU current while a kernel is launched (Triton launches on the current device)."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _NO_GUARD
+    if not x.is_cuda or torch.cuda.device_count() == 1 or x.get_device() == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(x.device)
 
 
 def cdiv(a: int, b: int) -> int:

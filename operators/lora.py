@@ -193,7 +193,7 @@ class ProjectionGroup:
             if bias is None:
                 torch.mm(x, weight.t(), out=y[:, columns])
             else:
-                torch.addmm(bias, x, weight.t(), out=y[:, columns])
+                y[:, columns] = nn.functional.linear(x, weight, bias)
             del weight  # before the next one is made
         return y
 
@@ -317,4 +317,6 @@ def _slices(widths: list[int]) -> list[slice]:
 
 def _mm32(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32 from half-precision factors: gradients of fp32 adapters are not rounded to bf16 on the way."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype.itemsize == 2 else a @ b
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float() if a.dtype.itemsize == 2 else a @ b

@@ -168,7 +168,7 @@ def rms_norm_pack(x: Tensor, weight: Tensor, eps: float, saver, step) -> tuple[T
             n_rows, n_cols, codes.shape[1], x.stride(0), saver.n_outliers, eps,
             **book_constants(saver.book), **row_constants(codes.shape[1], saver.book, saver.n_outliers),
         )  # fmt: skip
-    return y, rstd, saver.packed(codes, scale, kept)
+    return y, rstd, saver.packed(codes, scale, kept if saver.n_outliers else None)
 
 
 def rms_norm_unpack_bwd(dy: Tensor, rstd: Tensor, weight: Tensor, packed: tuple[Tensor, ...], book) -> Tensor:

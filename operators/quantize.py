@@ -6,6 +6,7 @@ tiles, so that every kernel writes and reads the same bytes as reference.quantiz
 
 import math
 from itertools import accumulate
+from operator import mul
 
 import torch
 import triton
@@ -21,7 +22,9 @@ LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
 LOG_SCALE_STEP = tl.constexpr(1 / reference.LOG_SCALE_STEPS)
 MIDDLE_STEPS = tl.constexpr(reference.MIDDLE_STEPS)
 MIDDLE_STEP = tl.constexpr(1 / reference.MIDDLE_STEPS)
-BLOCK_ROWS, BLOCK_GROUPS = 8, 8
+# measured on an H200 (benchmarks/kernels.py)
+PACK_TILE = {"BLOCK_ROWS": 4, "BLOCK_GROUPS": 16}
+UNPACK_TILE = {"BLOCK_ROWS": 16, "BLOCK_GROUPS": 8}
 ROWS_A_PROGRAM = 4
 
 
@@ -253,10 +256,12 @@ def carve(parts: list[tuple[tuple[int, ...], torch.dtype]], device: torch.device
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
     buffer = torch.empty(starts[-1], dtype=torch.uint8, device=device)
-    return [
-        buffer[start : start + size].view(dtype).view(shape)
-        for (shape, dtype), start, size in zip(parts, starts, sizes, strict=False)
-    ]
+    tensors = []
+    for (shape, dtype), start in zip(parts, starts, strict=False):
+        whole = buffer if dtype == torch.uint8 else buffer.view(dtype)
+        strides = [*reversed([*accumulate(reversed(shape[1:]), mul, initial=1)])]
+        tensors.append(whole.as_strided(shape, strides, start // dtype.itemsize))
+    return tensors
 
 
 def packed_shapes(n_rows: int, n_cols: int, book: Codebook) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -266,8 +271,8 @@ def packed_shapes(n_rows: int, n_cols: int, book: Codebook) -> list[tuple[tuple[
     return [(codes, torch.uint8), ((n_rows, n_groups * book.grouped, 2), torch.uint8)]
 
 
-def _grid(n_rows: int, n_groups: int) -> tuple[int, int]:
-    return cdiv(n_rows, BLOCK_ROWS), cdiv(n_groups, BLOCK_GROUPS)
+def _grid(n_rows: int, n_groups: int, tile: dict) -> tuple[int, int]:
+    return cdiv(n_rows, tile["BLOCK_ROWS"]), cdiv(n_groups, tile["BLOCK_GROUPS"])
 
 
 def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
@@ -279,9 +284,9 @@ def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[
     codes, scale = carve(packed_shapes(n_rows, n_cols, book), x.device)
     n_groups = codes.shape[1]
     with device_guard(x):
-        _quantize_kernel[_grid(n_rows, n_groups)](
+        _quantize_kernel[_grid(n_rows, n_groups, PACK_TILE)](
             x, mean, inv_std, codes, scale, n_rows, n_cols, n_groups, x.stride(0),
-            **book_constants(book), BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,
+            **book_constants(book), **PACK_TILE,
         )  # fmt: skip
     return codes, scale
 
@@ -293,9 +298,9 @@ def dequantize(codes: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Co
     n_rows, n_groups = codes.shape[:2]
     x = torch.empty(n_rows, mean.numel(), dtype=dtype, device=codes.device)
     with device_guard(codes):
-        _dequantize_kernel[_grid(n_rows, n_groups)](
+        _dequantize_kernel[_grid(n_rows, n_groups, UNPACK_TILE)](
             codes, scale, mean, std, x, n_rows, mean.numel(), n_groups,
-            **book_constants(book), BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS,
+            **book_constants(book), **UNPACK_TILE,
         )  # fmt: skip
     return x
 

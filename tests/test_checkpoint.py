@@ -30,7 +30,7 @@ def test_checkpointing_gives_what_torchs_gives(layer_type, use_reentrant):
     for batch, theirs in zip(batches, expected, strict=True):
         assert largest_error(gradients(model, batch)[1], theirs) < 1e-6
         assert store.host_bytes == store.device_bytes == 0
-    assert store._serial == 3 * 2 * UNITS_A_LAYER
+    assert store._serial == 3 * (2 * UNITS_A_LAYER + 1)
     remove_hyclora(model)
     assert model.get_base_model().model.layers[0]._gradient_checkpointing_func is stock
 
@@ -43,9 +43,9 @@ def test_checkpointing_that_a_trainer_switches():
     blocks = store._serial
     model.gradient_checkpointing_enable()
     _, ours = gradients(model, batch)
-    assert store._serial == blocks + 2 * UNITS_A_LAYER and largest_error(ours, expected) < 1e-5
+    assert store._serial == blocks + 2 * UNITS_A_LAYER + 1 and largest_error(ours, expected) < 1e-5
     model.gradient_checkpointing_disable()
-    assert equal(gradients(model, batch)[1], expected) and store._serial == 2 * blocks + 2 * UNITS_A_LAYER
+    assert equal(gradients(model, batch)[1], expected) and store._serial == 2 * blocks + 2 * UNITS_A_LAYER + 1
 
 
 @pytest.mark.parametrize("store", [False, True])
