@@ -23,6 +23,7 @@ iteration_threshold=${iteration_threshold:-5}
 softmax_outlier_ratio=${softmax_outlier_ratio:-0.05}
 layernorm_outlier_ratio=${layernorm_outlier_ratio:-0.005}
 q_bit=${q_bit:-4}
+offload=${offload:-False}
 
 # LoRA
 lora_rank=${lora_rank:-16}
@@ -62,6 +63,7 @@ exec "$PYTHON" "$root/run_gsm8k.py" \
     --softmax_outlier_ratio "$softmax_outlier_ratio" \
     --layernorm_outlier_ratio "$layernorm_outlier_ratio" \
     --q_bit "$q_bit" \
+    --offload "$offload" \
     --lora_rank "$lora_rank" \
     --lora_alpha "$lora_alpha" \
     --lora_init_type "$lora_init_type" \

@@ -65,7 +65,7 @@ def test_eps_is_the_modules(eps):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(1, 33), (5, 96), (7, 257)], ids=str)
 def test_packing_inside_the_kernels_changes_nothing(kernels, shape, bits, outliers, dtype):
-    """The same bytes and exact channels as norm, then pack; dx as from the restored x_hat; both pair with the other."""
+    """The same as norm, then pack, exact channels included; dx as from the restored x_hat."""
     x, dy = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=1)
     weight = (1 + 0.2 * rand(shape[1], seed=2)).to(dtype)
     saver, step = ChannelQuant(bits, "channel_group", outliers), Step(threshold=1, index=1)
@@ -73,10 +73,13 @@ def test_packing_inside_the_kernels_changes_nothing(kernels, shape, bits, outlie
     packed = saver.pack(x_hat, step)
     step.index = 2
     ours, our_rstd, our_packed = rms_norm_pack(strided(x), weight, 1e-5, saver, step)
-    # another order of summation moves rstd by a rounding, and a code with it once in a while
     assert relative_error(ours, y) < 1e-5 and relative_error(our_rstd, rstd) < 1e-6
-    for mine, theirs in zip(our_packed, packed, strict=True):
-        assert mine.shape == theirs.shape and (mine != theirs).sum() <= max(2, 0.02 * mine.numel())
+    assert [t.shape for t in our_packed] == [t.shape for t in packed]
+    # another order of summation moves rstd by a rounding, and a code with it once in a while
+    ours, theirs = (saver.unpack(p, x_hat.shape, torch.float32) for p in (our_packed, packed))
+    assert relative_error(ours, theirs) < 0.05
+    exact = saver.outliers
+    assert relative_error(ours[:, exact], x_hat[:, exact]) < 1e-6
     restored = saver.unpack(packed, x_hat.shape, torch.float32)
     expected = reference.rms_norm_bwd(dy.float(), restored, rstd, weight.float())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
