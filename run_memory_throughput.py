@@ -18,7 +18,7 @@ from models.loading import find_base, load_model
 from utils import results
 from utils.args import HycloraArguments, LoraArguments, ModelArguments, ProfileArguments, parse_arguments
 from utils.errors import RunStopped, entry_point
-from utils.profiling import MicroStep, random_batch
+from utils.profiling import random_micro_step
 
 GROUPS = (ModelArguments, LoraArguments, HycloraArguments, ProfileArguments)
 
@@ -57,11 +57,9 @@ def main(argv=None):
 
 def measure(model, profile: ProfileArguments, device: torch.device) -> dict:
     """What was asked for, after warm-up."""
-    batch, warm_up = (
-        random_batch(model.config.vocab_size, profile.per_device_train_batch_size, length, device)
-        for length in (profile.seq_len, profile.warm_up_seq_len or profile.seq_len)
+    step = random_micro_step(
+        model, profile.per_device_train_batch_size, profile.seq_len, profile.warm_up_seq_len, device
     )
-    step = MicroStep(model, batch, warm_up)
     memory = step.memory() if profile.evaluate_memory else {}
     return memory | (step.throughput(profile.steps) if profile.evaluate_throughput else {})
 

@@ -153,13 +153,9 @@ def hyclora(job: Job):
 def measure(job: Job) -> dict:
     """Memory and time of the job's micro-step."""
     model = hyclora(job) if isinstance(job.setting, dict) else PEERS[job.setting].build(job)
-    from utils.profiling import MicroStep, random_batch
+    from utils.profiling import random_micro_step
 
-    batch, warm_up = (
-        random_batch(model.config.vocab_size, job.batch_size, length, job.device)
-        for length in (job.seq_len, job.warm_up_seq_len or job.seq_len)
-    )
-    step = MicroStep(model, batch, warm_up)
+    step = random_micro_step(model, job.batch_size, job.seq_len, job.warm_up_seq_len, job.device)
     return step.memory() | step.throughput(job.steps)
 
 

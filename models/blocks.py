@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from operators.attention import CORES, AttentionFunction, AttentionSpec
 from operators.checkpoint import CheckpointFunction
+from operators.fused_qkv import fits
 from operators.lora import Projection, ProjectionGroup
 from operators.mlp import MlpFunction, MlpSpec
 from operators.nf4 import is_4bit
@@ -27,7 +28,7 @@ BLOCK = "_hyclora_block"
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names of a model family: of its decoder (layers), of its causal LM (head), of one layer (the rest)."""
+    """Attribute names of a family: of its decoder (layers, final_norm), its causal LM (head), one layer (the rest)."""
 
     layers: str
     final_norm: str
@@ -78,7 +79,7 @@ class Block:
         dtype = autocast_dtype(device_type)
         if dtype is None:
             return self.run(None, *args, **kwargs)
-        # what torch.autocast(enabled=False) does, at a tenth of its cost: this runs four times a layer
+        # what torch.autocast(enabled=False) does, without making one: this runs four times a layer
         torch.set_autocast_enabled(device_type, False)
         try:
             return self.run(dtype, *args, **kwargs)
@@ -149,6 +150,7 @@ class AttentionBlock(Block):
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
         implementation = module.config._attn_implementation
         interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
+        fused = fused and fits(module.head_dim, savers)
         self.spec = AttentionSpec(qkv, out, CORES[attention](module, interface), compensate, fused, module.head_dim)
 
     def applies(

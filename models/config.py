@@ -108,6 +108,8 @@ class HycloraConfig:
             raise ValueError(f"slot_savers['prob']={saver!r}: the attention map is kept sparse or exact")
         if self.policy.fused and slot in ("gate", "up") and not saver.startswith("quant"):
             raise ValueError(f"slot_savers[{slot!r}]={saver!r}: {self.layer_type} packs gate and up inside its kernel")
+        if self.policy.fused and slot in ("act", "hidden") and saver != "recompute":
+            raise ValueError(f"slot_savers[{slot!r}]={saver!r}: {self.layer_type} recomputes it inside its kernel")
 
     @property
     def policy(self) -> Policy:

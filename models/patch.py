@@ -36,7 +36,8 @@ class PatchReport:
     not_patched: list[str]
 
     def __str__(self) -> str:
-        lines = [f"HyC-LoRA ({self.config.layer_type}) patched {self.n_layers} layers: 2 norms, attention, MLP each"]
+        parts = "2 norms, attention, MLP each; and the last norm"
+        lines = [f"HyC-LoRA ({self.config.layer_type}) patched {self.n_layers} layers: {parts}"]
         lines.append(f"  {self.average_bits:.2f} bits an element kept, scales and exact channels included")
         for slot, names in self.savers.items():
             kinds = ", ".join(f"{name} x{names.count(name)}" for name in dict.fromkeys(names))

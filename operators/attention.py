@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.dispatch import use_triton
-from operators.fused_qkv import fits, fused_qkv_fwd, fused_qkv_restore
+from operators.fused_qkv import fused_qkv_fwd, fused_qkv_restore
 from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
 from operators.rope import rope, rope_bwd
 from operators.savers import Keeper
@@ -146,7 +146,7 @@ class AttentionFunction(torch.autograd.Function):
         y = spec.qkv.frozen(rows)
         low_rank = spec.qkv.low_rank(parameters[:n_qkv], rows.dtype)
         spec.qkv.down(rows, low_rank, parameters[:n_qkv], keeper, rng)
-        fused = spec.fused and use_triton(y) and fits(spec.head_dim, keeper.savers)
+        fused = spec.fused and use_triton(y)
         if fused:
             y = fused_qkv_fwd(spec, y, cos, sin, batch, low_rank, keeper)
             heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]

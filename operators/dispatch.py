@@ -29,7 +29,7 @@ def device_guard(x: Tensor):
 
 
 def cdiv(a: int, b: int) -> int:
-    """ceil(a / b). Triton's own takes 10 us on the host, as it serves kernels too."""
+    """ceil(a / b). Triton's own serves kernels too, and is slow on the host."""
     return -(-a // b)
 
 

@@ -21,7 +21,7 @@ from operators.fused_tiles import (
     unpack_tile,
 )
 from operators.low_rank import LowRank
-from operators.quantize import load_tile, store_tile
+from operators.quantize import load_tile, store_tile, tile_place
 from operators.savers import Keeper
 
 BLOCK_ROWS, BLOCK_GROUPS = 32, 1
@@ -38,12 +38,8 @@ def _fused_mlp_fwd_kernel(
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    row = tl.arange(0, BLOCK_ROWS)
-    first_group = tl.program_id(1) * BLOCK_GROUPS
+    first, row, first_group, col, live, inside = tile_place(n_rows, n_cols, GROUP, BLOCK_ROWS, BLOCK_GROUPS)
     first_col = first_group * GROUP
-    col = first_col + tl.arange(0, BLOCK_GROUPS * GROUP)
-    live, inside = row < n_rows - first, col < n_cols
     y_ptr += first * stride_y
     xa_ptr += first * stride_rank
     dtype = hidden_ptr.dtype.element_ty
@@ -78,12 +74,8 @@ def _fused_mlp_bwd_kernel(
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    row = tl.arange(0, BLOCK_ROWS)
-    first_group = tl.program_id(1) * BLOCK_GROUPS
+    first, row, first_group, col, live, inside = tile_place(n_rows, n_cols, GROUP, BLOCK_ROWS, BLOCK_GROUPS)
     first_col = first_group * GROUP
-    col = first_col + tl.arange(0, BLOCK_GROUPS * GROUP)
-    live, inside = row < n_rows - first, col < n_cols
     xa_ptr += first * stride_rank
     gate = unpack_tile(
         gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, first_group, col, live, inside,

@@ -22,7 +22,7 @@ LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
 LOG_SCALE_STEP = tl.constexpr(1 / reference.LOG_SCALE_STEPS)
 MIDDLE_STEPS = tl.constexpr(reference.MIDDLE_STEPS)
 MIDDLE_STEP = tl.constexpr(1 / reference.MIDDLE_STEPS)
-# measured on an H200 (benchmarks/kernels.py)
+# the fastest of those tried on an H200
 PACK_TILE = {"BLOCK_ROWS": 4, "BLOCK_GROUPS": 16}
 UNPACK_TILE = {"BLOCK_ROWS": 16, "BLOCK_GROUPS": 8}
 ROWS_A_PROGRAM = 4
@@ -35,6 +35,16 @@ def to_words(x, GROUP: tl.constexpr):
     Global memory is accessed in two dimensions only: from four, compilers spread neighbouring threads over rows.
     """
     return tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP // 8, 8))
+
+
+@triton.jit
+def tile_place(n_rows, n_cols, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+    """Where a program's tile is: its first row (int64), rows from there on, first group, channels, and what exists."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    first_group = tl.program_id(1) * BLOCK_GROUPS
+    col = first_group * GROUP + tl.arange(0, BLOCK_GROUPS * GROUP)
+    return first, row, first_group, col, row < n_rows - first, col < n_cols
 
 
 @triton.jit
@@ -175,11 +185,7 @@ def _quantize_kernel(
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    row = tl.arange(0, BLOCK_ROWS)
-    first_group = tl.program_id(1) * BLOCK_GROUPS
-    col = first_group * GROUP + tl.arange(0, BLOCK_GROUPS * GROUP)
-    live, inside = row < n_rows - first, col < n_cols
+    first, row, first_group, col, live, inside = tile_place(n_rows, n_cols, GROUP, BLOCK_ROWS, BLOCK_GROUPS)
     x = load_tile(x_ptr + first * stride_row, row, col, stride_row, live, inside, GROUP)
     mean, inv_std = load_channels(mean_ptr, col, inside, GROUP), load_channels(inv_std_ptr, col, inside, GROUP)
     code, scale = quantize_tile(x, mean, inv_std, BITS, STEP, CENTRE, GROUPED)
@@ -192,11 +198,7 @@ def _dequantize_kernel(
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    row = tl.arange(0, BLOCK_ROWS)
-    first_group = tl.program_id(1) * BLOCK_GROUPS
-    col = first_group * GROUP + tl.arange(0, BLOCK_GROUPS * GROUP)
-    live, inside = row < n_rows - first, col < n_cols
+    first, row, first_group, col, live, inside = tile_place(n_rows, n_cols, GROUP, BLOCK_ROWS, BLOCK_GROUPS)
     code, scale = load_packed(
         codes_ptr, scale_ptr, first, row, first_group, live, n_groups, BLOCK_GROUPS, BITS, GROUPED, GROUP
     )

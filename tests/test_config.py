@@ -22,6 +22,7 @@ BAD = {
     "slot_savers['gate']='recompute'": {"slot_savers": {"gate": "recompute"}},
     "slot_savers['prob']='quant4'": {"slot_savers": {"prob": "quant4"}},
     "slot_savers['up']='exact'": {"layer_type": "intra_inter_full_fuse", "slot_savers": {"up": "exact"}},
+    "slot_savers['hidden']='quant8'": {"layer_type": "intra_inter_full_fuse", "slot_savers": {"hidden": "quant8"}},
     "q_bit=auto": {"q_bit": "auto", "scale_rule": "paper"},
 }
 

@@ -69,6 +69,14 @@ def host_bytes(model: nn.Module) -> int:
     return pinned.get("active_bytes.current", pinned.get("allocated_bytes.current", 0))
 
 
+def random_micro_step(
+    model: nn.Module, batch_size: int, seq_len: int, warm_up_seq_len: int | None, device: torch.device | str
+) -> "MicroStep":
+    """A MicroStep on random tokens, warmed up on sequences of warm_up_seq_len if given."""
+    lengths = (seq_len, warm_up_seq_len or seq_len)
+    return MicroStep(model, *(random_batch(model.config.vocab_size, batch_size, n, device) for n in lengths))
+
+
 class MicroStep:
     """A forward and a backward of a LoRA model, warmed up: calibration, autotuning and Adam's state are over.
 
