@@ -13,15 +13,12 @@ device and these arguments is not measured again, so an interrupted sweep contin
 import argparse
 import itertools
 import json
-from dataclasses import asdict
-from pathlib import Path
 
-import torch
-
-from benchmarks.peers import NOT_INSTALLED, PEERS, Job, run
-from benchmarks.record import RESULTS, record
+from benchmarks.jobs import Job, add_arguments, cell, make_job
+from benchmarks.peers import NOT_INSTALLED, PEERS, run
+from benchmarks.record import record
 from benchmarks.rows import name_of
-from utils.errors import UserError, entry_point
+from utils.errors import entry_point
 from utils.results import environment
 
 NAME = "memory_throughput"
@@ -32,14 +29,6 @@ OURS = [
     {"q_bit": "auto"},
     *({"q_bit": bits, "offload": True} for bits in (8, 4, 2)),
 ]
-
-
-def cell(text: str) -> tuple[int, int]:
-    """4x512 as (batch size, sequence length)."""
-    batch_size, _, seq_len = text.partition("x")
-    if not (batch_size.isdecimal() and seq_len.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is not BATCHxLENGTH, for instance 4x512")
-    return int(batch_size), int(seq_len)
 
 
 def settings(text: str) -> list[str | dict]:
@@ -57,19 +46,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["llama-2-7b"], help="in benchmarks/shapes, or folders")
     parser.add_argument("--cells", nargs="+", type=cell, default=[(4, 512)], help="BATCHxLENGTH")
     parser.add_argument("--settings", type=settings, default='["peers", "ours"]', help=settings.__doc__)
-    parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4", help="frozen weights")
-    parser.add_argument("--lora_rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=10, help="timed micro-steps")
-    parser.add_argument("--warm_up_seq_len", type=int, help="calibrate on sequences this short; default: the cell's")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one setting, loading included")
     parser.add_argument("--again", action="store_true", help="measure also what this commit has measured")
-    parser.add_argument("--checkpoints", default="ckpt", help="folder for the random checkpoints that Unsloth loads")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of memory_throughput.jsonl")
-    parser.add_argument("--device", default="cuda", help="cpu only tries it out: it counts what autograd keeps")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("benchmarks.memory_throughput measures GPU memory and time: it needs a GPU (or --device cpu)")
-    return args
+    add_arguments(parser, steps=10)
+    return parser.parse_args(argv)
 
 
 def measured(job: Job, lines: list[dict], now: dict) -> bool:
@@ -77,34 +57,26 @@ def measured(job: Job, lines: list[dict], now: dict) -> bool:
     return any(
         (line["commit"], line["device"]) == (now["commit"], now["device"])
         and name_of(line["setting"]) == name_of(job.setting)
-        and line["arguments"] == arguments_of(job)
+        and line["arguments"] == job.arguments
         and line.get("error") != NOT_INSTALLED
         for line in lines
     )
 
 
-def arguments_of(job: Job) -> dict:
-    """The job without what is told elsewhere in a line or is only a place."""
-    return {name: value for name, value in asdict(job).items() if name not in ("setting", "checkpoints")}
-
-
 @entry_point
 def main(argv: list[str] | None = None):
     args = parse(argv)
+    jobs = [make_job(args, *one) for one in itertools.product(args.shapes, args.cells, args.settings)]
     now = environment()
     file = args.output_dir / f"{NAME}.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    common = {name: getattr(args, name) for name in ("base", "lora_rank", "steps", "warm_up_seq_len", "device")}
-    for shape, (batch_size, seq_len), setting in itertools.product(args.shapes, args.cells, args.settings):
-        job = Job(setting, shape, batch_size=batch_size, seq_len=seq_len, checkpoints=args.checkpoints, **common)
-        print(f"{shape} {batch_size}x{seq_len}  {name_of(setting):<46}", end="", flush=True)
-        if not job.folder.joinpath("config.json").is_file():
-            raise UserError(f"{job.folder} has no config.json: --shapes takes a name in benchmarks/shapes or a folder")
+    for job in jobs:
+        print(f"{job.shape} {job.batch_size}x{job.seq_len}  {name_of(job.setting):<46}", end="", flush=True)
         if measured(job, lines, now) and not args.again:
             print("measured already")
             continue
         found = run(job, args.timeout)
-        record(NAME, {"setting": setting, **found, "arguments": arguments_of(job)}, args.output_dir)
+        record(NAME, {"setting": job.setting, **found, "arguments": job.arguments}, args.output_dir)
         print("  ".join(f"{name} {value}" for name, value in found.items()), flush=True)
 
 

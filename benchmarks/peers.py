@@ -20,32 +20,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks.jobs import Job
+
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = Path(__file__).parent / "shapes"
 MARK = "RESULT "
 NOT_INSTALLED = "not installed"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to measure. setting: a key of PEERS, or arguments of HycloraConfig."""
-
-    setting: str | dict
-    shape: str
-    base: str
-    lora_rank: int
-    batch_size: int
-    seq_len: int
-    steps: int
-    warm_up_seq_len: int | None
-    device: str
-    checkpoints: str
-
-    @property
-    def folder(self) -> Path:
-        """Where the shape's config.json is: a shape that is shipped, or a folder."""
-        shipped = SHAPES / self.shape
-        return shipped if shipped.is_dir() else Path(self.shape)
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"),
+}
 
 
 def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None):
@@ -150,12 +134,17 @@ def hyclora(job: Job):
     return model
 
 
-def measure(job: Job) -> dict:
-    """Memory and time of the job's micro-step."""
+def micro_step(job: Job):
+    """The job's micro-step, warmed up."""
     model = hyclora(job) if isinstance(job.setting, dict) else PEERS[job.setting].build(job)
     from utils.profiling import random_micro_step
 
-    step = random_micro_step(model, job.batch_size, job.seq_len, job.warm_up_seq_len, job.device)
+    return random_micro_step(model, job.batch_size, job.seq_len, job.warm_up_seq_len, job.device)
+
+
+def measure(job: Job) -> dict:
+    """Memory and time of the job's micro-step."""
+    step = micro_step(job)
     return step.memory() | step.throughput(job.steps)
 
 
@@ -172,14 +161,12 @@ def run(job: Job, timeout: float) -> dict:
     peer = PEERS.get(job.setting) if isinstance(job.setting, str) else None
     if peer and importlib.util.find_spec(peer.needs) is None:
         return {"error": NOT_INSTALLED}
-    cache = Path(tempfile.gettempdir()) / "unsloth_compiled_cache"
-    offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": str(cache)}
     # A file, not a pipe: workers that a compiler leaves behind would hold a pipe open.
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.peers", json.dumps(asdict(job))],
             cwd=ROOT,
-            env=os.environ | offline,
+            env=os.environ | OFFLINE,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -4,13 +4,13 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
-from utils.results import environment
-
 RESULTS = Path(__file__).parent / "results"
 
 
 def record(name: str, result: dict, folder: Path = RESULTS) -> dict:
     """Append result to folder/name.jsonl and return the whole line."""
+    from utils.results import environment  # it imports Transformers, which some peers have to patch first
+
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     line = {"benchmark": name, "time": now, **environment(), **result}
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import buffered, cross_entropy, fidelity, finetune, record
+from benchmarks import buffered, cross_entropy, fidelity, finetune, profile_step, record
 from operators.reference import IGNORED
 
+COPY = "Memcpy HtoD (Pinned -> Device)"
 KEYS = {"benchmark", "time", "commit", "device", "versions", "setting", "arguments"}
 
 
@@ -81,3 +82,28 @@ def test_cross_entropy(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cross_entropy.main([])
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_profile_step_on_a_cpu(tmp_path, tiny_llama_folder, capsys):
+    common = ["--shape", str(tiny_llama_folder), "--cell", "2x16", "--base", "bf16", "--device", "cpu", "--steps", "2"]
+    profile_step.main([*common, "--output_dir", str(tmp_path), "--setting", '{"q_bit": 2}', "--host"])
+    (line,) = lines(tmp_path, "profile_step")
+    assert line["setting"] == {"q_bit": 2} and line["arguments"]["seq_len"] == 16 and "gpu_ms" not in line
+    assert 0 < line["forward_ms"] < 2 * line["ms"] and 0 < line["backward_ms"] < 2 * line["ms"]
+    printed = capsys.readouterr().out
+    assert "backward_ms" in printed and "run_backward" in printed and "tottime" in printed
+    with pytest.raises(SystemExit):
+        profile_step.main(["--setting", "Nobody"])
+    assert "Nobody is neither" in capsys.readouterr().err
+
+
+def test_profile_step_counts_overlapping_kernels_once():
+    add = "void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor<float> >(int, float)"
+    spans = [(add, 0, 1000), ("gemm", 500, 2000), (add, 1200, 1400), (COPY, 0, 4000), (add, 5000, 6000)]
+    found = profile_step.device_times(spans, steps=2, layers=2)
+    assert found["gpu_ms"] == 1.5 and found["copy_ms"] == 2
+    assert found["kernels"] == 2 and found["kernels_a_layer"] == 1
+    copy, adds, gemm = found["top_kernels"]
+    assert copy["name"] == COPY and gemm["us"] == 750
+    assert adds["name"] == "vectorized_elementwise_kernel<4, AddFunctor<float> >"
+    assert (adds["count"], adds["us"], adds["mean_us"]) == (1.5, 1100, 733.33)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import figures, memory_throughput, peers, random_checkpoint, report, rows
+from benchmarks.jobs import SHAPES, Job
 from benchmarks.memory_throughput import NAME
-from benchmarks.peers import NOT_INSTALLED, PEERS, SHAPES, Job
+from benchmarks.peers import NOT_INSTALLED, PEERS
 from models.config import HycloraConfig
 
 

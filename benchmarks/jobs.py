@@ -1,0 +1,70 @@
+"""What a measurement of a micro-step is of, and the command line that says it. Imports nothing that is heavy."""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.record import RESULTS
+from utils.errors import UserError
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure. setting: a key of PEERS, or arguments of HycloraConfig."""
+
+    setting: str | dict
+    shape: str
+    base: str
+    lora_rank: int
+    batch_size: int
+    seq_len: int
+    steps: int
+    warm_up_seq_len: int | None
+    device: str
+    checkpoints: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the shape's config.json is: a shape that is shipped, or a folder."""
+        shipped = SHAPES / self.shape
+        return shipped if shipped.is_dir() else Path(self.shape)
+
+    @property
+    def arguments(self) -> dict:
+        """What a line of results calls so: all but what is told elsewhere in it or is only a place."""
+        return {name: value for name, value in asdict(self).items() if name not in ("setting", "checkpoints")}
+
+
+def cell(text: str) -> tuple[int, int]:
+    """4x512 as (batch size, sequence length)."""
+    batch_size, _, seq_len = text.partition("x")
+    if not (batch_size.isdecimal() and seq_len.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is not BATCHxLENGTH, for instance 4x512")
+    return int(batch_size), int(seq_len)
+
+
+def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
+    """What all jobs of one command have in common."""
+    parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4", help="frozen weights")
+    parser.add_argument("--lora_rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=steps, help="timed micro-steps")
+    parser.add_argument("--warm_up_seq_len", type=int, help="calibrate on sequences this short; default: the cell's")
+    parser.add_argument("--checkpoints", default="ckpt", help="folder for the random checkpoints that Unsloth loads")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--device", default="cuda", help="cpu only tries it out")
+
+
+def make_job(args: argparse.Namespace, shape: str, cell: tuple[int, int], setting: str | dict) -> Job:
+    """A job of the command; refused where it has no shape or no GPU."""
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("this measures GPU memory and time: it needs a GPU (or --device cpu)")
+    names = ("base", "lora_rank", "steps", "warm_up_seq_len", "device", "checkpoints")
+    common = {name: getattr(args, name) for name in names}
+    job = Job(setting, shape, batch_size=cell[0], seq_len=cell[1], **common)
+    if not job.folder.joinpath("config.json").is_file():
+        raise UserError(f"{job.folder} has no config.json: a shape is a name in benchmarks/shapes or a folder")
+    return job
