@@ -1,11 +1,9 @@
 """figures/*.png from the result files; a figure with nothing to show is not drawn."""
 
-import math
-
 import matplotlib
 
 from benchmarks.record import RESULTS
-from benchmarks.rows import CELL, describe, load, memory_cells, name_of
+from benchmarks.rows import CELL, describe_batch, describe_model, load, memory_cells, name_of
 from models.config import SLOTS
 
 matplotlib.use("Agg")
@@ -73,18 +71,18 @@ def memory_speed():
         return None
     figure, all_axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.6), squeeze=False)
     for axes, (cell, lines) in zip(all_axes[0], panels, strict=True):
-        points = [(line["dyn_mib"], line["tokens_per_second"], line["setting"]) for line in lines]
-        middle = math.prod(extreme(line["dyn_mib"] for line in lines) for extreme in (min, max)) ** 0.5
-        for dyn, speed, setting in points:
-            ours = isinstance(setting, dict)
-            label = "HyC-LoRA" if ours else "peers"
-            axes.plot(dyn, speed, "o" if ours else "s", color="tab:red" if ours else "tab:blue", label=label)
-            side = {"ha": "left", "xytext": (4, 4)} if dyn <= middle else {"ha": "right", "xytext": (-4, 4)}
-            axes.annotate(name_of(setting), (dyn, speed), textcoords="offset points", fontsize=6, **side)
+        points = sorted((line["dyn_mib"], line["tokens_per_second"], name_of(line["setting"])) for line in lines)
+        peers = {line["setting"] for line in lines if isinstance(line["setting"], str)}
+        for number, (dyn, speed, name) in enumerate(points, 1):
+            style, color, label = ("s", "tab:blue", "peers") if name in peers else ("o", "tab:red", "HyC-LoRA")
+            axes.plot(dyn, speed, style, color=color, label=label)
+            axes.annotate(number, (dyn, speed), textcoords="offset points", fontsize=7, xytext=(4, 4))
+        names = "\n".join(f"{number}  {name}" for number, (*_, name) in enumerate(points, 1))
+        axes.text(1.02, 1, names, transform=axes.transAxes, va="top", fontsize=7, linespacing=1.4)
         axes.step(*zip(*pareto(points), strict=True), where="post", color="grey", linewidth=1, label="Pareto front")
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(describe(cell), fontsize=9)
+        axes.set_title(f"{describe_model(cell)}, {describe_batch(cell)}", fontsize=9)
         axes.set_xlabel("dyn: peak over static memory, MiB")
         axes.set_ylabel("tokens a second")
         axes.margins(x=0.15)
@@ -126,12 +124,17 @@ def memory_breakdown():
 
 
 def memory_length():
-    """Memory over the static part, and its share of a token, against the tokens of a micro-step."""
+    """Memory over the static part, and its share of a token, against the tokens of a micro-step.
+
+    Where two cells have as many tokens, that of the longer sequences counts.
+    """
     lengths: dict[str, dict[int, float]] = {}
     for cell, lines in _whole_cells("dyn_mib"):
         for line in lines:
             lengths.setdefault(name_of(line["setting"]), {})[cell[-2] * cell[-1]] = line["dyn_mib"]
-    lengths = {name: sizes for name, sizes in lengths.items() if len(sizes) > 1}
+    # settings with two points only would hide those with more
+    enough = max(2, min(3, max(map(len, lengths.values()), default=0)))
+    lengths = {name: sizes for name, sizes in lengths.items() if len(sizes) >= enough}
     if not lengths:
         return None
     figure, (whole, share) = plt.subplots(1, 2, figsize=(12, 4.6))

@@ -26,6 +26,7 @@ OURS = [
     {"layer_type": "baseline"},
     *({"q_bit": bits} for bits in (8, 4, 2)),
     *({"layer_type": "intra_inter_full_fuse", "q_bit": bits} for bits in (4, 2)),
+    {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True},
     {"q_bit": "auto"},
     *({"q_bit": bits, "offload": True} for bits in (8, 4, 2)),
 ]

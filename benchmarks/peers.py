@@ -88,6 +88,7 @@ def unsloth(job: Job, checkpointing: bool | str):
         max_seq_length=max(2048, job.seq_len),
         dtype=torch.bfloat16,
         load_in_4bit=job.base == "nf4",
+        use_gradient_checkpointing=checkpointing,  # loading for offloading would set up its buffers
         local_files_only=True,
     )
     return FastLanguageModel.get_peft_model(

@@ -14,10 +14,10 @@ import cProfile
 import json
 import os
 import pstats
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from statistics import mean, median
 
 import torch
 from torch.autograd import DeviceType
@@ -28,12 +28,9 @@ from benchmarks.peers import OFFLINE, PEERS, micro_step
 from benchmarks.record import record
 from utils.errors import entry_point
 
-NAME = "profile_step"
 COPIES = ("Memcpy", "Memset")
 NOISE = ("void ", "at::native::", "(anonymous namespace)::", "c10::", "cutlass::", "std::")
 PROFILED = 3  # micro-steps under a profiler
-
-Span = tuple[str, float, float]  # name, start and end in microseconds
 
 
 def setting(text: str) -> str | dict:
@@ -62,11 +59,11 @@ def host_times(step, repeat: int) -> dict[str, float]:
 
     for _ in range(repeat):
         timed("backward_ms", timed("forward_ms", step.forward, step.batch).backward)
-    return {name: round(1e3 * statistics.median(seconds[name]), 2) for name in ("forward_ms", "backward_ms")}
+    return {name: round(1e3 * median(seconds[name]), 2) for name in ("forward_ms", "backward_ms")}
 
 
-def device_spans(step, repeat: int) -> list[Span]:
-    """What the GPU does in `repeat` micro-steps."""
+def device_spans(step, repeat: int) -> list[tuple[str, float, float]]:
+    """What the GPU does in `repeat` micro-steps: name, start and end in microseconds."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(repeat):
             step.forward(step.batch).backward()
@@ -91,7 +88,7 @@ def short(name: str, width: int = 110) -> str:
     return name.rpartition("(")[0][:width] if name.endswith(")") and not name.startswith(COPIES) else name[:width]
 
 
-def device_times(spans: list[Span], steps: int, layers: int, top: int = 40) -> dict:
+def device_times(spans: list[tuple[str, float, float]], steps: int, layers: int, top: int = 40) -> dict:
     """Busy milliseconds and number of kernels of one step, and its `top` kernels by time."""
     kernels = [span for span in spans if not span[0].startswith(COPIES)]
     copies = [span for span in spans if span[0].startswith(COPIES)]
@@ -99,12 +96,7 @@ def device_times(spans: list[Span], steps: int, layers: int, top: int = 40) -> d
     for name, start, end in spans:
         durations[short(name)].append(end - start)
     rows = [
-        {
-            "name": name,
-            "count": len(us) / steps,
-            "us": round(sum(us) / steps, 1),
-            "mean_us": round(sum(us) / len(us), 2),
-        }
+        {"name": name, "count": len(us) / steps, "us": round(sum(us) / steps, 1), "mean_us": round(mean(us), 2)}
         for name, us in durations.items()
     ]
     return {
@@ -117,7 +109,7 @@ def device_times(spans: list[Span], steps: int, layers: int, top: int = 40) -> d
 
 
 def host_functions(step, repeat: int, top: int = 50) -> None:
-    """Print the Python functions of forward and backward by own time, which the profiler itself inflates."""
+    """Print the functions of `repeat` micro-steps by own time, which the profiler itself inflates."""
     profiler = cProfile.Profile()
     # With its own threads autograd would run backward where this thread's profiler does not look.
     with torch.autograd.set_multithreading_enabled(False):
@@ -126,7 +118,6 @@ def host_functions(step, repeat: int, top: int = 50) -> None:
             profiler.enable()
             step.forward(step.batch).backward()
             profiler.disable()
-    print(f"\nhost functions of {repeat} micro-steps, by own time")
     pstats.Stats(profiler).sort_stats("tottime").print_stats(top)
 
 
@@ -145,7 +136,7 @@ def main(argv: list[str] | None = None):
     found = {"ms": step.throughput(job.steps)["ms"], **host_times(step, job.steps)}
     if step.device.type == "cuda":
         found |= device_times(device_spans(step, PROFILED), PROFILED, step.model.config.num_hidden_layers)
-    record(NAME, {"setting": job.setting, **found, "arguments": job.arguments}, args.output_dir)
+    record("profile_step", {"setting": job.setting, **found, "arguments": job.arguments}, args.output_dir)
     rows = found.pop("top_kernels", [])
     print(json.dumps(job.setting), "  ".join(f"{name} {value}" for name, value in found.items()), sep="\n")
     for row in rows:

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.record import RESULTS
-from benchmarks.rows import describe, load, memory_cells, name_of
+from benchmarks.rows import describe_batch, describe_model, load, memory_cells, name_of
 from models.config import SLOTS, HycloraConfig
 
 ROOT = RESULTS.parent.parent
 README, FIGURES = ROOT / "README.md", ROOT / "figures"
 MIB = 2**20
+FEW = 6  # rows that make no table of their own
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -82,15 +83,18 @@ def finetune() -> str:
 
 
 def memory_throughput() -> str:
-    """One table a shape and batch, by memory; failures, with their cause, last."""
-    parts = []
+    """A table a model and batch, by memory, failures with their cause last; batches with few rows share one."""
+    parts, shared = [], {}
     for cell, lines in memory_cells().items():
         lines.sort(key=lambda line: line.get("dyn_mib", math.inf))
-        head = [describe(cell), "static MiB", "dyn MiB", "buffered MiB (host)", "ms a micro-step", "tokens/s"]
-        rows = [[name_of(line["setting"]), *memory_columns(line)] for line in lines]
-        parts.append(table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.memory_throughput"))
-        if any(line["benchmark"] == "step" for line in lines):
-            parts.append("*Rows without buffered: by the predecessor, which ran all settings in one process.*")
+        if len(lines) > FEW:
+            title = f"{describe_model(cell)}, {describe_batch(cell)}"
+            parts += memory_table(title, [(name_of(line["setting"]), line) for line in lines])
+        else:
+            named = [(f"{describe_batch(cell)}: {name_of(line['setting'])}", line) for line in lines]
+            shared.setdefault(describe_model(cell), []).extend(named)
+    for title, named in shared.items():
+        parts += memory_table(title, named)
     drawn = {
         "memory_speed": "memory against speed, and the settings that none beats in both",
         "memory_breakdown": "what the peak is made of",
@@ -98,6 +102,17 @@ def memory_throughput() -> str:
     }
     parts += [f"![{alt}](figures/{name}.png)" for name, alt in drawn.items() if (FIGURES / f"{name}.png").exists()]
     return "\n\n".join(parts)
+
+
+def memory_table(title: str, named: list[tuple[str, dict]]) -> list[str]:
+    """Named lines as a table and what is said below it."""
+    lines = [line for _, line in named]
+    head = [title, "static MiB", "dyn MiB", "buffered MiB (host)", "ms a micro-step", "tokens/s"]
+    found = table(head, [[name, *memory_columns(line)] for name, line in named])
+    notes = [source(lines, "python -m benchmarks.memory_throughput")]
+    if any(line["benchmark"] == "step" for line in lines):
+        notes.append("*Rows without buffered: by the predecessor, which ran all settings in one process.*")
+    return [found, *notes]
 
 
 def memory_columns(line: dict) -> list[str]:

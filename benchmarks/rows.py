@@ -49,8 +49,12 @@ def name_of(setting: dict | str | None) -> str:
     return ", ".join([*words, *(f"{name} {value}" for name, value in rest.items())])
 
 
-def describe(cell: tuple) -> str:
-    """The shape and batch of a cell of `memory_cells`."""
-    shape, base, rank, batch_size, seq_len = cell
-    other = "" if rank == 16 else f", rank {rank}"
-    return f"{shape}, {batch_size} x {seq_len} tokens, {base.upper()}{other}"
+def describe_model(cell: tuple) -> str:
+    """The shape of a cell of `memory_cells`, with base and rank."""
+    shape, base, rank = cell[:3]
+    return f"{shape}, {base.upper()}{'' if rank == 16 else f', rank {rank}'}"
+
+
+def describe_batch(cell: tuple) -> str:
+    """The batch of a cell of `memory_cells`."""
+    return f"{cell[3]} x {cell[4]} tokens"

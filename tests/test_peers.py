@@ -3,6 +3,8 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,29 @@ def test_peers_keep_what_they_say(job):
     full, every, second = (peers.measure(replace(job, setting=name))["buffered_mib"] for name in names)
     assert full > second > every
     assert full > peers.measure(job)["buffered_mib"]
+
+
+@pytest.mark.parametrize("name, mode", [("Unsloth", False), ("Unsloth, offloaded checkpointing", "unsloth")])
+def test_unsloth_loads_a_checkpoint_that_is_written_once(job, tmp_path, monkeypatch, name, mode):
+    """With a stand-in for the package: it needs a GPU."""
+    calls = []
+
+    class FastLanguageModel:
+        from_pretrained = staticmethod(lambda folder, **options: (calls.append((folder, options)), None))
+        get_peft_model = staticmethod(lambda model, **options: calls.append((model, options)) or "adapted")
+
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
+    monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: random_checkpoint.main(command[3:]))
+    long = replace(job, seq_len=8192, checkpoints=str(tmp_path))
+    assert PEERS[name].build(long) == "adapted"
+    (folder, loading), (_, adapters) = calls
+    config = json.loads(Path(folder, "config.json").read_text())
+    assert config["max_position_embeddings"] == loading["max_seq_length"] == 8192 and not loading["load_in_4bit"]
+    assert loading["use_gradient_checkpointing"] is adapters["use_gradient_checkpointing"] is mode
+    assert adapters["r"] == adapters["lora_alpha"] == 4 and len(adapters["target_modules"]) == 7
+    monkeypatch.setattr(peers.subprocess, "run", lambda *_, **__: pytest.fail("written again"))
+    PEERS[name].build(replace(long, seq_len=16))
+    assert json.loads(Path(folder, "config.json").read_text()) == config and calls[2][1]["max_seq_length"] == 2048
 
 
 def test_sweep_keeps_failures_and_continues_where_it_stopped(tiny_llama_folder, tmp_path, capsys, monkeypatch):
@@ -127,15 +152,28 @@ def reported(tmp_path, monkeypatch):
 
 
 def test_tables_are_sorted_and_keep_failures(reported):
+    fillers = [line({"q_bit": 4, "slot_savers": {"q": f"quant{n}"}}, 10000 + n) for n in range(report.FEW)]
     text, drawn = reported(
         line("PEFT LoRA", 9000), line("Liger"), line({"q_bit": 2}, 900), line("Liger", 8000, seq_len=64),
-        line({"q_bit": 2}, 800), line({"q_bit": 2, "layer_type": "intra_inter"}, 700),
+        line({"q_bit": 2}, 800), line({"q_bit": 2, "layer_type": "intra_inter"}, 700), *fillers,
+        line("Liger", 90, 2048, 1), line("PEFT LoRA", 80, 2048, 1),
     )  # fmt: skip
-    short, long = (part for part in text.split("\n\n") if part.startswith("| "))
-    assert "4 x 64 tokens, NF4" in short and "Liger | 4400 | 8000 | 4000 (7) | 200 (190 to 210) | 8000" in short
-    names = [row.split(" | ")[0].strip("| ") for row in long.splitlines()[2:]]
-    assert names == ["intra_inter, 2 bit", "PEFT LoRA", "Liger"] and "out of memory" in long and "| 700 |" in long
-    assert drawn == {"memory_speed", "memory_breakdown"} and "(figures/memory_speed.png)" in text
+    whole, shared = (part.splitlines() for part in text.split("\n\n") if part.startswith("| "))
+    names = [row.split(" | ")[0].strip("| ") for row in whole]
+    assert names[0] == "llama-2-7b, NF4, 4 x 512 tokens"
+    assert names[2:4] == ["intra_inter, 2 bit", "PEFT LoRA"] and names[-1] == "Liger"
+    assert "| 700 |" in whole[2] and "out of memory" in whole[-1]
+    assert shared[0].startswith("| llama-2-7b, NF4 | static") and len(shared) == 5
+    assert shared[2] == "| 4 x 64 tokens: Liger | 4400 | 8000 | 4000 (7) | 200 (190 to 210) | 8000 |"
+    assert shared[3].startswith("| 1 x 2048 tokens: PEFT LoRA | 4400 | 80 ")
+    assert drawn == {"memory_speed", "memory_breakdown", "memory_length"} and "(figures/memory_speed.png)" in text
+
+
+def test_models_do_not_share_tables(reported):
+    other = line("Liger", 70)
+    other["arguments"]["shape"] = "mistral-7b"
+    text, _ = reported(other, line("Liger", 80))
+    assert "| llama-2-7b, NF4 |" in text and "| mistral-7b, NF4 |" in text
 
 
 def test_few_or_no_lines_draw_what_there_is(reported):

@@ -30,7 +30,7 @@ from utils.errors import UserError
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-_PEERS = ("liger-kernel", "unsloth")
+_PEERS = ("liger-kernel", "unsloth", "unsloth_zoo", "cut-cross-entropy")
 
 
 def start_run(root: Path, tag: str, training: TrainingArguments) -> Path:
