@@ -24,6 +24,7 @@ softmax_outlier_ratio=${softmax_outlier_ratio:-0.05}
 layernorm_outlier_ratio=${layernorm_outlier_ratio:-0.005}
 q_bit=${q_bit:-4}
 offload=${offload:-False}
+cuda_graphs=${cuda_graphs:-False}
 
 # LoRA
 lora_rank=${lora_rank:-16}
@@ -64,6 +65,7 @@ exec "$PYTHON" "$root/run_gsm8k.py" \
     --layernorm_outlier_ratio "$layernorm_outlier_ratio" \
     --q_bit "$q_bit" \
     --offload "$offload" \
+    --cuda_graphs "$cuda_graphs" \
     --lora_rank "$lora_rank" \
     --lora_alpha "$lora_alpha" \
     --lora_init_type "$lora_init_type" \

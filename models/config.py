@@ -79,6 +79,7 @@ class HycloraConfig:
     attention: str = _option("flash", "flash (no attention map) or eager (keeps a sparse map, as the paper does).")
     scale_rule: str = _option("channel_group", "Quantizer: channel_group, or paper (the published rule).")
     offload: bool = _option(False, "Keep packed slots in pinned host memory; backward fetches them just in time.")
+    cuda_graphs: bool = _option(False, "Replay the layers as CUDA graphs for batches of a shape that comes again.")
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
 
     def __post_init__(self):

@@ -9,6 +9,7 @@ from torch import nn
 from models.bits import allocate_bits
 from models.blocks import AttentionBlock, Block, Family, LayerBlock, MlpBlock, NormBlock
 from models.config import SLOTS, HycloraConfig
+from models.graphs import CudaRecorder, LayerGraphs
 from models.head import HeadBlock
 from models.llama import LLAMA
 from operators.savers import ChannelQuant, CudaCopies, Saver, Step, Store, make_saver
@@ -48,6 +49,8 @@ class PatchReport:
         lines.append(f"  LoRA on  {adapted}")
         if self.config.offload:
             lines.append("  packed slots wait in pinned host memory")
+        if self.config.cuda_graphs:
+            lines.append("  all layers are replayed as CUDA graphs for batches of a shape that comes again")
         lines.append(f"  not patched: {', '.join(self.not_patched)}")
         return "\n".join(lines)
 
@@ -62,12 +65,20 @@ class Patch:
     layers: list[LayerBlock] = field(default_factory=list)
     hook: torch.utils.hooks.RemovableHandle | None = None
     store: Store | None = None
+    graphs: LayerGraphs | None = None
 
-    def use(self, store: Store) -> None:
-        """Send the packed slots of all blocks to a store."""
+    def use(self, store: Store | None) -> None:
+        """Send the packed slots of all blocks to a store; None: they stay put."""
         self.store = store
         for block in [*self.blocks, *self.layers]:
             block.store = store
+
+    def add_graphs(self, recorder) -> None:
+        """Have the layers replayed by a recorder where that can be done."""
+        self.graphs = LayerGraphs(recorder, self, self.layers, self.blocks)
+        for entry in self.graphs.entries:
+            entry.bind()
+        self.blocks += self.graphs.entries
 
 
 def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> PatchReport:
@@ -95,9 +106,12 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     checkpoints = [LayerBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
     patch = Patch(config, step, blocks, checkpoints)
     if config.offload:
-        patch.use(Store(CudaCopies(_gpu(layers))))
+        patch.use(Store(CudaCopies(_gpu(layers, "offload"))))
+    recorder = CudaRecorder(_gpu(layers, "cuda_graphs")) if config.cuda_graphs else None
     for block in blocks:
         block.bind()
+    if recorder is not None:
+        patch.add_graphs(recorder)
     patch.hook = decoder.register_forward_pre_hook(_StepHook(step, checkpoints), with_kwargs=True)
     object.__setattr__(model, PATCH, patch)
     return report
@@ -145,11 +159,11 @@ def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _gpu(layers: list[nn.Module]) -> torch.device:
-    """The one GPU that holds the decoder layers; ValueError if they are elsewhere."""
+def _gpu(layers: list[nn.Module], option: str) -> torch.device:
+    """The one GPU that holds the decoder layers; ValueError naming the option that needs it if they are elsewhere."""
     devices = list(dict.fromkeys(str(p.device) for layer in layers for p in layer.parameters()))
     if len(devices) != 1 or not devices[0].startswith("cuda"):
-        raise ValueError(f"offload=True needs all layers on one GPU; this model is on {', '.join(devices)}")
+        raise ValueError(f"{option}=True needs all layers on one GPU; this model is on {', '.join(devices)}")
     return torch.device(devices[0])
 
 

@@ -37,8 +37,9 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     saved, current = json.loads(metadata["config"]), patch.config.to_dict()
-    # where the packed bytes wait says nothing about the statistics
-    changed = [name for name in current if name != "offload" and saved.get(name) != current[name]]
+    # where the packed bytes wait and how kernels are launched says nothing about the statistics
+    free = ("offload", "cuda_graphs")
+    changed = [name for name in current if name not in free and saved.get(name) != current[name]]
     if metadata["format"] != FORMAT or changed:
         raise ValueError(
             f"{path} was written with other settings of {', '.join(changed) or 'the format'}; use the same"
@@ -47,6 +48,8 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
         state = {name.removeprefix(f"{key}."): t for name, t in tensors.items() if name.rpartition(".")[0] == key}
         saver.load_state_dict(state)
     patch.step.index = int(metadata["step"])
+    if patch.graphs is not None:
+        patch.graphs.clear()
 
 
 def _savers(patch):

@@ -27,6 +27,12 @@ def undisturbed(model: nn.Module, *, train: bool):
             model.train(mode)
 
 
+def layer_by_layer(model: nn.Module):
+    """No CUDA graphs inside: what a graph keeps and launches is not seen from outside."""
+    graphs = getattr(getattr(model, PATCH, None), "graphs", None)
+    return contextlib.nullcontext() if graphs is None else graphs.paused()
+
+
 def buffered_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     """Bytes of the storages that one training forward of `batch` saves for backward on the model's device.
 
@@ -46,7 +52,8 @@ def buffered_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
         # an operator that holds its own output in a hook's result would never be freed
         return tensor if tensor.grad_fn is None else tensor.detach()
 
-    with undisturbed(model, train=True), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with undisturbed(model, train=True), layer_by_layer(model), hooks:
         output = model(**batch)
         patch = getattr(model, PATCH, None)
         in_store = patch.store.device_bytes if patch is not None and patch.store is not None else 0
@@ -104,23 +111,35 @@ class MicroStep:
         """MiB of GPU memory; on a CPU only what autograd keeps can be told.
 
         static: weights, adapters, gradients and optimizer, of which trained is all but the frozen weights. buffered:
-        allocated over static after the forward, and host what is offloaded by then. dyn: peak over static.
+        allocated over static after the forward, and host what is offloaded by then. dyn: peak over static; with CUDA
+        graphs all that their memory pool holds counts, and what they keep between steps is not static.
         """
         if self.device.type != "cuda":
             return {"buffered_mib": round(buffered_bytes(self.model, self.batch) / MIB, 3)}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         state = [t for values in self.optimizer.state.values() for t in values.values() if t.is_cuda]
         trained = [*trainable, *(p.grad for p in trainable if p.grad is not None), *state]
+        graphs = getattr(getattr(self.model, PATCH, None), "graphs", None)
+        if graphs is not None:
+            graphs.clear()
         gc.collect()
         torch.cuda.synchronize()
         static = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        loss = self.forward(self.batch)
+        with layer_by_layer(self.model):
+            loss = self.forward(self.batch)
+            torch.cuda.synchronize()
+            buffered, host = torch.cuda.memory_allocated() - static, host_bytes(self.model)
+            loss.backward()
+        del loss
+        if graphs is not None:
+            # seen, recorded, replayed
+            for _ in range(3):
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                self.forward(self.batch).backward()
         torch.cuda.synchronize()
-        buffered, host = torch.cuda.memory_allocated() - static, host_bytes(self.model)
-        loss.backward()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() + (0 if graphs is None else graphs.hidden_bytes)
         found = {
             "static": static,
             "trained": sum(t.numel() * t.element_size() for t in trained),

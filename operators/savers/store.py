@@ -190,6 +190,13 @@ class Store:
             self._settle(unit)
         return tensors
 
+    def settle(self) -> None:
+        """Have the work queued from now on run after all copies."""
+        for unit in list(self._units.values()):
+            if unit.pending is not None:
+                self.copies.wait(unit.pending)
+                unit.pending = None
+
     def _settle(self, unit: Unit) -> None:
         """Count a unit among those on the device that nobody waits for; those beyond the window leave it."""
         self._window.append((unit.serial, weakref.ref(unit)))

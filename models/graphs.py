@@ -1,0 +1,343 @@
+"""The decoder layers of a training step as CUDA graphs, for kinds of input that come again.
+
+At a few thousand tokens a layer's kernels are shorter than the time the host needs to launch them. So the second time
+that a kind of input (shapes, dtypes, adapters) comes after calibration, the forward of all layers is captured as one
+graph and their backward as another; from then on both are replayed. Inputs are copied to fixed places; activations live
+in a memory pool that all graphs share; the backward adds to fixed buffers, which are the parameters' .grad.
+
+Whatever a graph cannot do or would hide runs layer by layer: dropout, hooks on modules or parameters, gradient
+checkpointing, several processes, inputs that differ from layer to layer, a forward before the backward of another one.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from models.blocks import Block, NormBlock, autocast_dtype
+
+MAX_RECORDINGS = 8
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class CudaRecorder:
+    """Captures work as CUDA graphs that share a memory pool, as no two of them run at the same time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __reduce__(self):
+        return CudaRecorder, (self.device,)
+
+    def record(self, run: Callable) -> tuple:
+        """What run() returns, and a function that does its work; the work is not done yet."""
+        graph = torch.cuda.CUDAGraph()
+        # relaxed: a store may have to pin host memory meanwhile
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="relaxed"):
+            result = run()
+        return result, graph.replay
+
+    def hidden_bytes(self) -> int:
+        """Memory that replays use and the allocator does not count as allocated, fragments included."""
+        segments = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == self.pool]
+        return sum(s["total_size"] - s["allocated_size"] for s in segments)
+
+
+@dataclass
+class Recording:
+    """One kind of input: its fixed tensors and its two graphs.
+
+    anchor: one of the parameters that get a gradient; inputs: the tensors among the first layer's arguments; output: of
+    the last layer; dy: its gradient, in the same memory; dx: that of the first layer's input, None if not needed.
+    """
+
+    anchor: nn.Parameter
+    inputs: list[Tensor]
+    output: Tensor
+    dy: Tensor
+    dx: Tensor | None
+    forward: Callable[[], None]
+    backward: Callable[[], None]
+
+
+class LayerEntry(Block):
+    """A decoder layer's forward: the first layer may replay all of them, and the others pass on its result."""
+
+    def __init__(self, module: nn.Module, name: str, graphs: "LayerGraphs"):
+        super().__init__(module, name, {}, graphs.step)
+        self.graphs = graphs
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output = self.graphs.replay(self, hidden_states, args, kwargs)
+        return self.run_stock(hidden_states, *args, **kwargs) if output is None else output
+
+
+class LayerGraphs:
+    """The recordings of one patched model, and when they may run.
+
+    patch: whose Step and Store the layers use; layers: the blocks that name their modules; blocks: all that run inside.
+    """
+
+    def __init__(self, recorder, patch, layers: list[Block], blocks: list[Block]):
+        self.recorder, self.patch, self.step = recorder, patch, patch.step
+        self.entries = [LayerEntry(layer.module, layer.name, self) for layer in layers]
+        modules = [m for layer in layers for m in layer.module.modules()]
+        # the dictionaries themselves, which modules fill later: looked at once a step
+        self._hooks = [m.__dict__[name] for m in modules for name in HOOKS]
+        self.projections = list({id(p): p for block in blocks for p in block.projections}.values())
+        self.norms = [block.module for block in blocks if isinstance(block, NormBlock)]
+        self.active = True
+        self._drops = any(getattr(m, "attention_dropout", 0.0) > 0 for m in modules)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all recordings, and with them the memory that they hold."""
+        self.__dict__.update(self._fresh())
+        self.recorder = copy(self.recorder)  # a pool without graphs cannot be used again
+
+    def __getstate__(self) -> dict:
+        """A copy of a model records for itself."""
+        return self.__dict__ | self._fresh()
+
+    @staticmethod
+    def _fresh() -> dict:
+        return {
+            "recordings": {},
+            "_seen": Counter(),
+            "_refused": set(),
+            "_grads": {},
+            "_store": None,
+            "_pending": _nothing,
+            "_arguments": [],
+            "_kind": None,
+            "_passing": False,
+        }
+
+    @contextmanager
+    def paused(self):
+        """The layers run one by one inside."""
+        active, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = active
+
+    @property
+    def hidden_bytes(self) -> int:
+        """GPU memory of the recordings that is not in the allocator's count."""
+        return self.recorder.hidden_bytes() if self.recordings else 0
+
+    def replay(self, entry: LayerEntry, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
+        """What a layer returns if all layers are replayed as one; None if it has to run by itself."""
+        if entry is not self.entries[0]:
+            if self._passing:
+                self._passing = entry is not self.entries[-1]
+                return hidden
+            self._compare(args, kwargs)
+            return None
+        self._passing = False
+        self._kind = self._kind_of(hidden, args, kwargs)
+        self._arguments, spec = tree_flatten((args, kwargs))
+        if self._kind is None:
+            return None
+        recording = self.recordings.get(self._kind) or self._record(hidden, self._arguments, spec)
+        if recording is None:
+            return None
+        self._passing = len(self.entries) > 1
+        inputs = [hidden, *(t for t in self._arguments if isinstance(t, Tensor))]
+        return ReplayFunction.apply(hidden, recording.anchor, self, recording, inputs)
+
+    def attach(self) -> None:
+        """Make the buffers that a backward adds to the parameters' gradients, with what these hold."""
+        empty = []
+        for parameter, buffer in self._grads.items():
+            if parameter.grad is buffer:
+                continue
+            if parameter.grad is None:
+                empty.append(buffer)
+            else:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+        if empty:
+            torch._foreach_zero_(empty)
+
+    def begin(self) -> "Ticket":
+        """A forward has been replayed: its activations are in the pool as long as the ticket lives."""
+        ticket = Ticket()
+        self._pending = weakref.ref(ticket)
+        return ticket
+
+    def _kind_of(self, hidden: Tensor, args: tuple, kwargs: dict) -> tuple | None:
+        """What two inputs must have in common to be replayed alike; None for what is not to be replayed at all."""
+        if not (self.active and torch.is_grad_enabled()) or self.step.calibrating or self._pending() is not None:
+            return None
+        layers = [entry.module for entry in self.entries]
+        if any(getattr(layer, "gradient_checkpointing", False) or not layer.training for layer in layers):
+            return None
+        if self._drops or any(self._hooks) or torch.distributed.is_available() and torch.distributed.is_initialized():
+            return None
+        if not all([p.refresh(self.step.index) for p in self.projections]) or any(p.dropout for p in self.projections):
+            return None
+        parameters = self._parameters()
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+            return None
+        leaves, spec = tree_flatten((args, kwargs))
+        kind = (
+            spec,
+            autocast_dtype(hidden.device.type),
+            *((t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in (hidden, *leaves)),
+            *((p.adapter, p.scaling, id(p.base.weight)) for p in self.projections),
+            *((t.data_ptr(), t.requires_grad) for t in parameters),
+        )
+        return None if kind in self._refused else kind
+
+    def _parameters(self) -> list[Tensor]:
+        """What the layers' blocks may train."""
+        parameters = [t for p in self.projections for t in p.parameters() if t is not None]
+        return parameters + [norm.weight for norm in self.norms]
+
+    def _compare(self, args: tuple, kwargs: dict) -> None:
+        """A later layer runs by itself: unless its arguments are those of the first one, this kind stays so."""
+        leaves = tree_flatten((args, kwargs))[0]
+        if len(leaves) != len(self._arguments) or any(a is not b for a, b in zip(leaves, self._arguments, strict=True)):
+            self._refused.add(self._kind)
+
+    def _record(self, hidden: Tensor, leaves: list, spec) -> Recording | None:
+        """Record a kind of input that came before; None while it should still run layer by layer."""
+        self._seen[self._kind] += 1
+        if self._seen[self._kind] == 1 or len(self.recordings) == MAX_RECORDINGS:
+            return None
+        eager = self.patch.store
+        if eager is not None and self._store is None:
+            if eager.host_bytes:
+                return None
+            # graphs copy to fixed host bytes, so the store that has them is theirs from now on
+            self._store, eager = eager, copy(eager)
+        cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        self.patch.use(self._store)
+        try:
+            self.recordings[self._kind] = self._capture(hidden, leaves, spec)
+        finally:
+            self.patch.use(eager)
+            torch.set_autocast_cache_enabled(cache)
+        return self.recordings[self._kind]
+
+    def _capture(self, hidden: Tensor, leaves: list, spec) -> Recording:
+        first = hidden.detach().clone().requires_grad_(hidden.requires_grad)
+        leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
+        args, kwargs = tree_unflatten(leaves, spec)
+        trained = [_trained(entry.module) for entry in self.entries]
+        anchor = next(p for layer in trained for _, _, p in layer)
+        for parameter in (p for layer in trained for _, _, p in layer):
+            if parameter not in self._grads:
+                self._grads[parameter] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        # edges, not tensors: between two layers nothing but the sum of both is kept, and not for backward
+        edges: list[tuple[GradientEdge | None, list[Tensor]]] = []
+
+        def forward() -> Tensor:
+            edges.clear()
+            x, edge = first, get_gradient_edge(first) if first.requires_grad else None
+            with self._aliased(trained) as aliases:
+                for entry, parameters in zip(self.entries, aliases, strict=True):
+                    x = entry.run_stock(x, *args, **kwargs)
+                    edges.append((edge, parameters))
+                    edge = get_gradient_edge(x)
+            edges.append((edge, []))
+            self._settle()
+            return x.detach()
+
+        def backward() -> Tensor | None:
+            dx, (edge, _) = dy, edges.pop()
+            for places in reversed(trained):
+                below, parameters = edges.pop()
+                inputs = [*parameters, *([] if below is None else [below])]
+                found = list(torch.autograd.grad(edge, inputs, dx, allow_unused=True))
+                dx, edge = None if below is None else found.pop(), below
+                pairs = [(self._grads[p], g) for (_, _, p), g in zip(places, found, strict=True) if g is not None]
+                torch._foreach_add_([buffer for buffer, _ in pairs], [g for _, g in pairs])
+            self._settle()
+            return dx
+
+        output, replay_forward = self.recorder.record(forward)
+        # whoever reads the output has done so by then; autograd would tell if not
+        dy = output.detach()
+        # in this thread: another one would bring GEMM workspaces of its own
+        with torch.autograd.set_multithreading_enabled(False):
+            dx, replay_backward = self.recorder.record(backward)
+        inputs = [first, *(t for t in leaves if isinstance(t, Tensor))]
+        return Recording(anchor, inputs, output, dy, dx, replay_forward, replay_backward)
+
+    @contextmanager
+    def _aliased(self, trained: list[list[tuple[nn.Module, str, nn.Parameter]]]):
+        """Other parameters of the same memory in the place of these, layer by layer.
+
+        Autograd ties a parameter to the stream on which a graph that is still alive first used it. Usually that is the
+        default stream, on which a capture must not depend.
+        """
+        aliases = [[nn.Parameter(parameter.detach()) for _, _, parameter in layer] for layer in trained]
+        self._put(trained, aliases)
+        try:
+            yield aliases
+        finally:
+            self._put(trained, [[parameter for _, _, parameter in layer] for layer in trained])
+
+    def _put(self, trained, parameters: list[list[nn.Parameter]]) -> None:
+        for places, layer in zip(trained, parameters, strict=True):
+            for (owner, name, _), parameter in zip(places, layer, strict=True):
+                owner._parameters[name] = parameter
+        for p in self.projections:
+            p.refresh()
+
+    def _settle(self) -> None:
+        if self._store is not None:
+            self._store.settle()
+
+
+class Ticket:
+    """Lives until the backward of a replayed forward has run, or its graph is dropped."""
+
+
+def _trained(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The parameters that get a gradient, with the modules and names that they have them under."""
+    named = [(m, name, p) for m in module.modules() for name, p in m._parameters.items()]
+    return [(m, name, p) for m, name, p in named if p is not None and p.requires_grad]
+
+
+def _nothing() -> None:
+    """A weak reference to nothing."""
+
+
+class ReplayFunction(torch.autograd.Function):
+    """All layers as one Function: the output for hidden, and its gradient.
+
+    anchor: some trained parameter, so that there is a backward although hidden may need no gradient. The gradients of
+    parameters do not pass through autograd; the graph adds them to .grad.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, anchor, graphs: LayerGraphs, recording: Recording, inputs: list[Tensor]):
+        torch._foreach_copy_(recording.inputs, inputs)
+        recording.forward()
+        ctx.graphs, ctx.recording, ctx.ticket = graphs, recording, graphs.begin()
+        return recording.output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        ctx.graphs.attach()
+        ctx.recording.dy.copy_(dy)
+        ctx.recording.backward()
+        ctx.ticket = None
+        dx = ctx.recording.dx
+        return None if dx is None else dx.clone(), None, None, None, None

@@ -1,0 +1,251 @@
+"""Layers replayed as graphs: with CUDA graphs on a GPU, on a CPU with a stand-in that runs the recorded work again."""
+
+import copy
+
+import pytest
+import torch
+
+from models import HycloraConfig, apply_hyclora, remove_hyclora
+from models.graphs import CudaRecorder
+from models.patch import find_patch
+from tests.kernel_checks import DEVICE
+from tests.offloading import equal, offloaded
+from tests.small_models import llama, padded_batch
+
+CALIBRATION = 2
+
+
+class Rerun:
+    """Records by running, and undoes what that did to gradients; a replay runs again into the same output."""
+
+    def __init__(self):
+        self.graphs = None
+        self.replays = 0
+
+    def record(self, run):
+        kept = [(buffer, buffer.clone()) for buffer in self.graphs._grads.values()]
+        result = run()
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+        def replay():
+            self.replays += 1
+            with torch.enable_grad():  # which is off where autograd calls a Function
+                again = run()
+            if result is not None:
+                result.copy_(again)
+
+        return result, replay
+
+    def hidden_bytes(self):
+        return 0
+
+
+def config(**options) -> HycloraConfig:
+    return HycloraConfig(iteration_threshold=CALIBRATION, **options)
+
+
+def graphed(model, options: dict, offload: bool = False):
+    """The patched model's graphs and a function that counts replays."""
+    if offload:
+        offloaded(model, config(**options))
+    else:
+        apply_hyclora(model, config(**options))
+    recorder = CudaRecorder(torch.device("cuda", 0)) if DEVICE == "cuda" else Rerun()
+    patch = find_patch(model)
+    patch.add_graphs(recorder)
+    patch.graphs.recorder.graphs = patch.graphs
+    return patch.graphs
+
+
+def batches(n: int) -> list[dict]:
+    """Unpadded batches of one shape."""
+    found = []
+    for seed in range(n):
+        batch = padded_batch(rows=2, width=16, seed=seed)
+        batch["attention_mask"].fill_(1)
+        found.append(batch | {"labels": batch["input_ids"]})
+    return found
+
+
+def train(model, steps: list[dict], zero_every: int = 1, set_to_none: bool = True) -> list[dict]:
+    """Losses and gradients after each batch; gradients accumulate over zero_every of them."""
+    found = []
+    for i, batch in enumerate(steps):
+        if i % zero_every == 0:
+            model.zero_grad(set_to_none=set_to_none)
+        loss = model(**batch).loss
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach().clone()} | grads)
+    return found
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("layer_type", ["baseline", "intra_inter", "intra_inter_full_fuse"])
+def test_replayed_steps_are_the_same(layer_type, offload, set_to_none):
+    """Losses and gradients bit for bit, with new inputs each step, gradient accumulation and weights that move."""
+    stock = llama()
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(layer_type=layer_type))
+    graphs = graphed(ours, {"layer_type": layer_type}, offload)
+    steps = batches(CALIBRATION + 6)
+    theirs = train(stock, steps, zero_every=3, set_to_none=set_to_none)
+    found = train(ours, steps, zero_every=3, set_to_none=set_to_none)
+    assert len(graphs.recordings) == 1
+    assert all(equal(a, b) for a, b in zip(found, theirs, strict=True))
+
+
+def test_a_replay_follows_the_weights():
+    """An optimizer step between replays is seen, though nothing is recorded anew."""
+    stock = llama()
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config())
+    graphs = graphed(ours, {})
+    for model in (stock, ours):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for batch in batches(CALIBRATION + 4):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.last = loss.item()
+    assert len(graphs.recordings) == 1
+    assert ours.last == stock.last
+
+
+def test_kinds_of_input():
+    """Each shape is recorded the second time that it comes; a padded batch too, with a mask that is copied."""
+    model = llama()
+    graphs = graphed(model, {})
+    wide, narrow = batches(1)[0], {name: t[:, :9] for name, t in batches(1)[0].items()}
+    train(model, batches(CALIBRATION))
+    for batch, recorded in ((wide, 0), (narrow, 0), (wide, 1), (narrow, 2), (wide, 2), (padded_batch(), 2)):
+        train(model, [batch])
+        assert len(graphs.recordings) == recorded
+    reference = llama()
+    apply_hyclora(reference, config())
+    train(reference, batches(CALIBRATION))
+    for seed in range(3):
+        batch = padded_batch(seed=seed)
+        batch["attention_mask"][0, : 3 + seed] = 0
+        assert equal(train(model, [batch])[0], train(reference, [batch])[0])
+    assert len(graphs.recordings) == 3
+
+
+def replayed(model, graphs, batch) -> bool:
+    """Whether a forward and backward of batch replays."""
+    output = model(**batch).loss
+    replays = graphs._pending() is not None
+    output.backward()
+    return replays
+
+
+@pytest.fixture
+def recorded():
+    """A model whose layers are replayed for this batch."""
+    model, (*first, batch) = llama(), batches(CALIBRATION + 3)
+    graphs = graphed(model, {})
+    train(model, first)
+    assert replayed(model, graphs, batch)
+    return model, graphs, batch
+
+
+def hook_a_module(model):
+    return model.get_submodule("base_model.model.model.layers.0.mlp").register_forward_hook(lambda *_: None)
+
+
+def hook_a_parameter(model):
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    return parameter.register_post_accumulate_grad_hook(lambda _: None)
+
+
+@pytest.mark.parametrize("hook", [hook_a_module, hook_a_parameter])
+def test_hooks_run(recorded, hook):
+    model, graphs, batch = recorded
+    handle = hook(model)
+    assert not replayed(model, graphs, batch)
+    handle.remove()
+    assert replayed(model, graphs, batch)
+
+
+def test_layers_run_by_themselves_where_a_graph_cannot(recorded):
+    model, graphs, batch = recorded
+    with graphs.paused():
+        assert not replayed(model, graphs, batch)
+    model.gradient_checkpointing_enable()
+    assert not replayed(model, graphs, batch)
+    model.gradient_checkpointing_disable()
+    with model.disable_adapter():
+        model(**batch)
+        assert graphs._pending() is None
+    model.eval()
+    with torch.no_grad():
+        logits = model(**batch).logits
+    assert graphs._pending() is None
+    model.train()
+    # checkpointing has made the embeddings' output require a gradient, which is another kind of input
+    train(model, [batch] * 2)
+    assert replayed(model, graphs, batch)
+    remove_hyclora(model)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, logits)
+
+
+def test_dropout_is_not_recorded():
+    model = llama({"lora_dropout": 0.1})
+    graphs = graphed(model, {})
+    train(model, batches(CALIBRATION + 4))
+    assert not graphs.recordings
+
+
+def test_two_forwards_before_their_backwards(recorded):
+    """The second runs layer by layer, as the first one's activations are in the pool; both gradients count."""
+    model, graphs, batch = recorded
+    other = batches(1)[0]
+    model.zero_grad()
+    apart = [train(model, [b])[0] for b in (batch, other)]
+    model.zero_grad()
+    first, second = model(**batch).loss, model(**other).loss
+    second.backward()
+    first.backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, apart[0][name] + apart[1][name])
+
+
+def test_a_dropped_forward_frees_the_pool(recorded):
+    model, graphs, batch = recorded
+    model(**batch)
+    assert replayed(model, graphs, batch)
+
+
+def test_layers_with_arguments_of_their_own(recorded):
+    """A decoder that gives its layers different arguments is never recorded."""
+    model, graphs, batch = recorded
+    graphs.clear()
+    layer = graphs.entries[1].module
+    bound = layer.forward
+    layer.forward = lambda x, **kwargs: bound(x, **kwargs | {"position_ids": kwargs["position_ids"].clone()})
+    train(model, [batch] * 3)
+    assert not graphs.recordings
+
+
+def test_a_copy_records_for_itself(recorded):
+    model, graphs, batch = recorded
+    twin = copy.deepcopy(model)
+    twins = find_patch(twin).graphs
+    assert graphs.recordings and not twins.recordings
+    if DEVICE != "cuda":
+        twins.recorder.graphs = twins
+    found = train(twin, [batch] * 3)
+    assert twins.recordings
+    assert equal(found[-1], train(model, [batch])[0])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU it is supported")
+def test_needs_a_gpu():
+    with pytest.raises(ValueError, match="cuda_graphs=True needs all layers on one GPU"):
+        apply_hyclora(llama(), HycloraConfig(cuda_graphs=True))
