@@ -143,9 +143,7 @@ class AttentionFunction(torch.autograd.Function):
         rng: dict = {}
         if spec.qkv.needs_input:
             keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
-        y = spec.qkv.frozen(rows)
-        low_rank = spec.qkv.low_rank(parameters[:n_qkv], rows.dtype)
-        spec.qkv.down(rows, low_rank, parameters[:n_qkv], keeper, rng)
+        y, low_rank = spec.qkv.project(rows, parameters[:n_qkv], keeper, rng)
         fused = spec.fused and use_triton(y)
         if fused:
             y = fused_qkv_fwd(spec, y, cos, sin, batch, low_rank, keeper)
@@ -191,7 +189,7 @@ class AttentionFunction(torch.autograd.Function):
         else:
             heads = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
         dheads = spec.core.backward(do_fn, heads, mask, ctx.kwargs, keeper, rng)
-        dqkv = rope_bwd(*dheads, cos, sin)
+        dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy))
         del dheads
         dx, g = spec.qkv.backward_input(dqkv, low_rank, keeper, rng, ctx.needs_input_grad[0])
         x = keeper.restore("attn_in", dy.dtype)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from operators.activation import silu_mul_grad_tile, silu_mul_tile
-from operators.dispatch import cdiv, device_guard
+from operators.dispatch import cdiv, device_guard, next_power_of_2
 from operators.fused_tiles import (
     PackedSlot,
     add_lora,
@@ -53,10 +53,12 @@ def _fused_mlp_fwd_kernel(
         up, up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, first_group, col, live, inside,
         n_groups, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
     )  # fmt: skip
-    gate = add_lora(gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, GATE_RANK, RANK_BLOCK)
+    gate = add_lora(
+        gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, stride_rank, 1, GATE_RANK, RANK_BLOCK,
+    )  # fmt: skip
     up = add_lora(
         up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, row, first_col, n_cols, live, stride_rank,
-        UP_RANK, RANK_BLOCK,
+        stride_rank, 1, UP_RANK, RANK_BLOCK,
     )  # fmt: skip
     # the unfused path rounds gate and up to their dtype before the product
     hidden = silu_mul_tile(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
@@ -65,13 +67,14 @@ def _fused_mlp_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _fused_mlp_bwd_kernel(
-    dhidden_ptr, xa_ptr, b_ptr, dy_ptr, hidden_ptr,
+    dhidden_ptr, g_ptr, down_ptr, xa_ptr, b_ptr, dy_ptr, hidden_ptr,
     gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr,
     up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr,
-    n_rows, n_cols, n_groups, stride_rank,
+    n_rows, n_cols, n_groups, stride_rank, stride_g, stride_dy,
     GATE_BITS: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
     UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
+    DOWN_RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr,
     RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     first, row, first_group, col, live, inside = tile_place(n_rows, n_cols, GROUP, BLOCK_ROWS, BLOCK_GROUPS)
@@ -85,16 +88,22 @@ def _fused_mlp_bwd_kernel(
         up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, first_group, col, live, inside,
         n_groups, BLOCK_GROUPS, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
     )  # fmt: skip
-    gate = add_lora(gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, GATE_RANK, RANK_BLOCK)
+    gate = add_lora(
+        gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, stride_rank, 1, GATE_RANK, RANK_BLOCK,
+    )  # fmt: skip
     up = add_lora(
         up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, row, first_col, n_cols, live, stride_rank,
-        UP_RANK, RANK_BLOCK,
+        stride_rank, 1, UP_RANK, RANK_BLOCK,
     )  # fmt: skip
     dhidden = load_tile(dhidden_ptr + first * n_cols, row, col, n_cols, live, inside, GROUP)
+    dhidden = add_lora(
+        dhidden, g_ptr + first * stride_g, down_ptr, row, first_col, n_cols, live, stride_g, 1, n_cols,
+        DOWN_RANK, DOWN_BLOCK,
+    )  # fmt: skip
     dgate, dup, hidden = silu_mul_grad_tile(dhidden, gate, up)
-    dy_ptr += first * 2 * n_cols
-    store_tile(dy_ptr, dgate, row, col, 2 * n_cols, live, inside)
-    store_tile(dy_ptr + n_cols, dup, row, col, 2 * n_cols, live, inside)
+    dy_ptr += first * stride_dy
+    store_tile(dy_ptr, dgate, row, col, stride_dy, live, inside)
+    store_tile(dy_ptr + n_cols, dup, row, col, stride_dy, live, inside)
     store_tile(hidden_ptr + first * n_cols, hidden, row, col, n_cols, live, inside)
 
 
@@ -105,7 +114,7 @@ def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, ke
     constants = gate.constants("GATE_") | up.constants("UP_") | shared_constants([gate, up], ranks)
     constants |= {"GATE_RANK": ranks[0], "UP_RANK": ranks[1], "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_GROUPS": BLOCK_GROUPS}
     grid = (cdiv(n_rows, BLOCK_ROWS), cdiv(gate.n_groups, BLOCK_GROUPS))
-    return grid, xa, B, sum(ranks), constants
+    return grid, xa, B, constants
 
 
 def fused_mlp_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
@@ -113,24 +122,32 @@ def fused_mlp_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> 
     n_rows, n_cols = y.shape[0], y.shape[1] // 2
     slots = prepare_slots(("gate", "up"), spec.gate_up.columns, y, keeper)
     hidden = torch.empty(n_rows, n_cols, dtype=y.dtype, device=y.device)
-    grid, xa, B, rank, constants = _launch(spec, *slots, low_rank, keeper, n_rows)
+    grid, xa, B, constants = _launch(spec, *slots, low_rank, keeper, n_rows)
     with device_guard(y):
         _fused_mlp_fwd_kernel[grid](
             y, xa, B, hidden, *slots[0].arguments(), *slots[1].arguments(),
-            n_rows, n_cols, slots[0].n_groups, y.stride(0), rank, **constants,
+            n_rows, n_cols, slots[0].n_groups, y.stride(0), B.stride(0), **constants,
         )  # fmt: skip
     return hidden
 
 
-def fused_mlp_bwd(spec, dhidden: Tensor, low_rank: LowRank | None, keeper: Keeper) -> tuple[Tensor, Tensor]:
-    """dy = [dgate, dup] [T, 2F] and hidden [T, F] from dhidden, whose place hidden takes, and the packed slots."""
+def fused_mlp_bwd(
+    spec, dhidden: Tensor, down: tuple[Tensor, Tensor] | None, low_rank: LowRank | None, keeper: Keeper
+) -> tuple[Tensor, Tensor]:
+    """dy = [dgate, dup], spec.gate_up.buffer(...), and hidden [T, F] from dhidden and the packed slots.
+
+    hidden takes the place of dhidden. down: g [T, R] and A [R, F], whose product is still to be added to dhidden.
+    """
     slots = [PackedSlot.kept(name, keeper) for name in ("gate", "up")]
     n_rows, n_cols = dhidden.shape
-    dy = torch.empty(n_rows, 2 * n_cols, dtype=dhidden.dtype, device=dhidden.device)
-    grid, xa, B, rank, constants = _launch(spec, *slots, low_rank, keeper, n_rows)
+    dy = spec.gate_up.buffer(n_rows, low_rank, dhidden)
+    grid, xa, B, constants = _launch(spec, *slots, low_rank, keeper, n_rows)
+    g, A = (dhidden, dhidden) if down is None else down
+    down_rank = 0 if down is None else len(A)
     with device_guard(dhidden):
         _fused_mlp_bwd_kernel[grid](
-            dhidden, xa, B, dy, dhidden, *slots[0].arguments(), *slots[1].arguments(),
-            n_rows, n_cols, slots[0].n_groups, rank, **constants,
+            dhidden, g, A, xa, B, dy, dhidden, *slots[0].arguments(), *slots[1].arguments(),
+            n_rows, n_cols, slots[0].n_groups, B.stride(0), g.stride(0), dy.stride(0), **constants,
+            DOWN_RANK=down_rank, DOWN_BLOCK=max(16, next_power_of_2(max(down_rank, 1))),
         )  # fmt: skip
     return dy, dhidden

@@ -55,7 +55,9 @@ def _half_tile(
         )  # fmt: skip
         # a slot comes back in the dtype that it was packed in
         x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
-    x = add_lora(x, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, RANK, RANK_BLOCK)
+    x = add_lora(
+        x, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, stride_rank, 1, RANK, RANK_BLOCK,
+    )  # fmt: skip
     return x.to(y_ptr.dtype.element_ty).to(tl.float32), col, inside
 
 
@@ -152,7 +154,7 @@ def _launch(
     with device_guard(y):
         _fused_qkv_kernel[(cdiv(y.shape[0], BLOCK_ROWS), sum(heads))](
             y, xa, B, cos, sin, *(t for slot in slots for t in slot.arguments()),
-            y.shape[0], y.shape[0] // batch, *heads[:2], y.stride(0), sum(ranks),
+            y.shape[0], y.shape[0] // batch, *heads[:2], y.stride(0), B.stride(0),
             cos.stride(0) if cos.shape[0] > 1 else 0,
             PACK=pack, HALF=spec.head_dim // 2, BLOCK_ROWS=BLOCK_ROWS, **constants,
         )  # fmt: skip

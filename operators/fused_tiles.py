@@ -25,18 +25,21 @@ from operators.quantize import (
 
 
 @triton.jit
-def add_lora(x, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """x + xa B^T in fp32; xa [T, R] and B [N, R] of row stride stride_rank."""
+def add_lora(
+    x, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_xa, stride_b, stride_rank,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x + xa B^T in fp32; xa [T, R] of row stride stride_xa, B [N, R] of strides stride_b, stride_rank."""
     n_tile: tl.constexpr = x.shape[1] * x.shape[2] * x.shape[3]
     if RANK > 0:
         rank = tl.arange(0, RANK_BLOCK)
         col = first_col + tl.arange(0, n_tile)
         xa = tl.load(
-            xa_ptr + row[:, None] * stride_rank + rank[None, :],
+            xa_ptr + row[:, None] * stride_xa + rank[None, :],
             mask=live[:, None] & (rank < RANK)[None, :], other=0.0,
         )  # fmt: skip
         b = tl.load(
-            b_ptr + col[None, :] * stride_rank + rank[:, None],
+            b_ptr + col[None, :] * stride_b + rank[:, None] * stride_rank,
             mask=(col < n_cols)[None, :] & (rank < RANK)[:, None], other=0.0,
         )  # fmt: skip
         # half-precision operands are exact in tf32, so they go through the tensor cores without a rounding

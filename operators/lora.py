@@ -169,33 +169,58 @@ class ProjectionGroup:
             self._pieces[dtype] = pieces
         return self._pieces[dtype]
 
-    def weights(self, dtype: torch.dtype):
-        """(columns of y, W [columns, in]) in dtype, piece by piece; each is to be dropped before the next is made."""
-        for piece in self.pieces(dtype):
+    def weights(self, dtype: torch.dtype, below: Tensor | None = None):
+        """(columns of y, W [columns, in]) in dtype, piece by piece; each is to be dropped before the next is made.
+
+        below: rows to stand below those of the last piece, which has to be dequantized.
+        """
+        pieces = self.pieces(dtype)
+        for piece in pieces:
             (first, start), (_, stop) = piece[0], piece[-1]
-            if len(piece) == 1:
+            extra = below if piece is pieces[-1] else None
+            if len(piece) == 1 and extra is None:
                 yield start, first.weight(dtype)
                 continue
-            base = first.base
-            shape = stop.stop - start.start, base.in_features
-            weight = torch.empty(shape, dtype=dtype, device=base.weight.device)
+            base, n = first.base, stop.stop - start.start
+            rows = n if extra is None else n + extra.shape[0]
+            weight = torch.empty(rows, base.in_features, dtype=dtype, device=base.weight.device)
             for p, columns in piece:
                 p.weight(dtype, weight[columns.start - start.start : columns.stop - start.start])
-            yield slice(start.start, stop.stop), weight
+            if extra is not None:
+                weight[n:] = extra
+            yield slice(start.start, start.start + rows), weight
             del weight
 
-    def frozen(self, x: Tensor) -> Tensor:
-        """x W^T + b of all projections, [T, N]."""
-        y = None
-        for columns, weight in self.weights(x.dtype):
-            y = x.new_empty(x.shape[0], self.width) if y is None else y
+    def buffer(self, n_rows: int, low_rank: LowRank | None, like: Tensor) -> Tensor:
+        """Room for y or dy [T, N], and beside it for x A^T or g [T, R] if the GEMM with W is to have A in it too.
+
+        That is where W has to be dequantized, so that A can stand below it at no cost.
+        """
+        shared = low_rank is not None and not self.dropout and is_4bit(self.projections[-1].base.weight)
+        return like.new_empty(n_rows, self.width + (low_rank.A.shape[0] if shared else 0))
+
+    def frozen(self, x: Tensor, y: Tensor | None = None, low_rank: LowRank | None = None) -> Tensor:
+        """x W^T + b of all projections, [T, N]; into y = buffer(...), with x A^T beside it if that has room."""
+        y = x.new_empty(x.shape[0], self.width) if y is None else y
+        for columns, weight in self.weights(x.dtype, self._below(y, low_rank)):
             bias = self._bias(columns, y)
             if bias is None:
                 torch.mm(x, weight.t(), out=y[:, columns])
             else:
+                bias = nn.functional.pad(bias, (0, len(weight) - len(bias)))
                 y[:, columns] = nn.functional.linear(x, weight, bias)
             del weight  # before the next one is made
         return y
+
+    def _below(self, y: Tensor, low_rank: LowRank | None) -> Tensor | None:
+        return low_rank.A if y.shape[1] > self.width else None
+
+    def project(self, x: Tensor, parameters: tuple, keeper, rng: dict) -> tuple[Tensor, LowRank | None]:
+        """x W^T + b [T, N] and the group's adapters; keeps what down() keeps."""
+        low_rank = self.low_rank(parameters, x.dtype)
+        y = self.frozen(x, self.buffer(x.shape[0], low_rank, x), low_rank)
+        self.down(x, low_rank, parameters, keeper, rng, y[:, self.width :])
+        return y[:, : self.width], low_rank
 
     def _bias(self, columns: slice, y: Tensor) -> Tensor | None:
         """The base layers' biases at these columns in y's dtype; None without any."""
@@ -208,24 +233,27 @@ class ProjectionGroup:
         ]
         return torch.cat(biases)
 
-    def down(self, x: Tensor, low_rank: LowRank | None, parameters: tuple, keeper, rng: dict) -> Tensor | None:
-        """dropout(x) A^T [T, R]; keeps it, the parameters and the RNG states of dropouts."""
+    def down(
+        self, x: Tensor, low_rank: LowRank | None, parameters: tuple, keeper, rng: dict, xa: Tensor | None = None
+    ) -> None:
+        """Keeps dropout(x) A^T [T, R], the parameters and the RNG states of dropouts; xa: the first, if it is there."""
         for p, tensors in zip(self.projections, split(parameters), strict=True):
             for part, tensor in zip(("A", "B", "bias_B"), tensors, strict=False):
                 keeper.keep_exact(f"{p.name}_{part}", tensor)
         if low_rank is None:
-            return None
-        if not self.dropout:
+            return
+        if xa is not None and xa.shape[1]:
+            xa = xa.contiguous()
+        elif not self.dropout:
             xa = x @ low_rank.A.t()
         else:
-            xa = x.new_empty(x.shape[0], low_rank.A.shape[0])
+            xa = x.new_zeros(x.shape[0], low_rank.A.shape[0])
             for p, ranks in zip(self.projections, self.ranks, strict=True):
                 if p.has_adapter:
                     rng[p.name] = get_rng_state(x.device)
                     dropped = (x * p.dropout_factors(x)).to(x.dtype)
                     torch.mm(dropped, low_rank.A[ranks].t(), out=xa[:, ranks])
         keeper.keep_exact(self.xa_name, xa)
-        return xa
 
     def add(
         self, y: Tensor, low_rank: LowRank | None, keeper, index: int | None = None, in_place: bool = True
@@ -252,18 +280,24 @@ class ProjectionGroup:
         return self.add(y, low_rank, keeper)
 
     def backward_input(
-        self, dy: Tensor, low_rank: LowRank | None, keeper, rng: dict, need_dx: bool = True
+        self, dy: Tensor, low_rank: LowRank | None, keeper, rng: dict, need_dx: bool = True, add_low_rank: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """dx [T, in] (None if not needed) and g = dy B [T, R] (None without adapters)."""
-        g = None if low_rank is None else dy @ low_rank.B
+        """dx [T, in] (None if not needed; without g A if not add_low_rank) and g = dy B [T, R] (None without adapters).
+
+        dy [T, N], or a buffer(...) of which it is the beginning.
+        """
+        narrow, beside = dy[:, : self.width], dy[:, self.width :]
+        g = None
+        if low_rank is not None:
+            g = torch.mm(narrow, low_rank.B, out=beside) if beside.shape[1] else narrow @ low_rank.B
         if not need_dx:
             return None, g
         dx = None
-        for columns, weight in self.weights(dy.dtype):
+        for columns, weight in self.weights(dy.dtype, self._below(dy, low_rank)):
             part = dy[:, columns]
             dx = part @ weight if dx is None else dx.addmm_(part, weight)
             del weight
-        if g is None:
+        if g is None or beside.shape[1] or not add_low_rank:
             return dx, g
         if not self.dropout:
             return dx.addmm_(g, low_rank.A), g
@@ -276,8 +310,8 @@ class ProjectionGroup:
     def backward_parameters(
         self, dy: Tensor, g: Tensor | None, x: Tensor | None, keeper, rng: dict, needs: tuple[bool, ...]
     ) -> list[Tensor | None]:
-        """Gradients of parameters(), in order; x is the group's input as restored."""
-        needs = split(needs)
+        """Gradients of parameters(), in order; dy as for backward_input; x is the group's input as restored."""
+        dy, needs = dy[:, : self.width], split(needs)
         grads: list[Tensor | None] = [None] * (len(needs) * PARAMETERS_PER_PROJECTION)
         grad_B = _mm32(dy.t(), keeper.exact(self.xa_name)) if any(need[1] for need in needs) else None
         grad_A = _mm32(g.t(), x) if any(need[0] for need in needs) and not self.dropout else None

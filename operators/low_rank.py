@@ -21,7 +21,10 @@ SLOTS = 3
 
 @dataclass
 class LowRank:
-    """y += (x A^T) B^T: A [R, in] with the scalings folded in, B [N, R] block-diagonal, both in the compute dtype."""
+    """y += (x A^T) B^T: A [R, in] with the scalings folded in, B [N, R] block-diagonal, both in the compute dtype.
+
+    R is the sum of ranks, padded with zeros to a multiple of 8: rows of 16 bytes are what GEMMs need to be fast.
+    """
 
     A: Tensor
     B: Tensor
@@ -38,7 +41,7 @@ def _stack_kernel(
         index = program * BLOCK + tl.arange(0, BLOCK)
         row = index // n_cols
         first, second = row < rank0, (row >= rank0) & (row < rank01)
-        third = (row >= rank01) & (row < rank)
+        third = (row >= rank01) & (row < rank01 + rank2)
         a = tl.load(a0_ptr + index, mask=first, other=0.0).to(tl.float32) * scaling0
         a += tl.load(a1_ptr + index - rank0 * n_cols, mask=second, other=0.0).to(tl.float32) * scaling1
         a += tl.load(a2_ptr + index - rank01 * n_cols, mask=third, other=0.0).to(tl.float32) * scaling2
@@ -48,7 +51,7 @@ def _stack_kernel(
         row, col = index // rank, index % rank
         first = (row < width0) & (col < rank0)
         second = (row >= width0) & (row < width01) & (col >= rank0) & (col < rank01)
-        third = (row >= width01) & (row < n_out) & (col >= rank01)
+        third = (row >= width01) & (row < n_out) & (col >= rank01) & (col < rank01 + rank2)
         b = tl.load(b0_ptr + row * rank0 + col, mask=first, other=0.0).to(tl.float32)
         b += tl.load(b1_ptr + (row - width0) * rank1 + col - rank0, mask=second, other=0.0).to(tl.float32)
         b += tl.load(b2_ptr + (row - width01) * rank2 + col - rank01, mask=third, other=0.0).to(tl.float32)
@@ -66,7 +69,7 @@ def stack_adapters(
     ranks = [0 if a is None else a[0].shape[0] for a in adapters] + [0] * missing
     pairs = [(lora_A, lora_A) if a is None else a for a in adapters]
     pairs += [(lora_A, lora_A)] * missing
-    rank, n_out = sum(ranks), sum(widths)
+    rank, n_out = reference.padded_rank(sum(ranks)), sum(widths)
     A = torch.empty(rank, n_cols, dtype=dtype, device=lora_A.device)
     B = torch.empty(n_out, rank, dtype=dtype, device=lora_A.device)
     a_blocks = cdiv(rank * n_cols, BLOCK)

@@ -44,9 +44,7 @@ class MlpFunction(torch.autograd.Function):
         rng: dict = {}
         if spec.gate_up.needs_input:
             keeper.derive("mlp_in", source) if source else keeper.keep("mlp_in", rows)
-        y = spec.gate_up.frozen(rows)
-        low_rank = spec.gate_up.low_rank(parameters[:n_gate_up], rows.dtype)
-        spec.gate_up.down(rows, low_rank, parameters[:n_gate_up], keeper, rng)
+        y, low_rank = spec.gate_up.project(rows, parameters[:n_gate_up], keeper, rng)
         hidden = (fused_mlp_fwd if spec.fused and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
         del y, low_rank
         if spec.down.needs_input:
@@ -63,11 +61,17 @@ class MlpFunction(torch.autograd.Function):
         n_gate_up = len(spec.gate_up.parameters())
         needs = ctx.needs_input_grad[4:]
         dy = dy.reshape(-1, dy.shape[-1])
-        dhidden, g = spec.down.backward_input(dy, spec.down.kept_low_rank(keeper, dy.dtype), keeper, rng)
+        fused = spec.fused and use_triton(dy)
+        down = spec.down.kept_low_rank(keeper, dy.dtype)
+        # the fused kernel adds g A where it reads dhidden, dropout's factors apart
+        in_kernel = fused and down is not None and not spec.down.dropout
+        dhidden, g = spec.down.backward_input(dy, down, keeper, rng, add_low_rank=not in_kernel)
         low_rank = spec.gate_up.kept_low_rank(keeper, dy.dtype)
-        activate_bwd = fused_mlp_bwd if spec.fused and use_triton(dy) else _activate_bwd
-        dgate_up, hidden = activate_bwd(spec, dhidden, low_rank, keeper)
-        del dhidden
+        if fused:
+            dgate_up, hidden = fused_mlp_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
+        else:
+            dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
+        del dhidden, down
         down_grads = spec.down.backward_parameters(dy, g, hidden, keeper, rng, needs[n_gate_up:])
         del hidden
         dx, g = spec.gate_up.backward_input(dgate_up, low_rank, keeper, rng, ctx.needs_input_grad[0])

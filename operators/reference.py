@@ -127,14 +127,21 @@ def softmax_bwd(dprob: Tensor, prob: Tensor) -> Tensor:
     return (prob32 * (dprob32 - (prob32 * dprob32).sum(dim=-1, keepdim=True))).to(prob.dtype)
 
 
+def padded_rank(rank: int) -> int:
+    """The next multiple of 8."""
+    return -(-rank // 8) * 8
+
+
 def stack_adapters(
     adapters: list[tuple[Tensor, Tensor] | None], scalings: list[float], widths: list[int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Adapters of projections with one input as one: A = [scaling_i A_i] [R, in], B = diag(B_i) [N, R].
 
     adapters: (lora_A [r_i, in], lora_B [N_i, r_i]), or None for a projection without one, which has N_i rows of zeros.
+    R = padded_rank(sum r_i); the padding is zero.
     """
     A = torch.cat([a[0].float() * s for a, s in zip(adapters, scalings, strict=True) if a is not None])
+    A = torch.nn.functional.pad(A, (0, 0, 0, padded_rank(len(A)) - len(A)))
     B = torch.zeros(sum(widths), A.shape[0], dtype=torch.float32, device=A.device)
     row = col = 0
     for adapter, width in zip(adapters, widths, strict=True):

@@ -52,7 +52,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
 def _rope_bwd_kernel(
     dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, dy_ptr, seq_len, q_heads, k_heads, half, q_blocks, k_blocks,
     q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head,
-    v_stride_batch, v_stride_seq, v_stride_head, stride_cos_batch, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    v_stride_batch, v_stride_seq, v_stride_head, stride_cos_batch, stride_dy,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     batch, pos = token // seq_len, token % seq_len
@@ -62,7 +63,7 @@ def _rope_bwd_kernel(
     sin = tl.load(sin_ptr + angle, mask=dim < half, other=0.0).to(tl.float32)[None, :]
     block = tl.program_id(1)
     head = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    to = token * (q_heads + 2 * k_heads) * 2 * half + dim[None, :]
+    to = token * stride_dy + dim[None, :]
     if block < q_blocks:
         mask = (head < q_heads)[:, None] & (dim < half)[None, :]
         offset = batch * q_stride_batch + pos * q_stride_seq + head[:, None] * q_stride_head + dim[None, :]
@@ -90,16 +91,21 @@ def _rotate_back(d_ptr, dy_ptr, cos, sin, half, mask):
     tl.store(dy_ptr + half, (d2 * cos - d1 * sin).to(dy_ptr.dtype.element_ty), mask=mask)
 
 
-def rope_bwd(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradients of q, k before RoPE and of v, side by side [T, N]; dq, dk, dv [B, S, H, D] of any strides."""
+def rope_bwd(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, dy: Tensor | None = None) -> Tensor:
+    """Gradients of q, k before RoPE and of v, side by side [T, N]; dq, dk, dv [B, S, H, D] of any strides.
+
+    dy [T, N or more]: where to write them.
+    """
     batch, seq_len, q_heads, head_dim = dq.shape
+    width = (q_heads + 2 * dk.shape[2]) * head_dim
+    dy = dq.new_empty(batch * seq_len, width) if dy is None else dy
     if not use_triton(dq):
         dq, dk = (rope(d, cos, sin, inverse=True) for d in (dq, dk))
-        return torch.cat([d.reshape(batch * seq_len, -1) for d in (dq, dk, dv)], dim=1)
+        torch.cat([d.reshape(batch * seq_len, -1) for d in (dq, dk, dv)], dim=1, out=dy[:, :width])
+        return dy
     dq, dk, dv = (d if d.stride(-1) == 1 else d.contiguous() for d in (dq, dk, dv))
     cos, sin = cos.contiguous(), sin.contiguous()
     k_heads = dk.shape[2]
-    dy = torch.empty(batch * seq_len, (q_heads + 2 * k_heads) * head_dim, dtype=dq.dtype, device=dq.device)
     block_half = next_power_of_2(head_dim // 2)
     block_heads = min(next_power_of_2(k_heads), max(1, 2048 // block_half))
     q_blocks, k_blocks = cdiv(q_heads, block_heads), cdiv(k_heads, block_heads)
@@ -107,6 +113,6 @@ def rope_bwd(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Te
         _rope_bwd_kernel[(batch * seq_len, q_blocks + 2 * k_blocks)](
             dq, dk, dv, cos, sin, dy, seq_len, q_heads, k_heads, head_dim // 2, q_blocks, k_blocks,
             *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0,
-            BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
+            dy.stride(0), BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
         )  # fmt: skip
     return dy

@@ -106,7 +106,7 @@ def mlp(bits):
     spec, frozen, adapters, keeper = prepare_mlp(32, 256, bits, 8, BF16)
     kept = keeper()
     fused_mlp.fused_mlp_fwd(spec, frozen, adapters, kept)
-    fused_mlp.fused_mlp_bwd(spec, rand(32, 256), adapters, kept)
+    fused_mlp.fused_mlp_bwd(spec, rand(32, 256), (rand(32, 16), rand(16, 256)), adapters, kept)
 
 
 def qkv(bits):

@@ -6,6 +6,7 @@ import torch
 from operators import fused_mlp, mlp
 from operators.lora import Projection, ProjectionGroup
 from operators.mlp import MlpSpec
+from operators.reference import padded_rank
 from operators.savers import ChannelQuant, Keeper, Recompute, Step
 from tests.kernel_checks import DEVICE, rand, relative_error
 from tests.small_models import llama
@@ -27,7 +28,9 @@ def prepare(n_rows, n_cols, bits, rank, dtype, targets=("gate_proj", "up_proj"))
     def keeper():
         k = Keeper(savers, step)
         if group.needs_input:
-            k.keep_exact(group.xa_name, rand(n_rows, sum(p.rank for p in group.projections), dtype=dtype, seed=5))
+            k.keep_exact(
+                group.xa_name, rand(n_rows, padded_rank(sum(p.rank for p in group.projections)), dtype=dtype, seed=5)
+            )
         return k
 
     for p in group.projections:
@@ -42,7 +45,7 @@ def prepare(n_rows, n_cols, bits, rank, dtype, targets=("gate_proj", "up_proj"))
 def test_fused_equals_unfused(kernels, shape, bits, dtype):
     """Packed bytes bit for bit; hidden, dgate, dup within the rounding of dtype, in all pairings of directions."""
     spec, frozen, low_rank, keeper = prepare(*shape, bits, 8, dtype)
-    fused_keeper, keeper_of = keeper(), {}
+    fused_keeper = keeper()
     hidden = fused_mlp.fused_mlp_fwd(spec, frozen.clone(), low_rank, fused_keeper)
     plain_keeper = keeper()
     expected = mlp._activate_fwd(spec, frozen.clone(), low_rank, plain_keeper)
@@ -55,13 +58,15 @@ def test_fused_equals_unfused(kernels, shape, bits, dtype):
         ):
             assert torch.equal(ours, theirs)
     dhidden = rand(*shape, dtype=dtype, seed=9)
-    results = []
-    for backward in (fused_mlp.fused_mlp_bwd, mlp._activate_bwd):
-        keeper_of = keeper()
-        fused_mlp.fused_mlp_fwd(spec, frozen.clone(), low_rank, keeper_of)
-        results.append(backward(spec, dhidden.clone(), low_rank, keeper_of))
-    for ours, theirs in zip(*results, strict=True):
-        assert relative_error(ours, theirs) < tolerance
+    g, A = rand(shape[0], 8, dtype=dtype, seed=10), rand(8, shape[1], dtype=dtype, seed=11)
+    for down in (None, (g, A)):
+        kept = [keeper(), keeper()]
+        for k in kept:
+            fused_mlp.fused_mlp_fwd(spec, frozen.clone(), low_rank, k)
+        ours = fused_mlp.fused_mlp_bwd(spec, dhidden.clone(), down, low_rank, kept[0])
+        summed = dhidden.clone() if down is None else torch.addmm(dhidden, g, A)
+        for found, expected in zip(ours, mlp._activate_bwd(spec, summed, low_rank, kept[1]), strict=True):
+            assert relative_error(found, expected) < tolerance
 
 
 def test_gate_and_up_are_rounded_before_the_product_as_unfused(kernels):
@@ -92,7 +97,7 @@ def test_without_an_adapter_on_gate_or_up(kernels, targets):
     k = keeper()
     hidden = fused_mlp.fused_mlp_fwd(spec, frozen.clone(), low_rank, k)
     assert relative_error(hidden, mlp._activate_fwd(spec, frozen.clone(), low_rank, keeper())) < 1e-5
-    dgate_up, again = fused_mlp.fused_mlp_bwd(spec, rand(9, 70, seed=9), low_rank, k)
+    dgate_up, again = fused_mlp.fused_mlp_bwd(spec, rand(9, 70, seed=9), None, low_rank, k)
     assert torch.isfinite(dgate_up).all() and dgate_up.shape == (9, 140)
     assert relative_error(again, hidden) < 0.2
     assert dgate_up.device.type == DEVICE

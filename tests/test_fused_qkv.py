@@ -7,6 +7,7 @@ from operators import attention
 from operators.attention import AttentionSpec
 from operators.fused_qkv import fits, fused_qkv_fwd, fused_qkv_restore
 from operators.lora import Projection, ProjectionGroup
+from operators.reference import padded_rank
 from operators.savers import ChannelQuant, Exact, Keeper, Step
 from tests.kernel_checks import rand, relative_error
 from tests.small_models import llama
@@ -28,7 +29,7 @@ def prepare(bits, dtype, heads=3, kv_heads=1, head_dim=128, targets=("q_proj", "
     def keeper():
         k = Keeper(savers, step)
         if group.needs_input:
-            rank = sum(p.rank for p in group.projections)
+            rank = padded_rank(sum(p.rank for p in group.projections))
             k.keep_exact(group.xa_name, rand(BATCH * SEQ_LEN, rank, dtype=dtype, seed=5))
         return k
 

@@ -1,11 +1,14 @@
-"""The adapters of a group as one: products of the stack are those of its parts."""
+"""The adapters of a group as one: products of the stack are those of its parts, also inside of the GEMM with W."""
 
 import pytest
 import torch
 
 from operators import reference
+from operators.lora import Projection, ProjectionGroup
 from operators.low_rank import stack_adapters
+from operators.savers import Keeper
 from tests.kernel_checks import DTYPES, rand, relative_error
+from tests.small_models import llama
 
 GROUPS = {
     "one": ([(4, 30)], 21),
@@ -35,3 +38,30 @@ def test_stack_is_the_sum_of_its_parts(kernels, name, dtype):
         for a, s, w in zip(adapters, scalings, widths, strict=True)
     ]
     assert relative_error((x.to(dtype) @ stack.A.t()) @ stack.B.t(), torch.cat(parts, dim=1)) < 3e-2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("base", ["nf4", "float32"])
+@pytest.mark.parametrize("rank", [4, 8])
+@torch.no_grad()
+def test_a_stands_below_w(rank, base, dropout):
+    """x A^T and g A come with the GEMMs of a dequantized W, and are the same as by themselves."""
+    shape = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = llama({"r": rank, "lora_dropout": dropout}, base, **shape)
+    attention = model.get_base_model().model.layers[0].self_attn
+    group = ProjectionGroup([Projection(getattr(attention, f"{n}_proj"), n) for n in "qkv"])
+    x, keeper, rng = rand(7, 128), Keeper({}, None), {}
+    y, low_rank = group.project(x, group.parameters(), keeper, rng)
+    assert relative_error(y, group.frozen(x)) < 1e-6
+    if not dropout:
+        assert relative_error(keeper.exact(group.xa_name), x @ low_rank.A.t()) < 1e-6
+    buffer = group.buffer(7, low_rank, x)
+    assert (buffer.shape[1] > group.width) == (base == "nf4" and not dropout)
+    buffer[:, : group.width] = rand(7, group.width, seed=3)
+    dy = buffer[:, : group.width].clone()
+    for ours, theirs in zip(
+        group.backward_input(buffer, low_rank, keeper, rng),
+        group.backward_input(dy, low_rank, keeper, rng),
+        strict=True,
+    ):
+        assert relative_error(ours, theirs) < 1e-6
