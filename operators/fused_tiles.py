@@ -65,7 +65,7 @@ def unpack_tile(
     """The tile of N groups that pack_tile packed."""
     code, scale = load_packed(codes_ptr, scale_ptr, first, row, first_group, live, n_groups, N, BITS, GROUPED, GROUP)
     mean, std = load_channels(mean_ptr, col, inside, GROUP), load_channels(std_ptr, col, inside, GROUP)
-    return dequantize_tile(code, scale, mean, std, STEP, CENTRE, GROUPED)
+    return dequantize_tile(code, scale, mean, std, BITS, STEP, CENTRE, GROUPED)
 
 
 @dataclass

@@ -108,7 +108,7 @@ def _rms_norm_unpack_bwd_kernel(
         row = tl.program_id(0).to(tl.int64) * ROWS + i
         live = one < n_rows - row
         code, scale = load_packed(codes_ptr, scale_ptr, row, one, 0, live, n_groups, BLOCK_GROUPS, BITS, GROUPED, GROUP)
-        x_hat = dequantize_tile(code, scale, mean, std, STEP, CENTRE, GROUPED)
+        x_hat = dequantize_tile(code, scale, mean, std, BITS, STEP, CENTRE, GROUPED)
         g = load_tile(dy_ptr + row * stride_dy, one, col, stride_dy, live, inside, GROUP) * weight
         mask = (place < n_outliers) & (row < n_rows)
         kept = tl.load(kept_ptr + row * n_outliers + place, mask=mask, other=0.0).to(tl.float32)
