@@ -22,9 +22,12 @@ LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
 LOG_SCALE_STEP = tl.constexpr(1 / reference.LOG_SCALE_STEPS)
 MIDDLE_STEPS = tl.constexpr(reference.MIDDLE_STEPS)
 MIDDLE_STEP = tl.constexpr(1 / reference.MIDDLE_STEPS)
-MAGIC, MAGIC_BITS = tl.constexpr(2.0**23), tl.constexpr(0x4B000000)
+# numbers whose bits put an integer into a float's mantissa, or take it from there
+MANTISSA = tl.constexpr(23)
+INTEGERS, INTEGERS_BITS = tl.constexpr(2.0**23), tl.constexpr(0x4B000000)
 ONE_BITS = tl.constexpr(0x3F800000)
-EIGHTH = tl.constexpr(0.5 * 2 ** (1.5 / 8))
+# half a range by this, to the 8th power, has the exponent byte as its own exponent
+RANGE_TO_POWER = tl.constexpr(0.5 * 2 ** (1.5 / 8))
 # the fastest of those tried on an H200
 PACK_TILE = {"ROWS": 4, "BLOCK_GROUPS": 16, "num_warps": 2}
 UNPACK_TILE = {"ROWS": 4, "BLOCK_GROUPS": 16, "num_warps": 4}
@@ -72,11 +75,13 @@ def store_tile(x_ptr, x, row, col, stride_row, live, inside):
 
 @triton.jit
 def round_to_code(t, LAST: tl.constexpr):
-    """The integer in [0, LAST] next to t * LAST, int32."""
-    # a clamp to [0, 1] costs nothing in the instruction that computes t; 2^23 leaves the integer in the mantissa's low
-    # bits, where a conversion would run at an eighth of the rate
-    t = tl.minimum(tl.maximum(t, 0.0), 1.0) * LAST + MAGIC
-    return t.to(tl.int32, bitcast=True) - MAGIC_BITS
+    """The integer in [0, LAST] nearest to t * LAST, int32.
+
+    A clamp to [0, 1] is free in the instruction that computed t. The sum is rounded to an integer, which is then the
+    low bits of its mantissa: a conversion would run at an eighth of the rate.
+    """
+    t = tl.minimum(tl.maximum(t, 0.0), 1.0) * LAST + INTEGERS
+    return t.to(tl.int32, bitcast=True) - INTEGERS_BITS
 
 
 @triton.jit
@@ -88,17 +93,18 @@ def quantize_tile(
     x, mean and inv_std must be 0 where there is no channel. scale is both bytes, the exponent the lower one.
     """
     LAST: tl.constexpr = (1 << BITS) - 1
-    t = x * inv_std - mean * inv_std
+    # one instruction (the sign is part of it), which all kernels round alike
+    t = tl.fma(x, inv_std, mean * inv_std * -1.0)
     scale = tl.zeros([x.shape[0], x.shape[1]], tl.int32)
     if GROUPED:
         low = tl.minimum(tl.min(tl.min(t, axis=3), axis=2), 0.0)
         high = tl.maximum(tl.max(tl.max(t, axis=3), axis=2), 0.0)
-        # 8 log2 is the exponent of the 8th power, and a float's range is the byte's: both clamps come with it
-        power = (high - low) * EIGHTH
+        # floor(8 log2) is the exponent of the 8th power; where a float's exponent ends the byte ends as well
+        power = (high - low) * RANGE_TO_POWER
         power *= power
         power *= power
         power *= power
-        exponent = power.to(tl.int32, bitcast=True) >> 23
+        exponent = power.to(tl.int32, bitcast=True) >> MANTISSA
         inverse = tl.exp2((exponent.to(tl.float32) - SCALE_ZERO) * -LOG_SCALE_STEP)
         middle = round_to_code((high + low) * (inverse * (0.5 * MIDDLE_STEPS / 255)) + SCALE_ZERO / 255, 255)
         zero = (middle.to(tl.float32) - SCALE_ZERO) * (-MIDDLE_STEP / STEP / LAST) + CENTRE / LAST
@@ -113,9 +119,9 @@ def quantize_tile(
 def dequantize_tile(
     code, scale, mean, std, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr
 ):
-    """Inverse of quantize_tile: fp32 [R, N, W, 8]."""
-    # 1 + code / 2^BITS: the code as the top of a mantissa
-    t = ((code << (23 - BITS)) | ONE_BITS).to(tl.float32, bitcast=True)
+    """Inverse of quantize_tile: fp32 [R, N, W, 8]; here scale is that of each word, int32 [R, N, W]."""
+    # 1 + code / 2^BITS has the code as the top of its mantissa, exactly, and the scale undoes both
+    t = ((code << (MANTISSA - BITS)) | ONE_BITS).to(tl.float32, bitcast=True)
     SPREAD: tl.constexpr = STEP * (1 << BITS)
     if GROUPED:
         half = tl.exp2(((scale & 255).to(tl.float32) - SCALE_ZERO) * LOG_SCALE_STEP)
@@ -222,9 +228,7 @@ def load_packed(
     N: tl.constexpr, BITS: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The codes [R, N, W, 8] that store_packed packed, and the scale of each word [R, N, W]."""
-    words, scale = load_words(
-        codes_ptr, scale_ptr, first, row, first_group, live, n_groups, N, BITS, GROUPED, GROUP
-    )  # fmt: skip
+    words, scale = load_words(codes_ptr, scale_ptr, first, row, first_group, live, n_groups, N, BITS, GROUPED, GROUP)
     return unpack_words(words, scale, BITS, GROUP)
 
 
