@@ -1,5 +1,7 @@
 """SiLU-Hadamard product, forward and backward."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -9,20 +11,28 @@ from operators import reference
 from operators.dispatch import as_rows, cdiv, device_guard, use_triton
 
 BLOCK = 2048
+MINUS_LOG2_E = tl.constexpr(-math.log2(math.e))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of fp32 in half the instructions of tl.sigmoid: nothing for denormals, no division."""
+    s = 1 + tl.exp2(x * MINUS_LOG2_E)
+    return tl.rsqrt(s * s)
 
 
 @triton.jit
 def silu_mul_tile(gate, up):
     """hidden of fp32 tiles gate and up."""
-    return gate * tl.sigmoid(gate) * up
+    return gate * sigmoid(gate) * up
 
 
 @triton.jit
 def silu_mul_grad_tile(dhidden, gate, up):
     """dgate, dup, hidden of fp32 tiles."""
-    sigmoid = tl.sigmoid(gate)
-    act = gate * sigmoid
-    dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+    share = sigmoid(gate)
+    act = gate * share
+    dgate = dhidden * up * (share + act * (1 - share))
     return dgate, dhidden * act, act * up
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from operators import dispatch
 from operators.codebook import Codebook
 from operators.dispatch import next_power_of_2
 from operators.quantize import (
@@ -22,6 +23,8 @@ from operators.quantize import (
     quantize_tile,
     store_packed,
 )
+
+INTERPRETING = tl.constexpr(dispatch.INTERPRETING)
 
 
 @triton.jit
@@ -42,9 +45,10 @@ def add_lora(
             b_ptr + col[None, :] * stride_b + rank[:, None] * stride_rank,
             mask=(col < n_cols)[None, :] & (rank < RANK)[:, None], other=0.0,
         )  # fmt: skip
-        # half-precision operands are exact in tf32, so they go through the tensor cores without a rounding
-        precision: tl.constexpr = "ieee" if xa_ptr.dtype.element_ty == tl.float32 else "tf32"
-        lora = tl.dot(xa.to(tl.float32), b.to(tl.float32), input_precision=precision)
+        if INTERPRETING:
+            # whose products are of fp32 only
+            xa, b = xa.to(tl.float32), b.to(tl.float32)
+        lora = tl.dot(xa, b, input_precision="ieee")
         x += tl.reshape(lora, x.shape)
     return x
 
@@ -68,7 +72,7 @@ def unpack_tile(
     """The tile of N groups that pack_tile packed."""
     code, scale = load_packed(codes_ptr, scale_ptr, first, row, first_group, live, n_groups, N, BITS, GROUPED, GROUP)
     mean, std = load_channels(mean_ptr, col, inside, GROUP), load_channels(std_ptr, col, inside, GROUP)
-    return dequantize_tile(code, scale, mean, std, STEP, CENTRE, GROUPED)
+    return dequantize_tile(code, scale, mean, std, BITS, STEP, CENTRE, GROUPED)
 
 
 @dataclass

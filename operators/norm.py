@@ -21,6 +21,7 @@ from operators.quantize import (
     row_constants,
     store_packed,
     store_tile,
+    to_words,
 )
 from operators.savers import ChannelQuant, Keeper
 
@@ -72,10 +73,17 @@ def _rms_norm_pack_kernel(
     place = tl.arange(0, BLOCK_OUTLIERS)
     outlier = tl.load(outliers_ptr + place, mask=place < n_outliers, other=0)
     dtype = x_ptr.dtype.element_ty
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    # a row is on its way while the one before is computed
+    following = tl.load(x_ptr + first * stride_row + col[None, :], mask=inside[None, :] & (first < n_rows), other=0.0)
     for i in range(ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS + i
-        live = one < n_rows - row
-        x = load_tile(x_ptr + row * stride_row, one, col, stride_row, live, inside, GROUP)
+        row = first + i
+        live = one < (n_rows - row).to(tl.int32)
+        mask = (place < n_outliers) & (row < n_rows)
+        kept = tl.load(x_ptr + row * stride_row + outlier, mask=mask, other=0.0).to(tl.float32)
+        x = to_words(following.to(tl.float32), GROUP)
+        ahead = (row + 1 < n_rows) & (i + 1 < ROWS)
+        following = tl.load(x_ptr + (row + 1) * stride_row + col[None, :], mask=inside[None, :] & ahead, other=0.0)
         rstd = tl.rsqrt(tl.sum(tl.reshape(x * x, (x.numel,))) / n_cols + eps)
         # HF rounds x_hat to the input's dtype before the weight multiplies it
         x_hat = (x * rstd).to(dtype).to(tl.float32)
@@ -83,9 +91,7 @@ def _rms_norm_pack_kernel(
         tl.store(rstd_ptr + row, rstd, mask=row < n_rows)
         code, scale = quantize_tile(x_hat, mean, inv_std, BITS, STEP, CENTRE, GROUPED)
         store_packed(codes_ptr, scale_ptr, code, scale, row, one, 0, live, n_groups, BITS, GROUPED, GROUP)
-        mask = (place < n_outliers) & (row < n_rows)
-        kept = tl.load(x_ptr + row * stride_row + outlier, mask=mask, other=0.0).to(tl.float32) * rstd
-        tl.store(kept_ptr + row * n_outliers + place, kept.to(dtype), mask=mask)
+        tl.store(kept_ptr + row * n_outliers + place, (kept * rstd).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -108,7 +114,7 @@ def _rms_norm_unpack_bwd_kernel(
         row = tl.program_id(0).to(tl.int64) * ROWS + i
         live = one < n_rows - row
         code, scale = load_packed(codes_ptr, scale_ptr, row, one, 0, live, n_groups, BLOCK_GROUPS, BITS, GROUPED, GROUP)
-        x_hat = dequantize_tile(code, scale, mean, std, STEP, CENTRE, GROUPED)
+        x_hat = dequantize_tile(code, scale, mean, std, BITS, STEP, CENTRE, GROUPED)
         g = load_tile(dy_ptr + row * stride_dy, one, col, stride_dy, live, inside, GROUP) * weight
         mask = (place < n_outliers) & (row < n_rows)
         kept = tl.load(kept_ptr + row * n_outliers + place, mask=mask, other=0.0).to(tl.float32)
