@@ -7,10 +7,10 @@ from torch import Tensor
 def causal_bounds(attention_mask, position_ids: Tensor | None, batch: int, seq_len: int) -> Tensor | None:
     """The bounds (operators/flash.py) of a training batch by HF's rules; None where only a mask of HF's will do.
 
-    With a 2-D mask the real tokens of a row are a run, and the padding in front is one that sees nothing. Padding behind
-    belongs to the run: real tokens do not see what is later. It sees itself, unlike in HF, so its outputs are others,
-    finite and read by nobody; its loss must be ignored (labels of -100). Without a mask a run ends where position ids
-    do not go on by one. One transfer from the GPU, where HF has one too; none with neither mask nor position ids.
+    With a 2-D mask the real tokens of a row are a run, and the padding in front is one that sees nothing. Padding
+    behind belongs to the run: real tokens do not see what is later. It sees itself, unlike in HF, so its outputs are
+    others, finite and read by nobody; its loss must be ignored (labels of -100). Without a mask a run ends where
+    position ids do not go on by one. One transfer from the GPU, where HF has one too; none if there is neither.
     """
     first = torch.zeros(batch, seq_len, dtype=torch.bool)
     seeing = torch.ones(batch, seq_len, dtype=torch.bool)

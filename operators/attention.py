@@ -78,6 +78,8 @@ class EagerCore:
         groups = q.shape[2] // k.shape[2]
         scores = self._grouped(q, groups) @ self._grouped(k, 1).transpose(-1, -2) * self.module.scaling
         prob = torch.softmax(self._masked(scores, mask).float(), dim=-1).to(q.dtype)
+        if mask is not None and mask.dtype == torch.bool:
+            prob *= mask.any(-1, keepdim=True).unsqueeze(2)  # as from SDPA, 0 where padding sees nothing
         keeper.keep("prob", prob)
         o = prob @ self._grouped(v, 1)
         return o.permute(0, 3, 1, 2, 4).reshape(q.shape)
