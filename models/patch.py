@@ -124,8 +124,7 @@ def find_patch(model: PeftModel) -> Patch:
 
 
 class _StepHook:
-    """Runs before the decoder's forward: counts it, notes padding, binds checkpoints, keeps the KV cache off, and tells
-    which tokens see which by bounds, so that HF makes no S x S mask of them."""
+    """Runs before a decoder forward: counts it, notes padding, binds checkpoints, keeps cache and S x S masks off."""
 
     def __init__(self, step: Step, checkpoints: list[LayerBlock], attention: list[AttentionBlock]):
         self.step, self.checkpoints, self.attention = step, checkpoints, attention

@@ -1,6 +1,6 @@
 """Causal attention of runs of tokens, with a sliding window and grouped queries, in memory linear in the tokens.
 
-A run is a row of the batch, a document packed into one, the padding in front of a row or what is left of it behind.
+A run is a row of the batch, a document packed into one, the padding in front of a row or the rest of it.
 Which tokens see which is told by bounds, an int32 tensor on the host (to read it never waits for a GPU), [1, 1, 2, N+1]
 as Hugging Face hands on whatever mask has four dimensions. [0, 0, 0]: where the N runs begin, counted over the B S
 tokens of the batch, and B S; no run crosses rows. [0, 0, 1]: 1, or 0 for padding in front, whose tokens see nothing.
@@ -18,6 +18,8 @@ except ImportError:  # before torch 2.10
     VARLEN_OPTIONS = frozenset()
 else:
     VARLEN_OPTIONS = frozenset(signature(varlen_attn).parameters)
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def is_bounds(mask) -> bool:
@@ -54,7 +56,7 @@ def takes_varlen(q: Tensor, dropout: float) -> bool:
     """Whether torch's flash kernel for runs of any length can have this one; sdpa_kernel and the like switch it too."""
     return (
         q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.dtype in HALF
         and dropout == 0
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 256
@@ -99,8 +101,8 @@ def _sdpa(q, k, v, mask: Tensor | None, scaling: float, dropout: float) -> Tenso
     """torch's attention, causal without a mask; q [B, H, S, D], k, v [B, H_kv, S_k, D], never repeated."""
     options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        # flash alone takes grouped heads on a GPU, but no mask and no fp32; without it they are repeated, scores whole
+    if groups > 1 and q.is_cuda and (mask is not None or q.dtype not in HALF):
+        # on a GPU only flash takes grouped heads, and no mask nor fp32; else torch repeats them and makes whole scores
         heads = [F.scaled_dot_product_attention(q[:, i::groups], k, v, **options) for i in range(groups)]
         return torch.stack(heads, dim=2).flatten(1, 2)
     return F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=groups > 1)
