@@ -165,7 +165,7 @@ class AttentionBlock(Block):
 
     def takes_bounds(self) -> bool:
         """Whether the forward that begins runs operators/flash.py here, so that bounds may stand in for HF's mask."""
-        return self.own_flash and self.applies()
+        return self.own_flash and getattr(self.module, BLOCK, None) is self and self.applies()
 
     def applies(
         self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
