@@ -15,11 +15,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from operators.attention import CORES, AttentionFunction, AttentionSpec
 from operators.checkpoint import CheckpointFunction
+from operators.flash import is_bounds
 from operators.fused_qkv import fits
 from operators.lora import Projection, ProjectionGroup
 from operators.mlp import MlpFunction, MlpSpec
 from operators.nf4 import is_4bit
 from operators.norm import RMSNormFunction
+from operators.rope import rope
 from operators.savers import UNITS_A_LAYER, Derived, Exact, Keeper, Saver, Step, Store
 
 SOURCE = "_hyclora_source"
@@ -28,7 +30,10 @@ BLOCK = "_hyclora_block"
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names of a family: of its decoder (layers, final_norm), its causal LM (head), one layer (the rest)."""
+    """Attribute names of a family: of its decoder (layers, final_norm), its causal LM (head), one layer (the rest).
+
+    sliding_window: name in the config of how many keys a query sees, for a family that has such windows.
+    """
 
     layers: str
     final_norm: str
@@ -41,6 +46,7 @@ class Family:
     gate_up: tuple[str, str]
     down: str
     head: str
+    sliding_window: str | None = None
 
 
 class Block:
@@ -150,8 +156,16 @@ class AttentionBlock(Block):
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
         implementation = module.config._attn_implementation
         interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
+        causal = getattr(module.config, "is_causal", True)
+        self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and causal
+        window = getattr(module.config, family.sliding_window) if family.sliding_window else None
+        core = CORES[attention](module, interface, window)
         fused = fused and fits(module.head_dim, savers)
-        self.spec = AttentionSpec(qkv, out, CORES[attention](module, interface), compensate, fused, module.head_dim)
+        self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim)
+
+    def takes_bounds(self) -> bool:
+        """Whether the forward that begins runs operators/flash.py here, so that bounds may stand in for HF's mask."""
+        return self.own_flash and getattr(self.module, BLOCK, None) is self and self.applies()
 
     def applies(
         self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
@@ -166,6 +180,15 @@ class AttentionBlock(Block):
             cos, sin, attention_mask, self.spec, kwargs, self.keeper(), source, *self.spec.parameters(),
         )  # fmt: skip
         return y, None
+
+    def run_stock(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        if not is_bounds(attention_mask):
+            return super().run_stock(hidden_states, position_embeddings, attention_mask, **kwargs)
+        # checkpointing runs a layer first without grad; stock attention could not read the bounds
+        heads = [p.module(hidden_states).unflatten(-1, (-1, self.module.head_dim)) for p in self.spec.qkv.projections]
+        q, k = (rope(head, *position_embeddings) for head in heads[:2])
+        o = self.spec.core.run(q, k, heads[2], attention_mask, kwargs)
+        return self.spec.out.projections[0].module(o.flatten(2)), None
 
 
 class MlpBlock(Block):

@@ -1,7 +1,7 @@
 """The decoder layers of a training step as CUDA graphs, for kinds of input that come again.
 
 At a few thousand tokens a layer's kernels are shorter than the time the host needs to launch them. So the second time
-that a kind of input (shapes, dtypes, adapters) comes after calibration, the forward of all layers is captured as one
+that a kind of input (shapes, padding, adapters) comes after calibration, the forward of all layers is captured as one
 graph and their backward as another; from then on both are replayed. Inputs are copied to fixed places; activations live
 in a memory pool that all graphs share; the backward adds to fixed buffers, which are the parameters' .grad.
 
@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.blocks import Block, NormBlock, autocast_dtype
+from operators.flash import is_bounds
 
 MAX_RECORDINGS = 8
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -154,7 +155,7 @@ class LayerGraphs:
         if recording is None:
             return None
         self._passing = len(self.entries) > 1
-        inputs = [hidden, *(t for t in self._arguments if isinstance(t, Tensor))]
+        inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]
         return ReplayFunction.apply(hidden, recording.anchor, self, recording, inputs)
 
     def attach(self) -> None:
@@ -195,7 +196,7 @@ class LayerGraphs:
         kind = (
             spec,
             autocast_dtype(hidden.device.type),
-            *((t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in (hidden, *leaves)),
+            *((t.shape, t.dtype, t.requires_grad) if _varies(t, hidden) else _value(t) for t in (hidden, *leaves)),
             *((p.adapter, p.scaling, id(p.base.weight)) for p in self.projections),
             *((t.data_ptr(), t.requires_grad) for t in parameters),
         )
@@ -235,7 +236,7 @@ class LayerGraphs:
 
     def _capture(self, hidden: Tensor, leaves: list, spec) -> Recording:
         first = hidden.detach().clone().requires_grad_(hidden.requires_grad)
-        leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
+        leaves = [t.detach().clone() if _varies(t, hidden) else t for t in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
         trained = [_trained(entry.module) for entry in self.entries]
         anchor = next(p for layer in trained for _, _, p in layer)
@@ -275,7 +276,7 @@ class LayerGraphs:
         # in this thread: another one would bring GEMM workspaces of its own
         with torch.autograd.set_multithreading_enabled(False):
             dx, replay_backward = self.recorder.record(backward)
-        inputs = [first, *(t for t in leaves if isinstance(t, Tensor))]
+        inputs = [first, *(t for t in leaves if _varies(t, hidden))]
         return Recording(anchor, inputs, output, dy, dx, replay_forward, replay_backward)
 
     @contextmanager
@@ -306,6 +307,15 @@ class LayerGraphs:
 
 class Ticket:
     """Lives until the backward of a replayed forward has run, or its graph is dropped."""
+
+
+def _varies(leaf, hidden: Tensor) -> bool:
+    """Whether an argument is data that kernels read; what the host reads is part of what is recorded."""
+    return isinstance(leaf, Tensor) and leaf.device == hidden.device and not is_bounds(leaf)
+
+
+def _value(leaf):
+    return (leaf.shape, *leaf.flatten().tolist()) if isinstance(leaf, Tensor) else leaf
 
 
 def _trained(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:

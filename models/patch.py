@@ -12,9 +12,11 @@ from models.config import SLOTS, HycloraConfig
 from models.graphs import CudaRecorder, LayerGraphs
 from models.head import HeadBlock
 from models.llama import LLAMA
+from models.masks import causal_bounds
+from models.mistral import MISTRAL
 from operators.savers import ChannelQuant, CudaCopies, Saver, Step, Store, make_saver
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA}
+FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL}
 PATCH = "_hyclora_patch"
 
 
@@ -112,7 +114,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         block.bind()
     if recorder is not None:
         patch.add_graphs(recorder)
-    patch.hook = decoder.register_forward_pre_hook(_StepHook(step, checkpoints), with_kwargs=True)
+    attention = [block for block in blocks if isinstance(block, AttentionBlock)]
+    patch.hook = decoder.register_forward_pre_hook(_StepHook(step, checkpoints, attention), with_kwargs=True)
     object.__setattr__(model, PATCH, patch)
     return report
 
@@ -135,10 +138,10 @@ def find_patch(model: PeftModel) -> Patch:
 
 
 class _StepHook:
-    """Runs before the decoder's forward: counts it, notes padding, binds checkpoints, and keeps the KV cache off."""
+    """Runs before a decoder forward: counts it, notes padding, binds checkpoints, keeps cache and S x S masks off."""
 
-    def __init__(self, step: Step, checkpoints: list[LayerBlock]):
-        self.step, self.checkpoints = step, checkpoints
+    def __init__(self, step: Step, checkpoints: list[LayerBlock], attention: list[AttentionBlock]):
+        self.step, self.checkpoints, self.attention = step, checkpoints, attention
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
         if not (decoder.training and torch.is_grad_enabled()):
@@ -151,7 +154,18 @@ class _StepHook:
         if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False
+        bounds = self._bounds(args, kwargs)
+        if bounds is not None:
+            kwargs["attention_mask"] = bounds
         return args, kwargs
+
+    def _bounds(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
+        """What the layers get for HF's mask; None if HF shall make one, as some would not know what bounds are."""
+        tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+        cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
+        if tokens is None or len(args) > 1 or cached or not all(block.takes_bounds() for block in self.attention):
+            return None
+        return causal_bounds(kwargs.get("attention_mask"), kwargs.get("position_ids"), *tokens.shape[:2])
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """Attention block: q/k/v projections, RoPE, softmax attention, output projection, in one autograd Function.
 
-Two cores. FlashCore runs the model's own HF attention interface (SDPA, FlashAttention, ...) and runs it again in
-backward on the restored q, k, v: probabilities stay normalised, attn_out comes for free, no S x S tensor exists.
-EagerCore is the paper's: it keeps the softmax map through its saver.
+Two cores. FlashCore runs flash attention (operators/flash.py, or the model's own FlashAttention) and runs it again in
+backward on the restored q, k, v: probabilities stay normalised, attn_out comes for free, no S x S tensor exists, unless
+the caller brings a mask of that size. EagerCore is the paper's: it keeps the softmax map through its saver.
 """
 
 from contextlib import nullcontext
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.dispatch import use_triton
+from operators.flash import flash_attention, is_bounds
 from operators.fused_qkv import fused_qkv_fwd, fused_qkv_restore
 from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
 from operators.rope import rope, rope_bwd
@@ -21,17 +22,23 @@ from operators.softmax import softmax_bwd
 
 
 class FlashCore:
-    """o = softmax(scaling q k^T + mask) v by an HF attention function; gradients by running it again under autograd.
+    """o = softmax(scaling q k^T + mask) v; gradients by running it again under autograd.
 
-    q [B, S, H, D], k, v [B, S, H_kv, D] to o [B, S, H, D].
+    q [B, S, H, D], k, v [B, S, H_kv, D] to o [B, S, H, D]. mask: bounds, for flash_attention; or what HF made for
+    interface, an attention function of its own. window: keys that a query sees, itself included; None: all before it.
     """
 
-    def __init__(self, module, interface):
-        self.module, self.interface = module, interface
+    def __init__(self, module, interface, window: int | None):
+        self.module, self.interface, self.window = module, interface, window
 
-    def _run(self, q, k, v, mask, kwargs):
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    def run(self, q, k, v, mask, kwargs) -> Tensor:
+        """o, and what autograd needs if it is on."""
         dropout = self.module.attention_dropout if self.module.training else 0.0
+        if is_bounds(mask):
+            return flash_attention(q, k, v, mask, self.window, self.module.scaling, dropout)
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        if self.window is not None:
+            kwargs = kwargs | {"sliding_window": self.window}
         return self.interface(
             self.module, *heads_first, mask, dropout=dropout, scaling=self.module.scaling, **kwargs
         )[0]  # fmt: skip
@@ -39,7 +46,7 @@ class FlashCore:
     def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> Tensor:
         if self.module.attention_dropout > 0:
             rng["attention"] = get_rng_state(q.device)
-        return self._run(q, k, v, mask, kwargs)
+        return self.run(q, k, v, mask, kwargs)
 
     def backward(self, do_fn, heads, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv; heads is q, k, v, emptied on the way; do_fn maps the recomputed o to its gradient do."""
@@ -47,7 +54,7 @@ class FlashCore:
             q, k, v = (t.detach().requires_grad_() for t in heads)
             heads.clear()
             with replayed_rng(q.device, rng["attention"]) if "attention" in rng else nullcontext():
-                o = self._run(q, k, v, mask, kwargs)
+                o = self.run(q, k, v, mask, kwargs)
         do = do_fn(o.detach()).view_as(o)
         return torch.autograd.grad(o, (q, k, v), do)
 
@@ -59,7 +66,7 @@ class EagerCore:
     k and v are kept for their own heads and repeated for grouped queries only while used.
     """
 
-    def __init__(self, module, interface):
+    def __init__(self, module, interface, window: int | None):
         self.module = module
 
     def _grouped(self, t: Tensor, groups: int) -> Tensor:
@@ -71,6 +78,8 @@ class EagerCore:
         groups = q.shape[2] // k.shape[2]
         scores = self._grouped(q, groups) @ self._grouped(k, 1).transpose(-1, -2) * self.module.scaling
         prob = torch.softmax(self._masked(scores, mask).float(), dim=-1).to(q.dtype)
+        if mask is not None and mask.dtype == torch.bool:
+            prob *= mask.any(-1, keepdim=True).unsqueeze(2)  # as from SDPA, 0 where padding sees nothing
         keeper.keep("prob", prob)
         o = prob @ self._grouped(v, 1)
         return o.permute(0, 3, 1, 2, 4).reshape(q.shape)
@@ -130,8 +139,8 @@ class AttentionSpec:
 class AttentionFunction(torch.autograd.Function):
     """y = o W_o^T + LoRA, o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA.
 
-    x [B, S, C]; cos, sin [B or 1, S, D]; mask as HF gives it; parameters as spec.parameters(). Slots: attn_in, q, k, v,
-    prob, attn_out. Gradients: operators/lora.py for the projections, the core for q, k, v, the opposite rotation
+    x [B, S, C]; cos, sin [B or 1, S, D]; mask as the core takes it; parameters as spec.parameters(). Slots: attn_in, q,
+    k, v, prob, attn_out. Gradients: operators/lora.py for the projections, the core for q, k, v, the opposite rotation
     for RoPE.
     """
 

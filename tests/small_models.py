@@ -2,7 +2,7 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from models.loading import quantize_linears
 from tests.kernel_checks import DEVICE
@@ -12,12 +12,21 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def llama(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
     """A two-layer LLaMA with grouped queries, odd widths, and LoRA whose B is not zero; alpha != r; base may be nf4."""
+    return _small(LlamaForCausalLM, LlamaConfig, lora, base, config)
+
+
+def mistral(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+    """The same as a Mistral whose queries see 8 keys."""
+    return _small(MistralForCausalLM, MistralConfig, lora, base, {"sliding_window": 8} | config)
+
+
+def _small(model_class, config_class, lora: dict | None, base: str, config: dict) -> torch.nn.Module:
     torch.manual_seed(0)
     shape = {
         "vocab_size": 128, "hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**shape | config)).to(DEVICE)
+    model = model_class(config_class(**shape | config)).to(DEVICE)
     if base == "nf4":
         quantize_linears(model, torch.float32)
     model = get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 12, "target_modules": LINEARS} | (lora or {})))

@@ -116,22 +116,19 @@ def test_a_replay_follows_the_weights():
 
 
 def test_kinds_of_input():
-    """Each shape is recorded the second time that it comes; a padded batch too, with a mask that is copied."""
-    model = llama()
+    """Each shape is recorded the second time that it comes; so is each padding in front, which kernels do not read."""
+    model, reference = llama(), llama()
     graphs = graphed(model, {})
-    wide, narrow = batches(1)[0], {name: t[:, :9] for name, t in batches(1)[0].items()}
-    train(model, batches(CALIBRATION))
-    for batch, recorded in ((wide, 0), (narrow, 0), (wide, 1), (narrow, 2), (wide, 2), (padded_batch(), 2)):
-        train(model, [batch])
-        assert len(graphs.recordings) == recorded
-    reference = llama()
     apply_hyclora(reference, config())
-    train(reference, batches(CALIBRATION))
-    for seed in range(3):
-        batch = padded_batch(seed=seed)
-        batch["attention_mask"][0, : 3 + seed] = 0
+    for m in (model, reference):
+        train(m, batches(CALIBRATION))
+    wide, narrow = batches(1)[0], {name: t[:, :9] for name, t in batches(1)[0].items()}
+    padded, front = padded_batch(), padded_batch()
+    front["attention_mask"] = front["attention_mask"].flip(1)
+    order = [(wide, 0), (narrow, 0), (wide, 1), (narrow, 2), (wide, 2), (padded, 2), (padded_batch(seed=1), 3)]
+    for batch, recorded in [*order, (front, 3), (front, 4), (padded, 4), (narrow, 4), (front, 4)]:
         assert equal(train(model, [batch])[0], train(reference, [batch])[0])
-    assert len(graphs.recordings) == 3
+        assert len(graphs.recordings) == recorded
 
 
 def replayed(model, graphs, batch) -> bool:

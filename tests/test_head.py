@@ -146,7 +146,7 @@ def test_all_labels_ignored(num_items):
 
 
 def test_stock_where_logits_are_asked_for():
-    """Evaluation, no grad, no labels, single positions, disabled adapters: the stock forward, logits included."""
+    """Evaluation, no grad, no labels, single positions, disabled adapters: the stock forward, logits of real tokens."""
     model, batch = llama(), padded_batch()
     unlabelled = {name: t for name, t in batch.items() if name != "labels"}
     calls = {
@@ -160,7 +160,8 @@ def test_stock_where_logits_are_asked_for():
     apply_hyclora(model.train(), BASELINE)
     for name, call in calls.items():
         out = call()
-        assert torch.allclose(out.logits, expected[name].logits, atol=1e-5), name
+        real = batch["attention_mask"].bool()[:, -out.logits.shape[1] :]
+        assert torch.allclose(out.logits[real], expected[name].logits[real], atol=1e-5), name
         assert (out.loss is None) == (expected[name].loss is None)
     with model.train().disable_adapter():
         assert model(**batch).logits is not None
@@ -178,7 +179,9 @@ def test_outputs_other_than_logits():
     assert inspect.signature(base.forward) == signature
     ours = model(**batch, output_hidden_states=True)
     assert ours.past_key_values is None and len(ours.hidden_states) == len(stock.hidden_states)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours.hidden_states, stock.hidden_states, strict=True))
+    real = batch["attention_mask"].bool()
+    for a, b in zip(ours.hidden_states, stock.hidden_states, strict=True):
+        assert torch.allclose(a[real], b[real], atol=1e-5)
     as_tuple = model(**batch, return_dict=False)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == 1 and torch.equal(as_tuple[0], ours.loss)
 
@@ -223,7 +226,7 @@ def stay_stock():
     replaced = llama()
     replaced.get_base_model().forward = replaced.get_base_model().forward
     other = llama()
-    other.get_base_model().loss_function = lambda logits, labels, **kwargs: logits.square().mean()
+    other.get_base_model().loss_function = lambda logits, labels, **kwargs: logits[labels != -100].square().mean()
     subclass = llama()
     subclass.get_base_model().__class__ = type("Mine", (LlamaForCausalLM,), {})
     return {

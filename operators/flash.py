@@ -1,0 +1,108 @@
+"""Causal attention of runs of tokens, with a sliding window and grouped queries, in memory linear in the tokens.
+
+A run is a row of the batch, a document packed into one, the padding in front of a row or the rest of it.
+Which tokens see which is told by bounds, an int32 tensor on the host (to read it never waits for a GPU), [1, 1, 2, N+1]
+as Hugging Face hands on whatever mask has four dimensions. [0, 0, 0]: where the N runs begin, counted over the B S
+tokens of the batch, and B S; no run crosses rows. [0, 0, 1]: 1, or 0 for padding in front, whose tokens see nothing.
+"""
+
+from inspect import signature
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    VARLEN_OPTIONS = frozenset()
+else:
+    VARLEN_OPTIONS = frozenset(signature(varlen_attn).parameters)
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def is_bounds(mask) -> bool:
+    """Whether an attention mask is bounds; Hugging Face's own are bool or floating point."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """o = softmax(scaling q k^T) v, where token i of a run sees the tokens i - window + 1 to i of that run.
+
+    q, o [B, S, H, D]; k, v [B, S, H_kv, D]; window None: all of the run up to i. o is 0 where nothing is seen.
+    """
+    starts, seeing = bounds[0, 0]
+    lengths = starts.diff().tolist()
+    longest = max(lengths)
+    if window is not None and window >= longest:
+        window = None
+    rows_are_runs = len(lengths) == q.shape[0]
+    if (window is not None or not rows_are_runs) and takes_varlen(q, dropout):
+        return _varlen(q, k, v, starts, seeing[:-1], longest, window, scaling)
+    if rows_are_runs:
+        return _causal(q, k, v, window, scaling, dropout)
+    runs = zip(*(t.flatten(0, 1)[None].split(lengths, dim=1) for t in (q, k, v)), strict=True)
+    o = [
+        _causal(*run, window, scaling, dropout) if sees else torch.zeros_like(run[0])
+        for run, sees in zip(runs, seeing.tolist()[:-1], strict=True)
+    ]
+    return torch.cat(o, dim=1).view(q.shape)
+
+
+def takes_varlen(q: Tensor, dropout: float) -> bool:
+    """Whether torch's flash kernel for runs of any length can have this one; sdpa_kernel and the like switch it too."""
+    return (
+        q.is_cuda
+        and q.dtype in HALF
+        and dropout == 0
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and {"window_size", "scale"} <= VARLEN_OPTIONS
+        and torch.backends.cuda.flash_sdp_enabled()
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def _varlen(q, k, v, starts, seeing, longest: int, window: int | None, scaling: float) -> Tensor:
+    """All runs in one kernel. Grouped queries are a matter of course before torch had a switch for them."""
+    on_device = starts.to(q.device, non_blocking=True)
+    grouped = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
+    tokens = (t.flatten(0, 1) for t in (q, k, v))
+    window_size = (-1 if window is None else window - 1, 0)
+    o = varlen_attn(
+        *tokens, on_device, on_device, longest, longest, scale=scaling, window_size=window_size, **grouped
+    )  # fmt: skip
+    if not seeing.all():
+        o = o * seeing.repeat_interleave(starts.diff()).to(q.device, q.dtype, non_blocking=True)[:, None, None]
+    return o.view(q.shape)
+
+
+def _causal(q, k, v, window: int | None, scaling: float, dropout: float) -> Tensor:
+    """Attention within each row, by chunks of `window` queries: they see their own chunk and the one before."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if window is None or window >= q.shape[2]:
+        return _sdpa(q, k, v, None, scaling, dropout).transpose(1, 2)
+    # one additive mask for all chunks: query r sees keys r + 1 to r + window of the two chunks
+    seen = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).tril(window).triu(1)
+    mask = q.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+    q, k, v = (t.split(window, dim=2) for t in (q, k, v))
+    o = [_sdpa(q[0], k[0], v[0], None, scaling, dropout)]
+    for i in range(1, len(q)):
+        n = q[i].shape[2]
+        keys, values = (torch.cat(t[i - 1 : i + 1], dim=2) for t in (k, v))
+        o.append(_sdpa(q[i], keys, values, mask[:n, : window + n], scaling, dropout))
+    return torch.cat(o, dim=2).transpose(1, 2)
+
+
+def _sdpa(q, k, v, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
+    """torch's attention, causal without a mask; q [B, H, S, D], k, v [B, H_kv, S_k, D], never repeated."""
+    options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.is_cuda and (mask is not None or q.dtype not in HALF):
+        # on a GPU only flash takes grouped heads, and no mask nor fp32; else torch repeats them and makes whole scores
+        heads = [F.scaled_dot_product_attention(q[:, i::groups], k, v, **options) for i in range(groups)]
+        return torch.stack(heads, dim=2).flatten(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=groups > 1)
