@@ -30,11 +30,14 @@ def size(*tensors: Tensor) -> int:
 
 
 def gpu_ms(call: Callable, repeat: int = 20) -> float:
-    """Median milliseconds of the kernels that call launches, with nothing of its inputs in the L2 cache."""
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    """Median milliseconds of the kernels that call launches, with nothing of its inputs in the L2 cache.
+
+    The cache is filled by reading: what is written stays there until the next kernel drives it out, at its expense.
+    """
+    flush = torch.zeros(2**26, dtype=torch.float32, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat + 3)]
     for start, stop in events:
-        flush.zero_()
+        flush.sum()
         torch.cuda._sleep(400_000)
         start.record()
         call()

@@ -107,7 +107,7 @@ def memory_throughput() -> str:
 def memory_table(title: str, named: list[tuple[str, dict]]) -> list[str]:
     """Named lines as a table and what is said below it."""
     lines = [line for _, line in named]
-    head = [title, "static MiB", "dyn MiB", "buffered MiB (host)", "ms a micro-step", "tokens/s"]
+    head = [title, "static MiB", "dyn MiB", "held MiB", "buffered MiB (host)", "ms a micro-step", "tokens/s"]
     found = table(head, [[name, *memory_columns(line)] for name, line in named])
     notes = [source(lines, "python -m benchmarks.memory_throughput")]
     if any(line["benchmark"] == "step" for line in lines):
@@ -117,9 +117,9 @@ def memory_table(title: str, named: list[tuple[str, dict]]) -> list[str]:
 
 def memory_columns(line: dict) -> list[str]:
     if "error" in line:
-        return ["", line["error"].replace("|", "/"), "", "", ""]
+        return ["", line["error"].replace("|", "/"), "", "", "", ""]
     buffered, host = (f"{line[key]:.0f}" if key in line else "" for key in ("buffered_mib", "host_mib"))
-    columns = [f"{line[key]:.0f}" if key in line else "" for key in ("static_mib", "dyn_mib")]
+    columns = [f"{line[key]:.0f}" if key in line else "" for key in ("static_mib", "dyn_mib", "held_mib")]
     columns.append(f"{buffered} ({host})" if line.get("host_mib") else buffered)
     if "ms" not in line:
         return [*columns, "", ""]

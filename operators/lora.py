@@ -61,19 +61,26 @@ class Projection:
         if forward is not None and forward == self._forward:
             return self._active
         self._forward = forward
-        active = [a for a in getattr(self.module, "active_adapters", ()) if a in self.module.lora_A]
+        module = self.module
+        self.adapter, self.rank, self.scaling, self.dropout = None, 0, 0.0, 0.0
+        self._active = True
+        if module is self.base:
+            self._parameters = None, None, None, module.bias
+            return True
+        lora_A = module.lora_A
+        active = [a for a in module.active_adapters if a in lora_A]
         if len(active) > 1:
             raise ValueError(f"{self.name}: several active adapters, {', '.join(active)}; activate one")
-        self.adapter = active[0] if active else None
-        self.rank, self.scaling, self.dropout = 0, 0.0, 0.0
-        if self.has_adapter:
-            self.rank = self.module.lora_A[self.adapter].weight.shape[0]
-            self.scaling = self.module.scaling[self.adapter]
-            dropout = self.module.lora_dropout[self.adapter]
+        weights = None, None, None
+        if active:
+            (self.adapter,) = active
+            lora_B = module.lora_B[self.adapter]
+            weights = lora_A[self.adapter].weight, lora_B.weight, lora_B.bias
+            self.rank, self.scaling = weights[0].shape[0], module.scaling[self.adapter]
+            dropout = module.lora_dropout[self.adapter]
             self.dropout = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        self._parameters = self._find_parameters()
-        off = getattr(self.module, "disable_adapters", False) or getattr(self.module, "merged", False)
-        self._active = not off
+        self._parameters = *weights, self.base.bias
+        self._active = not (module.disable_adapters or module.merged)
         return self._active
 
     @property
@@ -83,12 +90,6 @@ class Projection:
     def parameters(self) -> tuple[Tensor | None, ...]:
         """(lora_A, lora_B, lora_B bias, base bias): what may get a gradient; None where there is no such tensor."""
         return self._parameters
-
-    def _find_parameters(self) -> tuple[Tensor | None, ...]:
-        if not self.has_adapter:
-            return None, None, None, self.base.bias
-        lora_A, lora_B = self.module.lora_A[self.adapter], self.module.lora_B[self.adapter]
-        return lora_A.weight, lora_B.weight, lora_B.bias, self.base.bias
 
     def weight(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """W [N, in] in dtype; NF4 is dequantized into out, or a new tensor."""

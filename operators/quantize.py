@@ -93,8 +93,8 @@ def quantize_tile(
     x, mean and inv_std must be 0 where there is no channel. scale is both bytes, the exponent the lower one.
     """
     LAST: tl.constexpr = (1 << BITS) - 1
-    # one instruction (the sign is part of it), which all kernels round alike
-    t = tl.fma(x, inv_std, mean * inv_std * -1.0)
+    # not x * inv_std - mean * inv_std, which cancels where a channel hardly varies
+    t = (x - mean) * inv_std
     scale = tl.zeros([x.shape[0], x.shape[1]], tl.int32)
     if GROUPED:
         low = tl.minimum(tl.min(tl.min(t, axis=3), axis=2), 0.0)

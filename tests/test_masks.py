@@ -103,7 +103,11 @@ def test_compressed_layers_come_close(layer_type, kind):
 @pytest.mark.parametrize("kind", ["right-padded", "left-padded", "packed"])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_offload_and_checkpointing(family, kind, use_reentrant):
-    """Slots in host memory; layers that run again in backward, having run without grad first."""
+    """Slots in host memory; layers that run again in backward, having run without grad first.
+
+    On a GPU sums are not the same twice in the last digit, which moves a code here and there.
+    """
+    tolerance = 1e-6 if DEVICE == "cpu" else 1e-3
     model, batches = family({"lora_dropout": 0.1}), [batch_of(kind, seed=seed, width=21 + seed) for seed in range(3)]
     config = HycloraConfig(iteration_threshold=2)
     apply_hyclora(model, config)
@@ -114,11 +118,11 @@ def test_offload_and_checkpointing(family, kind, use_reentrant):
         model.enable_input_require_grads()
         apply_hyclora(model, config)
         for batch, theirs in zip(batches, expected, strict=True):
-            assert largest_error(gradients(model, batch)[1], theirs) < 1e-6
+            assert largest_error(gradients(model, batch)[1], theirs) < tolerance
         remove_hyclora(model)
     store = offloaded(model, config)
     for batch, theirs in zip(batches, expected, strict=True):
-        assert largest_error(gradients(model, batch)[1], theirs) < 1e-6
+        assert largest_error(gradients(model, batch)[1], theirs) < tolerance
         assert store.host_bytes == store.device_bytes == 0
 
 

@@ -111,8 +111,9 @@ class MicroStep:
         """MiB of GPU memory; on a CPU only what autograd keeps can be told.
 
         static: weights, adapters, gradients and optimizer, of which trained is all but the frozen weights. buffered:
-        allocated over static after the forward, and host what is offloaded by then. dyn: peak over static; with CUDA
-        graphs all that their memory pool holds counts, and what they keep between steps is not static.
+        allocated over static after the forward, and host what is offloaded by then. dyn: peak over static. held:
+        what the allocator took of the GPU for that, gaps between tensors included. With CUDA graphs the peak is that of
+        the step that records them, in which the allocator sees all tensors.
         """
         if self.device.type != "cuda":
             return {"buffered_mib": round(buffered_bytes(self.model, self.batch) / MIB, 3)}
@@ -124,8 +125,9 @@ class MicroStep:
             graphs.clear()
         gc.collect()
         torch.cuda.synchronize()
-        static = torch.cuda.memory_allocated()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        static = torch.cuda.memory_allocated()
         with layer_by_layer(self.model):
             loss = self.forward(self.batch)
             torch.cuda.synchronize()
@@ -133,13 +135,12 @@ class MicroStep:
             loss.backward()
         del loss
         if graphs is not None:
-            # seen, recorded, replayed
-            for _ in range(3):
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                self.forward(self.batch).backward()
+            self.forward(self.batch).backward()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.forward(self.batch).backward()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() + (0 if graphs is None else graphs.hidden_bytes)
+        peak = torch.cuda.max_memory_allocated()
         found = {
             "static": static,
             "trained": sum(t.numel() * t.element_size() for t in trained),
@@ -147,7 +148,7 @@ class MicroStep:
             "host": host,
             "peak": peak,
             "dyn": peak - static,
-            "reserved": torch.cuda.max_memory_reserved(),
+            "held": torch.cuda.max_memory_reserved() - static,
         }
         return {f"{name}_mib": round(size / MIB, 1) for name, size in found.items()}
 
