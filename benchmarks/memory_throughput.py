@@ -27,6 +27,8 @@ OURS = [
     *({"q_bit": bits} for bits in (8, 4, 2)),
     *({"layer_type": "intra_inter_full_fuse", "q_bit": bits} for bits in (4, 2)),
     {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True},
+    {"layer_type": "intra_inter_full_fuse", "q_bit": 2, "cuda_graphs": True},
+    {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True, "cuda_graphs": True},
     {"q_bit": "auto"},
     *({"q_bit": bits, "offload": True} for bits in (8, 4, 2)),
 ]

@@ -46,6 +46,8 @@ def name_of(setting: dict | str | None) -> str:
         words.append("published quantizer")
     if rest.pop("offload", False):
         words.append("offloaded")
+    if rest.pop("cuda_graphs", False):
+        words.append("CUDA graphs")
     return ", ".join([*words, *(f"{name} {value}" for name, value in rest.items())])
 
 
