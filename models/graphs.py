@@ -220,7 +220,7 @@ class LayerGraphs:
             return None
         eager = self.patch.store
         if eager is not None and self._store is None:
-            if eager.host_bytes:
+            if not eager.empty:
                 return None
             # graphs copy to fixed host bytes, so the store that has them is theirs from now on
             self._store, eager = eager, copy(eager)

@@ -1,6 +1,6 @@
 """How one buffered activation (a slot) is kept between forward and backward.
 
-One file a way of keeping; store.py and host.py are where the packed bytes wait, if not on the GPU.
+One file a way of keeping; store.py, buffers.py and host.py are where the packed bytes wait, if not on the GPU.
 """
 
 from operators.savers.base import Derived, Keeper, Recompute, Saver, Step

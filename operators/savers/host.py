@@ -22,6 +22,8 @@ class CudaCopies:
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self._fork = torch.cuda.Event()
+        self._compute = torch.cuda.current_stream(device)
 
     def __reduce__(self):
         return CudaCopies, (self.device,)
@@ -30,22 +32,34 @@ class CudaCopies:
         """Pinned bytes; RuntimeError if the driver gives none. (Torch rounds up to a power of two.)"""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
+    def current(self) -> torch.cuda.Stream:
+        """The stream that computes here and now. (Making a Stream object takes longer than asking for its handle.)"""
+        compute = self._compute
+        if compute.cuda_stream != torch._C._cuda_getCurrentRawStream(compute.device_index):
+            compute = self._compute = torch.cuda.current_stream(self.device)
+        return compute
+
     def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple:
         """Queue target, source copies behind the work queued so far; a token for wait()."""
-        compute = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(compute)
-        with torch.cuda.stream(self.stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+        compute = self.current()
+        self._fork.record(compute)
+        self._fork.wait(self.stream)
+        with torch.cuda.device(self.stream.device_index):
+            torch.cuda.set_stream(self.stream)  # the context manager makes Stream objects each time
+            try:
+                for target, source in pairs:
+                    target.copy_(source, non_blocking=True)
+            finally:
+                torch.cuda.set_stream(compute)
         return self.stream.record_event(), compute
 
     def wait(self, token: tuple) -> None:
         """Work queued from now on runs after the copies: here, and where they were asked for (it owns the memory)."""
         event, compute = token
-        compute.wait_event(event)
-        current = torch.cuda.current_stream(self.device)
+        event.wait(compute)
+        current = self.current()
         if current != compute:
-            current.wait_event(event)
+            event.wait(current)
 
 
 class Arena:

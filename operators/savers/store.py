@@ -1,9 +1,10 @@
 """Packed slots in pinned host memory between forward and backward.
 
-A block's packed tensors are one Unit. put() starts its copy to the host on a side stream and keeps the GPU copy for the
-next few units, until the compute stream has waited for the copy: then the memory may be used again, with no host sync
-and no record_stream. read() gives the tensors back, and fetches the units that backward will ask for next, which are
-those that were put before. The youngest units are still on the GPU when backward starts, and are read there.
+A block's packed tensors are one Unit. Units that are put one after another, about those of a decoder layer, are one
+Group: a fork to a side stream starts its copy to the host, and a join with the compute stream a few units later frees
+the GPU copy, with no host sync and no record_stream. read() gives a unit's tensors back, and fetches the groups that
+backward will ask for next, which are those that were put before. The youngest units are still on the GPU when backward
+starts, and are read there; a group that is not full then stays there.
 
 A unit lives as long as an empty tensor that autograd saves with the block's other tensors: a backward that is done, a
 graph that is dropped, an exception or a checkpoint's discarded forward frees it as it frees any saved tensor.
@@ -14,55 +15,37 @@ import warnings
 import weakref
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from operators.savers.buffers import as_buffers
 from operators.savers.host import ALIGNMENT, SLAB, Arena
 
 UNITS_A_LAYER = 4
+GROUP_BYTES = 2**26
 HOMES = "_hyclora_homes"
 
 
-@dataclass(frozen=True)
-class Home:
+class Home(NamedTuple):
     """Where a packed tensor is: the unit, and its place there."""
 
     unit: "Unit"
     index: int
 
 
-@dataclass(frozen=True)
-class View:
-    """How a tensor is cut out of a buffer of bytes; stride None: it is the whole buffer, contiguous."""
-
-    buffer: int
-    dtype: torch.dtype
-    size: torch.Size
-    offset: int = 0
-    stride: tuple[int, ...] | None = None
-
-    def of(self, buffers: list[Tensor]) -> Tensor:
-        if self.stride is None:
-            return buffers[self.buffer].view(self.dtype).view(self.size)
-        nbytes = _extent(self.size, self.stride) * self.dtype.itemsize
-        flat = buffers[self.buffer][self.offset : self.offset + nbytes].view(self.dtype)
-        return flat.as_strided(self.size, self.stride)
-
-
 class Unit:
     """Packed tensors that are put and read together.
 
     buffers: their bytes on the device, None while they are on the host alone; extent: their bytes on the host, None if
-    the host had no room; pending: token of the last copy, until somebody has waited for it; fetched: it was one back.
+    they were not sent or the host had no room.
     """
 
-    def __init__(self, store: "Store", serial: int, tensors: list[Tensor]):
-        self.store, self.serial = store, serial
+    def __init__(self, group: "Group", first: int, last: int, tensors: list[Tensor]):
+        self.group, self.first, self.last = group, first, last
         self.extent: tuple[int, int] | None = None
-        self.pending: tuple | None = None
-        self.fetched = False
         self.buffers, self.views = as_buffers(tensors)
         self._spans = []
         self.nbytes = 0
@@ -74,73 +57,138 @@ class Unit:
     def __del__(self):
         if sys.is_finalizing():
             return
-        if self.fetched and self.pending is not None:  # a copy that still writes to the buffers that go now
-            self.store.copies.wait(self.pending)
+        if self.group.coming:  # a copy that still writes to the buffers that go now
+            self.group.wait()
         if self.extent is not None:
-            self.store.discarded.append(self.extent)
+            self.group.store.discarded.append(self.extent)
 
-    def send(self) -> None:
-        """Start the copy to the host."""
-        pieces, first = self.store.arena.pieces, self.extent[0]
-        hosts = [pieces(first + start, size) for start, size in self._spans]
-        pairs = [pair for host, buffer in zip(hosts, self.buffers, strict=True) for pair in _pairs(host, buffer)]
-        self.pending = self.store.copies.copy(pairs)
+    def outgoing(self, arena: Arena) -> list[tuple[Tensor, Tensor]]:
+        """Copies to the host, none if it has no room."""
+        self.extent = arena.take(self.nbytes)
+        if self.extent is None:
+            return []
+        hosts = [arena.pieces(self.extent[0] + start, size) for start, size in self._spans]
+        return [pair for host, buffer in zip(hosts, self.buffers, strict=True) for pair in _pairs(host, buffer)]
 
-    def fetch(self) -> None:
-        """Start the copy back, if the bytes are on the host alone: one buffer, as the host has them in one extent."""
-        if self.buffers is not None:
-            return
-        whole = torch.empty(self.nbytes, dtype=torch.uint8, device=self.store.device)
-        host = self.store.arena.pieces(self.extent[0], self.nbytes)
-        self.pending = self.store.copies.copy([(target, source) for source, target in _pairs(host, whole)])
-        self.fetched = True
+    def incoming(self, arena: Arena, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Copies back to a buffer for all of it, as the host has it in one extent."""
+        host = arena.pieces(self.extent[0], self.nbytes)
+        return [(target, source) for source, target in _pairs(host, whole)]
+
+    def place(self, whole: Tensor) -> None:
+        """The bytes are in this buffer from now on."""
         self.buffers = [whole[start : start + size] for start, size in self._spans]
 
-    def arrive(self) -> list[Tensor]:
-        """The tensors on the device, for work queued from now on."""
-        if self.fetched and self.pending is not None:
-            self.store.copies.wait(self.pending)
-            self.pending = None
-        self._check_versions()
+    def leave(self) -> None:
+        """Leave the bytes to the host alone."""
+        self.buffers, self._versions = None, []
+
+    def tensors(self) -> list[Tensor]:
+        self.check()
         return [view.of(self.buffers) for view in self.views]
 
-    def park(self) -> None:
-        """Leave the bytes to the host alone."""
-        if self.buffers is None:
+    def check(self) -> None:
+        if any(t._version != version for t, version in self._versions):
+            raise RuntimeError("a tensor that was kept for backward has been modified by an inplace operation")
+
+
+class Group:
+    """Units put one after another on one stream, copied and waited for together; it does not keep them alive.
+
+    pending: token of the last copy, until somebody has waited for it; coming: fetched, and no unit read since.
+    """
+
+    def __init__(self, store: "Store", stream, first: int):
+        self.store, self.stream = store, stream
+        self.first, self.last = first, first - 1
+        self.pending: tuple | None = None
+        self.coming = False
+        self.nbytes = 0
+        self._units: list[weakref.ref[Unit]] = []
+
+    @property
+    def units(self) -> list[Unit]:
+        """Those alive."""
+        return [unit for ref in self._units if (unit := ref()) is not None]
+
+    def add(self, unit: Unit) -> None:
+        self._units.append(weakref.ref(unit))
+        self.last = unit.last
+        self.nbytes += unit.nbytes
+
+    def distance(self, place: int) -> int:
+        """Places from there to the nearest unit."""
+        return max(self.first - place, place - self.last, 0)
+
+    def send(self) -> bool:
+        """Start the copy to the host; False if the host had no room for all."""
+        units = self.units
+        if pairs := [pair for unit in units for pair in unit.outgoing(self.store.arena)]:
+            self.pending = self.store.copies.copy(pairs)
+        return all(unit.extent is not None for unit in units)
+
+    def fetch(self) -> None:
+        """Start the copy back of what is on the host alone; each unit gets memory of its own, to be freed by itself."""
+        away = [unit for unit in self.units if unit.buffers is None]
+        if not away:
             return
-        self._check_versions()
+        wholes = [torch.empty(unit.nbytes, dtype=torch.uint8, device=self.store.device) for unit in away]
+        found = list(zip(away, wholes, strict=True))
+        pairs = [pair for unit, whole in found for pair in unit.incoming(self.store.arena, whole)]
+        self.pending, self.coming = self.store.copies.copy(pairs), True
+        for unit, whole in found:
+            unit.place(whole)
+
+    def wait(self) -> None:
+        """Have the work queued from now on run after the copy."""
         if self.pending is not None:
             self.store.copies.wait(self.pending)
             self.pending = None
-        self.buffers, self._versions = None, []
 
-    def _check_versions(self) -> None:
-        if any(t._version != version for t, version in self._versions):
-            raise RuntimeError("a tensor that was kept for backward has been modified by an inplace operation")
+    def park(self) -> None:
+        """Leave the bytes to the host alone, as far as it has them."""
+        units = [unit for unit in self.units if unit.buffers is not None and unit.extent is not None]
+        for unit in units:
+            unit.check()
+        self.wait()
+        for unit in units:
+            unit.leave()
 
 
 class Store:
     """Units of one patched model, in the order in which they were put.
 
-    The last `window` units stay on the device, and `ahead` are fetched before they are asked for; both are a decoder
-    layer by default. A unit that stands for more than one block counts as several (`span`). Where the host is short of
-    memory, units stay on the device.
+    A group is full with `group` units or `group_bytes` bytes. It stays on the device until `window` more units are put,
+    and is fetched `ahead` units before it is asked for. Both are a little less than a layer by default, so that at most
+    about one and a half layers are on the device. A unit that stands for several blocks counts as so many (`span`).
+    Where the host is short of memory, units stay on the device.
     """
 
-    def __init__(self, copies, *, window: int = UNITS_A_LAYER, ahead: int = UNITS_A_LAYER, slab: int = SLAB):
-        self.copies, self.window, self.ahead = copies, window, ahead
+    def __init__(
+        self, copies, *, group: int = UNITS_A_LAYER, group_bytes: int = GROUP_BYTES, window: int = UNITS_A_LAYER - 1,
+        ahead: int = UNITS_A_LAYER - 1, slab: int = SLAB,
+    ):  # fmt: skip
+        self.copies, self.window = copies, window
+        self.group, self.group_bytes, self.ahead = group, group_bytes, ahead
         self.device = copies.device
         self.arena = Arena(copies.pin, slab)
         self.active = True
         self.discarded: deque[tuple[int, int]] = deque()
         self._units: weakref.WeakValueDictionary[int, Unit] = weakref.WeakValueDictionary()
-        self._window: deque[tuple[int, weakref.ref[Unit]]] = deque()
+        self._open: Group | None = None
+        self._window: deque[weakref.ref[Group]] = deque()
         self._serial = 0
         self._warned = False
 
     def __reduce__(self):
         """A copy of a model gets an empty store of its own."""
-        return _new_store, (self.copies, self.window, self.ahead, self.arena.slab)
+        options = {name: getattr(self, name) for name in ("group", "group_bytes", "window", "ahead")}
+        return partial(Store, slab=self.arena.slab, **options), (self.copies,)
+
+    @property
+    def empty(self) -> bool:
+        """No unit is alive."""
+        return not self._units
 
     @property
     def host_bytes(self) -> int:
@@ -165,45 +213,58 @@ class Store:
             self.active = active
 
     def put(self, tensors: list[Tensor], span: int = 1) -> list[Home]:
-        """Send tensors to the host as one unit; where each is from now on."""
+        """Have tensors sent to the host as one unit, with its group; where each is from now on."""
         if not tensors:
             return []
-        self._sweep()
-        self._serial += span
-        self._units[self._serial] = unit = Unit(self, self._serial, tensors)
-        unit.extent = self.arena.take(unit.nbytes)
-        if unit.extent is None:
-            self._warn()
-        else:
-            unit.send()
-            self._settle(unit)
+        stream = self.copies.current()
+        if self._open is None or self._open.stream != stream or not self._open.units:
+            self._open = Group(self, stream, self._serial + 1)
+        group, self._serial = self._open, self._serial + span
+        self._units[self._serial] = unit = Unit(group, self._serial - span + 1, self._serial, tensors)
+        group.add(unit)
+        if unit.last - group.first + 1 >= self.group or group.nbytes >= self.group_bytes:
+            self._send()
+        self._shift(self._serial)
         return [Home(unit, index) for index in range(len(tensors))]
 
     def read(self, unit: Unit) -> list[Tensor]:
         """The tensors of a unit; those put before it are on their way when this returns."""
-        unit.fetch()
-        for serial in range(unit.serial - 1, unit.serial - 1 - self.ahead, -1):
-            if (earlier := self._units.get(serial)) is not None:
-                earlier.fetch()
-        tensors = unit.arrive()
-        if unit.fetched:
-            self._settle(unit)
+        self._open = None  # what is put now belongs to another forward
+        for serial in range(unit.last, unit.first - 1 - self.ahead, -1):
+            if (wanted := self._units.get(serial)) is not None and wanted.buffers is None:
+                wanted.group.fetch()
+        if unit.group.coming:
+            unit.group.wait()
+            unit.group.coming = False
+            self._window.append(weakref.ref(unit.group))
+        tensors = unit.tensors()
+        self._shift(unit.last)
         return tensors
 
     def settle(self) -> None:
-        """Have the work queued from now on run after all copies."""
-        for unit in list(self._units.values()):
-            if unit.pending is not None:
-                self.copies.wait(unit.pending)
-                unit.pending = None
+        """Send what has not been sent, and have the work queued from now on run after all copies."""
+        if self._open is not None:
+            self._send()
+        for group in dict.fromkeys(unit.group for unit in list(self._units.values())):
+            group.wait()
 
-    def _settle(self, unit: Unit) -> None:
-        """Count a unit among those on the device that nobody waits for; those beyond the window leave it."""
-        self._window.append((unit.serial, weakref.ref(unit)))
-        while self._window and abs(unit.serial - self._window[0][0]) >= self.window:
-            oldest = self._window.popleft()[1]()
-            if oldest is not None:
-                oldest.park()
+    def _send(self) -> None:
+        """Send the open group."""
+        group, self._open = self._open, None
+        self._sweep()
+        if not group.send():
+            self._warn()
+        self._window.append(weakref.ref(group))
+
+    def _shift(self, place: int) -> None:
+        """Move the window to a place; groups beyond it leave the device."""
+        while self._window:
+            group = self._window[0]()
+            if group is not None and group.distance(place) < self.window:
+                return
+            self._window.popleft()
+            if group is not None:
+                group.park()
 
     def _sweep(self) -> None:
         """Give the extents of dead units back; not when they die, which may be inside of the arena."""
@@ -221,10 +282,6 @@ class Store:
         self._warned = True
 
 
-def _new_store(copies, window: int, ahead: int, slab: int) -> Store:
-    return Store(copies, window=window, ahead=ahead, slab=slab)
-
-
 def ticket(homes: dict[int, Home]) -> Tensor:
     """An empty tensor for autograd to save: it holds the units of a block's tensors, by position."""
     empty = torch.empty(0)
@@ -239,49 +296,9 @@ def redeem(empty: Tensor) -> dict[int, Tensor]:
         raise RuntimeError(
             "a saved-tensor hook has copied what offload=True saves for backward; use one kind of offloading at a time"
         )
-    units = sorted({home.unit for home in homes.values()}, key=lambda unit: unit.serial, reverse=True)
-    tensors = {unit: unit.store.read(unit) for unit in units}
+    units = sorted({home.unit for home in homes.values()}, key=lambda unit: unit.last, reverse=True)
+    tensors = {unit: unit.group.store.read(unit) for unit in units}
     return {position: tensors[home.unit][home.index] for position, home in homes.items()}
-
-
-def as_buffers(tensors: list[Tensor]) -> tuple[list[Tensor], list[View]]:
-    """Byte buffers that hold tensors, and how each is cut out of them.
-
-    Tensors that together fill their storage's range share one buffer; any other gets one of its own, contiguous. A
-    buffer has the version counter of the first tensor in it.
-    """
-    storages: dict[int, list[int]] = {}
-    for i, t in enumerate(tensors):
-        storages.setdefault(t.untyped_storage().data_ptr(), []).append(i)
-    buffers: list[Tensor] = []
-    views: dict[int, View] = {}
-    for indices in storages.values():
-        members = [tensors[i].detach() for i in indices]
-        low = high = 0
-        if len(members) > 1 or not members[0].is_contiguous():
-            low, high = _range(members)
-        if 0 < high - low <= 1.125 * sum(t.nbytes for t in members) + ALIGNMENT:
-            for i, t in zip(indices, members, strict=True):
-                views[i] = View(len(buffers), t.dtype, t.shape, t.storage_offset() * t.itemsize - low, t.stride())
-            flat = members[0].as_strided((1,), (1,), 0).view(torch.uint8)
-            buffers.append(flat.as_strided((high - low,), (1,), low))
-            continue
-        for i, t in zip(indices, members, strict=True):
-            views[i] = View(len(buffers), t.dtype, t.shape)
-            buffers.append(t.contiguous().view(-1).view(torch.uint8))
-    return buffers, [views[i] for i in range(len(tensors))]
-
-
-def _range(tensors: list[Tensor]) -> tuple[int, int]:
-    """Byte range in their storage; it starts at a multiple of the largest element."""
-    starts = [t.storage_offset() * t.itemsize for t in tensors]
-    ends = [start + _extent(t.shape, t.stride()) * t.itemsize for start, t in zip(starts, tensors, strict=True)]
-    return min(starts) // 16 * 16, max(ends)
-
-
-def _extent(size, stride) -> int:
-    """Elements from a tensor's first to its last."""
-    return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
 def _pairs(pieces: list[Tensor], buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
