@@ -23,6 +23,7 @@ from operators.nf4 import is_4bit
 from operators.norm import RMSNormFunction
 from operators.rope import rope
 from operators.savers import UNITS_A_LAYER, Derived, Exact, Keeper, Saver, Step, Store
+from operators.token_tiles import place, token_tiles
 
 SOURCE = "_hyclora_source"
 BLOCK = "_hyclora_block"
@@ -209,6 +210,17 @@ class MlpBlock(Block):
         source = self.input_source(hidden_states, "mlp_in")
         x = hidden_states if dtype is None else hidden_states.to(dtype)
         return MlpFunction.apply(x, self.spec, self.keeper(), source, *self.spec.parameters())
+
+    def run_stock(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        tiles = token_tiles(len(rows))
+        if len(tiles) == 1 or torch.is_grad_enabled() or not self.module.training:
+            return super().run_stock(x)
+        # checkpointing runs a layer first without grad: in the tiles, and so with the dropout, of the run that follows
+        y = None
+        for tile in tiles:
+            y = place(y, super().run_stock(rows[tile]), tile, len(rows))
+        return y.view(*x.shape[:-1], -1)
 
 
 class LayerBlock(Block):

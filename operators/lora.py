@@ -311,7 +311,10 @@ class ProjectionGroup:
     def backward_parameters(
         self, dy: Tensor, g: Tensor | None, x: Tensor | None, keeper, rng: dict, needs: tuple[bool, ...]
     ) -> list[Tensor | None]:
-        """Gradients of parameters(), in order; dy as for backward_input; x is the group's input as restored."""
+        """Gradients of parameters(), in order; dy as for backward_input; x is the group's input as restored.
+
+        Those of half precision are in fp32, to be added up over tiles of tokens; autograd rounds them.
+        """
         dy, needs = dy[:, : self.width], split(needs)
         grads: list[Tensor | None] = [None] * (len(needs) * PARAMETERS_PER_PROJECTION)
         grad_B = _mm32(dy.t(), keeper.exact(self.xa_name)) if any(need[1] for need in needs) else None
@@ -319,16 +322,15 @@ class ProjectionGroup:
         for i, (p, columns, ranks) in enumerate(zip(self.projections, self.columns, self.ranks, strict=True)):
             first = i * PARAMETERS_PER_PROJECTION
             need_A, need_B, need_bias_B, need_bias = needs[i]
-            lora_A, lora_B, bias_B, bias = p.parameters()
             if need_A:
                 dA = _mm32(g[:, ranks].t(), x * self._dropout_mask(p, x, rng)) if self.dropout else grad_A[ranks]
-                grads[first] = (dA if p.scaling == 1 else dA * p.scaling).to(lora_A.dtype)
+                grads[first] = dA if p.scaling == 1 else dA * p.scaling
             if need_B:
-                grads[first + 1] = grad_B[columns, ranks].to(lora_B.dtype)
+                grads[first + 1] = grad_B[columns, ranks]
             if need_bias or need_bias_B:
                 total = dy[:, columns].sum(dim=0, dtype=torch.float32)
-                grads[first + 2] = (total * p.scaling).to(bias_B.dtype) if need_bias_B else None
-                grads[first + 3] = total.to(bias.dtype) if need_bias else None
+                grads[first + 2] = total * p.scaling if need_bias_B else None
+                grads[first + 3] = total if need_bias else None
         return grads
 
     @staticmethod

@@ -1,6 +1,8 @@
 """Gated MLP block: gate, up, SiLU-Hadamard, down, in one autograd Function."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from operators.activation import silu_mul_bwd, silu_mul_fwd
 from operators.dispatch import use_triton
 from operators.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
-from operators.lora import ProjectionGroup
-from operators.savers import Keeper
+from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
+from operators.savers import Keeper, Observer
+from operators.token_tiles import place, token_tiles
 
 
 @dataclass
@@ -31,7 +34,7 @@ class MlpSpec:
 
 
 class MlpFunction(torch.autograd.Function):
-    """y = hidden W_d^T + LoRA, hidden = silu(gate) * up, gate/up = x W^T + LoRA.
+    """y = hidden W_d^T + LoRA, hidden = silu(gate) * up, gate/up = x W^T + LoRA; in tiles of tokens when x is long.
 
     x [..., C], parameters as spec.parameters(). Slots: mlp_in, gate, up, act, hidden. Gradients: operators/lora.py for
     the projections, reference.silu_mul_bwd for the product; a kept act (silu(gate)) replaces its recomputation.
@@ -40,45 +43,80 @@ class MlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, spec: MlpSpec, keeper: Keeper, source, *parameters):
         rows = x.reshape(-1, x.shape[-1])
-        n_gate_up = len(spec.gate_up.parameters())
-        rng: dict = {}
         if spec.gate_up.needs_input:
             keeper.derive("mlp_in", source) if source else keeper.keep("mlp_in", rows)
-        y, low_rank = spec.gate_up.project(rows, parameters[:n_gate_up], keeper, rng)
-        hidden = (fused_mlp_fwd if spec.fused and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
-        del y, low_rank
-        if spec.down.needs_input:
-            keeper.keep("hidden", hidden)
-        y = spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng)
+        ctx.tiles = [(tile, {}) for tile in token_tiles(len(rows))]
+        if len(ctx.tiles) > 1:
+            _calibrate(spec, rows, parameters, keeper)
+        y = None
+        for i, (tile, rng) in enumerate(ctx.tiles):
+            y = place(y, _forward_tile(spec, rows[tile], parameters, keeper.part(i), rng), tile, len(rows))
         keeper.save(ctx)
-        ctx.spec, ctx.rng, ctx.shape = spec, rng, x.shape
+        ctx.spec, ctx.shape = spec, x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        spec, rng, keeper = ctx.spec, ctx.rng, Keeper.load(ctx)
-        n_gate_up = len(spec.gate_up.parameters())
-        needs = ctx.needs_input_grad[4:]
+        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         dy = dy.reshape(-1, dy.shape[-1])
-        fused = spec.fused and use_triton(dy)
-        down = spec.down.kept_low_rank(keeper, dy.dtype)
-        # the fused kernel adds g A where it reads dhidden, dropout's factors apart
-        in_kernel = fused and down is not None and not spec.down.dropout
-        dhidden, g = spec.down.backward_input(dy, down, keeper, rng, add_low_rank=not in_kernel)
-        low_rank = spec.gate_up.kept_low_rank(keeper, dy.dtype)
-        if fused:
-            dgate_up, hidden = fused_mlp_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
-        else:
-            dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
-        del dhidden, down
-        down_grads = spec.down.backward_parameters(dy, g, hidden, keeper, rng, needs[n_gate_up:])
-        del hidden
-        dx, g = spec.gate_up.backward_input(dgate_up, low_rank, keeper, rng, ctx.needs_input_grad[0])
-        x = keeper.restore("mlp_in", dy.dtype)
-        grads = spec.gate_up.backward_parameters(dgate_up, g, x, keeper, rng, needs[:n_gate_up])
-        dx = None if dx is None else dx.view(ctx.shape)
-        return dx, None, None, None, *grads, *down_grads
+        dx = grads = None
+        for i, (tile, rng) in enumerate(ctx.tiles):
+            # of a single tile the slot is freed as it is read
+            restore_x = partial(keeper.restore_rows, rows=tile) if len(ctx.tiles) > 1 else keeper.restore
+            part_dx, part = _backward_tile(ctx.spec, dy[tile], keeper.part(i), rng, needs, restore_x)
+            dx = place(dx, part_dx, tile, len(dy))
+            del part_dx
+            grads = part if i == 0 else [g if g is None else t.add_(g) for t, g in zip(grads, part, strict=True)]
+        return None if dx is None else dx.view(ctx.shape), None, None, None, *grads
+
+
+def _forward_tile(spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper, rng: dict) -> Tensor:
+    """y [T, C] of x [T, C]; keeps all slots but mlp_in."""
+    n_gate_up = len(spec.gate_up.parameters())
+    y, low_rank = spec.gate_up.project(x, parameters[:n_gate_up], keeper, rng)
+    hidden = (fused_mlp_fwd if spec.fused and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
+    del y, low_rank
+    if spec.down.needs_input:
+        keeper.keep("hidden", hidden)
+    return spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng)
+
+
+def _backward_tile(
+    spec: MlpSpec, dy: Tensor, keeper: Keeper, rng: dict, needs: tuple[bool, ...], restore_x: Callable
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx [T, C] and the gradients of spec.parameters() from dy [T, C]; needs: of x and these; restore_x: of mlp_in."""
+    n_gate_up = len(spec.gate_up.parameters())
+    need_dx, *needs = needs
+    fused = spec.fused and use_triton(dy)
+    down = spec.down.kept_low_rank(keeper, dy.dtype)
+    # the fused kernel adds g A where it reads dhidden, dropout's factors apart
+    in_kernel = fused and down is not None and not spec.down.dropout
+    dhidden, g = spec.down.backward_input(dy, down, keeper, rng, add_low_rank=not in_kernel)
+    low_rank = spec.gate_up.kept_low_rank(keeper, dy.dtype)
+    if fused:
+        dgate_up, hidden = fused_mlp_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
+    else:
+        dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
+    del dhidden, down
+    down_grads = spec.down.backward_parameters(dy, g, hidden, keeper, rng, needs[n_gate_up:])
+    del hidden
+    dx, g = spec.gate_up.backward_input(dgate_up, low_rank, keeper, rng, need_dx)
+    x = restore_x("mlp_in", dtype=dy.dtype)
+    grads = spec.gate_up.backward_parameters(dgate_up, g, x, keeper, rng, needs[:n_gate_up])
+    return dx, grads + down_grads
+
+
+def _calibrate(spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper) -> None:
+    """Calibrate on all tiles before the first is packed, by a forward of its own that draws the same dropout."""
+    observer = Observer(keeper, len(x))
+    if not observer.due:
+        return
+    with replayed_rng(x.device, get_rng_state(x.device)):
+        for tile in token_tiles(len(x)):
+            observer.rows = tile
+            _forward_tile(replace(spec, fused=False), x[tile], parameters, observer, {})
+    observer.calibrate()
 
 
 def _activate_fwd(spec: MlpSpec, y: Tensor, low_rank, keeper: Keeper) -> Tensor:

@@ -68,7 +68,7 @@ def rand(*shape, dtype=BF16):
 def saver(bits, x, outliers=0.0):
     """A calibrated quantizer."""
     saver = ChannelQuant(bits, "channel_group", outliers)
-    saver._calibrate(x, None)
+    saver.prepare(x, Step(1, 1))
     return saver, Step(threshold=0, index=1)
 
 

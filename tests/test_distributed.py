@@ -1,10 +1,10 @@
-"""Two ranks calibrate alike, whatever each of them sees."""
+"""Two ranks calibrate alike, whatever each of them sees, and whether or not it sees it in tiles."""
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from operators.savers import ChannelQuant, Step
+from operators.savers import ChannelQuant, Keeper, Observer, Step
 
 
 def calibrate(rank: int, folder: str) -> None:
@@ -12,7 +12,13 @@ def calibrate(rank: int, folder: str) -> None:
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(rank)) * (1 + 3 * rank) + rank
     for rule in ("channel_group", "paper"):
         saver = ChannelQuant(4, rule, 0.1)
-        saver.pack(x, Step(threshold=1, index=1))
+        step = Step(threshold=1, index=1)
+        if rank:
+            observer = Observer(Keeper({"a": saver}, step), len(x))
+            for observer.rows in (slice(0, 30), slice(30, 50)):
+                observer.keep("a", x[observer.rows])
+            observer.calibrate()
+        saver.pack(x, step)
         torch.save((x, saver.mean, saver.std, saver.outliers), f"{folder}/{rule}{rank}.pt")
     dist.destroy_process_group()
 

@@ -7,12 +7,13 @@ from operators.savers.base import Derived, Keeper, Recompute, Saver, Step
 from operators.savers.channel_quant import ChannelQuant
 from operators.savers.exact import Exact
 from operators.savers.host import CudaCopies
+from operators.savers.observer import Observer
 from operators.savers.sparse import Sparse
 from operators.savers.store import UNITS_A_LAYER, Store
 
 __all__ = [
-    "UNITS_A_LAYER", "ChannelQuant", "CudaCopies", "Derived", "Exact", "Keeper", "Recompute", "Saver", "Sparse", "Step",
-    "Store", "make_saver",
+    "UNITS_A_LAYER", "ChannelQuant", "CudaCopies", "Derived", "Exact", "Keeper", "Observer", "Recompute", "Saver",
+    "Sparse", "Step", "Store", "make_saver",
 ]  # fmt: skip
 
 

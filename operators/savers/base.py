@@ -1,6 +1,7 @@
 """What a saver is, and the keeper that carries a block's packed slots from its forward to its backward."""
 
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,12 @@ class Step:
     def calibrating(self) -> bool:
         return self.index <= self.threshold
 
+    def mask(self, n_rows: int) -> Tensor | None:
+        """Which of n_rows tokens are real, bool [T]; None if the batch does not say so of as many."""
+        if self.token_mask is None or self.token_mask.numel() != n_rows:
+            return None
+        return self.token_mask.reshape(-1).bool()
+
 
 class Saver:
     """How one slot is kept; this class by itself keeps nothing."""
@@ -33,6 +40,10 @@ class Saver:
 
     def __str__(self) -> str:
         return type(self).__name__.lower()
+
+    def due(self, step: Step) -> bool:
+        """Whether the slot is to be calibrated in this forward, and has not been yet."""
+        return False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Calibrated tensors, by name; empty for a saver without calibration."""
@@ -103,8 +114,15 @@ class Keeper:
         self.savers, self.step, self.store, self.span = savers, step, store, span
         self._tensors: list[Tensor | None] = []
         self._layout: dict[str, tuple] = {}
+        self._parts: dict[int, dict[str, tuple]] = {}
         self._slots: list[int] = []
         self._homes: dict[int, Home] = {}
+
+    def part(self, index: int) -> "Keeper":
+        """The keeper of one tile of tokens: names of its own, tensors that are saved and loaded with all others."""
+        part = copy(self)
+        part._layout = self._parts.setdefault(index, {})
+        return part
 
     def keeps(self, name: str) -> bool:
         return self.savers[name].stored
@@ -154,13 +172,14 @@ class Keeper:
         for i in self._homes:
             self._tensors[i] = None
         ctx.save_for_backward(*self._tensors, *([ticket(self._homes)] if self._homes else []))
-        ctx.slot_layout, ctx.has_ticket = self._layout, bool(self._homes)
+        ctx.slot_layout, ctx.slot_parts, ctx.has_ticket = self._layout, self._parts, bool(self._homes)
 
     @staticmethod
     def load(ctx) -> "Keeper":
         """The slots that forward saved on ctx."""
         keeper = Keeper({}, None)
         keeper._layout, keeper._tensors = dict(ctx.slot_layout), list(ctx.saved_tensors)
+        keeper._parts = {index: dict(layout) for index, layout in ctx.slot_parts.items()}
         if ctx.has_ticket:
             for i, tensor in redeem(keeper._tensors.pop()).items():
                 keeper._tensors[i] = tensor
@@ -184,6 +203,15 @@ class Keeper:
         packed = self.take(name)
         _, _, shape, kept_dtype, saver, weight = self._layout.pop(name)
         return saver.unpack(packed, shape, dtype or kept_dtype, weight)
+
+    def restore_rows(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor | None:
+        """These rows of a slot [T, C] in dtype, which stays kept; None if it was not kept."""
+        if name not in self._layout:
+            return None
+        first, count, shape, _, saver, weight = self._layout[name]
+        state = first + count - saver.n_state
+        packed = *(t[rows] for t in self._tensors[first:state]), *self._tensors[state : first + count]
+        return saver.unpack(packed, torch.Size((rows.stop - rows.start, *shape[1:])), dtype, weight)
 
     def exact(self, name: str) -> Tensor | None:
         """A tensor given to keep_exact, as often as needed; None if it was not kept."""

@@ -8,6 +8,7 @@ more than coarser steps elsewhere. The channels of largest energy are kept exact
 """
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from operators.codebook import CODEBOOKS
 from operators.quantize import dequantize, dequantize_rows, quantize
 from operators.savers.base import Step, StoringSaver
+from operators.token_tiles import token_tiles
+
+MERGED_BY = {"low": torch.minimum, "high": torch.maximum}  # all other measures are sums
 
 
 class ChannelQuant(StoringSaver):
@@ -43,13 +47,14 @@ class ChannelQuant(StoringSaver):
     def n_outliers(self) -> int:
         return math.ceil(self.outlier_ratio * self.statistics["total"].numel())
 
+    def due(self, step: Step) -> bool:
+        return step.calibrating and step.index != self._last_step
+
     def prepare(self, x: Tensor, step: Step) -> None:
         """Calibrate on x if this is a calibration forward not counted yet; afterwards mean and std are set."""
-        if self.statistics and self.mean.device != x.device:  # loaded on the CPU, or the model has moved since
-            self.load_state_dict({name: t.to(x.device) for name, t in self.statistics.items()})
-        if step.calibrating and step.index != self._last_step:
-            self._calibrate(x, step.token_mask)
-            self._last_step = step.index
+        self._follow(x.device)
+        if self.due(step):
+            self.calibrate(measure(x, step.mask(x.shape[0])), step)
         if self.mean is None:
             raise RuntimeError(
                 "a quantized slot was never calibrated: run the first iteration_threshold training "
@@ -80,26 +85,21 @@ class ChannelQuant(StoringSaver):
         return dequantize(codes, scale, mean, std, self.book, dtype)
 
     @torch.no_grad()
-    def _calibrate(self, x: Tensor, token_mask: Tensor | None) -> None:
-        """Add a batch to the running statistics and set mean, std and outlier channels from them."""
-        x = x.float()
-        mask = torch.ones(x.shape[0], 1, dtype=torch.bool, device=x.device)
-        if token_mask is not None and token_mask.numel() == x.shape[0]:
-            mask = token_mask.reshape(-1, 1).to(device=x.device, dtype=torch.bool)
-        x = torch.where(mask, x, 0.0)
-        batch = {
-            "count": mask.sum().float(),
-            "total": x.sum(dim=0),
-            "total_square": x.square().sum(dim=0),
-            "low": torch.where(mask, x, math.inf).amin(dim=0),
-            "high": torch.where(mask, x, -math.inf).amax(dim=0),
-        }
+    def calibrate(self, batch: dict[str, Tensor], step: Step) -> None:
+        """Add what was measured of a forward to the running statistics; mean, std and outlier channels follow."""
+        self._follow(batch["count"].device)
+        self._last_step = step.index
         batch = _sum_over_ranks(batch)
         batch["steps"] = torch.ones_like(batch["count"])
         batch["range"] = (batch.pop("high") - batch.pop("low")).nan_to_num(neginf=0.0)
         old = self.statistics
         self.statistics = {name: old[name] + new if old else new for name, new in batch.items()}
         self._set_scales()
+
+    def _follow(self, device: torch.device) -> None:
+        """Have the statistics where the activations are: they are loaded on the CPU, and models move."""
+        if self.statistics and self.mean.device != device:
+            self.load_state_dict({name: t.to(device) for name, t in self.statistics.items()})
 
     def _set_scales(self) -> None:
         s = self.statistics
@@ -131,6 +131,30 @@ class ChannelQuant(StoringSaver):
         self.statistics = dict(state)
         if state:
             self._set_scales()
+
+
+@torch.no_grad()
+def measure(x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Count of the real tokens (mask [T]) of x [T, C], and sums and extremes of each channel over them."""
+    mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
+    # fp32 copies are of one tile
+    return reduce(merge, (_measure_tile(x[rows], mask[rows, None]) for rows in token_tiles(x.shape[0])))
+
+
+def _measure_tile(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    x = torch.where(mask, x.float(), 0.0)
+    return {
+        "count": mask.sum().float(),
+        "total": x.sum(dim=0),
+        "total_square": x.square().sum(dim=0),
+        "low": torch.where(mask, x, math.inf).amin(dim=0),
+        "high": torch.where(mask, x, -math.inf).amax(dim=0),
+    }
+
+
+def merge(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What measure gives for the tokens of both."""
+    return {name: MERGED_BY.get(name, torch.add)(t, other[name]) for name, t in one.items()}
 
 
 def _sum_over_ranks(batch: dict[str, Tensor]) -> dict[str, Tensor]:
