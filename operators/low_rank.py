@@ -23,7 +23,8 @@ SLOTS = 3
 class LowRank:
     """y += (x A^T) B^T: A [R, in] with the scalings folded in, B [N, R] block-diagonal, both in the compute dtype.
 
-    R is the sum of ranks, padded with zeros to a multiple of 8: rows of 16 bytes are what GEMMs need to be fast.
+    R is the sum of ranks, padded with zeros to a multiple of 16: rows of 16 bytes are what GEMMs need to be fast, and
+    strides of 16 elements what Triton needs to load several at once.
     """
 
     A: Tensor

@@ -128,8 +128,8 @@ def softmax_bwd(dprob: Tensor, prob: Tensor) -> Tensor:
 
 
 def padded_rank(rank: int) -> int:
-    """The next multiple of 8."""
-    return -(-rank // 8) * 8
+    """The next multiple of 16."""
+    return -(-rank // 16) * 16
 
 
 def stack_adapters(
