@@ -10,6 +10,8 @@ from operators.savers.store import Home
 from tests.offloading import SLAB, LazyCopies, offloaded
 from tests.small_models import llama, padded_batch
 
+LAYERED = {"group": 4, "window": 3, "ahead": 3}
+
 
 class Counting(LazyCopies):
     """Counts how often the computation forks to a copy and joins it."""
@@ -28,7 +30,7 @@ class Counting(LazyCopies):
 def test_a_layer_is_one_copy_each_way():
     """One fork and one join in forward and in backward; but for the last layer, which does not leave the device."""
     model, batch, n_layers = llama(num_hidden_layers=6), padded_batch(), 6
-    store = offloaded(model, HycloraConfig(layer_type="baseline"), Counting())
+    store = offloaded(model, HycloraConfig(layer_type="baseline"), Counting(), **LAYERED)
     loss = model(**batch).loss
     assert (store.copies.forks, store.copies.joins) == (n_layers, n_layers - 1)
     loss.backward()
@@ -42,7 +44,7 @@ def put(store: Store, value: int) -> Home:
 
 def test_a_layer_is_fetched_while_another_is_used():
     """A group is on its way three units before it is asked for; at most seven units of four a layer on the device."""
-    store = Store(Counting(), slab=SLAB)
+    store = Store(Counting(), **LAYERED, slab=SLAB)
     homes = [put(store, i) for i in range(20)]
     assert store.device_bytes == 4 * 512 and store.host_bytes == 20 * 512
     while homes:
@@ -56,7 +58,7 @@ def test_a_layer_is_fetched_while_another_is_used():
 
 
 def test_units_of_a_group_live_and_die_by_themselves():
-    store = Store(Counting(), slab=SLAB)
+    store = Store(Counting(), **LAYERED, slab=SLAB)
     homes = [put(store, i) for i in range(4)]
     del homes[1:3]
     assert store.host_bytes == store.device_bytes == 2 * 512
@@ -78,7 +80,7 @@ def test_units_of_a_group_live_and_die_by_themselves():
 
 def test_a_group_that_is_not_full():
     """Units wait on the device; a backward ends their group, settle() sends it."""
-    store = Store(Counting(), slab=SLAB)
+    store = Store(Counting(), **LAYERED, slab=SLAB)
     homes = [put(store, i) for i in range(6)]
     assert (store.read(homes[5].unit)[0] == 5).all()
     homes.append(put(store, 6))

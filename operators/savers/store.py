@@ -1,6 +1,6 @@
 """Packed slots in pinned host memory between forward and backward.
 
-A block's packed tensors are one Unit. Units that are put one after another, about those of a decoder layer, are one
+A block's packed tensors are one Unit. Units that are put one after another, those of half a decoder layer, are one
 Group: a fork to a side stream starts its copy to the host, and a join with the compute stream a few units later frees
 the GPU copy, with no host sync and no record_stream. read() gives a unit's tensors back, and fetches the groups that
 backward will ask for next, which are those that were put before. The youngest units are still on the GPU when backward
@@ -25,6 +25,8 @@ from operators.savers.buffers import as_buffers
 from operators.savers.host import ALIGNMENT, SLAB, Arena
 
 UNITS_A_LAYER = 4
+# half a layer: with whole layers the next one's work is over before their copy is, and the GPU waits for it
+HALF = UNITS_A_LAYER // 2
 GROUP_BYTES = 2**26
 HOMES = "_hyclora_homes"
 
@@ -159,14 +161,14 @@ class Store:
     """Units of one patched model, in the order in which they were put.
 
     A group is full with `group` units or `group_bytes` bytes. It stays on the device until `window` more units are put,
-    and is fetched `ahead` units before it is asked for. Both are a little less than a layer by default, so that at most
-    about one and a half layers are on the device. A unit that stands for several blocks counts as so many (`span`).
-    Where the host is short of memory, units stay on the device.
+    and is fetched `ahead` units before it is asked for. All are half a layer by default, so that about a layer is on the
+    device. A unit that stands for several blocks counts as so many (`span`). Where the host is short of memory, units
+    stay on the device.
     """
 
     def __init__(
-        self, copies, *, group: int = UNITS_A_LAYER, group_bytes: int = GROUP_BYTES, window: int = UNITS_A_LAYER - 1,
-        ahead: int = UNITS_A_LAYER - 1, slab: int = SLAB,
+        self, copies, *, group: int = HALF, group_bytes: int = GROUP_BYTES, window: int = HALF, ahead: int = HALF,
+        slab: int = SLAB,
     ):  # fmt: skip
         self.copies, self.window = copies, window
         self.group, self.group_bytes, self.ahead = group, group_bytes, ahead
