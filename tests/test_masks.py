@@ -168,7 +168,7 @@ def test_a_cache_in_training_runs_stock_code():
     loss, exact = gradients(model, batch)
     apply_hyclora(model)
     assert not any(is_bounds(mask) for mask in masks_at_layers(model, batch))
-    assert gradients(model, batch)[0] == loss
+    assert abs(gradients(model, batch)[0] - loss) < 1e-5
 
 
 def test_masks_that_bounds_cannot_tell():

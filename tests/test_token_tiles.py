@@ -181,7 +181,8 @@ def test_the_working_set_does_not_grow_with_the_tokens(tile, layer_type):
     assert a_token() > 4 * 3 * inner
     tile(64)
     kept = {"intra": 4, "intra_inter": 2, "intra_inter_full_fuse": 2}[layer_type] * inner * 4.5 / 8
-    assert a_token() < kept + 4 * 6 * width + 64
+    low_rank = 4 * (3 * 16 + 2)  # x A^T of both groups and g, padded, and what numbers a row has
+    assert a_token() < kept + 4 * 6 * width + low_rank
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

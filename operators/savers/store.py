@@ -161,9 +161,9 @@ class Store:
     """Units of one patched model, in the order in which they were put.
 
     A group is full with `group` units or `group_bytes` bytes. It stays on the device until `window` more units are put,
-    and is fetched `ahead` units before it is asked for. All are half a layer by default, so that about a layer is on the
-    device. A unit that stands for several blocks counts as so many (`span`). Where the host is short of memory, units
-    stay on the device.
+    and is fetched `ahead` units before it is asked for. All are half a layer by default, so that about a layer is on
+    the device. A unit that stands for several blocks counts as so many (`span`). Where the host is short of memory,
+    units stay on the device.
     """
 
     def __init__(
