@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.blocks import Block, NormBlock, autocast_dtype
 from operators.flash import is_bounds
+from operators.pausable import Pausable
 
 MAX_RECORDINGS = 8
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -47,11 +48,6 @@ class CudaRecorder:
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="relaxed"):
             result = run()
         return result, graph.replay
-
-    def hidden_bytes(self) -> int:
-        """Memory that replays use and the allocator does not count as allocated, fragments included."""
-        segments = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == self.pool]
-        return sum(s["total_size"] - s["allocated_size"] for s in segments)
 
 
 @dataclass
@@ -83,10 +79,11 @@ class LayerEntry(Block):
         return self.run_stock(hidden_states, *args, **kwargs) if output is None else output
 
 
-class LayerGraphs:
+class LayerGraphs(Pausable):
     """The recordings of one patched model, and when they may run.
 
     patch: whose Step and Store the layers use; layers: the blocks that name their modules; blocks: all that run inside.
+    While it is paused the layers run one by one.
     """
 
     def __init__(self, recorder, patch, layers: list[Block], blocks: list[Block]):
@@ -97,7 +94,6 @@ class LayerGraphs:
         self._hooks = [m.__dict__[name] for m in modules for name in HOOKS]
         self.projections = list({id(p): p for block in blocks for p in block.projections}.values())
         self.norms = [block.module for block in blocks if isinstance(block, NormBlock)]
-        self.active = True
         self._drops = any(getattr(m, "attention_dropout", 0.0) > 0 for m in modules)
         self.clear()
 
@@ -123,20 +119,6 @@ class LayerGraphs:
             "_kind": None,
             "_passing": False,
         }
-
-    @contextmanager
-    def paused(self):
-        """The layers run one by one inside."""
-        active, self.active = self.active, False
-        try:
-            yield
-        finally:
-            self.active = active
-
-    @property
-    def hidden_bytes(self) -> int:
-        """GPU memory of the recordings that is not in the allocator's count."""
-        return self.recorder.hidden_bytes() if self.recordings else 0
 
     def replay(self, entry: LayerEntry, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
         """What a layer returns if all layers are replayed as one; None if it has to run by itself."""
@@ -215,8 +197,9 @@ class LayerGraphs:
 
     def _record(self, hidden: Tensor, leaves: list, spec) -> Recording | None:
         """Record a kind of input that came before; None while it should still run layer by layer."""
-        self._seen[self._kind] += 1
-        if self._seen[self._kind] == 1 or len(self.recordings) == MAX_RECORDINGS:
+        seen = hash(self._kind)  # a kind is long, and with padding to the longest row there are many
+        self._seen[seen] += 1
+        if self._seen[seen] == 1 or len(self.recordings) == MAX_RECORDINGS:
             return None
         eager = self.patch.store
         if eager is not None and self._store is None:

@@ -317,18 +317,17 @@ def test_several_active_adapters_are_refused_when_they_are_used():
     assert all("second" in name for name in ours)
 
 
-@pytest.mark.parametrize("q_bit", [4, 8])
-def test_fused_layers_are_the_unfused_ones(kernels, q_bit):
+def test_fused_layers_are_the_unfused_ones(kernels):
     """Norms, q/k/v (heads of 128) and MLP in fused kernels, after calibration: loss and gradients of intra_inter."""
     found = {}
     for layer_type in ("intra_inter", "intra_inter_full_fuse"):
         sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
         model, batch = llama(**sizes), padded_batch(rows=2, width=9)
-        apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=q_bit, iteration_threshold=1))
+        apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=4, iteration_threshold=1))
         gradients(model, batch)
         found[layer_type] = gradients(model, batch)
         attention = next(b for b in find_patch(model).blocks if hasattr(b, "spec") and hasattr(b.spec, "qkv"))
         assert attention.spec.fused == (layer_type == "intra_inter_full_fuse")
     (loss, plain), (fused_loss, fused) = found.values()
     # a code may fall to the other side of a rounding where the order of a sum differs
-    assert abs(loss - fused_loss) < 1e-5 and largest_error(fused, plain) < {4: 0.05, 8: 0.01}[q_bit]
+    assert abs(loss - fused_loss) < 1e-5 and largest_error(fused, plain) < 0.05

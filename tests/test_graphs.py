@@ -37,9 +37,6 @@ class Rerun:
 
         return result, replay
 
-    def hidden_bytes(self):
-        return 0
-
 
 def config(**options) -> HycloraConfig:
     return HycloraConfig(iteration_threshold=CALIBRATION, **options)

@@ -14,13 +14,13 @@ import sys
 import warnings
 import weakref
 from collections import deque
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from operators.pausable import Pausable
 from operators.savers.buffers import as_buffers
 from operators.savers.host import ALIGNMENT, SLAB, Arena
 
@@ -157,13 +157,13 @@ class Group:
             unit.leave()
 
 
-class Store:
+class Store(Pausable):
     """Units of one patched model, in the order in which they were put.
 
     A group is full with `group` units or `group_bytes` bytes. It stays on the device until `window` more units are put,
     and is fetched `ahead` units before it is asked for. All are half a layer by default, so that about a layer is on
     the device. A unit that stands for several blocks counts as so many (`span`). Where the host is short of memory,
-    units stay on the device.
+    units stay on the device. While it is paused blocks keep their slots there.
     """
 
     def __init__(
@@ -174,7 +174,6 @@ class Store:
         self.group, self.group_bytes, self.ahead = group, group_bytes, ahead
         self.device = copies.device
         self.arena = Arena(copies.pin, slab)
-        self.active = True
         self.discarded: deque[tuple[int, int]] = deque()
         self._units: weakref.WeakValueDictionary[int, Unit] = weakref.WeakValueDictionary()
         self._open: Group | None = None
@@ -204,15 +203,6 @@ class Store:
         units = [unit for unit in list(self._units.values()) if unit.buffers is not None]
         storages = [buffer.untyped_storage() for unit in units for buffer in unit.buffers]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-    @contextmanager
-    def paused(self):
-        """Blocks that run inside keep their slots on the device."""
-        active, self.active = self.active, False
-        try:
-            yield
-        finally:
-            self.active = active
 
     def put(self, tensors: list[Tensor], span: int = 1) -> list[Home]:
         """Have tensors sent to the host as one unit, with its group; where each is from now on."""
