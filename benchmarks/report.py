@@ -112,6 +112,10 @@ def memory_table(title: str, named: list[tuple[str, dict]]) -> list[str]:
     notes = [source(lines, "python -m benchmarks.memory_throughput")]
     if any(line["benchmark"] == "step" for line in lines):
         notes.append("*Rows without buffered: by the predecessor, which ran all settings in one process.*")
+    if shared := [name for name, line in named if line.get("one_process")]:
+        notes.append(
+            f"*In one process, so that static has GEMM workspaces of the settings before: {'; '.join(shared)}.*"
+        )
     return [found, *notes]
 
 

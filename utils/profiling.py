@@ -69,9 +69,9 @@ def random_batch(vocab: int, batch_size: int, seq_len: int, device: torch.device
 
 def host_bytes(model: nn.Module) -> int:
     """Host memory that holds offloaded activations: as HyC-LoRA's store counts it, otherwise all that is pinned."""
-    store = getattr(getattr(model, PATCH, None), "store", None)
-    if store is not None:
-        return getattr(store, "host_bytes", 0)
+    patch = getattr(model, PATCH, None)
+    if patch is not None:
+        return 0 if patch.store is None else patch.store.host_bytes
     pinned = torch.cuda.host_memory_stats()
     return pinned.get("active_bytes.current", pinned.get("allocated_bytes.current", 0))
 
