@@ -57,3 +57,14 @@ CODEBOOKS = {
     },
     "paper": {bits: _published(bits) for bits in (2, 3, 4, 8)},
 }
+
+
+def book_constants(book: Codebook) -> dict:
+    """A code book as the constexpr arguments of a kernel."""
+    return {
+        "BITS": book.bits,
+        "STEP": book.step,
+        "CENTRE": book.centre,
+        "GROUPED": book.grouped,
+        "GROUP": book.group,
+    }

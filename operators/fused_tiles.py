@@ -14,12 +14,11 @@ from torch import Tensor
 from operators import dispatch
 from operators.codebook import Codebook
 from operators.dispatch import next_power_of_2
+from operators.packed_layout import carve, packed_shapes
 from operators.quantize import (
-    carve,
     dequantize_tile,
     load_channels,
     load_packed,
-    packed_shapes,
     quantize_tile,
     store_packed,
 )

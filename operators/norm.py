@@ -7,16 +7,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators import reference
+from operators.codebook import book_constants
 from operators.dispatch import as_rows, cdiv, device_guard, next_power_of_2, use_triton
+from operators.packed_layout import carve, packed_shapes
 from operators.quantize import (
     ROWS_A_PROGRAM,
-    book_constants,
-    carve,
     dequantize_tile,
     load_channels,
     load_packed,
     load_tile,
-    packed_shapes,
     quantize_tile,
     row_constants,
     store_packed,

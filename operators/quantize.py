@@ -4,18 +4,15 @@ The device functions quantize_tile and dequantize_tile are the whole format; fus
 tiles, so that every kernel writes and reads the same bytes as reference.quantize.
 """
 
-import math
-from itertools import accumulate
-from operator import mul
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from operators import reference
-from operators.codebook import Codebook
+from operators.codebook import Codebook, book_constants
 from operators.dispatch import as_rows, cdiv, device_guard, next_power_of_2, use_triton
+from operators.packed_layout import carve, packed_shapes
 
 SCALE_ZERO = tl.constexpr(reference.SCALE_ZERO)
 LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
@@ -325,40 +322,6 @@ def _dequantize_rows_kernel(
         # other threads write the same channels once more
         tl.debug_barrier()
         tl.store(x_ptr + row * n_cols + outlier, kept.to(x_ptr.dtype.element_ty), mask=kept_mask)
-
-
-def book_constants(book: Codebook) -> dict:
-    """A code book as the constexpr arguments of a kernel."""
-    return {
-        "BITS": book.bits,
-        "STEP": book.step,
-        "CENTRE": book.centre,
-        "GROUPED": book.grouped,
-        "GROUP": book.group,
-    }
-
-
-def carve(parts: list[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> list[Tensor]:
-    """Uninitialised tensors of these shapes and dtypes in one allocation, each at a multiple of 16 bytes.
-
-    What is packed together travels together: a store copies one piece of memory instead of many small ones.
-    """
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
-    starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
-    buffer = torch.empty(starts[-1], dtype=torch.uint8, device=device)
-    tensors = []
-    for (shape, dtype), start in zip(parts, starts, strict=False):
-        whole = buffer if dtype == torch.uint8 else buffer.view(dtype)
-        strides = [*reversed([*accumulate(reversed(shape[1:]), mul, initial=1)])]
-        tensors.append(whole.as_strided(shape, strides, start // dtype.itemsize))
-    return tensors
-
-
-def packed_shapes(n_rows: int, n_cols: int, book: Codebook) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2] ([T, 0, 2] without group scales)."""
-    n_groups = cdiv(n_cols, book.group)
-    codes = (n_rows, n_groups, book.group // 8, book.bits)
-    return [(codes, torch.uint8), ((n_rows, n_groups * book.grouped, 2), torch.uint8)]
 
 
 def _grid(n_rows: int, n_groups: int, tile: dict) -> tuple[int, int]:
