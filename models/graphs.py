@@ -54,7 +54,7 @@ class CudaRecorder:
 class Recording:
     """One kind of input: its fixed tensors and its two graphs.
 
-    anchor: one of the parameters that get a gradient; inputs: the tensors among the first layer's arguments; output: of
+    anchor: one of the parameters that get a gradient; inputs: what varies of the first layer's arguments; output: of
     the last layer; dy: its gradient, in the same memory; dx: that of the first layer's input, None if not needed.
     """
 
@@ -129,8 +129,8 @@ class LayerGraphs(Pausable):
             self._compare(args, kwargs)
             return None
         self._passing = False
-        self._kind = self._kind_of(hidden, args, kwargs)
         self._arguments, spec = tree_flatten((args, kwargs))
+        self._kind = self._kind_of(hidden, self._arguments, spec)
         if self._kind is None:
             return None
         recording = self.recordings.get(self._kind) or self._record(hidden, self._arguments, spec)
@@ -160,7 +160,7 @@ class LayerGraphs(Pausable):
         self._pending = weakref.ref(ticket)
         return ticket
 
-    def _kind_of(self, hidden: Tensor, args: tuple, kwargs: dict) -> tuple | None:
+    def _kind_of(self, hidden: Tensor, leaves: list, spec) -> tuple | None:
         """What two inputs must have in common to be replayed alike; None for what is not to be replayed at all."""
         if not (self.active and torch.is_grad_enabled()) or self.step.calibrating or self._pending() is not None:
             return None
@@ -174,7 +174,6 @@ class LayerGraphs(Pausable):
         parameters = self._parameters()
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
             return None
-        leaves, spec = tree_flatten((args, kwargs))
         kind = (
             spec,
             autocast_dtype(hidden.device.type),

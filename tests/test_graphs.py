@@ -20,7 +20,6 @@ class Rerun:
 
     def __init__(self):
         self.graphs = None
-        self.replays = 0
 
     def record(self, run):
         kept = [(buffer, buffer.clone()) for buffer in self.graphs._grads.values()]
@@ -29,7 +28,6 @@ class Rerun:
             buffer.copy_(value)
 
         def replay():
-            self.replays += 1
             with torch.enable_grad():  # which is off where autograd calls a Function
                 again = run()
             if result is not None:
@@ -43,7 +41,7 @@ def config(**options) -> HycloraConfig:
 
 
 def graphed(model, options: dict, offload: bool = False):
-    """The patched model's graphs and a function that counts replays."""
+    """The graphs of a model that this patches, recorded by the stand-in on a CPU."""
     if offload:
         offloaded(model, config(**options))
     else:
