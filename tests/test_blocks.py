@@ -38,8 +38,10 @@ VARIANTS = {
 
 @pytest.mark.parametrize("attention", ["flash", "eager"])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_baseline_equals_hf_and_peft(variant, attention):
+def test_baseline_equals_hf_and_peft(variant, attention, request):
     """Every gradient within 1e-5 in fp32; LoRA scaling and dropout were ignored by the original."""
+    if "attention_dropout" in variant:  # a GPU's other kernels draw as their tiles go, and HF's mask chooses another
+        request.getfixturevalue("deterministic_attention")
     model, batch = llama(**variant), padded_batch()
     loss, exact = gradients(model, batch)
     if attention == "eager" and "attention_dropout" in variant:
@@ -150,8 +152,11 @@ def token_counts(model) -> list[float]:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("layer_type", list(POLICIES))
 def test_gradient_checkpointing_gives_the_same_gradients(layer_type, use_reentrant):
-    """The recomputed forward neither calibrates again nor changes what is packed."""
-    model, batches = llama({"lora_dropout": 0.1}), [padded_batch(seed=seed) for seed in range(4)]
+    """The recomputed forward neither calibrates again nor changes what is packed.
+
+    In fp64: where layers run first without grad that is stock code, which on a GPU rounds otherwise and so moves codes.
+    """
+    model, batches = llama({"lora_dropout": 0.1}).double(), [padded_batch(seed=seed) for seed in range(4)]
     config = HycloraConfig(layer_type=layer_type, q_bit=4, iteration_threshold=2)
     apply_hyclora(model, config)
     plain = [gradients(model, batch)[1] for batch in batches]

@@ -29,7 +29,9 @@ class Counting(LazyCopies):
 
 def test_a_layer_is_one_copy_each_way():
     """One fork and one join in forward and in backward; but for the last layer, which does not leave the device."""
-    model, batch, n_layers = llama(num_hidden_layers=6), padded_batch(), 6
+    n_layers = 6
+    # the copies that count are the CPU's
+    model, batch = llama(num_hidden_layers=n_layers).cpu(), {name: t.cpu() for name, t in padded_batch().items()}
     store = offloaded(model, HycloraConfig(layer_type="baseline"), Counting(), **LAYERED)
     loss = model(**batch).loss
     assert (store.copies.forks, store.copies.joins) == (n_layers, n_layers - 1)

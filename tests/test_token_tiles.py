@@ -12,6 +12,7 @@ from models.config import POLICIES, SLOTS
 from models.patch import find_patch
 from operators import token_tiles
 from operators.savers import ChannelQuant
+from tests.kernel_checks import DEVICE
 from tests.offloading import equal, offloaded
 from tests.small_models import gradients, largest_error, llama, padded_batch
 from tests.test_blocks import token_counts
@@ -161,7 +162,7 @@ def test_the_working_set_does_not_grow_with_the_tokens(tile, layer_type):
     norm = next(b for b in find_patch(model).blocks if b.name.endswith("post_attention_layernorm"))
 
     def peak(tokens: int) -> int:
-        x = torch.randn(1, tokens, width, requires_grad=True)
+        x = torch.randn(1, tokens, width, device=DEVICE, requires_grad=True)
         find_patch(model).step.index += 1
         y = norm.forward(x)
         with Live() as live:
