@@ -165,8 +165,8 @@ class AttentionBlock(Block):
         self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim)
 
     def takes_bounds(self) -> bool:
-        """Whether the forward that begins runs operators/flash.py here, so that bounds may stand in for HF's mask."""
-        return self.own_flash and getattr(self.module, BLOCK, None) is self and self.applies()
+        """Whether operators/flash.py can run here, so that bounds may stand in for HF's mask."""
+        return self.own_flash and getattr(self.module, BLOCK, None) is self and self.module.training
 
     def applies(
         self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs

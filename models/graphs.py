@@ -66,6 +66,12 @@ class Recording:
     forward: Callable[[], None]
     backward: Callable[[], None]
 
+    @torch.no_grad()
+    def start(self, inputs: list[Tensor]) -> None:
+        """Queue the forward of these inputs."""
+        torch._foreach_copy_(self.inputs, inputs)
+        self.forward()
+
 
 class LayerEntry(Block):
     """A decoder layer's forward: the first layer may replay all of them, and the others pass on its result."""
@@ -117,6 +123,7 @@ class LayerGraphs(Pausable):
             "_pending": _nothing,
             "_arguments": [],
             "_kind": None,
+            "_latest": None,
             "_passing": False,
         }
 
@@ -128,17 +135,28 @@ class LayerGraphs(Pausable):
                 return hidden
             self._compare(args, kwargs)
             return None
-        self._passing = False
+        self._passing, self._kind = False, None
         self._arguments, spec = tree_flatten((args, kwargs))
+        if not self._possible():
+            return None
+        inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]
+        # PEFT's state takes a while to read: if the rest is as last time the GPU starts meanwhile, at worst in vain
+        likely, latest = self._likeness(hidden, self._arguments, spec), self._latest
+        started = latest[1] if latest is not None and latest[0] == likely else None
+        if started is not None:
+            started.start(inputs)
+        self._latest = None
         self._kind = self._kind_of(hidden, self._arguments, spec)
         if self._kind is None:
             return None
         recording = self.recordings.get(self._kind) or self._record(hidden, self._arguments, spec)
         if recording is None:
             return None
+        if recording is not started:
+            recording.start(inputs)
+        self._latest = self._kind[0], recording
         self._passing = len(self.entries) > 1
-        inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]
-        return ReplayFunction.apply(hidden, recording.anchor, self, recording, inputs)
+        return ReplayFunction.apply(hidden, recording.anchor, self, recording)
 
     def attach(self) -> None:
         """Make the buffers that a backward adds to the parameters' gradients, with what these hold."""
@@ -160,10 +178,22 @@ class LayerGraphs(Pausable):
         self._pending = weakref.ref(ticket)
         return ticket
 
+    def _possible(self) -> bool:
+        """Whether a replay could start now: nothing is in its memory, and savers do not change."""
+        return self.active and torch.is_grad_enabled() and not self.step.calibrating and self._pending() is None
+
+    def _likeness(self, hidden: Tensor, leaves: list, spec) -> tuple:
+        """What two inputs must have in common to be replayed alike, and where the weights are that a replay reads."""
+        return (
+            spec,
+            autocast_dtype(hidden.device.type),
+            *((t.shape, t.dtype, t.requires_grad) if _varies(t, hidden) else _value(t) for t in (hidden, *leaves)),
+            *(p.base.weight.data_ptr() for p in self.projections),
+            *((t.data_ptr(), t.requires_grad) for t in self._parameters()),
+        )
+
     def _kind_of(self, hidden: Tensor, leaves: list, spec) -> tuple | None:
-        """What two inputs must have in common to be replayed alike; None for what is not to be replayed at all."""
-        if not (self.active and torch.is_grad_enabled()) or self.step.calibrating or self._pending() is not None:
-            return None
+        """The likeness and the adapters' state by which a recording is found; None for what is not to be replayed."""
         layers = [entry.module for entry in self.entries]
         if any(getattr(layer, "gradient_checkpointing", False) or not layer.training for layer in layers):
             return None
@@ -171,16 +201,9 @@ class LayerGraphs(Pausable):
             return None
         if not all([p.refresh(self.step.index) for p in self.projections]) or any(p.dropout for p in self.projections):
             return None
-        parameters = self._parameters()
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters()):
             return None
-        kind = (
-            spec,
-            autocast_dtype(hidden.device.type),
-            *((t.shape, t.dtype, t.requires_grad) if _varies(t, hidden) else _value(t) for t in (hidden, *leaves)),
-            *((p.adapter, p.scaling, id(p.base.weight)) for p in self.projections),
-            *((t.data_ptr(), t.requires_grad) for t in parameters),
-        )
+        kind = self._likeness(hidden, leaves, spec), *((p.adapter, p.scaling) for p in self.projections)
         return None if kind in self._refused else kind
 
     def _parameters(self) -> list[Tensor]:
@@ -311,16 +334,14 @@ def _nothing() -> None:
 
 
 class ReplayFunction(torch.autograd.Function):
-    """All layers as one Function: the output for hidden, and its gradient.
+    """All layers, started already, as one Function: the output for hidden, and its gradient.
 
     anchor: some trained parameter, so that there is a backward although hidden may need no gradient. The gradients of
     parameters do not pass through autograd; the graph adds them to .grad.
     """
 
     @staticmethod
-    def forward(ctx, hidden, anchor, graphs: LayerGraphs, recording: Recording, inputs: list[Tensor]):
-        torch._foreach_copy_(recording.inputs, inputs)
-        recording.forward()
+    def forward(ctx, hidden, anchor, graphs: LayerGraphs, recording: Recording):
         ctx.graphs, ctx.recording, ctx.ticket = graphs, recording, graphs.begin()
         return recording.output.detach()
 
@@ -332,4 +353,4 @@ class ReplayFunction(torch.autograd.Function):
         ctx.recording.backward()
         ctx.ticket = None
         dx = ctx.recording.dx
-        return None if dx is None else dx.clone(), None, None, None, None
+        return None if dx is None else dx.clone(), None, None, None

@@ -115,7 +115,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    patch.hook = decoder.register_forward_pre_hook(_StepHook(step, checkpoints, attention), with_kwargs=True)
+    hook = _StepHook(step, checkpoints, attention, _adapted(blocks))
+    patch.hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     object.__setattr__(model, PATCH, patch)
     return report
 
@@ -140,8 +141,8 @@ def find_patch(model: PeftModel) -> Patch:
 class _StepHook:
     """Runs before a decoder forward: counts it, notes padding, binds checkpoints, keeps cache and S x S masks off."""
 
-    def __init__(self, step: Step, checkpoints: list[LayerBlock], attention: list[AttentionBlock]):
-        self.step, self.checkpoints, self.attention = step, checkpoints, attention
+    def __init__(self, step: Step, checkpoints: list[LayerBlock], attention: list[AttentionBlock], adapted: list):
+        self.step, self.checkpoints, self.attention, self.adapted = step, checkpoints, attention, adapted
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
         if not (decoder.training and torch.is_grad_enabled()):
@@ -163,7 +164,9 @@ class _StepHook:
         """What the layers get for HF's mask; None if HF shall make one, as some would not know what bounds are."""
         tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
         cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
-        if tokens is None or len(args) > 1 or cached or not all(block.takes_bounds() for block in self.attention):
+        if tokens is None or len(args) > 1 or cached or not all(p.refresh(self.step.index) for p in self.adapted):
+            return None
+        if not all(block.takes_bounds() for block in self.attention):
             return None
         return causal_bounds(kwargs.get("attention_mask"), kwargs.get("position_ids"), *tokens.shape[:2])
 

@@ -317,7 +317,7 @@ class ProjectionGroup:
         """
         dy, needs = dy[:, : self.width], split(needs)
         grads: list[Tensor | None] = [None] * (len(needs) * PARAMETERS_PER_PROJECTION)
-        grad_B = _mm32(dy.t(), keeper.exact(self.xa_name)) if any(need[1] for need in needs) else None
+        xa = keeper.exact(self.xa_name)
         grad_A = _mm32(g.t(), x) if any(need[0] for need in needs) and not self.dropout else None
         for i, (p, columns, ranks) in enumerate(zip(self.projections, self.columns, self.ranks, strict=True)):
             first = i * PARAMETERS_PER_PROJECTION
@@ -326,7 +326,8 @@ class ProjectionGroup:
                 dA = _mm32(g[:, ranks].t(), x * self._dropout_mask(p, x, rng)) if self.dropout else grad_A[ranks]
                 grads[first] = dA if p.scaling == 1 else dA * p.scaling
             if need_B:
-                grads[first + 1] = grad_B[columns, ranks]
+                # by itself: a part of one product for all would be strided, which makes adding it to .grad slow
+                grads[first + 1] = _mm32(dy[:, columns].t(), xa[:, ranks])
             if need_bias or need_bias_B:
                 total = dy[:, columns].sum(dim=0, dtype=torch.float32)
                 grads[first + 2] = total * p.scaling if need_bias_B else None

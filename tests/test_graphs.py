@@ -155,11 +155,21 @@ def hook_a_parameter(model):
 
 @pytest.mark.parametrize("hook", [hook_a_module, hook_a_parameter])
 def test_hooks_run(recorded, hook):
+    """A replay that was started before the hook was seen is in vain, and the next one is not started early."""
     model, graphs, batch = recorded
+    started, (found,) = [], train(model, [batch])
+    (recording,) = graphs.recordings.values()
+    start = recording.start
+    recording.start = lambda inputs: (started.append(graphs._kind is None), start(inputs))
     handle = hook(model)
-    assert not replayed(model, graphs, batch)
+    for _ in range(2):
+        model.zero_grad()
+        assert not replayed(model, graphs, batch)
+        assert all(torch.equal(p.grad, found[n]) for n, p in model.named_parameters() if p.grad is not None)
     handle.remove()
-    assert replayed(model, graphs, batch)
+    for _ in range(2):
+        assert replayed(model, graphs, batch)
+    assert started == [True, False, True], "early and in vain; late, as the step before was none; early"
 
 
 def test_layers_run_by_themselves_where_a_graph_cannot(recorded):
