@@ -45,7 +45,8 @@ def _rms_norm_fwd_kernel(
 
 @triton.jit
 def _rms_norm_bwd_kernel(
-    dy_ptr, x_hat_ptr, rstd_ptr, weight_ptr, dx_ptr, n_cols, stride_dy, BLOCK: tl.constexpr
+    dy_ptr, x_hat_ptr, rstd_ptr, weight_ptr, dresidual_ptr, dx_ptr, n_cols, stride_dy, stride_dresidual,
+    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -54,6 +55,8 @@ def _rms_norm_bwd_kernel(
     x_hat = tl.load(x_hat_ptr + row * n_cols + col, mask=mask, other=0.0).to(tl.float32)
     g = dy * tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
     dx = (g - x_hat * (tl.sum(g * x_hat) / n_cols)) * tl.load(rstd_ptr + row)
+    if RESIDUAL:
+        dx += tl.load(dresidual_ptr + row * stride_dresidual + col, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + row * n_cols + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -95,8 +98,8 @@ def _rms_norm_pack_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_unpack_bwd_kernel(
-    dy_ptr, rstd_ptr, weight_ptr, dx_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, outliers_ptr, kept_ptr,
-    n_rows, n_cols, n_groups, stride_dy, n_outliers,
+    dy_ptr, rstd_ptr, weight_ptr, dresidual_ptr, dx_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, outliers_ptr,
+    kept_ptr, n_rows, n_cols, n_groups, stride_dy, stride_dresidual, n_outliers, RESIDUAL: tl.constexpr,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_OUTLIERS: tl.constexpr,
 ):  # fmt: skip
@@ -121,10 +124,15 @@ def _rms_norm_unpack_bwd_kernel(
         # x_hat is 0 at the exact channels so far
         mean_gx = (tl.sum(tl.reshape(g * x_hat, (g.numel,))) + tl.sum(outlier_g * kept)) / n_cols
         rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
-        store_tile(dx_ptr + row * n_cols, (g - x_hat * mean_gx) * rstd, one, col, n_cols, live, inside)
+        dx, outlier_dx = (g - x_hat * mean_gx) * rstd, (outlier_g - kept * mean_gx) * rstd
+        if RESIDUAL:
+            residual = dresidual_ptr + row * stride_dresidual
+            dx += load_tile(residual, one, col, stride_dresidual, live, inside, GROUP)
+            outlier_dx += tl.load(residual + outlier, mask=mask, other=0.0).to(tl.float32)
+        store_tile(dx_ptr + row * n_cols, dx, one, col, n_cols, live, inside)
         # other threads write the exact channels once more
         tl.debug_barrier()
-        tl.store(dx_ptr + row * n_cols + outlier, ((outlier_g - kept * mean_gx) * rstd).to(dtype), mask=mask)
+        tl.store(dx_ptr + row * n_cols + outlier, outlier_dx.to(dtype), mask=mask)
 
 
 def _row_launch(n_cols: int) -> dict:
@@ -146,15 +154,19 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor,
     return y, x_hat, rstd
 
 
-def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, dresidual: Tensor | None = None) -> Tensor:
     """reference.rms_norm_bwd on any device: dx [T, C] in dy's dtype."""
     if not use_triton(dy):
-        return reference.rms_norm_bwd(dy, x_hat, rstd, weight)
+        return reference.rms_norm_bwd(dy, x_hat, rstd, weight, dresidual)
     dy, x_hat = as_rows(dy), x_hat.contiguous()
+    residual = dy if dresidual is None else as_rows(dresidual)
     n_rows, n_cols = dy.shape
     dx = torch.empty(n_rows, n_cols, dtype=dy.dtype, device=dy.device)
     with device_guard(dy):
-        _rms_norm_bwd_kernel[(n_rows,)](dy, x_hat, rstd, weight, dx, n_cols, dy.stride(0), **_row_launch(n_cols))
+        _rms_norm_bwd_kernel[(n_rows,)](
+            dy, x_hat, rstd, weight, residual, dx, n_cols, dy.stride(0), residual.stride(0),
+            RESIDUAL=dresidual is not None, **_row_launch(n_cols),
+        )  # fmt: skip
     return dx
 
 
@@ -176,17 +188,21 @@ def rms_norm_pack(x: Tensor, weight: Tensor, eps: float, saver, step) -> tuple[T
     return y, rstd, saver.packed(codes, scale, kept if saver.n_outliers else None)
 
 
-def rms_norm_unpack_bwd(dy: Tensor, rstd: Tensor, weight: Tensor, packed: tuple[Tensor, ...], book) -> Tensor:
+def rms_norm_unpack_bwd(
+    dy: Tensor, rstd: Tensor, weight: Tensor, packed: tuple[Tensor, ...], book, dresidual: Tensor | None = None
+) -> Tensor:
     """rms_norm_bwd from the packed x_hat: dx [T, C] in dy's dtype."""
     codes, scale, kept, mean, std, outliers = packed
     dy = as_rows(dy)
+    residual = dy if dresidual is None else as_rows(dresidual)
     n_rows, n_cols = dy.shape
     n_outliers = kept.shape[1] if kept.numel() else 0
     dx = torch.empty(n_rows, n_cols, dtype=dy.dtype, device=dy.device)
     with device_guard(dy):
         _rms_norm_unpack_bwd_kernel[(cdiv(n_rows, ROWS_A_PROGRAM),)](
-            dy, rstd, weight, dx, codes, scale, mean, std, outliers, kept, n_rows, n_cols, codes.shape[1],
-            dy.stride(0), n_outliers, **book_constants(book), **row_constants(codes.shape[1], book, n_outliers),
+            dy, rstd, weight, residual, dx, codes, scale, mean, std, outliers, kept, n_rows, n_cols, codes.shape[1],
+            dy.stride(0), residual.stride(0), n_outliers, RESIDUAL=dresidual is not None,
+            **book_constants(book), **row_constants(codes.shape[1], book, n_outliers),
         )  # fmt: skip
     return dx
 

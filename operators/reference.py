@@ -86,12 +86,15 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor,
     return weight * x_hat, x_hat, rstd
 
 
-def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """dx = rstd * (g - x_hat * mean(g * x_hat)), g = dy * w; no mean term of g (that is LayerNorm's)."""
+def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, dresidual: Tensor | None = None) -> Tensor:
+    """dx = rstd * (g - x_hat * mean(g * x_hat)), g = dy * w; no mean term of g (that is LayerNorm's).
+
+    dresidual [T, C], the gradient of the branch around the norm, is added before dx is rounded to dy's dtype.
+    """
     g = dy.float() * weight.float()
     x_hat = x_hat.float()
     dx = (g - x_hat * (g * x_hat).mean(dim=-1, keepdim=True)) * rstd.unsqueeze(-1)
-    return dx.to(dy.dtype)
+    return (dx if dresidual is None else dx + dresidual.float()).to(dy.dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:

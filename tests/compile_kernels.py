@@ -96,9 +96,11 @@ def norms(bits):
     x, weight = rand(16, 512), rand(512)
     _, x_hat, rstd = norm.rms_norm_fwd(x, weight, 1e-5)
     norm.rms_norm_bwd(x, x_hat, rstd, weight)
+    norm.rms_norm_bwd(x, x_hat, rstd, weight, x)
     quantizer, step = saver(bits, x, 0.01)
     packed = norm.rms_norm_pack(x, weight, 1e-5, quantizer, step)[-1]
     norm.rms_norm_unpack_bwd(x, rstd, weight, packed, quantizer.book)
+    norm.rms_norm_unpack_bwd(x, rstd, weight, packed, quantizer.book, x)
     quantizer.unpack(quantizer.pack(x, step), x.shape, BF16, weight)
 
 

@@ -84,3 +84,24 @@ def test_packing_inside_the_kernels_changes_nothing(kernels, shape, bits, outlie
     expected = reference.rms_norm_bwd(dy.float(), restored, rstd, weight.float())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     assert relative_error(rms_norm_unpack_bwd(strided(dy), rstd, weight, packed, saver.book), expected) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+@pytest.mark.parametrize("shape", [(1, 33), (5, 96), (7, 257)], ids=str)
+def test_the_gradient_around_the_norm_is_added(kernels, shape, outliers, dtype):
+    """dx + dresidual in fp32, at exact channels too; a view with any row stride, and a dtype of its own."""
+    x, dy = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=1)
+    weight = (1 + 0.2 * rand(shape[1], seed=2)).to(dtype)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    saver = ChannelQuant(4, "channel_group", outliers)
+    _, x_hat, rstd = rms_norm_fwd(x, weight, 1e-5)
+    packed = saver.pack(x_hat, Step(threshold=1, index=1))
+    restored = saver.unpack(packed, shape, torch.float32)
+    for dresidual in (strided(rand(*shape, dtype=dtype, seed=3)), rand(shape[1], seed=4).expand(shape)):
+        expected = reference.rms_norm_bwd(dy.float(), x_hat, rstd, weight, dresidual)
+        dx = rms_norm_bwd(strided(dy), x_hat, rstd, weight, dresidual)
+        assert dx.dtype == dtype and relative_error(dx, expected) < tolerance
+        expected = reference.rms_norm_bwd(dy.float(), restored, rstd, weight, dresidual)
+        dx = rms_norm_unpack_bwd(strided(dy), rstd, weight, packed, saver.book, dresidual)
+        assert dx.dtype == dtype and relative_error(dx, expected) < tolerance
