@@ -1,4 +1,4 @@
-"""The three blocks of a decoder layer: what is bound to a norm, an attention and an MLP module; and the layer itself.
+"""The three blocks inside a decoder layer: what is bound to a norm, an attention and an MLP module.
 
 A block owns the training forward of one module. It is bound to that instance alone (MethodType in the instance's
 __dict__); evaluation, generation, disabled or merged adapters run the stock forward.
@@ -14,7 +14,6 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from operators.attention import CORES, AttentionFunction, AttentionSpec
-from operators.checkpoint import CheckpointFunction
 from operators.flash import is_bounds
 from operators.fused_qkv import fits
 from operators.lora import Projection, ProjectionGroup
@@ -22,7 +21,7 @@ from operators.mlp import MlpFunction, MlpSpec
 from operators.nf4 import is_4bit
 from operators.norm import RMSNormFunction
 from operators.rope import rope
-from operators.savers import UNITS_A_LAYER, Derived, Exact, Keeper, Saver, Step, Store
+from operators.savers import Derived, Keeper, Saver, Step, Store
 from operators.token_tiles import place, token_tiles
 
 SOURCE = "_hyclora_source"
@@ -136,10 +135,11 @@ class NormBlock(Block):
         super().__init__(module, name, savers, step)
         self.fused = fused
 
-    def run(self, dtype, hidden_states):
-        keeper = self.keeper()
-        y = RMSNormFunction.apply(hidden_states, self.module.weight, self.module.variance_epsilon, keeper, self.fused)
-        setattr(y, SOURCE, keeper.source("norm_in", self.module.weight))
+    def run(self, dtype, hidden_states, residual: bool = False):
+        """The norm's output; with its input beside it if asked for, as the residual branch."""
+        keeper, norm = self.keeper(), self.module
+        y = RMSNormFunction.apply(hidden_states, norm.weight, norm.variance_epsilon, keeper, self.fused, residual)
+        setattr(y[0] if residual else y, SOURCE, keeper.source("norm_in", norm.weight))
         return y
 
 
@@ -173,11 +173,15 @@ class AttentionBlock(Block):
     ):
         return past_key_values is None and super().applies()
 
-    def run(self, dtype, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def run(
+        self, dtype, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, residual=None,
+        **kwargs,
+    ):  # fmt: skip
+        """The attention's output, to which the residual branch is added if given; and None for its weights."""
         source = self.input_source(hidden_states, "attn_in")
         cos, sin = position_embeddings
         y = AttentionFunction.apply(
-            hidden_states if dtype is None else hidden_states.to(dtype),
+            hidden_states if dtype is None else hidden_states.to(dtype), residual,
             cos, sin, attention_mask, self.spec, kwargs, self.keeper(), source, *self.spec.parameters(),
         )  # fmt: skip
         return y, None
@@ -206,10 +210,11 @@ class MlpBlock(Block):
             raise ValueError(f"{name}: activation {type(module.act_fn).__name__} is not supported, only SiLU is")
         self.spec = MlpSpec(gate_up, down, compensate, fused)
 
-    def run(self, dtype, hidden_states):
+    def run(self, dtype, hidden_states, residual=None):
+        """The MLP's output, to which the residual branch is added if given."""
         source = self.input_source(hidden_states, "mlp_in")
         x = hidden_states if dtype is None else hidden_states.to(dtype)
-        return MlpFunction.apply(x, self.spec, self.keeper(), source, *self.spec.parameters())
+        return MlpFunction.apply(x, residual, self.spec, self.keeper(), source, *self.spec.parameters())
 
     def run_stock(self, x):
         rows = x.reshape(-1, x.shape[-1])
@@ -221,33 +226,6 @@ class MlpBlock(Block):
         for tile in tiles:
             y = place(y, super().run_stock(rows[tile]), tile, len(rows))
         return y.view(*x.shape[:-1], -1)
-
-
-class LayerBlock(Block):
-    """A decoder layer's checkpoint function in place of torch's, where it can keep the layer's input better.
-
-    That is with a store, or if layer_in is not exact. HF calls it as it calls torch's, while gradient checkpointing is
-    on; a trainer may switch that at any time, so bind() is called before every training forward.
-    """
-
-    span = UNITS_A_LAYER
-    stock = None
-
-    def bind(self) -> None:
-        installed = getattr(self.module, "_gradient_checkpointing_func", None)
-        better = self.store is not None or not isinstance(self.savers["layer_in"], Exact)
-        if better and getattr(self.module, "gradient_checkpointing", False) and installed is not self:
-            self.stock, self.module._gradient_checkpointing_func = installed, self
-
-    def unbind(self) -> None:
-        if getattr(self.module, "_gradient_checkpointing_func", None) is self:
-            self.module._gradient_checkpointing_func = self.stock
-
-    def __call__(self, function, hidden_states, *args):
-        if not torch.is_grad_enabled():
-            return function(hidden_states, *args)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return CheckpointFunction.apply(hidden_states, lambda x: function(x, *args), self.keeper(), *parameters)
 
 
 def _refuse_lora_bias(name: str, group: ProjectionGroup) -> None:

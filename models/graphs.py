@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.blocks import Block, NormBlock, autocast_dtype
+from models.layers import LayerBlock
 from operators.flash import is_bounds
 from operators.pausable import Pausable
 
@@ -73,28 +74,16 @@ class Recording:
         self.forward()
 
 
-class LayerEntry(Block):
-    """A decoder layer's forward: the first layer may replay all of them, and the others pass on its result."""
-
-    def __init__(self, module: nn.Module, name: str, graphs: "LayerGraphs"):
-        super().__init__(module, name, {}, graphs.step)
-        self.graphs = graphs
-
-    def forward(self, hidden_states, *args, **kwargs):
-        output = self.graphs.replay(self, hidden_states, args, kwargs)
-        return self.run_stock(hidden_states, *args, **kwargs) if output is None else output
-
-
 class LayerGraphs(Pausable):
     """The recordings of one patched model, and when they may run.
 
-    patch: whose Step and Store the layers use; layers: the blocks that name their modules; blocks: all that run inside.
+    patch: whose Step and Store the layers use; layers: of the decoder, in order; blocks: all that run inside.
     While it is paused the layers run one by one.
     """
 
-    def __init__(self, recorder, patch, layers: list[Block], blocks: list[Block]):
+    def __init__(self, recorder, patch, layers: list[LayerBlock], blocks: list[Block]):
         self.recorder, self.patch, self.step = recorder, patch, patch.step
-        self.entries = [LayerEntry(layer.module, layer.name, self) for layer in layers]
+        self.layers = layers
         modules = [m for layer in layers for m in layer.module.modules()]
         # the dictionaries themselves, which modules fill later: looked at once a step
         self._hooks = [m.__dict__[name] for m in modules for name in HOOKS]
@@ -127,11 +116,11 @@ class LayerGraphs(Pausable):
             "_passing": False,
         }
 
-    def replay(self, entry: LayerEntry, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
+    def replay(self, layer: LayerBlock, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
         """What a layer returns if all layers are replayed as one; None if it has to run by itself."""
-        if entry is not self.entries[0]:
+        if layer is not self.layers[0]:
             if self._passing:
-                self._passing = entry is not self.entries[-1]
+                self._passing = layer is not self.layers[-1]
                 return hidden
             self._compare(args, kwargs)
             return None
@@ -155,7 +144,7 @@ class LayerGraphs(Pausable):
         if recording is not started:
             recording.start(inputs)
         self._latest = self._kind[0], recording
-        self._passing = len(self.entries) > 1
+        self._passing = len(self.layers) > 1
         return ReplayFunction.apply(hidden, recording.anchor, self, recording)
 
     def attach(self) -> None:
@@ -194,8 +183,8 @@ class LayerGraphs(Pausable):
 
     def _kind_of(self, hidden: Tensor, leaves: list, spec) -> tuple | None:
         """The likeness and the adapters' state by which a recording is found; None for what is not to be replayed."""
-        layers = [entry.module for entry in self.entries]
-        if any(getattr(layer, "gradient_checkpointing", False) or not layer.training for layer in layers):
+        modules = [layer.module for layer in self.layers]
+        if any(getattr(m, "gradient_checkpointing", False) or not m.training for m in modules):
             return None
         if self._drops or any(self._hooks) or torch.distributed.is_available() and torch.distributed.is_initialized():
             return None
@@ -243,7 +232,7 @@ class LayerGraphs(Pausable):
         first = hidden.detach().clone().requires_grad_(hidden.requires_grad)
         leaves = [t.detach().clone() if _varies(t, hidden) else t for t in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
-        trained = [_trained(entry.module) for entry in self.entries]
+        trained = [_trained(layer.module) for layer in self.layers]
         anchor = next(p for layer in trained for _, _, p in layer)
         for parameter in (p for layer in trained for _, _, p in layer):
             if parameter not in self._grads:
@@ -255,8 +244,8 @@ class LayerGraphs(Pausable):
             edges.clear()
             x, edge = first, get_gradient_edge(first) if first.requires_grad else None
             with self._aliased(trained) as aliases:
-                for entry, parameters in zip(self.entries, aliases, strict=True):
-                    x = entry.run_stock(x, *args, **kwargs)
+                for layer, parameters in zip(self.layers, aliases, strict=True):
+                    x = layer.run_layer(x, *args, **kwargs)
                     edges.append((edge, parameters))
                     edge = get_gradient_edge(x)
             edges.append((edge, []))

@@ -7,10 +7,11 @@ from peft import PeftModel
 from torch import nn
 
 from models.bits import allocate_bits
-from models.blocks import AttentionBlock, Block, Family, LayerBlock, MlpBlock, NormBlock
+from models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
 from models.config import SLOTS, HycloraConfig
 from models.graphs import CudaRecorder, LayerGraphs
 from models.head import HeadBlock
+from models.layers import CheckpointBlock, LayerBlock
 from models.llama import LLAMA
 from models.masks import causal_bounds
 from models.mistral import MISTRAL
@@ -64,7 +65,7 @@ class Patch:
     config: HycloraConfig
     step: Step
     blocks: list[Block] = field(default_factory=list)
-    layers: list[LayerBlock] = field(default_factory=list)
+    checkpoints: list[CheckpointBlock] = field(default_factory=list)
     hook: torch.utils.hooks.RemovableHandle | None = None
     store: Store | None = None
     graphs: LayerGraphs | None = None
@@ -72,15 +73,15 @@ class Patch:
     def use(self, store: Store | None) -> None:
         """Send the packed slots of all blocks to a store; None: they stay put."""
         self.store = store
-        for block in [*self.blocks, *self.layers]:
+        for block in [*self.blocks, *self.checkpoints]:
             block.store = store
 
     def add_graphs(self, recorder) -> None:
         """Have the layers replayed by a recorder where that can be done."""
-        self.graphs = LayerGraphs(recorder, self, self.layers, self.blocks)
-        for entry in self.graphs.entries:
-            entry.bind()
-        self.blocks += self.graphs.entries
+        layers = [block for block in self.blocks if isinstance(block, LayerBlock)]
+        self.graphs = LayerGraphs(recorder, self, layers, self.blocks)
+        for layer in layers:
+            layer.graphs = self.graphs
 
 
 def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> PatchReport:
@@ -105,7 +106,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     blocks.append(_final_norm(config, getattr(decoder, family.final_norm), names, step, blocks))
     blocks += [] if head is None else [head]
     savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
-    checkpoints = [LayerBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
+    checkpoints = [CheckpointBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
     patch = Patch(config, step, blocks, checkpoints)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers, "offload"))))
@@ -124,7 +125,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
 def remove_hyclora(model: PeftModel) -> None:
     """Take every block off again: the model is stock, bit for bit. ValueError if it was not patched."""
     patch = find_patch(model)
-    for block in [*patch.blocks, *patch.layers]:
+    for block in [*patch.blocks, *patch.checkpoints]:
         block.unbind()
     patch.hook.remove()
     object.__setattr__(model, PATCH, None)
@@ -141,7 +142,7 @@ def find_patch(model: PeftModel) -> Patch:
 class _StepHook:
     """Runs before a decoder forward: counts it, notes padding, binds checkpoints, keeps cache and S x S masks off."""
 
-    def __init__(self, step: Step, checkpoints: list[LayerBlock], attention: list[AttentionBlock], adapted: list):
+    def __init__(self, step: Step, checkpoints: list[CheckpointBlock], attention: list[AttentionBlock], adapted: list):
         self.step, self.checkpoints, self.attention, self.adapted = step, checkpoints, attention, adapted
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
@@ -235,7 +236,7 @@ def _slot_widths(family: Family, layer: nn.Module) -> dict[str, int]:
 
 
 def _blocks(config, family, index, layer, names, bits, step) -> list[Block]:
-    """The blocks of one layer, not bound yet."""
+    """The blocks of one layer and of what is in it, not bound yet."""
     compensate = config.policy.compensate
     extra = {
         "norm": (config.policy.fused,),
@@ -249,7 +250,7 @@ def _blocks(config, family, index, layer, names, bits, step) -> list[Block]:
         blocks.append(kinds[kind](module, names[id(module)], savers, step, *extra[kind]))
     for norm, fed in zip(blocks[::2], blocks[1::2], strict=True):
         norm.projections = fed.projections
-    return blocks
+    return [*blocks, LayerBlock(layer, names[id(layer)], step, tuple(blocks))]
 
 
 def _final_norm(config, module: nn.Module, names, step, blocks) -> NormBlock:

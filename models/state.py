@@ -55,6 +55,6 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
 def _savers(patch):
     return [
         (f"{block.name}.{slot}", saver)
-        for block in [*patch.blocks, *patch.layers]
+        for block in [*patch.blocks, *patch.checkpoints]
         for slot, saver in block.savers.items()
     ]

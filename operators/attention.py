@@ -16,6 +16,7 @@ from operators.dispatch import use_triton
 from operators.flash import flash_attention, is_bounds
 from operators.fused_qkv import fused_qkv_fwd, fused_qkv_restore
 from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
+from operators.residual import add_residual
 from operators.rope import rope, rope_bwd
 from operators.savers import Keeper
 from operators.softmax import softmax_bwd
@@ -137,15 +138,15 @@ class AttentionSpec:
 
 
 class AttentionFunction(torch.autograd.Function):
-    """y = o W_o^T + LoRA, o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA.
+    """y = o W_o^T + LoRA (+ residual), o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA.
 
-    x [B, S, C]; cos, sin [B or 1, S, D]; mask as the core takes it; parameters as spec.parameters(). Slots: attn_in, q,
-    k, v, prob, attn_out. Gradients: operators/lora.py for the projections, the core for q, k, v, the opposite rotation
-    for RoPE.
+    x [B, S, C]; residual: of y's shape, or None; cos, sin [B or 1, S, D]; mask as the core takes it; parameters as
+    spec.parameters(). Slots: attn_in, q, k, v, prob, attn_out. Gradients: operators/lora.py for the projections, the
+    core for q, k, v, the opposite rotation for RoPE, dy for the residual.
     """
 
     @staticmethod
-    def forward(ctx, x, cos, sin, mask, spec: AttentionSpec, kwargs: dict, keeper: Keeper, source, *parameters):
+    def forward(ctx, x, residual, cos, sin, mask, spec: AttentionSpec, kwargs, keeper: Keeper, source, *parameters):
         batch = x.shape[0]
         rows = x.reshape(-1, x.shape[-1])
         n_qkv = len(spec.qkv.parameters())
@@ -169,8 +170,8 @@ class AttentionFunction(torch.autograd.Function):
         for name, tensor in (("cos", cos), ("sin", sin), ("mask", mask)):
             keeper.keep_exact(name, tensor)
         keeper.save(ctx)
-        ctx.spec, ctx.kwargs, ctx.rng, ctx.shape, ctx.fused = spec, kwargs, rng, x.shape, fused
-        return y.view(*x.shape[:-1], -1)
+        ctx.spec, ctx.kwargs, ctx.rng, ctx.shape, ctx.fused, ctx.dtype = spec, kwargs, rng, x.shape, fused, x.dtype
+        return add_residual(y.view(*x.shape[:-1], -1), residual)
 
     @staticmethod
     @once_differentiable
@@ -179,8 +180,8 @@ class AttentionFunction(torch.autograd.Function):
         batch = ctx.shape[0]
         cos, sin, mask = (keeper.exact(name) for name in ("cos", "sin", "mask"))
         n_qkv = len(spec.qkv.parameters())
-        needs = ctx.needs_input_grad[8:]
-        dy = dy.reshape(-1, dy.shape[-1])
+        needs = ctx.needs_input_grad[9:]
+        dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
         out_grads = []
 
         def do_fn(o):
@@ -204,7 +205,7 @@ class AttentionFunction(torch.autograd.Function):
         x = keeper.restore("attn_in", dy.dtype)
         grads = spec.qkv.backward_parameters(dqkv, g, x, keeper, rng, needs[:n_qkv])
         dx = None if dx is None else dx.view(ctx.shape)
-        return dx, None, None, None, None, None, None, None, *grads, *out_grads
+        return dx, dresidual, None, None, None, None, None, None, None, *grads, *out_grads
 
 
 def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, keeper: Keeper) -> list[Tensor]:

@@ -12,6 +12,7 @@ from operators.activation import silu_mul_bwd, silu_mul_fwd
 from operators.dispatch import use_triton
 from operators.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
 from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
+from operators.residual import add_residual
 from operators.savers import Keeper, Observer
 from operators.token_tiles import place, token_tiles
 
@@ -34,14 +35,15 @@ class MlpSpec:
 
 
 class MlpFunction(torch.autograd.Function):
-    """y = hidden W_d^T + LoRA, hidden = silu(gate) * up, gate/up = x W^T + LoRA; in tiles of tokens when x is long.
+    """y = hidden W_d^T + LoRA (+ residual), hidden = silu(gate) * up, gate/up = x W^T + LoRA; in tiles when x is long.
 
-    x [..., C], parameters as spec.parameters(). Slots: mlp_in, gate, up, act, hidden. Gradients: operators/lora.py for
-    the projections, reference.silu_mul_bwd for the product; a kept act (silu(gate)) replaces its recomputation.
+    x [..., C]; residual: of y's shape, or None; parameters as spec.parameters(). Slots: mlp_in, gate, up, act, hidden.
+    Gradients: operators/lora.py for the projections, reference.silu_mul_bwd for the product (a kept act, silu(gate),
+    replaces its recomputation), dy for the residual.
     """
 
     @staticmethod
-    def forward(ctx, x, spec: MlpSpec, keeper: Keeper, source, *parameters):
+    def forward(ctx, x, residual, spec: MlpSpec, keeper: Keeper, source, *parameters):
         rows = x.reshape(-1, x.shape[-1])
         if spec.gate_up.needs_input:
             keeper.derive("mlp_in", source) if source else keeper.keep("mlp_in", rows)
@@ -52,14 +54,14 @@ class MlpFunction(torch.autograd.Function):
         for i, (tile, rng) in enumerate(ctx.tiles):
             y = place(y, _forward_tile(spec, rows[tile], parameters, keeper.part(i), rng), tile, len(rows))
         keeper.save(ctx)
-        ctx.spec, ctx.shape = spec, x.shape
-        return y.view(*x.shape[:-1], -1)
+        ctx.spec, ctx.shape, ctx.dtype = spec, x.shape, x.dtype
+        return add_residual(y.view(*x.shape[:-1], -1), residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-        dy = dy.reshape(-1, dy.shape[-1])
+        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+        dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
         dx = grads = None
         for i, (tile, rng) in enumerate(ctx.tiles):
             # of a single tile the slot is freed as it is read
@@ -68,7 +70,7 @@ class MlpFunction(torch.autograd.Function):
             dx = place(dx, part_dx, tile, len(dy))
             del part_dx
             grads = part if i == 0 else [g if g is None else t.add_(g) for t, g in zip(grads, part, strict=True)]
-        return None if dx is None else dx.view(ctx.shape), None, None, None, *grads
+        return None if dx is None else dx.view(ctx.shape), dresidual, None, None, None, *grads
 
 
 def _forward_tile(spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper, rng: dict) -> Tensor:

@@ -211,11 +211,13 @@ class RMSNormFunction(torch.autograd.Function):
     """y = x_hat * w; dx by reference.rms_norm_bwd from slot norm_in (x_hat), dw = sum over tokens of dy * x_hat.
 
     x [..., C], weight [C]. Saves norm_in through its saver and rstd (fp32 [T]) exactly. fused: a quantized x_hat is
-    packed and restored inside the kernels.
+    packed and restored inside the kernels. residual: (y, x) is returned, and the gradient of this x is added to dx.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, keeper: Keeper, fused: bool = False) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, eps: float, keeper: Keeper, fused: bool = False, residual: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         rows, saver = x.reshape(-1, x.shape[-1]), keeper.savers["norm_in"]
         ctx.fused = fused and use_triton(x) and isinstance(saver, ChannelQuant)
         if ctx.fused and not keeper.step.calibrating:
@@ -228,22 +230,25 @@ class RMSNormFunction(torch.autograd.Function):
         keeper.keep_exact("weight", weight)
         keeper.save(ctx)
         ctx.x_dtype = x.dtype
-        return y.view(x.shape)
+        y = y.view(x.shape)
+        return (y, x) if residual else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, dy: Tensor, dresidual: Tensor | None = None):
         keeper = Keeper.load(ctx)
         rstd, weight = keeper.exact("rstd"), keeper.exact("weight")
         rows = dy.reshape(-1, dy.shape[-1])
+        if dresidual is not None:
+            dresidual = dresidual.reshape(rows.shape)
         dx = dweight = None
         if ctx.fused and not ctx.needs_input_grad[1]:
             book = keeper.saver("norm_in").book
-            dx = rms_norm_unpack_bwd(rows, rstd, weight, keeper.take("norm_in"), book)
-            return dx.view(dy.shape).to(ctx.x_dtype), None, None, None, None
+            dx = rms_norm_unpack_bwd(rows, rstd, weight, keeper.take("norm_in"), book, dresidual)
+            return dx.view(dy.shape).to(ctx.x_dtype), None, None, None, None, None
         x_hat = keeper.restore("norm_in")
         if ctx.needs_input_grad[0]:
-            dx = rms_norm_bwd(rows, x_hat, rstd, weight).view(dy.shape).to(ctx.x_dtype)
+            dx = rms_norm_bwd(rows, x_hat, rstd, weight, dresidual).view(dy.shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             dweight = (rows.float() * x_hat.float()).sum(dim=0).to(weight.dtype)
-        return dx, dweight, None, None, None
+        return dx, dweight, None, None, None, None

@@ -94,7 +94,7 @@ def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, dresid
     g = dy.float() * weight.float()
     x_hat = x_hat.float()
     dx = (g - x_hat * (g * x_hat).mean(dim=-1, keepdim=True)) * rstd.unsqueeze(-1)
-    return (dx if dresidual is None else dx + dresidual.float()).to(dy.dtype)
+    return (dx if dresidual is None else dx + dresidual).to(dy.dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:

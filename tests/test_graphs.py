@@ -10,7 +10,7 @@ from models.graphs import CudaRecorder
 from models.patch import find_patch
 from tests.kernel_checks import DEVICE
 from tests.offloading import equal, offloaded
-from tests.small_models import llama, padded_batch
+from tests.small_models import largest_error, llama, padded_batch
 
 CALIBRATION = 2
 
@@ -158,6 +158,7 @@ def test_hooks_run(recorded, hook):
     """A replay that was started before the hook was seen is in vain, and the next one is not started early."""
     model, graphs, batch = recorded
     started, (found,) = [], train(model, [batch])
+    found.pop("loss")
     (recording,) = graphs.recordings.values()
     start = recording.start
     recording.start = lambda inputs: (started.append(graphs._kind is None), start(inputs))
@@ -165,7 +166,8 @@ def test_hooks_run(recorded, hook):
     for _ in range(2):
         model.zero_grad()
         assert not replayed(model, graphs, batch)
-        assert all(torch.equal(p.grad, found[n]) for n, p in model.named_parameters() if p.grad is not None)
+        # the residual branch of a layer with a hook is added in another place
+        assert largest_error({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, found) < 1e-5
     handle.remove()
     for _ in range(2):
         assert replayed(model, graphs, batch)
@@ -228,7 +230,7 @@ def test_layers_with_arguments_of_their_own(recorded):
     """A decoder that gives its layers different arguments is never recorded."""
     model, graphs, batch = recorded
     graphs.clear()
-    layer = graphs.entries[1].module
+    layer = graphs.layers[1].module
     bound = layer.forward
     layer.forward = lambda x, **kwargs: bound(x, **kwargs | {"position_ids": kwargs["position_ids"].clone()})
     train(model, [batch] * 3)

@@ -1,0 +1,85 @@
+"""A decoder layer as a whole: how its blocks are put together, and how gradient checkpointing keeps its input."""
+
+import torch
+from torch import nn
+
+from models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
+from operators.checkpoint import CheckpointFunction
+from operators.savers import UNITS_A_LAYER, Exact, Step
+
+
+class LayerBlock(Block):
+    """A decoder layer's forward, whose residual branches go through the blocks at their sides.
+
+    A branch leaves from the norm, whose backward adds its gradient on the way, and is added where the attention or
+    the MLP ends. graphs: a LayerGraphs that may replay the layer, and all others with it.
+    """
+
+    graphs = None
+
+    def __init__(
+        self, module: nn.Module, name: str, step: Step, blocks: tuple[NormBlock, AttentionBlock, NormBlock, MlpBlock]
+    ):
+        super().__init__(module, name, {}, step)
+        self.blocks = blocks
+
+    def forward(self, hidden_states, *args, **kwargs):
+        """Autocast stays on: each block looks at it."""
+        output = None if self.graphs is None else self.graphs.replay(self, hidden_states, args, kwargs)
+        return self.run_layer(hidden_states, *args, **kwargs) if output is None else output
+
+    def run_layer(self, hidden_states, *args, **kwargs):
+        """This layer by itself."""
+        run = self.run if self.applies(*args, **kwargs) else self.run_stock
+        return run(hidden_states, *args, **kwargs)
+
+    def applies(self, *args, past_key_values=None, **kwargs) -> bool:
+        """Nobody else has replaced or hooked what is called in another way here, and all four blocks are at work."""
+        return (
+            self.stock is None
+            and not args
+            and not getattr(self.module, "gradient_checkpointing", False)
+            and not any(_hooked(block.module) for block in self.blocks)
+            and all(getattr(block.module, BLOCK, None) is block and block.stock is None for block in self.blocks)
+            and all(block.applies(past_key_values=past_key_values) for block in self.blocks)
+        )
+
+    def run(self, hidden_states, **kwargs):
+        attention_norm, attention, mlp_norm, mlp = (block.module for block in self.blocks)
+        x, residual = attention_norm(hidden_states, residual=True)
+        hidden_states, _ = attention(hidden_states=x, residual=residual, **kwargs)
+        x, residual = mlp_norm(hidden_states, residual=True)
+        return mlp(x, residual=residual)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class CheckpointBlock(Block):
+    """A decoder layer's checkpoint function in place of torch's, where it can keep the layer's input better.
+
+    That is with a store, or if layer_in is not exact. HF calls it as it calls torch's, while gradient checkpointing is
+    on; a trainer may switch that at any time, so bind() is called before every training forward.
+    """
+
+    span = UNITS_A_LAYER
+    stock = None
+
+    def bind(self) -> None:
+        installed = getattr(self.module, "_gradient_checkpointing_func", None)
+        better = self.store is not None or not isinstance(self.savers["layer_in"], Exact)
+        if better and getattr(self.module, "gradient_checkpointing", False) and installed is not self:
+            self.stock, self.module._gradient_checkpointing_func = installed, self
+
+    def unbind(self) -> None:
+        if getattr(self.module, "_gradient_checkpointing_func", None) is self:
+            self.module._gradient_checkpointing_func = self.stock
+
+    def __call__(self, function, hidden_states, *args):
+        if not torch.is_grad_enabled():
+            return function(hidden_states, *args)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return CheckpointFunction.apply(hidden_states, lambda x: function(x, *args), self.keeper(), *parameters)

@@ -1,0 +1,73 @@
+"""A decoder layer whose residual branches go through its blocks, and who may still look at what is inside."""
+
+import pytest
+import torch
+
+from models import HycloraConfig, apply_hyclora
+from tests.small_models import gradients, largest_error, llama, padded_batch
+
+
+def decoder_layers(model):
+    return model.get_base_model().model.layers
+
+
+@pytest.mark.parametrize("layer_type", ["baseline", "intra_inter_full_fuse"])
+def test_branches_are_added_inside(layer_type):
+    """No addition of tensors is left to autograd between the first norm and the last."""
+    model, added = llama(), []
+    apply_hyclora(model, HycloraConfig(layer_type=layer_type))
+    decoder_layers(model)[-1].register_forward_hook(lambda module, args, output: added.append(output.grad_fn.name()))
+    gradients(model, padded_batch())
+    assert added == ["MlpFunctionBackward"]
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"])
+def test_a_hook_sees_what_stock_gives(name):
+    """A module's output alone, though the layer is then put together by Hugging Face's code."""
+    model, batch, seen = llama(), padded_batch(), []
+    real = batch["attention_mask"].bool()
+    module = getattr(decoder_layers(model)[0], name)
+
+    def look(module, args, output):
+        seen.append((output[0] if isinstance(output, tuple) else output)[real].detach())
+        assert isinstance(output, tuple) == (name == "self_attn")
+
+    handle = module.register_forward_hook(look)
+    _, stock = gradients(model, batch)
+    handle.remove()
+    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    module.register_forward_hook(look)
+    _, ours = gradients(model, batch)
+    torch.testing.assert_close(*seen)
+    assert largest_error(ours, stock) < 1e-5
+
+
+@pytest.mark.parametrize("owner", ["layer", "mlp"])
+def test_somebody_elses_forward_is_called(owner):
+    """What replaced a module's forward before the patch is behind it where the block does not run, and not left out."""
+    model, batch, calls = llama(), padded_batch(), []
+    layer = decoder_layers(model)[0]
+    module = layer if owner == "layer" else layer.mlp
+    stock = module.forward
+
+    def noted(*args, **kwargs):
+        calls.append(len(args))
+        return stock(*args, **kwargs)
+
+    module.forward = noted
+    _, expected = gradients(model, batch)
+    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    _, ours = gradients(model, batch)
+    assert largest_error(ours, expected) < 1e-5
+    assert len(calls) == (2 if owner == "layer" else 1), "a block takes the MLP's place, not the layer's"
+
+
+def test_autocast_of_a_wider_residual_stream():
+    """fp32 embeddings under bf16 autocast: the sums stay fp32, as Hugging Face's do."""
+    model, batch, dtypes = llama(), padded_batch(), []
+    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+        model(**batch).loss.backward()
+    assert dtypes == [torch.float32] * 2
