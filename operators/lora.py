@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from operators.low_rank import LowRank, stack_adapters
 from operators.nf4 import dequantize_4bit, is_4bit
+from operators.weight_pieces import Piece, make_pieces, weight_pieces
 
 PARAMETERS_PER_PROJECTION = 4
-# NF4 neighbours are dequantized side by side, for one GEMM, as long as they fit; larger ones gain nothing by it
-WEIGHT_BUFFER = 2**27
 
 
 @contextmanager
@@ -91,13 +90,13 @@ class Projection:
         """(lora_A, lora_B, lora_B bias, base bias): what may get a gradient; None where there is no such tensor."""
         return self._parameters
 
-    def weight(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """W [N, in] in dtype; NF4 is dequantized into out, or a new tensor."""
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W [N, in] in dtype; NF4 is dequantized into a new tensor."""
         weight = self.base.weight
         if not is_4bit(weight):
             return weight.to(dtype)
         shape = self.width, self.base.in_features
-        return dequantize_4bit(weight, torch.empty(shape, dtype=dtype, device=weight.device) if out is None else out)
+        return dequantize_4bit(weight, torch.empty(shape, dtype=dtype, device=weight.device))
 
     def dropout_factors(self, x: Tensor) -> Tensor:
         """What dropout multiplies x by (0 or 1 / (1 - p)), in the adapter's dtype, in which PEFT draws them."""
@@ -123,7 +122,7 @@ class ProjectionGroup:
         self.width = sum(p.width for p in projections)
         self.columns = _slices([p.width for p in projections])
         self.xa_name = "+".join(p.name for p in projections) + "_xa"
-        self._pieces: dict[torch.dtype, list] = {}
+        self._pieces: dict[tuple[torch.dtype, bool], list[Piece]] = {}
 
     @property
     def needs_input(self) -> bool:
@@ -155,42 +154,16 @@ class ProjectionGroup:
         parts = ("A", "B", "bias_B", "bias")
         return self.low_rank(tuple(keeper.exact(f"{p.name}_{part}") for p in self.projections for part in parts), dtype)
 
-    def pieces(self, dtype: torch.dtype) -> list[list[tuple[Projection, slice]]]:
-        """Which projections (with their columns of y) are dequantized side by side."""
-        if dtype not in self._pieces:
-            pieces, room = [], 0
-            for p, columns in zip(self.projections, self.columns, strict=True):
-                size = p.base.in_features * p.width * dtype.itemsize
-                if pieces and is_4bit(p.base.weight) and room >= size:
-                    pieces[-1].append((p, columns))
-                else:
-                    pieces.append([(p, columns)])
-                    room = WEIGHT_BUFFER if is_4bit(p.base.weight) else 0
-                room -= size
-            self._pieces[dtype] = pieces
-        return self._pieces[dtype]
+    def weights(self, dtype: torch.dtype, below: Tensor | None = None, by_rows: bool = True):
+        """(columns of y, columns of x, W [of y, of x]) in dtype, piece by piece, in the memory of the one before.
 
-    def weights(self, dtype: torch.dtype, below: Tensor | None = None):
-        """(columns of y, W [columns, in]) in dtype, piece by piece; each is to be dropped before the next is made.
-
-        below: rows to stand below those of the last piece, which has to be dequantized.
+        below: rows [R, in] to stand below those of the last projection, which has to be dequantized. by_rows: whether a
+        W that is too large is cut between columns of y, or else of x.
         """
-        pieces = self.pieces(dtype)
-        for piece in pieces:
-            (first, start), (_, stop) = piece[0], piece[-1]
-            extra = below if piece is pieces[-1] else None
-            if len(piece) == 1 and extra is None:
-                yield start, first.weight(dtype)
-                continue
-            base, n = first.base, stop.stop - start.start
-            rows = n if extra is None else n + extra.shape[0]
-            weight = torch.empty(rows, base.in_features, dtype=dtype, device=base.weight.device)
-            for p, columns in piece:
-                p.weight(dtype, weight[columns.start - start.start : columns.stop - start.start])
-            if extra is not None:
-                weight[n:] = extra
-            yield slice(start.start, start.start + rows), weight
-            del weight
+        if (dtype, by_rows) not in self._pieces:
+            linears = [(p.base, own) for p, own in zip(self.projections, self.columns, strict=True)]
+            self._pieces[dtype, by_rows] = weight_pieces(linears, dtype, by_rows)
+        return make_pieces(self._pieces[dtype, by_rows], dtype, below)
 
     def buffer(self, n_rows: int, low_rank: LowRank | None, like: Tensor) -> Tensor:
         """Room for y or dy [T, N], and beside it for x A^T or g [T, R] if the GEMM with W is to have A in it too.
@@ -203,13 +176,12 @@ class ProjectionGroup:
     def frozen(self, x: Tensor, y: Tensor | None = None, low_rank: LowRank | None = None) -> Tensor:
         """x W^T + b of all projections, [T, N]; into y = buffer(...), with x A^T beside it if that has room."""
         y = x.new_empty(x.shape[0], self.width) if y is None else y
-        for columns, weight in self.weights(x.dtype, self._below(y, low_rank)):
-            bias = self._bias(columns, y)
+        bias = self._bias(y)
+        for columns, _, weight in self.weights(x.dtype, self._below(y, low_rank)):
             if bias is None:
                 torch.mm(x, weight.t(), out=y[:, columns])
             else:
-                bias = nn.functional.pad(bias, (0, len(weight) - len(bias)))
-                y[:, columns] = nn.functional.linear(x, weight, bias)
+                y[:, columns] = nn.functional.linear(x, weight, bias[columns])
             del weight  # before the next one is made
         return y
 
@@ -223,16 +195,12 @@ class ProjectionGroup:
         self.down(x, low_rank, parameters, keeper, rng, y[:, self.width :])
         return y[:, : self.width], low_rank
 
-    def _bias(self, columns: slice, y: Tensor) -> Tensor | None:
-        """The base layers' biases at these columns in y's dtype; None without any."""
+    def _bias(self, y: Tensor) -> Tensor | None:
+        """The base layers' biases in y's dtype, as wide as y; None without any."""
         if all(p.base.bias is None for p in self.projections):
             return None
-        biases = [
-            y.new_zeros(p.width) if p.base.bias is None else p.base.bias.to(y.dtype)
-            for p, own in zip(self.projections, self.columns, strict=True)
-            if columns.start <= own.start < columns.stop
-        ]
-        return torch.cat(biases)
+        biases = [y.new_zeros(p.width) if p.base.bias is None else p.base.bias.to(y.dtype) for p in self.projections]
+        return nn.functional.pad(torch.cat(biases), (0, y.shape[1] - self.width))
 
     def down(
         self, x: Tensor, low_rank: LowRank | None, parameters: tuple, keeper, rng: dict, xa: Tensor | None = None
@@ -293,10 +261,10 @@ class ProjectionGroup:
             g = torch.mm(narrow, low_rank.B, out=beside) if beside.shape[1] else narrow @ low_rank.B
         if not need_dx:
             return None, g
-        dx = None
-        for columns, weight in self.weights(dy.dtype, self._below(dy, low_rank)):
-            part = dy[:, columns]
-            dx = part @ weight if dx is None else dx.addmm_(part, weight)
+        dx = dy.new_empty(len(dy), self.projections[0].base.in_features)
+        for rows, columns, weight in self.weights(dy.dtype, self._below(dy, low_rank), by_rows=False):
+            part, into = dy[:, rows], dx[:, columns]
+            torch.mm(part, weight, out=into) if rows.start == 0 else into.addmm_(part, weight)
             del weight
         if g is None or beside.shape[1] or not add_low_rank:
             return dx, g
