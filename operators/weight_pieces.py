@@ -14,15 +14,16 @@ from torch import Tensor
 from operators.dispatch import cdiv
 from operators.nf4 import dequantize_4bit, is_4bit
 
-# Bytes of a piece. Neighbours are dequantized side by side while they fit, what is larger by itself in equal parts: of
-# gate and up of 7B (86 MiB) and Llama-3-8B (112 MiB) that makes two, whose 2048 columns still fill a GPU in a GEMM
+# Bytes of a piece. Of q, k, v (96 MiB), gate and up (86 each) of 7B and gate and up of Llama-3-8B (112 each) that makes
+# two parts, whose 2048 columns still fill a GPU in a GEMM
 WEIGHT_BUFFER = 56 * 2**20
+JOINED = 2**27  # neighbours that together are no larger are cut as one: less to add up; of larger ones parts get narrow
 TILE = 256  # parts end where tiles of GEMMs do
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows and columns of W that are there at one time; the linear layers that they are of, each with its rows of W."""
+    """Rows and columns of W that are there at one time; linear layers that have them, each with all its rows of W."""
 
     linears: list[tuple[torch.nn.Module, slice]]
     rows: slice
@@ -39,11 +40,11 @@ class Piece:
 
 def weight_pieces(linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dtype, by_rows: bool) -> list[Piece]:
     """The pieces of W in dtype for linear layers with their rows of W: by rows, or else by columns."""
-    limit, runs = WEIGHT_BUFFER // dtype.itemsize, []
+    limit, joined, runs = WEIGHT_BUFFER // dtype.itemsize, JOINED // dtype.itemsize, []
     for linear, own in linears:
         last = runs[-1] if runs else None
-        joined = last and last.in_4bit and is_4bit(linear.weight)
-        if joined and (own.stop - last.rows.start) * linear.in_features <= limit:
+        both = last and last.in_4bit and is_4bit(linear.weight)
+        if both and (own.stop - last.rows.start) * linear.in_features <= joined:
             runs[-1] = Piece([*last.linears, (linear, own)], slice(last.rows.start, own.stop), last.columns)
         else:
             runs.append(Piece([(linear, own)], own, slice(0, linear.in_features)))
@@ -90,8 +91,9 @@ def make_pieces(
         weight = buffer[: (n_rows + extra) * n_cols].view(-1, n_cols)
         for linear, own in piece.linears:
             start, stop = max(own.start, rows.start), min(own.stop, rows.stop)
-            out = weight[start - rows.start : stop - rows.start]
-            dequantize_4bit(linear.weight, out, start - own.start, columns.start)
+            if start < stop:
+                out = weight[start - rows.start : stop - rows.start]
+                dequantize_4bit(linear.weight, out, start - own.start, columns.start)
         if extra:
             weight[n_rows:] = below[:, columns]
         yield slice(rows.start, rows.stop + extra), columns, weight

@@ -25,10 +25,11 @@ MODELS = {
 
 @pytest.fixture
 def pieces_of(monkeypatch):
-    """Sets the bytes of a piece, and tiles of 8."""
+    """Sets the bytes of a piece and of neighbours that are one, and tiles of 8."""
 
-    def set_limit(n: int):
+    def set_limit(n: int, joined: int = 0):
         monkeypatch.setattr(weight_pieces, "WEIGHT_BUFFER", n)
+        monkeypatch.setattr(weight_pieces, "JOINED", joined or n)
         monkeypatch.setattr(weight_pieces, "TILE", 8)
 
     return set_limit
@@ -69,12 +70,13 @@ def test_pieces_are_equal_and_within_the_limit(model):
 
 
 def test_what_is_cut_of_7b_and_8b():
-    """q, k, v and o stay whole; gate, up and down become two, of 2048 columns where dx has 4096."""
+    """o stays whole; q, k, v together, gate, up and down become two, of 2048 columns where dx has 4096."""
 
     def shapes(*args, by_rows=False):
         return [piece.shape for piece in plan(*args)[by_rows]]
 
-    assert shapes(4096, [4096] * 3) == [(4096, 4096)] * 3
+    assert shapes(4096, [4096] * 3) == [(12288, 2048)] * 2
+    assert shapes(4096, [4096] * 3, by_rows=True) == [(6144, 4096)] * 2
     assert shapes(4096, [4096, 1024, 1024]) == [(6144, 4096)]
     for by_rows in (False, True):
         assert shapes(4096, [4096], by_rows=by_rows) == [(4096, 4096)]
@@ -85,11 +87,12 @@ def test_what_is_cut_of_7b_and_8b():
 
 
 @pytest.mark.parametrize("limit", [1, 4 * 64 * 30, 4 * 64 * 60, 4 * 64 * 200])
+@pytest.mark.parametrize("joined", [4 * 64, 4 * 64 * 200])
 @pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("kinds", ["444", "4f4", "f44", "fff"])
-def test_pieces_are_parts_of_the_whole(pieces_of, kernels, kinds, by_rows, limit):
+def test_pieces_are_parts_of_the_whole(pieces_of, kernels, kinds, by_rows, joined, limit):
     """Bit for bit, with other rows below the last ones; all that are dequantized in one place."""
-    pieces_of(limit)
+    pieces_of(limit, joined)
     linears, whole, start = [], [], 0
     for i, (kind, width) in enumerate(zip(kinds, (50, 24, 41), strict=True)):
         linear = nf4_linear(64, width, i) if kind == "4" else nn.Linear(64, width, bias=False, device=DEVICE)
