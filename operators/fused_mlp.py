@@ -49,7 +49,6 @@ def _fused_mlp_fwd_kernel(
     col, inside = tile_columns(group, n_cols, GROUP, WHOLE, BLOCK_ROWS)
     y_ptr += first * stride_y
     xa_ptr += first * stride_rank
-    dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     gate = load_strips(y_ptr, row, col, stride_y, inside, BLOCK_ROWS)
     up = load_strips(y_ptr + n_cols, row, col, stride_y, inside, BLOCK_ROWS)
     pack_tile(
@@ -68,7 +67,7 @@ def _fused_mlp_fwd_kernel(
         stride_rank, 1, GROUP, WHOLE, UP_RANK, RANK_BLOCK,
     )  # fmt: skip
     # the unfused path rounds gate and up to their dtype before the product
-    hidden = silu_mul_tile(rounded(gate, dtype), rounded(up, dtype))
+    hidden = silu_mul_tile(rounded(gate, hidden_ptr), rounded(up, hidden_ptr))
     store_strips(hidden_ptr + first * n_cols, hidden, row, col, n_cols, live, inside)
 
 

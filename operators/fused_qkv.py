@@ -37,14 +37,13 @@ def _group_tile(
     y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, last, group, n_cols,
     stride_y, stride_rank,
     PACK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
-    GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, R: tl.constexpr,
+    GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A group of one slot: packed from y or restored, the LoRA part added, rounded to y's dtype; and its channels."""
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
     n_groups = n_cols // GROUP
-    col, inside = tile_columns(group, n_cols, GROUP, True, R)
+    col, inside = tile_columns(group, n_cols, GROUP, True, ROWS)
     if PACK:
-        x = load_strips(y_ptr, row, col, stride_y, inside, R)
+        x = load_strips(y_ptr, row, col, stride_y, inside, ROWS)
         pack_tile(
             x, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, group, n_cols, n_groups,
             BITS, STEP, CENTRE, GROUPED, GROUP, True,
@@ -52,14 +51,14 @@ def _group_tile(
     else:
         x = unpack_tile(
             codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, n_cols, n_groups,
-            BITS, STEP, CENTRE, GROUPED, GROUP, True, R,
+            BITS, STEP, CENTRE, GROUPED, GROUP, True, ROWS,
         )  # fmt: skip
         # a slot comes back in the dtype that it was packed in
-        x = rounded(x, dtype)
+        x = rounded(x, y_ptr)
     x = add_lora(
         x, xa_ptr, b_ptr, group, last, n_cols, stride_rank, stride_rank, 1, GROUP, True, RANK, RANK_BLOCK,
     )  # fmt: skip
-    return rounded(x, dtype), col, inside
+    return rounded(x, y_ptr), col, inside
 
 
 @triton.jit
@@ -68,11 +67,11 @@ def _head_tile(
     seq_len, stride_y, stride_rank, stride_cos,
     PACK: tl.constexpr, ROTATE: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HALF: tl.constexpr,
-    R: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """A pair of groups of one slot, from either half of a head, rotated if ROTATE, into y [T, ...] at their columns."""
     PAIRS: tl.constexpr = HALF // GROUP
-    first, row, live = tile_rows(n_rows, GROUP, R)
+    first, row, live = tile_rows(n_rows, GROUP, ROWS)
     last = (n_rows - first - 1).to(tl.int32)
     y_ptr += first * stride_y
     xa_ptr += first * stride_rank
@@ -80,18 +79,18 @@ def _head_tile(
     n_cols = n_heads * 2 * HALF
     x1, col1, inside = _group_tile(
         y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, last, group, n_cols,
-        stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, R,
+        stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, ROWS,
     )  # fmt: skip
     x2, col2, inside = _group_tile(
         y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, last, group + PAIRS, n_cols,
-        stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, R,
+        stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, ROWS,
     )  # fmt: skip
     if ROTATE:
         token = first.to(tl.int32) + row
         place = token // seq_len * stride_cos + token % seq_len * (2 * HALF)
-        angle, inside = tile_columns(pair % PAIRS, HALF, GROUP, True, R)
-        cos = load_strips(cos_ptr, place, angle, 1, inside, R)
-        sin = load_strips(sin_ptr, place, angle, 1, inside, R)
+        angle, inside = tile_columns(pair % PAIRS, HALF, GROUP, True, ROWS)
+        cos = load_strips(cos_ptr, place, angle, 1, inside, ROWS)
+        sin = load_strips(sin_ptr, place, angle, 1, inside, ROWS)
         y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     else:
         y1, y2 = x1, x2

@@ -24,28 +24,28 @@ ROWS_A_WARP = 16
 
 
 @triton.jit
-def tile_rows(n_rows, GROUP: tl.constexpr, R: tl.constexpr):
+def tile_rows(n_rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """First row (int64) of a program's tile, and [S R] rows from there on and which exist; others repeat the last."""
-    first = tl.program_id(1).to(tl.int64) * R
+    first = tl.program_id(1).to(tl.int64) * ROWS
     last = (n_rows - first - 1).to(tl.int32)
-    row = tl.arange(0, GROUP // 32 * R) % R
+    row = tl.arange(0, GROUP // 32 * ROWS) % ROWS
     return first, tl.minimum(row, last), row <= last
 
 
 @triton.jit
-def tile_columns(group, n_cols, GROUP: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr):
+def tile_columns(group, n_cols, GROUP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr):
     """Channels [S R, 32] of a group, and which exist: all if n_cols is WHOLE groups, which saves the masks."""
-    strip = tl.arange(0, GROUP // 32 * R) // R
+    strip = tl.arange(0, GROUP // 32 * ROWS) // ROWS
     col = group * GROUP + strip[:, None] * 32 + tl.arange(0, 32)[None, :]
     return col, (col < n_cols) | WHOLE
 
 
 @triton.jit
-def from_strips(x, R: tl.constexpr):
+def from_strips(x, ROWS: tl.constexpr):
     """[S R, C] or its words [S R, 4] as [R, 1, W, C / 4]."""
-    S: tl.constexpr = x.shape[0] // R
-    x = tl.permute(tl.reshape(x, (S, R, 4, x.shape[1] // 4)), (1, 0, 2, 3))
-    return tl.reshape(x, (R, 1, S * 4, x.shape[3]))
+    S: tl.constexpr = x.shape[0] // ROWS
+    x = tl.permute(tl.reshape(x, (S, ROWS, 4, x.shape[1] // 4)), (1, 0, 2, 3))
+    return tl.reshape(x, (ROWS, 1, S * 4, x.shape[3]))
 
 
 @triton.jit
@@ -57,9 +57,9 @@ def to_strips(x):
 
 
 @triton.jit
-def load_strips(x_ptr, row, col, stride_row, inside, R: tl.constexpr):
+def load_strips(x_ptr, row, col, stride_row, inside, ROWS: tl.constexpr):
     """The tile of x at rows [S R] and channels [S R, 32]; 0 where there is no channel."""
-    return from_strips(tl.load(x_ptr + (row[:, None] * stride_row + col), mask=inside, other=0.0).to(tl.float32), R)
+    return from_strips(tl.load(x_ptr + (row[:, None] * stride_row + col), mask=inside, other=0.0).to(tl.float32), ROWS)
 
 
 @triton.jit
@@ -70,22 +70,23 @@ def store_strips(x_ptr, x, row, col, stride_row, live, inside):
 
 
 @triton.jit
-def load_statistics(ptr, group, n_cols, GROUP: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr):
+def load_statistics(ptr, group, n_cols, GROUP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr):
     """A vector over channels as a tile, each thread with what it needs of it, read once for its 2 rows."""
     S: tl.constexpr = GROUP // 32
-    strip, place = tl.arange(0, S * (R // 2)) // (R // 2), tl.arange(0, 16)
+    strip, place = tl.arange(0, S * (ROWS // 2)) // (ROWS // 2), tl.arange(0, 16)
     # 4 channels are the most that a load takes, and 8 are neighbours in a thread
     col = group * GROUP + strip[:, None] * 32 + (place // 4 * 8 + place % 4)[None, :]
     low = tl.load(ptr + col, mask=(col < n_cols) | WHOLE, other=0.0)
     high = tl.load(ptr + (col + 4), mask=(col + 4 < n_cols) | WHOLE, other=0.0)
-    x = tl.permute(tl.reshape(tl.join(low, high), (S, R // 2, 4, 4, 2)), (1, 0, 2, 4, 3))
-    x = tl.broadcast_to(tl.reshape(x, (1, R // 2, 1, S * 4, 8)), (2, R // 2, 1, S * 4, 8))
-    return tl.reshape(x, (R, 1, S * 4, 8))
+    x = tl.permute(tl.reshape(tl.join(low, high), (S, ROWS // 2, 4, 4, 2)), (1, 0, 2, 4, 3))
+    x = tl.broadcast_to(tl.reshape(x, (1, ROWS // 2, 1, S * 4, 8)), (2, ROWS // 2, 1, S * 4, 8))
+    return tl.reshape(x, (ROWS, 1, S * 4, 8))
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """fp32 x rounded to dtype."""
+def rounded(x, ptr):
+    """fp32 x rounded to the dtype that ptr points to."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
     if dtype == tl.bfloat16 and not INTERPRETING:
         # with a zero as the lower half, one packed conversion; there and back is two, one at an eighth of the rate
         x = tl.inline_asm_elementwise(
@@ -103,12 +104,12 @@ def add_lora(
 ):  # fmt: skip
     """x + xa B^T in fp32; xa [T, R] of row stride stride_xa, B [N, R] of strides stride_b, stride_rank."""
     if RANK > 0:
-        R: tl.constexpr = x.shape[0]
+        ROWS: tl.constexpr = x.shape[0]
         S: tl.constexpr = GROUP // 32
-        WARPS: tl.constexpr = R // 16
-        place, n, rank = tl.arange(0, R), tl.arange(0, GROUP), tl.arange(0, RANK_BLOCK)
+        WARPS: tl.constexpr = ROWS // 16
+        place, n, rank = tl.arange(0, ROWS), tl.arange(0, GROUP), tl.arange(0, RANK_BLOCK)
         # a thread of the product has pairs of columns in steps of 8, and rows in steps of 8
-        row = tl.minimum(place // 8 % 2 * (R // 2) + place // 16 * 8 + place % 8, last)
+        row = tl.minimum(place // 8 % 2 * (ROWS // 2) + place // 16 * 8 + place % 8, last)
         col = group * GROUP + n // 32 * 32 + n // 2 % 4 * 8 + n // 8 % 4 * 2 + n % 2
         # loaded as [rank, row]: a tile of the same shape as load_statistics' would change its layout
         xa = tl.load(
@@ -123,19 +124,19 @@ def add_lora(
             # whose products are of fp32 only
             xa, b = xa.to(tl.float32), b.to(tl.float32)
         x = tl.permute(tl.reshape(x, (2, WARPS, 8, S, 4, 4, 2)), (1, 0, 2, 3, 5, 4, 6))
-        x = tl.dot(tl.trans(xa), b, tl.reshape(x, (R, GROUP)), input_precision="ieee")
+        x = tl.dot(tl.trans(xa), b, tl.reshape(x, (ROWS, GROUP)), input_precision="ieee")
         x = tl.permute(tl.reshape(x, (WARPS, 2, 8, S, 4, 4, 2)), (1, 0, 2, 3, 5, 4, 6))
-        x = tl.reshape(x, (R, 1, S * 4, 8))
+        x = tl.reshape(x, (ROWS, 1, S * 4, 8))
     return x
 
 
 @triton.jit
 def packed_place(
-    codes_ptr, scale_ptr, first, row, group, n_groups, BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr
+    codes_ptr, scale_ptr, first, row, group, n_groups, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr
 ):
     """Pointers to a tile's words (3 bit: their first bytes; 8 bit: bytes [S R, 32]) and their scales, both [S R, 4]."""
     W: tl.constexpr = GROUP // 8
-    first_word = tl.arange(0, row.shape[0]) // R * 4
+    first_word = tl.arange(0, row.shape[0]) // ROWS * 4
     index = (row[:, None] * n_groups + group) * W + first_word[:, None]
     codes_ptr += first * n_groups * (W * BITS)
     if BITS == 8:
@@ -158,11 +159,11 @@ def pack_tile(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Quantize a tile into the packed layout of operators/quantize.py."""
-    R: tl.constexpr = x.shape[0]
-    mean = load_statistics(mean_ptr, group, n_cols, GROUP, WHOLE, R)
-    inv_std = load_statistics(inv_std_ptr, group, n_cols, GROUP, WHOLE, R)
+    ROWS: tl.constexpr = x.shape[0]
+    mean = load_statistics(mean_ptr, group, n_cols, GROUP, WHOLE, ROWS)
+    inv_std = load_statistics(inv_std_ptr, group, n_cols, GROUP, WHOLE, ROWS)
     code, scale = quantize_tile(x, mean, inv_std, BITS, STEP, CENTRE, GROUPED)
-    place, scale_place = packed_place(codes_ptr, scale_ptr, first, row, group, n_groups, BITS, GROUP, R)
+    place, scale_place = packed_place(codes_ptr, scale_ptr, first, row, group, n_groups, BITS, GROUP, ROWS)
     live = live[:, None]
     if BITS == 8:
         tl.store(place, to_strips(code).to(tl.uint8), mask=live)
@@ -176,8 +177,8 @@ def pack_tile(
             tl.store(place, words.to(place.dtype.element_ty), mask=live)
     if GROUPED:
         # every thread of a group has its scale: the first stores it
-        scale = to_strips(tl.broadcast_to(scale[:, :, None, None], (R, 1, GROUP // 8, 1))).to(tl.int16)
-        one = (tl.arange(0, row.shape[0]) < R)[:, None] & (tl.arange(0, 4) == 0)[None, :]
+        scale = to_strips(tl.broadcast_to(scale[:, :, None, None], (ROWS, 1, GROUP // 8, 1))).to(tl.int16)
+        one = (tl.arange(0, row.shape[0]) < ROWS)[:, None] & (tl.arange(0, 4) == 0)[None, :]
         tl.store(scale_place, scale, mask=live & one)
 
 
@@ -185,21 +186,21 @@ def pack_tile(
 def unpack_tile(
     codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, n_cols, n_groups,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
-    WHOLE: tl.constexpr, R: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The tile that pack_tile packed."""
-    place, scale_place = packed_place(codes_ptr, scale_ptr, first, row, group, n_groups, BITS, GROUP, R)
+    place, scale_place = packed_place(codes_ptr, scale_ptr, first, row, group, n_groups, BITS, GROUP, ROWS)
     code = tl.load(place).to(tl.int32)
     if BITS == 3:
         code |= (tl.load(place + 1).to(tl.int32) << 8) | (tl.load(place + 2).to(tl.int32) << 16)
-    code = from_strips(code, R)
+    code = from_strips(code, ROWS)
     if BITS < 8:
         code = (code >> (tl.arange(0, 8)[None, None, None, :] * BITS)) & ((1 << BITS) - 1)
-    scale = tl.zeros([R, 1, GROUP // 8], tl.int32)
+    scale = tl.zeros([ROWS, 1, GROUP // 8], tl.int32)
     if GROUPED:
-        scale = tl.reshape(from_strips(tl.load(scale_place), R), (R, 1, GROUP // 8)).to(tl.int32)
-    mean = load_statistics(mean_ptr, group, n_cols, GROUP, WHOLE, R)
-    std = load_statistics(std_ptr, group, n_cols, GROUP, WHOLE, R)
+        scale = tl.reshape(from_strips(tl.load(scale_place), ROWS), (ROWS, 1, GROUP // 8)).to(tl.int32)
+    mean = load_statistics(mean_ptr, group, n_cols, GROUP, WHOLE, ROWS)
+    std = load_statistics(std_ptr, group, n_cols, GROUP, WHOLE, ROWS)
     return dequantize_tile(code, scale, mean, std, BITS, STEP, CENTRE, GROUPED)
 
 
