@@ -13,18 +13,23 @@ from torch import Tensor
 from operators.activation import silu_mul_grad_tile, silu_mul_tile
 from operators.dispatch import cdiv, device_guard, next_power_of_2
 from operators.fused_tiles import (
+    ROWS_A_WARP,
     PackedSlot,
     add_lora,
+    load_strips,
     pack_tile,
     prepare_slots,
+    rounded,
     shared_constants,
+    store_strips,
+    tile_columns,
+    tile_rows,
     unpack_tile,
 )
 from operators.low_rank import LowRank
-from operators.quantize import load_tile, store_tile, tile_place
 from operators.savers import Keeper
 
-BLOCK_ROWS, BLOCK_GROUPS = 32, 1
+BLOCK_ROWS = 64
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -36,33 +41,34 @@ def _fused_mlp_fwd_kernel(
     GATE_BITS: tl.constexpr, GATE_STEP: tl.constexpr, GATE_CENTRE: tl.constexpr,
     UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    first, row, first_group, col, live, inside = tile_place(n_rows, n_cols, GROUP, BLOCK_ROWS, BLOCK_GROUPS)
-    first_col = first_group * GROUP
+    group = tl.program_id(0)
+    first, row, live = tile_rows(n_rows, GROUP, BLOCK_ROWS)
+    last = (n_rows - first - 1).to(tl.int32)
+    col, inside = tile_columns(group, n_cols, GROUP, WHOLE, BLOCK_ROWS)
     y_ptr += first * stride_y
     xa_ptr += first * stride_rank
-    dtype = hidden_ptr.dtype.element_ty
-    gate = load_tile(y_ptr, row, col, stride_y, live, inside, GROUP)
-    up = load_tile(y_ptr + n_cols, row, col, stride_y, live, inside, GROUP)
+    gate = load_strips(y_ptr, row, col, stride_y, inside, BLOCK_ROWS)
+    up = load_strips(y_ptr + n_cols, row, col, stride_y, inside, BLOCK_ROWS)
     pack_tile(
-        gate, gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, first_group, col, live, inside,
-        n_groups, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP,
+        gate, gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, live, group, n_cols,
+        n_groups, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, WHOLE,
     )  # fmt: skip
     pack_tile(
-        up, up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, first_group, col, live, inside,
-        n_groups, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
+        up, up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, live, group, n_cols,
+        n_groups, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP, WHOLE,
     )  # fmt: skip
     gate = add_lora(
-        gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, stride_rank, 1, GATE_RANK, RANK_BLOCK,
+        gate, xa_ptr, b_ptr, group, last, n_cols, stride_rank, stride_rank, 1, GROUP, WHOLE, GATE_RANK, RANK_BLOCK,
     )  # fmt: skip
     up = add_lora(
-        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, row, first_col, n_cols, live, stride_rank,
-        stride_rank, 1, UP_RANK, RANK_BLOCK,
+        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, group, last, n_cols, stride_rank,
+        stride_rank, 1, GROUP, WHOLE, UP_RANK, RANK_BLOCK,
     )  # fmt: skip
     # the unfused path rounds gate and up to their dtype before the product
-    hidden = silu_mul_tile(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
-    store_tile(hidden_ptr + first * n_cols, hidden, row, col, n_cols, live, inside)
+    hidden = silu_mul_tile(rounded(gate, hidden_ptr), rounded(up, hidden_ptr))
+    store_strips(hidden_ptr + first * n_cols, hidden, row, col, n_cols, live, inside)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -75,36 +81,38 @@ def _fused_mlp_bwd_kernel(
     UP_BITS: tl.constexpr, UP_STEP: tl.constexpr, UP_CENTRE: tl.constexpr,
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
     DOWN_RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    first, row, first_group, col, live, inside = tile_place(n_rows, n_cols, GROUP, BLOCK_ROWS, BLOCK_GROUPS)
-    first_col = first_group * GROUP
+    group = tl.program_id(0)
+    first, row, live = tile_rows(n_rows, GROUP, BLOCK_ROWS)
+    last = (n_rows - first - 1).to(tl.int32)
+    col, inside = tile_columns(group, n_cols, GROUP, WHOLE, BLOCK_ROWS)
     xa_ptr += first * stride_rank
     gate = unpack_tile(
-        gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, first_group, col, live, inside,
-        n_groups, BLOCK_GROUPS, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP,
+        gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, group, n_cols,
+        n_groups, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, WHOLE, BLOCK_ROWS,
     )  # fmt: skip
     up = unpack_tile(
-        up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, first_group, col, live, inside,
-        n_groups, BLOCK_GROUPS, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP,
+        up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, group, n_cols,
+        n_groups, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP, WHOLE, BLOCK_ROWS,
     )  # fmt: skip
     gate = add_lora(
-        gate, xa_ptr, b_ptr, row, first_col, n_cols, live, stride_rank, stride_rank, 1, GATE_RANK, RANK_BLOCK,
+        gate, xa_ptr, b_ptr, group, last, n_cols, stride_rank, stride_rank, 1, GROUP, WHOLE, GATE_RANK, RANK_BLOCK,
     )  # fmt: skip
     up = add_lora(
-        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, row, first_col, n_cols, live, stride_rank,
-        stride_rank, 1, UP_RANK, RANK_BLOCK,
+        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, group, last, n_cols, stride_rank,
+        stride_rank, 1, GROUP, WHOLE, UP_RANK, RANK_BLOCK,
     )  # fmt: skip
-    dhidden = load_tile(dhidden_ptr + first * n_cols, row, col, n_cols, live, inside, GROUP)
+    dhidden = load_strips(dhidden_ptr + first * n_cols, row, col, n_cols, inside, BLOCK_ROWS)
     dhidden = add_lora(
-        dhidden, g_ptr + first * stride_g, down_ptr, row, first_col, n_cols, live, stride_g, 1, n_cols,
-        DOWN_RANK, DOWN_BLOCK,
+        dhidden, g_ptr + first * stride_g, down_ptr, group, last, n_cols, stride_g, 1, n_cols,
+        GROUP, WHOLE, DOWN_RANK, DOWN_BLOCK,
     )  # fmt: skip
     dgate, dup, hidden = silu_mul_grad_tile(dhidden, gate, up)
     dy_ptr += first * stride_dy
-    store_tile(dy_ptr, dgate, row, col, stride_dy, live, inside)
-    store_tile(dy_ptr + n_cols, dup, row, col, stride_dy, live, inside)
-    store_tile(hidden_ptr + first * n_cols, hidden, row, col, n_cols, live, inside)
+    store_strips(dy_ptr, dgate, row, col, stride_dy, live, inside)
+    store_strips(dy_ptr + n_cols, dup, row, col, stride_dy, live, inside)
+    store_strips(hidden_ptr + first * n_cols, hidden, row, col, n_cols, live, inside)
 
 
 def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, keeper: Keeper, n_rows: int):
@@ -112,8 +120,10 @@ def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, ke
     ranks = [p.rank for p in spec.gate_up.projections]
     xa, B = (gate.mean, gate.mean) if low_rank is None else (keeper.exact(spec.gate_up.xa_name), low_rank.B)
     constants = gate.constants("GATE_") | up.constants("UP_") | shared_constants([gate, up], ranks)
-    constants |= {"GATE_RANK": ranks[0], "UP_RANK": ranks[1], "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_GROUPS": BLOCK_GROUPS}
-    grid = (cdiv(n_rows, BLOCK_ROWS), cdiv(gate.n_groups, BLOCK_GROUPS))
+    constants |= {"GATE_RANK": ranks[0], "UP_RANK": ranks[1], "BLOCK_ROWS": BLOCK_ROWS}
+    constants["WHOLE"] = gate.mean.numel() % constants["GROUP"] == 0
+    constants["num_warps"] = BLOCK_ROWS // ROWS_A_WARP
+    grid = (gate.n_groups, cdiv(n_rows, BLOCK_ROWS))
     return grid, xa, B, constants
 
 

@@ -12,7 +12,7 @@ from utils.args import ROOT
 
 # sizes of the model or of the tile, and fixed numbers; a number of rows or tokens here would compile a kernel for
 # every sequence length
-FORMAT = {"BITS", "STEP", "CENTRE", "GROUPED", "GROUP", "NESTED"}
+FORMAT = {"BITS", "STEP", "CENTRE", "GROUPED", "GROUP", "NESTED", "WHOLE"}
 ALLOWED = FORMAT | {"SIGN", "RANK", "HALF", "OUTLIERS", "WEIGHTED", "PACK", "ROTATE", "IGNORED", "N", "ROWS", "LAST"}
 ALLOWED |= {"RESIDUAL"}
 KERNELS = [
