@@ -131,6 +131,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             loss += cross_entropy_(logits, part_labels).sum()
             if need_hidden or any(needs):
                 head.backward(logits, part_dhidden if need_hidden else None, grads)
+            del logits  # before the next ones are made
         ctx.save_for_backward(dhidden if need_hidden else None, rows, *grads)
         ctx.n_rows, ctx.dtypes = len(hidden), [None if t is None else t.dtype for t in parameters]
         return loss

@@ -30,6 +30,8 @@ from operators.low_rank import LowRank
 from operators.savers import Keeper
 
 BLOCK_ROWS = 64
+# of the backward kernel: a few spills cost less than the programs that more registers would keep out
+REGISTERS = 128
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -158,6 +160,6 @@ def fused_mlp_bwd(
         _fused_mlp_bwd_kernel[grid](
             dhidden, g, A, xa, B, dy, dhidden, *slots[0].arguments(), *slots[1].arguments(),
             n_rows, n_cols, slots[0].n_groups, B.stride(0), g.stride(0), dy.stride(0), **constants,
-            DOWN_RANK=down_rank, DOWN_BLOCK=max(16, next_power_of_2(max(down_rank, 1))),
+            DOWN_RANK=down_rank, DOWN_BLOCK=max(16, next_power_of_2(max(down_rank, 1))), maxnreg=REGISTERS,
         )  # fmt: skip
     return dy, dhidden

@@ -40,16 +40,6 @@ def to_words(x, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_place(n_rows, n_cols, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
-    """Where a program's tile is: its first row (int64), rows from there on, first group, channels, and what exists."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    row = tl.arange(0, BLOCK_ROWS)
-    first_group = tl.program_id(1) * BLOCK_GROUPS
-    col = first_group * GROUP + tl.arange(0, BLOCK_GROUPS * GROUP)
-    return first, row, first_group, col, row < (n_rows - first).to(tl.int32), col < n_cols
-
-
-@triton.jit
 def load_tile(x_ptr, row, col, stride_row, live, inside, GROUP: tl.constexpr):
     """fp32 [R, N, W, 8] of x at rows [R] and channels [C]; 0 outside."""
     offset = row[:, None] * stride_row + col[None, :]

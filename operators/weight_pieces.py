@@ -39,8 +39,13 @@ class Piece:
 
 
 def weight_pieces(linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dtype, by_rows: bool) -> list[Piece]:
-    """The pieces of W in dtype for linear layers with their rows of W: by rows, or else by columns."""
+    """The pieces of W in dtype for linear layers with their rows of W: by rows, or else by columns.
+
+    Where W has fewer rows than columns it is whole: y is small beside it, and the peak elsewhere.
+    """
     limit, joined, runs = WEIGHT_BUFFER // dtype.itemsize, JOINED // dtype.itemsize, []
+    if linears[-1][1].stop <= linears[0][0].in_features:
+        limit = joined = linears[-1][1].stop * linears[0][0].in_features
     for linear, own in linears:
         last = runs[-1] if runs else None
         both = last and last.in_4bit and is_4bit(linear.weight)

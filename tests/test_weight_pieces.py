@@ -61,7 +61,7 @@ def test_pieces_are_equal_and_within_the_limit(model):
             covered = torch.zeros(sum(widths) // 64, n_in // 64, dtype=torch.int8)
             for piece in pieces:
                 n_rows, n_cols = piece.shape
-                assert 2 * n_rows * n_cols <= WEIGHT_BUFFER
+                assert 2 * n_rows * n_cols <= WEIGHT_BUFFER or sum(widths) <= n_in
                 assert piece.columns.start % 256 == piece.rows.start % 256 == 0
                 covered[piece.rows.start // 64 : piece.rows.stop // 64, piece.columns.start // 64 :][
                     :, : n_cols // 64
@@ -70,7 +70,7 @@ def test_pieces_are_equal_and_within_the_limit(model):
 
 
 def test_what_is_cut_of_7b_and_8b():
-    """o stays whole; q, k, v together, gate, up and down become two, of 2048 columns where dx has 4096."""
+    """o and down stay whole; q, k, v together, gate and up become two, of 2048 columns where dx has 4096."""
 
     def shapes(*args, by_rows=False):
         return [piece.shape for piece in plan(*args)[by_rows]]
@@ -81,7 +81,7 @@ def test_what_is_cut_of_7b_and_8b():
     for by_rows in (False, True):
         assert shapes(4096, [4096], by_rows=by_rows) == [(4096, 4096)]
     assert shapes(4096, [11008] * 2) == [(11008, 2048)] * 4
-    assert shapes(11008, [4096]) == [(4096, 5632), (4096, 5376)]
+    assert shapes(11008, [4096]) == [(4096, 11008)]
     assert shapes(4096, [11008] * 2, by_rows=True) == [(5632, 4096), (5376, 4096)] * 2
     assert shapes(4096, [14336]) == [(14336, 2048)] * 2
 
@@ -156,11 +156,11 @@ def test_gradients_of_pieces(pieces_of, variant, layer_type):
 def test_the_peak_follows_the_limit(pieces_of, kernels, dropout):
     """Forward and backward of gate and up need as many bytes less as a piece is smaller, A below it apart."""
     model = llama(
-        {"r": 4, "lora_dropout": dropout}, "nf4", num_hidden_layers=1, hidden_size=256, num_attention_heads=4,
-        intermediate_size=64,
+        {"r": 4, "lora_dropout": dropout}, "nf4", num_hidden_layers=1, hidden_size=128, num_attention_heads=4,
+        intermediate_size=128,
     )  # fmt: skip
     mlp = model.get_base_model().model.layers[0].mlp
-    x, peaks, limits = rand(2, 256), [], (2**17, 2**16, 2**15)
+    x, peaks, limits = rand(2, 128), [], (2**17, 2**16, 2**15)
     for limit in limits:
         pieces_of(limit)
         group = ProjectionGroup([Projection(getattr(mlp, f"{n}_proj"), n) for n in ("gate", "up")])
