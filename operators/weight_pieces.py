@@ -1,8 +1,9 @@
 """The frozen W [N, in] of projections that stand side by side, made a piece at a time.
 
-NF4 has to be dequantized before a GEMM, and a whole W of an MLP would be what most memory at the peak goes to. Pieces
-of rows (outputs) are what y = x W^T is made of, pieces of columns (inputs) what dx = dy W is: neither adds up anything
-that the whole would not, and both GEMMs are as efficient as that of the whole while a piece is some tiles wide.
+NF4 has to be dequantized before a GEMM, and W of gate or up beside their outputs would be what most memory at the peak
+goes to. Pieces of rows (outputs) are what y = x W^T is made of, pieces of columns (inputs) what dx = dy W is: neither
+adds up anything that the whole would not, and both GEMMs are as efficient as that of the whole while a piece is some
+tiles wide. Where y is no wider than x the peak is elsewhere, and W whole.
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from torch import Tensor
 from operators.dispatch import cdiv
 from operators.nf4 import dequantize_4bit, is_4bit
 
-# Bytes of a piece. Of q, k, v (96 MiB), gate and up (86 each) of 7B and gate and up of Llama-3-8B (112 each) that makes
-# two parts, whose 2048 columns still fill a GPU in a GEMM
+# Bytes. Neighbours stand side by side, for one GEMM, while they fit in JOINED: q, k, v of 7B (96 MiB)
+JOINED = 2**27
+# A larger W with more outputs than inputs is cut into equal parts: gate and up of 7B (86 MiB) and Llama-3-8B (112) into
+# two, whose 2048 columns still fill a GPU in a GEMM
 WEIGHT_BUFFER = 56 * 2**20
-JOINED = 2**27  # neighbours that together are no larger are cut as one: less to add up; of larger ones parts get narrow
 TILE = 256  # parts end where tiles of GEMMs do
 
 
@@ -39,13 +41,8 @@ class Piece:
 
 
 def weight_pieces(linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dtype, by_rows: bool) -> list[Piece]:
-    """The pieces of W in dtype for linear layers with their rows of W: by rows, or else by columns.
-
-    Where W has fewer rows than columns it is whole: y is small beside it, and the peak elsewhere.
-    """
+    """The pieces of W in dtype for linear layers with their rows of W: by rows, or else by columns."""
     limit, joined, runs = WEIGHT_BUFFER // dtype.itemsize, JOINED // dtype.itemsize, []
-    if linears[-1][1].stop <= linears[0][0].in_features:
-        limit = joined = linears[-1][1].stop * linears[0][0].in_features
     for linear, own in linears:
         last = runs[-1] if runs else None
         both = last and last.in_4bit and is_4bit(linear.weight)
@@ -56,7 +53,7 @@ def weight_pieces(linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dty
     pieces = []
     for run in runs:
         n_rows, n_cols = run.shape
-        if not run.in_4bit:
+        if not run.in_4bit or len(run.linears) > 1 or n_rows <= n_cols:
             pieces.append(run)
         elif by_rows:
             pieces += [replace(run, rows=part) for part in _parts(run.rows, limit // n_cols)]
@@ -96,9 +93,8 @@ def make_pieces(
         weight = buffer[: (n_rows + extra) * n_cols].view(-1, n_cols)
         for linear, own in piece.linears:
             start, stop = max(own.start, rows.start), min(own.stop, rows.stop)
-            if start < stop:
-                out = weight[start - rows.start : stop - rows.start]
-                dequantize_4bit(linear.weight, out, start - own.start, columns.start)
+            out = weight[start - rows.start : stop - rows.start]
+            dequantize_4bit(linear.weight, out, start - own.start, columns.start)
         if extra:
             weight[n_rows:] = below[:, columns]
         yield slice(rows.start, rows.stop + extra), columns, weight
