@@ -3,8 +3,9 @@
     python -m benchmarks.kernels              # at Llama-2-7B's widths, 2048 tokens, bf16; needs a GPU
 
 Bytes are the fewest that the operator must read and write; GB/s is those over the median time on the GPU: a call waits
-in the queue behind other work, so that the host's part of it, which is often longer, does not count. One JSON line a
-kernel.
+in the queue behind other work, so that the host's part of it, which is often longer, does not count. share: of the rate
+of the first row, a copy of [n_rows, ffn]; same_bytes: of that of a copy that moves as many bytes, as a kernel's start
+and end weigh more in short ones. One JSON line a kernel.
 """
 
 import argparse
@@ -44,6 +45,12 @@ def gpu_ms(call: Callable, repeat: int = 20) -> float:
         stop.record()
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(stop) for start, stop in events[3:])
+
+
+def copy_ms(nbytes: int) -> float:
+    """Milliseconds of a copy that reads and writes nbytes in all."""
+    source = torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda")
+    return gpu_ms(source.clone)
 
 
 def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tuple[Callable, int]]:
@@ -105,9 +112,10 @@ def main(argv: list[str] | None = None):
         ms = gpu_ms(call)
         rate = moved / ms / 1e6
         copy_rate = copy_rate or rate
-        share = rate / copy_rate
-        record("kernels", {"setting": name, "ms": ms, "gb_s": rate, "share": share, "arguments": vars(args)})
-        print(f"{name:<20}{1e3 * ms:9.1f} us{rate:9.0f} GB/s{share:8.0%} of the copy rate", flush=True)
+        shares = {"share": rate / copy_rate, "same_bytes": copy_ms(moved) / ms}
+        record("kernels", {"setting": name, "ms": ms, "gb_s": rate, **shares, "arguments": vars(args)})
+        words = "{share:8.0%} of the copy rate{same_bytes:8.0%} of a copy of as many bytes".format(**shares)
+        print(f"{name:<20}{1e3 * ms:9.1f} us{rate:9.0f} GB/s{words}", flush=True)
 
 
 if __name__ == "__main__":
