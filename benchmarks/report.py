@@ -112,10 +112,9 @@ def memory_table(title: str, named: list[tuple[str, dict]]) -> list[str]:
     notes = [source(lines, "python -m benchmarks.memory_throughput")]
     if any(line["benchmark"] == "step" for line in lines):
         notes.append("*Rows without buffered: by the predecessor, which ran all settings in one process.*")
-    if shared := [name for name, line in named if line.get("one_process")]:
-        notes.append(
-            f"*In one process, so that static has GEMM workspaces of the settings before: {'; '.join(shared)}.*"
-        )
+    for remark in dict.fromkeys(line["remark"] for line in lines if "remark" in line):
+        these = [name for name, line in named if line.get("remark") == remark]
+        notes.append(f"*{remark[0].upper()}{remark[1:]}: {'; '.join(these)}.*")
     return [found, *notes]
 
 
@@ -134,9 +133,16 @@ def memory_columns(line: dict) -> list[str]:
 def kernels() -> str:
     lines = load("kernels")
     rows = [
-        [line["setting"], f"{1e3 * line['ms']:.0f}", f"{line['gb_s']:.0f}", f"{line['share']:.0%}"] for line in lines
+        [
+            line["setting"],
+            f"{1e3 * line['ms']:.0f}",
+            f"{line['gb_s']:.0f}",
+            f"{line['share']:.0%}",
+            f"{line['same_bytes']:.0%}",
+        ]
+        for line in lines
     ]
-    head = ["kernel, 7B widths, 2048 tokens", "us", "GB/s", "of the copy rate"]
+    head = ["kernel, 7B widths, 2048 tokens", "us", "GB/s", "of the copy rate", "of a copy of as many bytes"]
     return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.kernels")
 
 

@@ -1,4 +1,4 @@
-"""Which implementation an operator runs: Triton kernels for GPU tensors, plain torch for CPU tensors."""
+"""Which implementation an operator runs: Triton kernels for GPU tensors, plain torch for CPU tensors and fp64."""
 
 from contextlib import nullcontext
 
@@ -11,8 +11,11 @@ INTERPRETING = triton.knobs.runtime.interpret
 
 
 def use_triton(x: Tensor) -> bool:
-    """True for a GPU tensor, and for every tensor under TRITON_INTERPRET=1 (how the kernels are tested on a CPU)."""
-    return x.is_cuda or INTERPRETING
+    """True for a GPU tensor, and for every tensor under TRITON_INTERPRET=1 (how the kernels are tested on a CPU).
+
+    Not for fp64, which is computed to compare with: kernels compute in fp32.
+    """
+    return (x.is_cuda or INTERPRETING) and x.dtype != torch.float64
 
 
 def as_rows(x: Tensor) -> Tensor:
