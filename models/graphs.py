@@ -42,6 +42,12 @@ class CudaRecorder:
     def __reduce__(self):
         return CudaRecorder, (self.device,)
 
+    def __copy__(self) -> "CudaRecorder":
+        """Another pool; the same stream, as the GEMM workspaces of a stream are never given back."""
+        twin = object.__new__(CudaRecorder)
+        twin.device, twin.stream, twin.pool = self.device, self.stream, torch.cuda.graph_pool_handle()
+        return twin
+
     def record(self, run: Callable) -> tuple:
         """What run() returns, and a function that does its work; the work is not done yet."""
         graph = torch.cuda.CUDAGraph()

@@ -249,6 +249,17 @@ def test_a_copy_records_for_itself(recorded):
     assert equal(found[-1], train(model, [batch])[0])
 
 
+def test_a_stream_outlives_its_recordings(monkeypatch):
+    """As its GEMM workspaces do; a pool does not, and a copied model has both for itself."""
+    for name in ("Stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: object())
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    cleared, copied = copy.copy(recorder), copy.deepcopy(recorder)
+    assert cleared.stream is recorder.stream and cleared.pool is not recorder.pool
+    assert copied.stream is not recorder.stream and copied.pool is not recorder.pool
+    assert cleared.device == copied.device == recorder.device
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU it is supported")
 def test_needs_a_gpu():
     with pytest.raises(ValueError, match="cuda_graphs=True needs all layers on one GPU"):
