@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
 from models.graphs import CudaRecorder
@@ -90,6 +91,25 @@ def test_replayed_steps_are_the_same(layer_type, offload, set_to_none):
     found = train(ours, steps, zero_every=3, set_to_none=set_to_none)
     assert len(graphs.recordings) == 1
     assert all(equal(a, b) for a, b in zip(found, theirs, strict=True))
+
+
+def test_in_hugging_faces_trainer(tmp_path):
+    """Accumulation, clipping and zeroed gradients are the Trainer's; the weights end up the same, bit for bit."""
+    stock = llama()
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config())
+    graphs = graphed(ours, {})
+    ids = torch.randint(0, 128, (24, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": row, "attention_mask": [1] * 16, "labels": row} for row in ids]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6, max_grad_norm=0.1,
+        learning_rate=1e-2, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=DEVICE == "cpu",
+    )  # fmt: skip
+    for model in (stock, ours):
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator).train()
+    assert len(graphs.recordings) == 1
+    for (name, p), q in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def test_a_replay_follows_the_weights():
