@@ -23,12 +23,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.blocks import Block, NormBlock, autocast_dtype
-from models.layers import LayerBlock
+from models.layers import HOOKS, LayerBlock
 from operators.flash import is_bounds
 from operators.pausable import Pausable
 
 MAX_RECORDINGS = 8
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class CudaRecorder:

@@ -7,6 +7,8 @@ from models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
 from operators.checkpoint import CheckpointFunction
 from operators.savers import UNITS_A_LAYER, Exact, Step
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class LayerBlock(Block):
     """A decoder layer's forward, whose residual branches go through the blocks at their sides.
@@ -39,7 +41,7 @@ class LayerBlock(Block):
             self.stock is None
             and not args
             and not getattr(self.module, "gradient_checkpointing", False)
-            and not any(_hooked(block.module) for block in self.blocks)
+            and not any(block.module.__dict__[name] for block in self.blocks for name in HOOKS)
             and all(getattr(block.module, BLOCK, None) is block and block.stock is None for block in self.blocks)
             and all(block.applies(past_key_values=past_key_values) for block in self.blocks)
         )
@@ -50,12 +52,6 @@ class LayerBlock(Block):
         hidden_states, _ = attention(hidden_states=x, residual=residual, **kwargs)
         x, residual = mlp_norm(hidden_states, residual=True)
         return mlp(x, residual=residual)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class CheckpointBlock(Block):

@@ -9,6 +9,7 @@ from operators.cross_entropy import Targets, cross_entropy_, linear_cross_entrop
 from operators.lora import Projection
 from operators.reference import IGNORED
 from tests.kernel_checks import DEVICE, DTYPES, assert_as_good_as_torch, rand, relative_error, strided
+from tests.test_token_tiles import Live
 
 SHAPES = [(1, 1), (3, 37), (2, 8193), (5, 20011)]
 
@@ -202,3 +203,19 @@ def test_chunks_are_whole_tiles_within_the_budget():
     sizes = {32000: 1024, 128256: 256, 10**9: 1}
     for vocab, rows in sizes.items():
         assert cross_entropy._chunk_rows(torch.empty(vocab, 0, dtype=torch.bfloat16)) == rows
+
+
+def test_one_chunk_of_logits_at_a_time(monkeypatch):
+    """Four chunks need what one does, rows of hidden apart; with a loss that, like the kernel, needs no room."""
+    monkeypatch.setattr(cross_entropy, "cross_entropy_", lambda logits, labels: logits[:, 0].clone())
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 512 * 16)
+    monkeypatch.setattr(cross_entropy, "TILE_ROWS", 16)
+    head = Projection(nn.Linear(8, 512, bias=False, device=DEVICE).requires_grad_(False), "lm_head")
+
+    def peak(n_rows: int) -> int:
+        targets = Targets(torch.randint(0, 512, (n_rows,), device=DEVICE))
+        with Live() as live:
+            linear_cross_entropy(rand(n_rows, 8).requires_grad_(), targets, head, None).backward()
+        return live.peak
+
+    assert cross_entropy.CHUNK_BYTES < peak(16) <= peak(64) < peak(16) + cross_entropy.CHUNK_BYTES / 2

@@ -65,3 +65,19 @@ def test_a_stands_below_w(rank, base, dropout):
         strict=True,
     ):
         assert relative_error(ours, theirs) < 1e-6
+
+
+@torch.no_grad()
+def test_gradients_are_contiguous():
+    """Each adapter's by itself, as adding a part of another tensor to .grad is a kernel of its own."""
+    attention = llama().get_base_model().model.layers[0].self_attn
+    group = ProjectionGroup([Projection(getattr(attention, f"{n}_proj"), n) for n in "qkv"])
+    x, keeper = rand(7, 96), Keeper({}, None)
+    _, low_rank = group.project(x, group.parameters(), keeper, {})
+    dy = rand(7, group.width, seed=3)
+    _, g = group.backward_input(dy, low_rank, keeper, {})
+    needs = tuple(t is not None for t in group.parameters())
+    grads = group.backward_parameters(dy, g, x, keeper, {}, needs)
+    assert sum(needs) == 6
+    for grad, parameter, need in zip(grads, group.parameters(), needs, strict=True):
+        assert grad is None if not need else grad.shape == parameter.shape and grad.is_contiguous()

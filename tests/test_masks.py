@@ -163,6 +163,18 @@ def test_stock_code_gets_stock_masks(family, kind):
     assert not any(is_bounds(mask) for mask in masks_at_layers(model, batch))
 
 
+@pytest.mark.parametrize("kind", ["right-padded", "left-padded", "packed"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_layer_without_its_adapters(kind, index):
+    """It runs stock projections, whatever its mask is told in, and the others run as ever."""
+    model, batch = mistral(), batch_of(kind)
+    model.get_base_model().model.layers[index].self_attn.q_proj.enable_adapters(False)
+    loss, exact = gradients(model, batch)
+    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    our_loss, ours = gradients(model, batch)
+    assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
+
+
 def test_a_cache_in_training_runs_stock_code():
     model, batch = llama(), padded_batch() | {"use_cache": True}
     loss, exact = gradients(model, batch)
