@@ -175,13 +175,13 @@ class AttentionBlock(Block):
 
     def run(
         self, dtype, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, residual=None,
-        **kwargs,
+        overwrite=False, **kwargs,
     ):  # fmt: skip
         """The attention's output, to which the residual branch is added if given; and None for its weights."""
         source = self.input_source(hidden_states, "attn_in")
         cos, sin = position_embeddings
         y = AttentionFunction.apply(
-            hidden_states if dtype is None else hidden_states.to(dtype), residual,
+            hidden_states if dtype is None else hidden_states.to(dtype), residual, overwrite,
             cos, sin, attention_mask, self.spec, kwargs, self.keeper(), source, *self.spec.parameters(),
         )  # fmt: skip
         return y, None
@@ -214,7 +214,8 @@ class MlpBlock(Block):
         """The MLP's output, to which the residual branch is added if given."""
         source = self.input_source(hidden_states, "mlp_in")
         x = hidden_states if dtype is None else hidden_states.to(dtype)
-        return MlpFunction.apply(x, residual, self.spec, self.keeper(), source, *self.spec.parameters())
+        # a residual branch is between the blocks of a layer, and nobody else's
+        return MlpFunction.apply(x, residual, True, self.spec, self.keeper(), source, *self.spec.parameters())
 
     def run_stock(self, x):
         rows = x.reshape(-1, x.shape[-1])

@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.blocks import Block, NormBlock, autocast_dtype
-from models.layers import HOOKS, LayerBlock
+from models.layers import HOOKS, OURS, LayerBlock
 from operators.flash import is_bounds
 from operators.pausable import Pausable
 
@@ -235,6 +235,7 @@ class LayerGraphs(Pausable):
 
     def _capture(self, hidden: Tensor, leaves: list, spec) -> Recording:
         first = hidden.detach().clone().requires_grad_(hidden.requires_grad)
+        setattr(first, OURS, True)
         leaves = [t.detach().clone() if _varies(t, hidden) else t for t in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
         trained = [_trained(layer.module) for layer in self.layers]

@@ -7,6 +7,8 @@ from models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
 from operators.checkpoint import CheckpointFunction
 from operators.savers import UNITS_A_LAYER, Exact, Step
 
+# on the output of a layer that nobody else looks at: the next layer may overwrite it
+OURS = "_hyclora_ours"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -14,16 +16,18 @@ class LayerBlock(Block):
     """A decoder layer's forward, whose residual branches go through the blocks at their sides.
 
     A branch leaves from the norm, whose backward adds its gradient on the way, and is added where the attention or
-    the MLP ends. graphs: a LayerGraphs that may replay the layer, and all others with it.
+    the MLP ends: in its own memory, so that all layers have one residual stream. first: of the decoder's layers.
+    graphs: a LayerGraphs that may replay the layer, and all others with it.
     """
 
     graphs = None
 
     def __init__(
-        self, module: nn.Module, name: str, step: Step, blocks: tuple[NormBlock, AttentionBlock, NormBlock, MlpBlock]
-    ):
+        self, module: nn.Module, name: str, step: Step, blocks: tuple[NormBlock, AttentionBlock, NormBlock, MlpBlock],
+        first: bool,
+    ):  # fmt: skip
         super().__init__(module, name, {}, step)
-        self.blocks = blocks
+        self.blocks, self.first = blocks, first
 
     def forward(self, hidden_states, *args, **kwargs):
         """Autocast stays on: each block looks at it."""
@@ -48,10 +52,16 @@ class LayerBlock(Block):
 
     def run(self, hidden_states, **kwargs):
         attention_norm, attention, mlp_norm, mlp = (block.module for block in self.blocks)
+        # hooks may keep what goes in and comes out
+        watched = any(self.module.__dict__[name] for name in HOOKS)
+        ours = getattr(hidden_states, OURS, False) or self.first and self.step.embeds
         x, residual = attention_norm(hidden_states, residual=True)
-        hidden_states, _ = attention(hidden_states=x, residual=residual, **kwargs)
+        hidden_states, _ = attention(hidden_states=x, residual=residual, overwrite=ours and not watched, **kwargs)
         x, residual = mlp_norm(hidden_states, residual=True)
-        return mlp(x, residual=residual)
+        hidden_states = mlp(x, residual=residual)
+        if not watched:
+            setattr(hidden_states, OURS, True)
+        return hidden_states
 
 
 class CheckpointBlock(Block):

@@ -153,6 +153,8 @@ class _StepHook:
             checkpoint.bind()
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        given = len(args) > 1 or kwargs.get("inputs_embeds") is not None
+        self.step.embeds = not given and not decoder.get_input_embeddings()._forward_hooks
         if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False
@@ -250,7 +252,7 @@ def _blocks(config, family, index, layer, names, bits, step) -> list[Block]:
         blocks.append(kinds[kind](module, names[id(module)], savers, step, *extra[kind]))
     for norm, fed in zip(blocks[::2], blocks[1::2], strict=True):
         norm.projections = fed.projections
-    return [*blocks, LayerBlock(layer, names[id(layer)], step, tuple(blocks))]
+    return [*blocks, LayerBlock(layer, names[id(layer)], step, tuple(blocks), first=index == 0)]
 
 
 def _final_norm(config, module: nn.Module, names, step, blocks) -> NormBlock:

@@ -16,7 +16,7 @@ from operators.dispatch import use_triton
 from operators.flash import flash_attention, is_bounds
 from operators.fused_qkv import fused_qkv_fwd, fused_qkv_restore
 from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
-from operators.residual import add_residual
+from operators.residual import overwritable
 from operators.rope import rope, rope_bwd
 from operators.savers import Keeper
 from operators.softmax import softmax_bwd
@@ -140,13 +140,15 @@ class AttentionSpec:
 class AttentionFunction(torch.autograd.Function):
     """y = o W_o^T + LoRA (+ residual), o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA.
 
-    x [B, S, C]; residual: of y's shape, or None; cos, sin [B or 1, S, D]; mask as the core takes it; parameters as
-    spec.parameters(). Slots: attn_in, q, k, v, prob, attn_out. Gradients: operators/lora.py for the projections, the
-    core for q, k, v, the opposite rotation for RoPE, dy for the residual.
+    x [B, S, C]; residual: of y's shape, or None; overwrite: y may take its memory; cos, sin [B or 1, S, D]; mask as the
+    core takes it; parameters as spec.parameters(). Slots: attn_in, q, k, v, prob, attn_out. Gradients: those of
+    operators/lora.py for the projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual.
     """
 
     @staticmethod
-    def forward(ctx, x, residual, cos, sin, mask, spec: AttentionSpec, kwargs, keeper: Keeper, source, *parameters):
+    def forward(
+        ctx, x, residual, overwrite, cos, sin, mask, spec: AttentionSpec, kwargs, keeper: Keeper, source, *parameters
+    ):
         batch = x.shape[0]
         rows = x.reshape(-1, x.shape[-1])
         n_qkv = len(spec.qkv.parameters())
@@ -166,12 +168,13 @@ class AttentionFunction(torch.autograd.Function):
         o = o.reshape(rows.shape[0], -1)
         if spec.out.needs_input:
             keeper.keep("attn_out", o)
-        y = spec.out.forward(o, parameters[n_qkv:], keeper, rng)
+        branch = None if residual is None else residual.reshape(len(rows), -1)
+        y = spec.out.forward(o, parameters[n_qkv:], keeper, rng, branch, overwrite and overwritable(branch, o.dtype))
         for name, tensor in (("cos", cos), ("sin", sin), ("mask", mask)):
             keeper.keep_exact(name, tensor)
         keeper.save(ctx)
         ctx.spec, ctx.kwargs, ctx.rng, ctx.shape, ctx.fused, ctx.dtype = spec, kwargs, rng, x.shape, fused, x.dtype
-        return add_residual(y.view(*x.shape[:-1], -1), residual)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -180,7 +183,7 @@ class AttentionFunction(torch.autograd.Function):
         batch = ctx.shape[0]
         cos, sin, mask = (keeper.exact(name) for name in ("cos", "sin", "mask"))
         n_qkv = len(spec.qkv.parameters())
-        needs = ctx.needs_input_grad[9:]
+        needs = ctx.needs_input_grad[10:]
         dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
         out_grads = []
 
@@ -205,7 +208,7 @@ class AttentionFunction(torch.autograd.Function):
         x = keeper.restore("attn_in", dy.dtype)
         grads = spec.qkv.backward_parameters(dqkv, g, x, keeper, rng, needs[:n_qkv])
         dx = None if dx is None else dx.view(ctx.shape)
-        return dx, dresidual, None, None, None, None, None, None, None, *grads, *out_grads
+        return dx, dresidual, *[None] * 8, *grads, *out_grads
 
 
 def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, keeper: Keeper) -> list[Tensor]:

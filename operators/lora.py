@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from operators.low_rank import LowRank, stack_adapters
 from operators.nf4 import dequantize_4bit, is_4bit
+from operators.residual import add_residual
 from operators.weight_pieces import Piece, make_pieces, weight_pieces
 
 PARAMETERS_PER_PROJECTION = 4
@@ -234,6 +235,9 @@ class ProjectionGroup:
         if index is not None:
             B, xa = B[self.columns[index], self.ranks[index]], xa[:, self.ranks[index]]
         y = y.addmm_(xa, B.t()) if in_place else torch.addmm(y, xa, B.t())
+        return self._add_bias_B(y, keeper, index)
+
+    def _add_bias_B(self, y: Tensor, keeper, index: int | None = None) -> Tensor:
         for i, (p, columns) in enumerate(zip(self.projections, self.columns, strict=True)):
             bias = keeper.exact(f"{p.name}_bias_B")
             if bias is not None and index in (None, i):
@@ -241,12 +245,20 @@ class ProjectionGroup:
                 part.add_(bias.to(y.dtype), alpha=p.scaling)
         return y
 
-    def forward(self, x: Tensor, parameters: tuple, keeper, rng: dict) -> Tensor:
-        """x W^T + b + LoRA [T, N], for a group of which nothing is kept but x A^T."""
+    def forward(
+        self, x: Tensor, parameters: tuple, keeper, rng: dict, residual: Tensor | None = None, overwrite: bool = False
+    ) -> Tensor:
+        """x W^T + b + LoRA (+ residual) [T, N], for a group of which nothing is kept but x A^T.
+
+        overwrite: the sum takes the residual's memory.
+        """
         y = self.frozen(x)
         low_rank = self.low_rank(parameters, x.dtype)
         self.down(x, low_rank, parameters, keeper, rng)
-        return self.add(y, low_rank, keeper)
+        if residual is None:
+            return self.add(y, low_rank, keeper)
+        xa, B = (None, None) if low_rank is None else (keeper.exact(self.xa_name), low_rank.B)
+        return add_residual(self._add_bias_B(y, keeper), xa, B, residual, overwrite)
 
     def backward_input(
         self, dy: Tensor, low_rank: LowRank | None, keeper, rng: dict, need_dx: bool = True, add_low_rank: bool = True

@@ -12,7 +12,7 @@ from operators.activation import silu_mul_bwd, silu_mul_fwd
 from operators.dispatch import use_triton
 from operators.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
 from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
-from operators.residual import add_residual
+from operators.residual import overwritable
 from operators.savers import Keeper, Observer
 from operators.token_tiles import place, token_tiles
 
@@ -37,30 +37,34 @@ class MlpSpec:
 class MlpFunction(torch.autograd.Function):
     """y = hidden W_d^T + LoRA (+ residual), hidden = silu(gate) * up, gate/up = x W^T + LoRA; in tiles when x is long.
 
-    x [..., C]; residual: of y's shape, or None; parameters as spec.parameters(). Slots: mlp_in, gate, up, act, hidden.
-    Gradients: operators/lora.py for the projections, reference.silu_mul_bwd for the product (a kept act, silu(gate),
-    replaces its recomputation), dy for the residual.
+    x [..., C]; residual: of y's shape, or None; overwrite: y may take its memory; parameters as spec.parameters().
+    Slots: mlp_in, gate, up, act, hidden. Gradients: operators/lora.py for the projections, reference.silu_mul_bwd for
+    the product (a kept act, silu(gate), replaces its recomputation), dy for the residual.
     """
 
     @staticmethod
-    def forward(ctx, x, residual, spec: MlpSpec, keeper: Keeper, source, *parameters):
+    def forward(ctx, x, residual, overwrite, spec: MlpSpec, keeper: Keeper, source, *parameters):
         rows = x.reshape(-1, x.shape[-1])
         if spec.gate_up.needs_input:
             keeper.derive("mlp_in", source) if source else keeper.keep("mlp_in", rows)
         ctx.tiles = [(tile, {}) for tile in token_tiles(len(rows))]
         if len(ctx.tiles) > 1:
             _calibrate(spec, rows, parameters, keeper)
+        branch = None if residual is None else residual.reshape(len(rows), -1)
+        overwrite = overwrite and overwritable(branch, x.dtype)
         y = None
         for i, (tile, rng) in enumerate(ctx.tiles):
-            y = place(y, _forward_tile(spec, rows[tile], parameters, keeper.part(i), rng), tile, len(rows))
+            around = None if branch is None else branch[tile]
+            part = _forward_tile(spec, rows[tile], parameters, keeper.part(i), rng, around, overwrite)
+            y = branch.detach() if overwrite else place(y, part, tile, len(rows))
         keeper.save(ctx)
         ctx.spec, ctx.shape, ctx.dtype = spec, x.shape, x.dtype
-        return add_residual(y.view(*x.shape[:-1], -1), residual)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
         dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
         dx = grads = None
         for i, (tile, rng) in enumerate(ctx.tiles):
@@ -70,18 +74,21 @@ class MlpFunction(torch.autograd.Function):
             dx = place(dx, part_dx, tile, len(dy))
             del part_dx
             grads = part if i == 0 else [g if g is None else t.add_(g) for t, g in zip(grads, part, strict=True)]
-        return None if dx is None else dx.view(ctx.shape), dresidual, None, None, None, *grads
+        return None if dx is None else dx.view(ctx.shape), dresidual, *[None] * 4, *grads
 
 
-def _forward_tile(spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper, rng: dict) -> Tensor:
-    """y [T, C] of x [T, C]; keeps all slots but mlp_in."""
+def _forward_tile(
+    spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper, rng: dict,
+    residual: Tensor | None = None, overwrite: bool = False,
+) -> Tensor:  # fmt: skip
+    """y [T, C] of x [T, C], residual included; keeps all slots but mlp_in."""
     n_gate_up = len(spec.gate_up.parameters())
     y, low_rank = spec.gate_up.project(x, parameters[:n_gate_up], keeper, rng)
     hidden = (fused_mlp_fwd if spec.fused and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
     del y, low_rank
     if spec.down.needs_input:
         keeper.keep("hidden", hidden)
-    return spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng)
+    return spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng, residual, overwrite)
 
 
 def _backward_tile(

@@ -97,6 +97,14 @@ def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, dresid
     return (dx if dresidual is None else dx + dresidual).to(dy.dtype)
 
 
+def add_residual(y: Tensor, xa: Tensor | None, B: Tensor | None, residual: Tensor) -> Tensor:
+    """y + xa B^T + residual [T, N], rounded once to the wider dtype of y and residual; xa [T, R], B [N, R] or None."""
+    dtype = torch.promote_types(y.dtype, residual.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    total = y.to(exact) + residual.to(exact)
+    return (total if xa is None else total.addmm_(xa.to(exact), B.to(exact).t())).to(dtype)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """Rotate x [B, S, H, D] by cos, sin [B or 1, S, D]: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin (halves of D).
 

@@ -21,6 +21,7 @@ from operators import (
     nf4,
     norm,
     quantize,
+    residual,
     rope,
     softmax,
 )  # fmt: skip
@@ -30,7 +31,9 @@ from tests.test_fused_mlp import prepare as prepare_mlp
 from tests.test_fused_qkv import BATCH
 from tests.test_fused_qkv import prepare as prepare_qkv
 
-MODULES = (activation, attention, cross_entropy, fused_mlp, fused_qkv, low_rank, nf4, norm, quantize, rope, softmax)
+MODULES = (
+    activation, attention, cross_entropy, fused_mlp, fused_qkv, low_rank, nf4, norm, quantize, residual, rope, softmax,
+)  # fmt: skip
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
     torch.int32: "*i32", torch.int64: "*i64",
@@ -80,6 +83,8 @@ def elementwise():
     rope.rope(q, cos, cos)
     rope.rope_bwd(q, k, k, cos, cos)
     cross_entropy.cross_entropy_(rand(4, 1000), torch.zeros(4, dtype=torch.int64))
+    for xa, B in ((rand(16, 16), rand(256, 16)), (None, None)):
+        residual.add_residual(rand(16, 256), xa, B, rand(16, 256), overwrite=True)
     adapters = [(rand(8, 64, dtype=torch.float32), rand(96, 8, dtype=torch.float32)), None]
     low_rank.stack_adapters(adapters, [1.0, 2.0], [96, 32], BF16)
     weight = nf4.bnb.nn.Params4bit(rand(64, 64), requires_grad=False, quant_type="nf4").to("cpu")

@@ -71,3 +71,51 @@ def test_autocast_of_a_wider_residual_stream():
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         model(**batch).loss.backward()
     assert dtypes == [torch.float32] * 2
+
+
+def places(model, batch) -> list[int]:
+    """Where the embeddings and the outputs of the layers are."""
+    found = []
+    for layer in decoder_layers(model):
+        forward = layer.forward
+        layer.forward = lambda x, *args, _forward=forward, **kw: found.append(x.data_ptr()) or _forward(x, *args, **kw)
+    norm = model.get_base_model().model.norm
+    norm.register_forward_pre_hook(lambda module, args: found.append(args[0].data_ptr()))
+    model(**batch)
+    return found
+
+
+@pytest.mark.parametrize("layer_type", ["baseline", "intra_inter_full_fuse"])
+def test_all_layers_have_one_residual_stream(layer_type):
+    model = llama()
+    apply_hyclora(model, HycloraConfig(layer_type=layer_type))
+    assert len(set(places(model, padded_batch()))) == 1
+
+
+def test_embeddings_of_the_caller_are_not_overwritten():
+    """Given ones, and those that a hook on the embedding has seen; gradients are those of stock."""
+    model, batch = llama(), padded_batch()
+    embeddings = model.get_input_embeddings()
+    given = {"inputs_embeds": embeddings(batch["input_ids"]).detach()} | {
+        n: batch[n] for n in ("attention_mask", "labels")
+    }
+    _, stock = gradients(model, given)
+    kept = given["inputs_embeds"].clone()
+    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    _, ours = gradients(model, given)
+    assert largest_error(ours, stock) < 1e-5
+    assert torch.equal(given["inputs_embeds"], kept)
+    seen = []
+    embeddings.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    gradients(model, batch)
+    assert torch.equal(*seen[0])
+
+
+def test_hidden_states_that_are_asked_for_are_not_overwritten():
+    model, batch = llama(), padded_batch()
+    real = batch["attention_mask"].bool()
+    stock = [h[real] for h in model(**batch, output_hidden_states=True).hidden_states]
+    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    ours = model(**batch, output_hidden_states=True).hidden_states
+    for a, b in zip(ours, stock, strict=True):
+        torch.testing.assert_close(a[real], b)
