@@ -45,6 +45,7 @@ SLOTS = {
     "k": Slot("attention", "quant", "quant"),
     "v": Slot("attention", "quant", "quant"),
     "prob": Slot("attention", "sparse", "sparse"),
+    "lse": Slot("attention", "recompute", "recompute"),
     "attn_out": Slot("attention", "quant", "recompute"),
     "mlp_in": Slot("mlp", "quant", "derived"),
     "gate": Slot("mlp", "quant", "quant"),
@@ -54,7 +55,9 @@ SLOTS = {
     "layer_in": Slot("layer", "exact", "exact"),
 }
 DERIVABLE = ("attn_in", "mlp_in")
-RECOMPUTABLE = ("attn_out", "act", "hidden")
+RECOMPUTABLE = ("lse", "attn_out", "act", "hidden")
+# what has to be near its exact value for a kept lse to fit: with q, k, v, attn_out at 4 bit probabilities do not add up
+WITH_LSE = ("q", "k", "v", "attn_out")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -107,6 +110,10 @@ class HycloraConfig:
             raise ValueError(f"slot_savers[{slot!r}]={saver!r}: only {', '.join(allowed)} can be {saver}")
         if slot == "prob" and saver.startswith("quant"):
             raise ValueError(f"slot_savers['prob']={saver!r}: the attention map is kept sparse or exact")
+        if slot == "lse" and (saver.startswith("quant") or saver == "exact" and self.attention == "eager"):
+            raise ValueError(f"slot_savers['lse']={saver!r}: attention=flash keeps it exact, or recomputes it")
+        if slot == "attn_out" and saver == "recompute" and self.saver_name("lse", 8) == "exact":
+            raise ValueError("slot_savers['attn_out']='recompute': with a kept lse the attention is not run again")
         if self.policy.fused and slot in ("gate", "up") and not saver.startswith("quant"):
             raise ValueError(f"slot_savers[{slot!r}]={saver!r}: {self.layer_type} packs gate and up inside its kernel")
         if self.policy.fused and slot in ("act", "hidden") and saver != "recompute":
@@ -121,8 +128,12 @@ class HycloraConfig:
         if slot in self.slot_savers:
             return self.slot_savers[slot]
         policy = self.policy
+        if slot == "lse" and self.attention == "eager":
+            return "recompute"
         if not policy.compress:
             return "exact"
+        if slot in WITH_LSE and self.saver_name("lse", bits) == "exact":
+            return "quant8"
         if slot == "attn_out" and self.attention == "eager":
             # prob v of a sparse map has lost mass; the flash core recomputes attn_out from normalised probabilities
             return f"quant{bits}"

@@ -233,6 +233,7 @@ def _slot_widths(family: Family, layer: nn.Module) -> dict[str, int]:
     hidden = getattr(attention, family.qkv[0]).in_features
     return {
         "norm_in": hidden, "attn_in": hidden, "mlp_in": hidden, "q": q, "k": k, "v": v, "attn_out": q,
+        "lse": 2 * q // attention.head_dim,  # in fp32
         "gate": gate, "up": up, "act": gate, "hidden": gate,
     }  # fmt: skip
 

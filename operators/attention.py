@@ -1,12 +1,14 @@
 """Attention block: q/k/v projections, RoPE, softmax attention, output projection, in one autograd Function.
 
-Two cores. FlashCore runs flash attention (operators/flash.py, or the model's own FlashAttention) and runs it again in
-backward on the restored q, k, v: probabilities stay normalised, attn_out comes for free, no S x S tensor exists, unless
-the caller brings a mask of that size. EagerCore is the paper's: it keeps the softmax map through its saver.
+Two cores. FlashCore runs flash attention (operators/flash.py, or the model's own FlashAttention), and no S x S tensor
+exists unless the caller brings a mask of that size. It runs it again in backward on the restored q, k, v, so that
+probabilities stay normalised and attn_out comes for free; or it keeps lse, where q, k, v and attn_out are restored so
+nearly that probabilities add up by themselves. EagerCore is the paper's: it keeps the softmax map through its saver.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from operators.dispatch import use_triton
 from operators.flash import flash_attention, is_bounds
 from operators.fused_qkv import fused_qkv_fwd, fused_qkv_restore
+from operators.hollow_graph import HollowGraph, record
 from operators.lora import ProjectionGroup, get_rng_state, replayed_rng
 from operators.residual import overwritable
 from operators.rope import rope, rope_bwd
@@ -23,7 +26,7 @@ from operators.softmax import softmax_bwd
 
 
 class FlashCore:
-    """o = softmax(scaling q k^T + mask) v; gradients by running it again under autograd.
+    """o = softmax(scaling q k^T + mask) v; gradients by torch's own, run again under autograd or from a kept lse.
 
     q [B, S, H, D], k, v [B, S, H_kv, D] to o [B, S, H, D]. mask: bounds, for flash_attention; or what HF made for
     interface, an attention function of its own. window: keys that a query sees, itself included; None: all before it.
@@ -44,19 +47,33 @@ class FlashCore:
             self.module, *heads_first, mask, dropout=dropout, scaling=self.module.scaling, **kwargs
         )[0]  # fmt: skip
 
-    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> Tensor:
+    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, HollowGraph | None]:
+        """o, and its graph if lse is kept."""
         if self.module.attention_dropout > 0:
             rng["attention"] = get_rng_state(q.device)
-        return self.run(q, k, v, mask, kwargs)
+        if not keeper.keeps("lse"):
+            return self.run(q, k, v, mask, kwargs), None
+        o, graph, rest = record(partial(self.run, mask=mask, kwargs=kwargs), q, k, v)
+        for i, t in enumerate(rest):
+            keeper.keep("lse", t) if t.is_floating_point() else keeper.keep_exact(f"rest{i}", t)
+        return o, graph
 
-    def backward(self, do_fn, heads, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv; heads is q, k, v, emptied on the way; do_fn maps the recomputed o to its gradient do."""
+    def backward(
+        self, do_fn, heads, attn_out, mask, kwargs, keeper: Keeper, rng: dict, graph: HollowGraph | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv; heads is q, k, v, emptied on the way; do_fn maps o (attn_out if that is kept) to its gradient."""
+        if graph is not None:
+            rest = [keeper.exact(f"rest{i}") for i in range(len(graph.others))]
+            rest = [keeper.restore("lse") if t is None else t for t in rest]
+            restored = [*heads, attn_out.view_as(heads[0])]
+            heads.clear()
+            return graph.backward(restored, rest, do_fn(attn_out).view_as(restored[-1]))
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in heads)
             heads.clear()
             with replayed_rng(q.device, rng["attention"]) if "attention" in rng else nullcontext():
                 o = self.run(q, k, v, mask, kwargs)
-        do = do_fn(o.detach()).view_as(o)
+        do = do_fn(o.detach() if attn_out is None else attn_out).view_as(o)
         return torch.autograd.grad(o, (q, k, v), do)
 
 
@@ -75,7 +92,7 @@ class EagerCore:
         batch, seq_len, n_heads, head_dim = t.shape
         return t.view(batch, seq_len, n_heads // groups, groups, head_dim).permute(0, 2, 3, 1, 4)
 
-    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> Tensor:
+    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, None]:
         groups = q.shape[2] // k.shape[2]
         scores = self._grouped(q, groups) @ self._grouped(k, 1).transpose(-1, -2) * self.module.scaling
         prob = torch.softmax(self._masked(scores, mask).float(), dim=-1).to(q.dtype)
@@ -83,14 +100,16 @@ class EagerCore:
             prob *= mask.any(-1, keepdim=True).unsqueeze(2)  # as from SDPA, 0 where padding sees nothing
         keeper.keep("prob", prob)
         o = prob @ self._grouped(v, 1)
-        return o.permute(0, 3, 1, 2, 4).reshape(q.shape)
+        return o.permute(0, 3, 1, 2, 4).reshape(q.shape), None
 
-    def backward(self, do_fn, heads, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, do_fn, heads, attn_out, mask, kwargs, keeper: Keeper, rng: dict, graph: None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = heads
         groups = q.shape[2] // k.shape[2]
         prob = keeper.restore("prob")
         value = self._grouped(v, 1)
-        o = (prob @ value).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        o = (prob @ value).permute(0, 3, 1, 2, 4).reshape(q.shape) if attn_out is None else attn_out
         do = self._grouped(do_fn(o).view_as(q), groups)
         dv = (prob.transpose(-1, -2) @ do).sum(dim=2)
         dscore = softmax_bwd(do @ value.transpose(-1, -2), prob)
@@ -141,7 +160,7 @@ class AttentionFunction(torch.autograd.Function):
     """y = o W_o^T + LoRA (+ residual), o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA.
 
     x [B, S, C]; residual: of y's shape, or None; overwrite: y may take its memory; cos, sin [B or 1, S, D]; mask as the
-    core takes it; parameters as spec.parameters(). Slots: attn_in, q, k, v, prob, attn_out. Gradients: those of
+    core takes it; parameters as spec.parameters(). Slots: attn_in, q, k, v, prob, lse, attn_out. Gradients: those of
     operators/lora.py for the projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual.
     """
 
@@ -163,10 +182,10 @@ class AttentionFunction(torch.autograd.Function):
         else:
             heads = _rotate_fwd(spec, y, cos, sin, batch, low_rank, keeper)
         del y, low_rank
-        o = spec.core.forward(*heads, mask, kwargs, keeper, rng)
+        o, ctx.graph = spec.core.forward(*heads, mask, kwargs, keeper, rng)
         del heads
         o = o.reshape(rows.shape[0], -1)
-        if spec.out.needs_input:
+        if spec.out.needs_input or ctx.graph is not None:
             keeper.keep("attn_out", o)
         branch = None if residual is None else residual.reshape(len(rows), -1)
         y = spec.out.forward(o, parameters[n_qkv:], keeper, rng, branch, overwrite and overwritable(branch, o.dtype))
@@ -188,8 +207,7 @@ class AttentionFunction(torch.autograd.Function):
         out_grads = []
 
         def do_fn(o):
-            kept = keeper.restore("attn_out")
-            o = o.reshape(dy.shape[0], -1) if kept is None else kept
+            o = o.reshape(dy.shape[0], -1)
             do, g = spec.out.backward_input(dy, spec.out.kept_low_rank(keeper, dy.dtype), keeper, rng)
             out_grads.extend(spec.out.backward_parameters(dy, g, o, keeper, rng, needs[n_qkv:]))
             return do
@@ -201,7 +219,9 @@ class AttentionFunction(torch.autograd.Function):
             del y
         else:
             heads = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
-        dheads = spec.core.backward(do_fn, heads, mask, ctx.kwargs, keeper, rng)
+        attn_out = keeper.restore("attn_out")
+        dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, rng, ctx.graph)
+        del attn_out
         dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy))
         del dheads
         dx, g = spec.qkv.backward_input(dqkv, low_rank, keeper, rng, ctx.needs_input_grad[0])

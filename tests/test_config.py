@@ -23,6 +23,9 @@ BAD = {
     "slot_savers['prob']='quant4'": {"slot_savers": {"prob": "quant4"}},
     "slot_savers['up']='exact'": {"layer_type": "intra_inter_full_fuse", "slot_savers": {"up": "exact"}},
     "slot_savers['hidden']='quant8'": {"layer_type": "intra_inter_full_fuse", "slot_savers": {"hidden": "quant8"}},
+    "slot_savers['lse']='quant4'": {"slot_savers": {"lse": "quant4"}},
+    "slot_savers['lse']='exact'": {"slot_savers": {"lse": "exact"}, "attention": "eager"},
+    "slot_savers['attn_out']='recompute'": {"slot_savers": {"attn_out": "recompute", "lse": "exact"}},
     "q_bit=auto": {"q_bit": "auto", "scale_rule": "paper"},
 }
 
@@ -43,6 +46,8 @@ def test_the_slot_table(layer_type, attention):
     """What each layer type stores: all exact, all packed, or derived and recomputed where that is free."""
     config = HycloraConfig(layer_type=layer_type, attention=attention)
     names = {slot: config.saver_name(slot, 4) for slot in SLOTS}
+    flash_in_baseline = attention == "flash" and layer_type == "baseline"
+    assert names.pop("lse") == ("exact" if flash_in_baseline else "recompute")
     if layer_type == "baseline":
         assert set(names.values()) == {"exact"}
     elif layer_type == "intra":
@@ -51,6 +56,14 @@ def test_the_slot_table(layer_type, attention):
         assert names["attn_in"] == names["mlp_in"] == "derived"
         assert names["act"] == names["hidden"] == "recompute"
         assert names["attn_out"] == ("recompute" if attention == "flash" else "quant4")
+
+
+def test_a_kept_lse_brings_8_bit_with_it():
+    """For what has to fit to it, unless something else is said."""
+    config = HycloraConfig(q_bit=2, slot_savers={"lse": "exact", "v": "exact"})
+    names = {slot: config.saver_name(slot, 2) for slot in SLOTS}
+    assert [names[slot] for slot in ("q", "k", "v", "attn_out")] == ["quant8", "quant8", "exact", "quant8"]
+    assert names["gate"] == names["norm_in"] == "quant2"
 
 
 def test_slot_savers_override_single_slots():

@@ -105,9 +105,10 @@ def test_compressed_layers_come_close(layer_type, kind):
 def test_offload_and_checkpointing(family, kind, use_reentrant):
     """Slots in host memory; layers that run again in backward, having run without grad first.
 
-    On a GPU sums are not the same twice in the last digit, which moves a code here and there.
+    On a GPU sums are not the same twice in the last digit, and with checkpointing Hugging Face adds the residual
+    branches; that moves a code here and there.
     """
-    tolerance = 1e-6 if DEVICE == "cpu" else 1e-3
+    tolerance = 1e-6 if DEVICE == "cpu" and use_reentrant is None else 1e-3
     model, batches = family({"lora_dropout": 0.1}), [batch_of(kind, seed=seed, width=21 + seed) for seed in range(3)]
     config = HycloraConfig(iteration_threshold=2)
     apply_hyclora(model, config)
