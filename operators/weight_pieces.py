@@ -3,7 +3,7 @@
 NF4 has to be dequantized before a GEMM, and W of gate or up beside their outputs would be what most memory at the peak
 goes to. Pieces of rows (outputs) are what y = x W^T is made of, pieces of columns (inputs) what dx = dy W is: neither
 adds up anything that the whole would not, and both GEMMs are as efficient as that of the whole while a piece is some
-tiles wide. Where y is no wider than x the peak is elsewhere, and W whole.
+tiles wide. In backward a W with fewer outputs than inputs is whole, as the peak is elsewhere.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from operators.nf4 import dequantize_4bit, is_4bit
 
 # Bytes. Neighbours stand side by side, for one GEMM, while they fit in JOINED: q, k, v of 7B (96 MiB)
 JOINED = 2**27
-# A larger W with more outputs than inputs is cut into equal parts: gate and up of 7B (86 MiB) and Llama-3-8B (112) into
-# two, whose 2048 columns still fill a GPU in a GEMM
+# A larger W is cut into equal parts: those of the MLP of 7B (86 MiB) and Llama-3-8B (112) into two, whose 2048 rows or
+# columns still fill a GPU in a GEMM
 WEIGHT_BUFFER = 56 * 2**20
 TILE = 256  # parts end where tiles of GEMMs do
 
@@ -53,7 +53,7 @@ def weight_pieces(linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dty
     pieces = []
     for run in runs:
         n_rows, n_cols = run.shape
-        if not run.in_4bit or len(run.linears) > 1 or n_rows <= n_cols:
+        if not run.in_4bit or len(run.linears) > 1 or not by_rows and n_rows <= n_cols:
             pieces.append(run)
         elif by_rows:
             pieces += [replace(run, rows=part) for part in _parts(run.rows, limit // n_cols)]

@@ -57,11 +57,12 @@ def test_pieces_are_equal_and_within_the_limit(model):
     """Each element is in one piece; as few of them as fit, none much smaller than its neighbour."""
     hidden, qkv, ffn = model
     for n_in, widths in ((hidden, qkv), (hidden, qkv[:1]), (hidden, [ffn, ffn]), (ffn, [hidden])):
-        for pieces in plan(n_in, widths).values():
+        for by_rows, pieces in plan(n_in, widths).items():
             covered = torch.zeros(sum(widths) // 64, n_in // 64, dtype=torch.int8)
             for piece in pieces:
                 n_rows, n_cols = piece.shape
-                assert n_in >= sum(widths) or 2 * n_rows * n_cols <= (WEIGHT_BUFFER if ffn in widths else JOINED)
+                whole = not by_rows and n_in >= sum(widths)
+                assert whole or 2 * n_rows * n_cols <= (WEIGHT_BUFFER if ffn in widths else JOINED)
                 assert piece.columns.start % 256 == piece.rows.start % 256 == 0
                 covered[piece.rows.start // 64 : piece.rows.stop // 64, piece.columns.start // 64 :][
                     :, : n_cols // 64
@@ -70,7 +71,7 @@ def test_pieces_are_equal_and_within_the_limit(model):
 
 
 def test_what_is_cut_of_7b_and_8b():
-    """o, down, and q, k, v side by side stay whole; gate and up become two, of 2048 columns where dx has 4096."""
+    """o, and q, k, v side by side stay whole; gate, up and down become two, of 2048 columns where y or dx has 4096."""
 
     def shapes(*args, by_rows=False):
         return [piece.shape for piece in plan(*args)[by_rows]]
@@ -81,6 +82,7 @@ def test_what_is_cut_of_7b_and_8b():
         assert shapes(4096, [4096], by_rows=by_rows) == [(4096, 4096)]
     assert shapes(4096, [11008] * 2) == [(11008, 2048)] * 4
     assert shapes(11008, [4096]) == [(4096, 11008)]
+    assert shapes(11008, [4096], by_rows=True) == [(2048, 11008)] * 2
     assert shapes(4096, [11008] * 2, by_rows=True) == [(5632, 4096), (5376, 4096)] * 2
     assert shapes(4096, [14336]) == [(14336, 2048)] * 2
 
