@@ -208,8 +208,10 @@ class AttentionFunction(torch.autograd.Function):
 
         def do_fn(o):
             o = o.reshape(dy.shape[0], -1)
-            do, g = spec.out.backward_input(dy, spec.out.kept_low_rank(keeper, dy.dtype), keeper, rng)
-            out_grads.extend(spec.out.backward_parameters(dy, g, o, keeper, rng, needs[n_qkv:]))
+            low_rank = spec.out.kept_low_rank(keeper, dy.dtype)
+            g, dB = spec.out.backward_low_rank(dy, low_rank, keeper)
+            do = spec.out.backward_input(dy, g, low_rank, rng)
+            out_grads.extend(spec.out.backward_parameters(dy, g, dB, o, keeper, rng, needs[n_qkv:]))
             return do
 
         low_rank = spec.qkv.kept_low_rank(keeper, dy.dtype)
@@ -224,9 +226,10 @@ class AttentionFunction(torch.autograd.Function):
         del attn_out
         dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy))
         del dheads
-        dx, g = spec.qkv.backward_input(dqkv, low_rank, keeper, rng, ctx.needs_input_grad[0])
+        g, dB = spec.qkv.backward_low_rank(dqkv, low_rank, keeper)
+        dx = spec.qkv.backward_input(dqkv, g, low_rank, rng) if ctx.needs_input_grad[0] else None
         x = keeper.restore("attn_in", dy.dtype)
-        grads = spec.qkv.backward_parameters(dqkv, g, x, keeper, rng, needs[:n_qkv])
+        grads = spec.qkv.backward_parameters(dqkv, g, dB, x, keeper, rng, needs[:n_qkv])
         dx = None if dx is None else dx.view(ctx.shape)
         return dx, dresidual, *[None] * 8, *grads, *out_grads
 

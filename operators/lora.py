@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.low_rank import LowRank, stack_adapters
+from operators.low_rank_grad import in_one_pass, low_rank_grads
 from operators.nf4 import dequantize_4bit, is_4bit
 from operators.residual import add_residual
 from operators.weight_pieces import Piece, make_pieces, weight_pieces
@@ -260,38 +261,48 @@ class ProjectionGroup:
         xa, B = (None, None) if low_rank is None else (keeper.exact(self.xa_name), low_rank.B)
         return add_residual(self._add_bias_B(y, keeper), xa, B, residual, overwrite)
 
-    def backward_input(
-        self, dy: Tensor, low_rank: LowRank | None, keeper, rng: dict, need_dx: bool = True, add_low_rank: bool = True
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """dx [T, in] (None if not needed; without g A if not add_low_rank) and g = dy B [T, R] (None without adapters).
+    def backward_low_rank(
+        self, dy: Tensor, low_rank: LowRank | None, keeper
+    ) -> tuple[Tensor | None, list[Tensor] | None]:
+        """g = dy B [T, R], and dB of each projection in fp32 where one pass over dy gives both; None without adapters.
 
-        dy [T, N], or a buffer(...) of which it is the beginning.
+        dy [T, N], or a buffer(...) of which it is the beginning, and that g is put into.
         """
+        if low_rank is None:
+            return None, None
         narrow, beside = dy[:, : self.width], dy[:, self.width :]
-        g = None
-        if low_rank is not None:
-            g = torch.mm(narrow, low_rank.B, out=beside) if beside.shape[1] else narrow @ low_rank.B
-        if not need_dx:
-            return None, g
+        g = beside if beside.shape[1] else dy.new_empty(len(dy), low_rank.B.shape[1])
+        ranks = [p.rank for p in self.projections]
+        if not in_one_pass(dy, ranks):
+            return torch.mm(narrow, low_rank.B, out=g), None
+        widths = [p.width for p in self.projections]
+        return g, low_rank_grads(narrow, keeper.exact(self.xa_name), low_rank.B, widths, ranks, g)
+
+    def backward_input(
+        self, dy: Tensor, g: Tensor | None, low_rank: LowRank | None, rng: dict, add_low_rank: bool = True
+    ) -> Tensor:
+        """dx [T, in], without g A if not add_low_rank; dy and g as of backward_low_rank."""
+        beside = dy[:, self.width :]
         dx = dy.new_empty(len(dy), self.projections[0].base.in_features)
         for rows, columns, weight in self.weights(dy.dtype, self._below(dy, low_rank), by_rows=False):
             part, into = dy[:, rows], dx[:, columns]
             torch.mm(part, weight, out=into) if rows.start == 0 else into.addmm_(part, weight)
             del weight
         if g is None or beside.shape[1] or not add_low_rank:
-            return dx, g
+            return dx
         if not self.dropout:
-            return dx.addmm_(g, low_rank.A), g
+            return dx.addmm_(g, low_rank.A)
         for p, ranks in zip(self.projections, self.ranks, strict=True):
             if p.has_adapter:
                 dxa = g[:, ranks] @ low_rank.A[ranks]
                 dx.addcmul_(dxa, self._dropout_mask(p, dxa, rng))
-        return dx, g
+        return dx
 
     def backward_parameters(
-        self, dy: Tensor, g: Tensor | None, x: Tensor | None, keeper, rng: dict, needs: tuple[bool, ...]
-    ) -> list[Tensor | None]:
-        """Gradients of parameters(), in order; dy as for backward_input; x is the group's input as restored.
+        self, dy: Tensor, g: Tensor | None, dB: list[Tensor] | None, x: Tensor | None, keeper, rng: dict,
+        needs: tuple[bool, ...],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Gradients of parameters(), in order; dy, g, dB as of backward_low_rank; x is the group's input as restored.
 
         Those of half precision are in fp32, to be added up over tiles of tokens; autograd rounds them.
         """
@@ -307,7 +318,7 @@ class ProjectionGroup:
                 grads[first] = dA if p.scaling == 1 else dA * p.scaling
             if need_B:
                 # by itself: a part of one product for all would be strided, which makes adding it to .grad slow
-                grads[first + 1] = _mm32(dy[:, columns].t(), xa[:, ranks])
+                grads[first + 1] = _mm32(dy[:, columns].t(), xa[:, ranks]) if dB is None else dB[i]
             if need_bias or need_bias_B:
                 total = dy[:, columns].sum(dim=0, dtype=torch.float32)
                 grads[first + 2] = total * p.scaling if need_bias_B else None

@@ -101,18 +101,20 @@ def _backward_tile(
     down = spec.down.kept_low_rank(keeper, dy.dtype)
     # the fused kernel adds g A where it reads dhidden, dropout's factors apart
     in_kernel = fused and down is not None and not spec.down.dropout
-    dhidden, g = spec.down.backward_input(dy, down, keeper, rng, add_low_rank=not in_kernel)
+    g, dB = spec.down.backward_low_rank(dy, down, keeper)
+    dhidden = spec.down.backward_input(dy, g, down, rng, add_low_rank=not in_kernel)
     low_rank = spec.gate_up.kept_low_rank(keeper, dy.dtype)
     if fused:
         dgate_up, hidden = fused_mlp_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
     else:
         dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
     del dhidden, down
-    down_grads = spec.down.backward_parameters(dy, g, hidden, keeper, rng, needs[n_gate_up:])
+    down_grads = spec.down.backward_parameters(dy, g, dB, hidden, keeper, rng, needs[n_gate_up:])
     del hidden
-    dx, g = spec.gate_up.backward_input(dgate_up, low_rank, keeper, rng, need_dx)
+    g, dB = spec.gate_up.backward_low_rank(dgate_up, low_rank, keeper)
+    dx = spec.gate_up.backward_input(dgate_up, g, low_rank, rng) if need_dx else None
     x = restore_x("mlp_in", dtype=dy.dtype)
-    grads = spec.gate_up.backward_parameters(dgate_up, g, x, keeper, rng, needs[:n_gate_up])
+    grads = spec.gate_up.backward_parameters(dgate_up, g, dB, x, keeper, rng, needs[:n_gate_up])
     return dx, grads + down_grads
 
 

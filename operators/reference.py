@@ -164,6 +164,18 @@ def stack_adapters(
     return A.to(dtype), B.to(dtype)
 
 
+def low_rank_grads(
+    dy: Tensor, xa: Tensor, B: Tensor, widths: list[int], ranks: list[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """g = dy B [T, R] in dy's dtype and, in fp32 or more, the dB = dy^T xa [N_p, r_p] of each projection's own columns.
+
+    dy [T, N]; xa = x A^T [T, R]; B [N, R] block-diagonal, as from stack_adapters.
+    """
+    exact = torch.promote_types(dy.dtype, torch.float32)
+    parts = zip(dy.to(exact).split(widths, dim=1), xa.to(exact)[:, : sum(ranks)].split(ranks, dim=1), strict=True)
+    return dy @ B, [dy_p.t() @ xa_p for dy_p, xa_p in parts]
+
+
 def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     """loss = logsumexp(z) - z[label] of each row of z [R, V], computed and returned in fp32 [R].
 

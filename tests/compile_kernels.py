@@ -18,6 +18,7 @@ from operators import (
     fused_mlp,
     fused_qkv,
     low_rank,
+    low_rank_grad,
     nf4,
     norm,
     quantize,
@@ -32,7 +33,8 @@ from tests.test_fused_qkv import BATCH
 from tests.test_fused_qkv import prepare as prepare_qkv
 
 MODULES = (
-    activation, attention, cross_entropy, fused_mlp, fused_qkv, low_rank, nf4, norm, quantize, residual, rope, softmax,
+    activation, attention, cross_entropy, fused_mlp, fused_qkv, low_rank, low_rank_grad, nf4, norm, quantize, residual,
+    rope, softmax,
 )  # fmt: skip
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
@@ -85,6 +87,9 @@ def elementwise():
     cross_entropy.cross_entropy_(rand(4, 1000), torch.zeros(4, dtype=torch.int64))
     for xa, B in ((rand(16, 16), rand(256, 16)), (None, None)):
         residual.add_residual(rand(16, 256), xa, B, rand(16, 256), overwrite=True)
+    for dtype in (BF16, torch.float32):
+        dy, xa, B = (rand(*shape, dtype=dtype) for shape in ((32, 304), (32, 48), (304, 48)))
+        low_rank_grad.low_rank_grads(dy, xa, B, [256, 32, 16], [16, 16, 16], xa)
     adapters = [(rand(8, 64, dtype=torch.float32), rand(96, 8, dtype=torch.float32)), None]
     low_rank.stack_adapters(adapters, [1.0, 2.0], [96, 32], BF16)
     weight = nf4.bnb.nn.Params4bit(rand(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
