@@ -49,13 +49,6 @@ def to_float(x):
 
 
 @triton.jit
-def load_tile(x_ptr, row, col, stride_row, live, inside, GROUP: tl.constexpr):
-    """fp32 [R, N, W, 8] of x at rows [R] and channels [C]; 0 outside."""
-    offset = row[:, None] * stride_row + col[None, :]
-    return to_words(to_float(tl.load(x_ptr + offset, mask=live[:, None] & inside[None, :], other=0.0)), GROUP)
-
-
-@triton.jit
 def load_channels(ptr, col, inside, GROUP: tl.constexpr):
     """fp32 [1, N, W, 8] of a vector over channels [C]; 0 outside."""
     return to_words(to_float(tl.load(ptr + col[None, :], mask=inside[None, :], other=0.0)), GROUP)
@@ -63,7 +56,7 @@ def load_channels(ptr, col, inside, GROUP: tl.constexpr):
 
 @triton.jit
 def store_tile(x_ptr, x, row, col, stride_row, live, inside):
-    """Write a tile where load_tile read it."""
+    """Write [R, N, W, 8] to x at rows [R] and channels [C]."""
     x = tl.reshape(x, (row.shape[0], col.shape[0])).to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + row[:, None] * stride_row + col[None, :], x, mask=live[:, None] & inside[None, :])
 
@@ -180,9 +173,12 @@ def store_packed(
 @triton.jit
 def load_words(
     codes_ptr, scale_ptr, first, row, first_group, live, n_groups,
-    N: tl.constexpr, BITS: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
+    N: tl.constexpr, BITS: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr, IN_ORDER: tl.constexpr = False,
 ):  # fmt: skip
-    """What unpack_words takes, of N groups: words [R, NW] (8 bit: bytes [R, C]) and the scale of each word [R, NW]."""
+    """What unpack_words takes, of N groups: words [R, NW] (8 bit: bytes [R, C]) and the scale of each word [R, NW].
+
+    IN_ORDER: not before the volatile loads above, which ptxas would put off until these have arrived and are used.
+    """
     n_words: tl.constexpr = N * (GROUP // 8)
     word = first_group * (GROUP // 8) + tl.arange(0, n_words)
     words_a_row = n_groups * (GROUP // 8)
@@ -192,22 +188,23 @@ def load_words(
     if BITS == 8:
         byte = first_group * GROUP + tl.arange(0, N * GROUP)
         inside = live[:, None] & (byte < words_a_row * 8)[None, :]
-        words = tl.load(codes_ptr + (row[:, None] * (words_a_row * 8) + byte[None, :]), mask=inside, other=0)
+        place = codes_ptr + (row[:, None] * (words_a_row * 8) + byte[None, :])
+        words = tl.load(place, mask=inside, other=0, volatile=IN_ORDER)
     elif BITS == 3:
         # 24 bits lie in two neighbours of 16, from the first byte or from the second
         place = codes_ptr.to(tl.pointer_type(tl.uint16), bitcast=True) + (index // 2 * 3 + index % 2)
-        words = tl.load(place, mask=mask, other=0).to(tl.int32)
-        words |= tl.load(place + 1, mask=mask, other=0).to(tl.int32) << 16
+        words = tl.load(place, mask=mask, other=0, volatile=IN_ORDER).to(tl.int32)
+        words |= tl.load(place + 1, mask=mask, other=0, volatile=IN_ORDER).to(tl.int32) << 16
         words >>= index % 2 * 8
-    elif BITS == 2:
-        words = tl.load(codes_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=mask, other=0)
     else:
-        words = tl.load(codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index, mask=mask, other=0)
+        place = codes_ptr.to(tl.pointer_type(tl.int16 if BITS == 2 else tl.int32), bitcast=True) + index
+        words = tl.load(place, mask=mask, other=0, volatile=IN_ORDER)
     scale = tl.zeros([row.shape[0], n_words], tl.int16)
     if GROUPED:
         # a load for each thread that needs it is cheaper than an exchange
         scale_ptr = scale_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + first * n_groups
-        scale = tl.load(scale_ptr + (row[:, None] * n_groups + word[None, :] // (GROUP // 8)), mask=mask, other=0)
+        place = scale_ptr + (row[:, None] * n_groups + word[None, :] // (GROUP // 8))
+        scale = tl.load(place, mask=mask, other=0, volatile=IN_ORDER)
     return words, scale
 
 
@@ -379,17 +376,16 @@ def dequantize_rows(
     with device_guard(codes):
         _dequantize_rows_kernel[(cdiv(n_rows, ROWS_A_PROGRAM),)](
             codes, scale, mean, std, outliers, kept, mean if weight is None else weight, x,
-            n_rows, mean.numel(), n_groups, kept.shape[1], **book_constants(book), WEIGHTED=weight is not None,
-            **row_constants(n_groups, book, kept.shape[1]),
+            n_rows, mean.numel(), n_groups, kept.shape[1], WEIGHTED=weight is not None, ROWS=ROWS_A_PROGRAM,
+            **book_constants(book), **row_constants(n_groups, book, kept.shape[1]),
         )  # fmt: skip
     return x
 
 
 def row_constants(n_groups: int, book: Codebook, n_outliers: int) -> dict:
-    """Tile of a kernel whose programs take whole rows, ROWS_A_PROGRAM one after the other."""
+    """Tile of a kernel whose programs take whole rows."""
     block = next_power_of_2(n_groups)
     return {
-        "ROWS": ROWS_A_PROGRAM,
         "BLOCK_GROUPS": block,
         "BLOCK_OUTLIERS": next_power_of_2(max(n_outliers, 1)),
         "num_warps": min(16, max(1, block * book.group // 256)),
