@@ -14,13 +14,14 @@ from operators.quantize import (
     ROWS_A_PROGRAM,
     dequantize_tile,
     load_channels,
-    load_packed,
-    load_tile,
+    load_words,
     quantize_tile,
     row_constants,
     store_packed,
     store_tile,
+    to_float,
     to_words,
+    unpack_words,
 )
 from operators.savers import ChannelQuant, Keeper
 
@@ -96,43 +97,61 @@ def _rms_norm_pack_kernel(
         tl.store(kept_ptr + row * n_outliers + place, (kept * rstd).to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit
+def _load_gradients(dy_ptr, dresidual_ptr, col, mask, RESIDUAL: tl.constexpr):
+    """dy and dresidual (dy again if there is none) of a row at channels [C].
+
+    Volatile, because ptxas puts loads off behind arithmetic that waits for others, but keeps volatile ones in order.
+    """
+    dy = tl.load(dy_ptr + col, mask=mask, other=0.0, volatile=True)
+    if RESIDUAL:
+        return dy, tl.load(dresidual_ptr + col, mask=mask, other=0.0, volatile=True)
+    return dy, dy
+
+
+@triton.jit
 def _rms_norm_unpack_bwd_kernel(
     dy_ptr, rstd_ptr, weight_ptr, dresidual_ptr, dx_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, outliers_ptr,
-    kept_ptr, n_rows, n_cols, n_groups, stride_dy, stride_dresidual, n_outliers, RESIDUAL: tl.constexpr,
+    kept_ptr, n_cols, n_groups, stride_dy, stride_dresidual, n_outliers, RESIDUAL: tl.constexpr,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_OUTLIERS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_OUTLIERS: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     one = tl.arange(0, 1)
     col = tl.arange(0, BLOCK_GROUPS * GROUP)
-    inside = col < n_cols
-    weight = load_channels(weight_ptr, col, inside, GROUP)
-    mean, std = load_channels(mean_ptr, col, inside, GROUP), load_channels(std_ptr, col, inside, GROUP)
+    inside, live = col < n_cols, one >= 0
     place = tl.arange(0, BLOCK_OUTLIERS)
-    outlier = tl.load(outliers_ptr + place, mask=place < n_outliers, other=0)
-    outlier_weight = tl.load(weight_ptr + outlier, mask=place < n_outliers, other=0.0).to(tl.float32)
-    dtype = dx_ptr.dtype.element_ty
-    for i in range(ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS + i
-        live = one < n_rows - row
-        code, scale = load_packed(codes_ptr, scale_ptr, row, one, 0, live, n_groups, BLOCK_GROUPS, BITS, GROUPED, GROUP)
-        x_hat = dequantize_tile(code, scale, mean, std, BITS, STEP, CENTRE, GROUPED)
-        g = load_tile(dy_ptr + row * stride_dy, one, col, stride_dy, live, inside, GROUP) * weight
-        mask = (place < n_outliers) & (row < n_rows)
-        kept = tl.load(kept_ptr + row * n_outliers + place, mask=mask, other=0.0).to(tl.float32)
-        outlier_g = tl.load(dy_ptr + row * stride_dy + outlier, mask=mask, other=0.0).to(tl.float32) * outlier_weight
-        # x_hat is 0 at the exact channels so far
-        mean_gx = (tl.sum(tl.reshape(g * x_hat, (g.numel,))) + tl.sum(outlier_g * kept)) / n_cols
-        rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
-        dx, outlier_dx = (g - x_hat * mean_gx) * rstd, (outlier_g - kept * mean_gx) * rstd
-        if RESIDUAL:
-            residual = dresidual_ptr + row * stride_dresidual
-            dx += load_tile(residual, one, col, stride_dresidual, live, inside, GROUP)
-            outlier_dx += tl.load(residual + outlier, mask=mask, other=0.0).to(tl.float32)
-        store_tile(dx_ptr + row * n_cols, dx, one, col, n_cols, live, inside)
-        # other threads write the exact channels once more
-        tl.debug_barrier()
-        tl.store(dx_ptr + row * n_cols + outlier, outlier_dx.to(dtype), mask=mask)
+    exact = place < n_outliers
+    dy_ptr += row * stride_dy
+    dresidual_ptr += row * stride_dresidual
+    dx_ptr += row * n_cols
+    outlier = tl.load(outliers_ptr + place, mask=exact, other=0).to(tl.int32)
+    rstd = tl.load(rstd_ptr + row, volatile=True)
+    kept = tl.load(kept_ptr + row * n_outliers + place, mask=exact, other=0.0, volatile=True)
+    dy, dresidual = _load_gradients(dy_ptr, dresidual_ptr, col[None, :], inside[None, :], RESIDUAL)
+    outlier_dy, outlier_dresidual = _load_gradients(dy_ptr, dresidual_ptr, outlier, exact, RESIDUAL)
+    # last, because these are used first: then everything is on its way
+    words, scale = load_words(
+        codes_ptr, scale_ptr, row, one, 0, live, n_groups, BLOCK_GROUPS, BITS, GROUPED, GROUP, IN_ORDER=True
+    )
+    outlier_weight = tl.load(weight_ptr + outlier, mask=exact, other=0.0)
+    mean, std = load_channels(mean_ptr, col, inside, GROUP), load_channels(std_ptr, col, inside, GROUP)
+    code, scale = unpack_words(words, scale, BITS, GROUP)
+    x_hat = dequantize_tile(code, scale, mean, std, BITS, STEP, CENTRE, GROUPED)
+    g = to_words(to_float(dy), GROUP) * load_channels(weight_ptr, col, inside, GROUP)
+    kept, outlier_g = to_float(kept), to_float(outlier_dy) * to_float(outlier_weight)
+    # x_hat is 0 at the exact channels so far; a thread adds one of these, so that there is one sum for both
+    gx = tl.reshape(tl.sum(g * x_hat, axis=3), (BLOCK_GROUPS * GROUP // 8,))
+    gx += tl.sum(tl.reshape(outlier_g * kept, (gx.shape[0], BLOCK_OUTLIERS // gx.shape[0])), axis=1)
+    mean_gx = tl.sum(gx) / n_cols
+    dx, outlier_dx = (g - x_hat * mean_gx) * rstd, (outlier_g - kept * mean_gx) * rstd
+    if RESIDUAL:
+        dx += to_words(to_float(dresidual), GROUP)
+        outlier_dx += to_float(outlier_dresidual)
+    store_tile(dx_ptr, dx, one, col, 0, live, inside)
+    # other threads write the exact channels once more
+    tl.debug_barrier()
+    tl.store(dx_ptr + outlier, outlier_dx.to(dx_ptr.dtype.element_ty), mask=exact)
 
 
 def _row_launch(n_cols: int) -> dict:
@@ -182,7 +201,7 @@ def rms_norm_pack(x: Tensor, weight: Tensor, eps: float, saver, step) -> tuple[T
     with device_guard(x):
         _rms_norm_pack_kernel[(cdiv(n_rows, ROWS_A_PROGRAM),)](
             x, weight, y, rstd, codes, scale, saver.mean, saver.inv_std, saver.outliers, kept,
-            n_rows, n_cols, codes.shape[1], x.stride(0), saver.n_outliers, eps,
+            n_rows, n_cols, codes.shape[1], x.stride(0), saver.n_outliers, eps, ROWS=ROWS_A_PROGRAM,
             **book_constants(saver.book), **row_constants(codes.shape[1], saver.book, saver.n_outliers),
         )  # fmt: skip
     return y, rstd, saver.packed(codes, scale, kept if saver.n_outliers else None)
@@ -197,12 +216,13 @@ def rms_norm_unpack_bwd(
     residual = dy if dresidual is None else as_rows(dresidual)
     n_rows, n_cols = dy.shape
     n_outliers = kept.shape[1] if kept.numel() else 0
+    n_words = codes.shape[1] * book.group // 8
     dx = torch.empty(n_rows, n_cols, dtype=dy.dtype, device=dy.device)
     with device_guard(dy):
-        _rms_norm_unpack_bwd_kernel[(cdiv(n_rows, ROWS_A_PROGRAM),)](
-            dy, rstd, weight, residual, dx, codes, scale, mean, std, outliers, kept, n_rows, n_cols, codes.shape[1],
+        _rms_norm_unpack_bwd_kernel[(n_rows,)](
+            dy, rstd, weight, residual, dx, codes, scale, mean, std, outliers, kept, n_cols, codes.shape[1],
             dy.stride(0), residual.stride(0), n_outliers, RESIDUAL=dresidual is not None,
-            **book_constants(book), **row_constants(codes.shape[1], book, n_outliers),
+            **book_constants(book), **row_constants(codes.shape[1], book, max(n_outliers, n_words)),
         )  # fmt: skip
     return dx
 

@@ -41,21 +41,22 @@ def to_words(x, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x_ptr, row, col, stride_row, live, inside, GROUP: tl.constexpr):
-    """fp32 [R, N, W, 8] of x at rows [R] and channels [C]; 0 outside."""
-    offset = row[:, None] * stride_row + col[None, :]
-    return to_words(tl.load(x_ptr + offset, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32), GROUP)
+def to_float(x):
+    """x in fp32. bfloat16 is its upper half: one instruction, where a conversion takes two for each odd element."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
 @triton.jit
 def load_channels(ptr, col, inside, GROUP: tl.constexpr):
     """fp32 [1, N, W, 8] of a vector over channels [C]; 0 outside."""
-    return to_words(tl.load(ptr + col[None, :], mask=inside[None, :], other=0.0).to(tl.float32), GROUP)
+    return to_words(to_float(tl.load(ptr + col[None, :], mask=inside[None, :], other=0.0)), GROUP)
 
 
 @triton.jit
 def store_tile(x_ptr, x, row, col, stride_row, live, inside):
-    """Write a tile where load_tile read it."""
+    """Write [R, N, W, 8] to x at rows [R] and channels [C]."""
     x = tl.reshape(x, (row.shape[0], col.shape[0])).to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + row[:, None] * stride_row + col[None, :], x, mask=live[:, None] & inside[None, :])
 
@@ -124,20 +125,23 @@ def store_packed(
     codes_ptr, scale_ptr, code, scale, first, row, first_group, live, n_groups,
     BITS: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Pack codes [R, N, W, 8] and scales [R, N] of rows first + [R] and groups first_group + [N]."""
-    n_words: tl.constexpr = code.shape[1] * code.shape[2]
+    """Pack codes [R, N, S, K] and scales [R, N] of rows first + [R] and groups first_group + [N].
+
+    S: the shares of a group, one a thread, of K channels: a word or two.
+    """
+    n_shares: tl.constexpr = code.shape[2]
+    n_words: tl.constexpr = code.shape[1] * (GROUP // 8)
     word = first_group * (GROUP // 8) + tl.arange(0, n_words)
     words_a_row = n_groups * (GROUP // 8)
     codes_ptr += first * words_a_row * BITS
-    mask = live[:, None] & (word < words_a_row)[None, :]
-    index = row[:, None] * words_a_row + word[None, :]
     if BITS == 8:
         byte = first_group * GROUP + tl.arange(0, n_words * 8)
         inside = live[:, None] & (byte < words_a_row * 8)[None, :]
         place = codes_ptr + (row[:, None] * (words_a_row * 8) + byte[None, :])
         tl.store(place, tl.reshape(code, inside.shape).to(tl.uint8), mask=inside)
     else:
-        words = tl.sum(code << (tl.arange(0, 8)[None, None, None, :] * BITS), axis=3)
+        code = tl.reshape(code, (code.shape[0], n_words, 8))
+        words = tl.sum(code << (tl.arange(0, 8)[None, None, :] * BITS), axis=2)
         if BITS == 3:
             # 48 bits of two words are three pieces of 16
             first_word, second = tl.split(tl.reshape(words, (code.shape[0], n_words // 2, 2)))
@@ -149,26 +153,32 @@ def store_packed(
             tl.store(place + 1, ((first_word >> 16) | (second << 8)).to(tl.int16), mask=inside)
             tl.store(place + 2, (second >> 8).to(tl.int16), mask=inside)
         else:
-            words = tl.reshape(words, (code.shape[0], n_words))
+            index = row[:, None] * words_a_row + word[None, :]
+            inside = live[:, None] & (word < words_a_row)[None, :]
             if BITS == 2:
-                tl.store(codes_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, words.to(tl.int16), mask=mask)
+                place = codes_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index
+                tl.store(place, words.to(tl.int16), mask=inside)
             else:
-                tl.store(codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index, words, mask=mask)
+                tl.store(codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index, words, mask=inside)
     if GROUPED:
-        # every thread of a group has its scale: the first stores it
-        scale_ptr = scale_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + first * n_groups
-        scale = tl.broadcast_to(scale[:, :, None], (code.shape[0], code.shape[1], code.shape[2]))
-        scale = tl.reshape(scale, (code.shape[0], n_words)).to(tl.int16)
-        mask &= (word % (GROUP // 8) == 0)[None, :]
-        tl.store(scale_ptr + (row[:, None] * n_groups + word[None, :] // (GROUP // 8)), scale, mask=mask)
+        # every thread of a group has its scale: the first stores it, and no thread needs another's
+        share = first_group * n_shares + tl.arange(0, scale.shape[1] * n_shares)
+        inside = live[:, None] & (share % n_shares == 0)[None, :] & (share < n_groups * n_shares)[None, :]
+        place = scale_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + first * n_groups
+        place += row[:, None] * n_groups + share[None, :] // n_shares
+        scale = tl.broadcast_to(scale[:, :, None], (scale.shape[0], scale.shape[1], n_shares))
+        tl.store(place, tl.reshape(scale, inside.shape).to(tl.int16), mask=inside)
 
 
 @triton.jit
 def load_words(
     codes_ptr, scale_ptr, first, row, first_group, live, n_groups,
-    N: tl.constexpr, BITS: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
+    N: tl.constexpr, BITS: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr, IN_ORDER: tl.constexpr = False,
 ):  # fmt: skip
-    """What unpack_words takes, of N groups: words [R, NW] (8 bit: bytes [R, C]) and the scale of each word [R, NW]."""
+    """What unpack_words takes, of N groups: words [R, NW] (8 bit: bytes [R, C]) and the scale of each word [R, NW].
+
+    IN_ORDER: not before the volatile loads above, which ptxas would put off until these have arrived and are used.
+    """
     n_words: tl.constexpr = N * (GROUP // 8)
     word = first_group * (GROUP // 8) + tl.arange(0, n_words)
     words_a_row = n_groups * (GROUP // 8)
@@ -178,22 +188,23 @@ def load_words(
     if BITS == 8:
         byte = first_group * GROUP + tl.arange(0, N * GROUP)
         inside = live[:, None] & (byte < words_a_row * 8)[None, :]
-        words = tl.load(codes_ptr + (row[:, None] * (words_a_row * 8) + byte[None, :]), mask=inside, other=0)
+        place = codes_ptr + (row[:, None] * (words_a_row * 8) + byte[None, :])
+        words = tl.load(place, mask=inside, other=0, volatile=IN_ORDER)
     elif BITS == 3:
         # 24 bits lie in two neighbours of 16, from the first byte or from the second
         place = codes_ptr.to(tl.pointer_type(tl.uint16), bitcast=True) + (index // 2 * 3 + index % 2)
-        words = tl.load(place, mask=mask, other=0).to(tl.int32)
-        words |= tl.load(place + 1, mask=mask, other=0).to(tl.int32) << 16
+        words = tl.load(place, mask=mask, other=0, volatile=IN_ORDER).to(tl.int32)
+        words |= tl.load(place + 1, mask=mask, other=0, volatile=IN_ORDER).to(tl.int32) << 16
         words >>= index % 2 * 8
-    elif BITS == 2:
-        words = tl.load(codes_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=mask, other=0)
     else:
-        words = tl.load(codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index, mask=mask, other=0)
+        place = codes_ptr.to(tl.pointer_type(tl.int16 if BITS == 2 else tl.int32), bitcast=True) + index
+        words = tl.load(place, mask=mask, other=0, volatile=IN_ORDER)
     scale = tl.zeros([row.shape[0], n_words], tl.int16)
     if GROUPED:
         # a load for each thread that needs it is cheaper than an exchange
         scale_ptr = scale_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + first * n_groups
-        scale = tl.load(scale_ptr + (row[:, None] * n_groups + word[None, :] // (GROUP // 8)), mask=mask, other=0)
+        place = scale_ptr + (row[:, None] * n_groups + word[None, :] // (GROUP // 8))
+        scale = tl.load(place, mask=mask, other=0, volatile=IN_ORDER)
     return words, scale
 
 
@@ -221,9 +232,9 @@ def load_packed(
 
 @triton.jit
 def pair_words(x, GROUP: tl.constexpr):
-    """[2, C / 2], the even words of a row and the odd ones, as fp32 [1, N, W, 8]."""
-    x = tl.permute(tl.reshape(x.to(tl.float32), (2, x.shape[1] // 8, 8)), (1, 0, 2))
-    return tl.reshape(x, (1, x.shape[0] * 16 // GROUP, GROUP // 8, 8))
+    """[2, C / 2], the even words of a row and the odd ones, as fp32 [1, N, S, 16]: groups, shares of two words."""
+    x = tl.permute(tl.reshape(to_float(x), (2, x.shape[1] // 8, 8)), (1, 0, 2))
+    return tl.reshape(x, (1, x.shape[0] * 16 // GROUP, GROUP // 16, 16))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -365,17 +376,16 @@ def dequantize_rows(
     with device_guard(codes):
         _dequantize_rows_kernel[(cdiv(n_rows, ROWS_A_PROGRAM),)](
             codes, scale, mean, std, outliers, kept, mean if weight is None else weight, x,
-            n_rows, mean.numel(), n_groups, kept.shape[1], **book_constants(book), WEIGHTED=weight is not None,
-            **row_constants(n_groups, book, kept.shape[1]),
+            n_rows, mean.numel(), n_groups, kept.shape[1], WEIGHTED=weight is not None, ROWS=ROWS_A_PROGRAM,
+            **book_constants(book), **row_constants(n_groups, book, kept.shape[1]),
         )  # fmt: skip
     return x
 
 
 def row_constants(n_groups: int, book: Codebook, n_outliers: int) -> dict:
-    """Tile of a kernel whose programs take whole rows, ROWS_A_PROGRAM one after the other."""
+    """Tile of a kernel whose programs take whole rows."""
     block = next_power_of_2(n_groups)
     return {
-        "ROWS": ROWS_A_PROGRAM,
         "BLOCK_GROUPS": block,
         "BLOCK_OUTLIERS": next_power_of_2(max(n_outliers, 1)),
         "num_warps": min(16, max(1, block * book.group // 256)),
