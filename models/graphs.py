@@ -134,21 +134,24 @@ class LayerGraphs(Pausable):
         if not self._possible():
             return None
         inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]
+        given = self._given(hidden, self._arguments, spec)
         # PEFT's state takes a while to read: if the rest is as last time the GPU starts meanwhile, at worst in vain
-        likely, latest = self._likeness(hidden, self._arguments, spec), self._latest
-        started = latest[1] if latest is not None and latest[0] == likely else None
+        started = self._likely(given)
         if started is not None:
             started.start(inputs)
         self._latest = None
-        self._kind = self._kind_of(hidden, self._arguments, spec)
-        if self._kind is None:
+        weights = self._weights()
+        if weights is None:
+            return None
+        self._kind = self._kind_of(given, weights)
+        if self._kind in self._refused:
             return None
         recording = self.recordings.get(self._kind) or self._record(hidden, self._arguments, spec)
         if recording is None:
             return None
         if recording is not started:
             recording.start(inputs)
-        self._latest = self._kind[0], recording
+        self._latest = self._kind, weights, recording
         self._passing = len(self.layers) > 1
         return ReplayFunction.apply(hidden, recording.anchor, self, recording)
 
@@ -176,18 +179,27 @@ class LayerGraphs(Pausable):
         """Whether a replay could start now: nothing is in its memory, and savers do not change."""
         return self.active and torch.is_grad_enabled() and not self.step.calibrating and self._pending() is None
 
-    def _likeness(self, hidden: Tensor, leaves: list, spec) -> tuple:
-        """What two inputs must have in common to be replayed alike, and where the weights are that a replay reads."""
+    def _given(self, hidden: Tensor, leaves: list, spec) -> tuple:
+        """What the inputs of two steps must have in common to be replayed alike."""
         return (
             spec,
             autocast_dtype(hidden.device.type),
             *((t.shape, t.dtype, t.requires_grad) if _varies(t, hidden) else _value(t) for t in (hidden, *leaves)),
-            *(p.base.weight.data_ptr() for p in self.projections),
-            *((t.data_ptr(), t.requires_grad) for t in self._parameters()),
         )
 
-    def _kind_of(self, hidden: Tensor, leaves: list, spec) -> tuple | None:
-        """The likeness and the adapters' state by which a recording is found; None for what is not to be replayed."""
+    def _likely(self, given: tuple) -> Recording | None:
+        """The latest recording, if the inputs are alike and what it reads is where it was.
+
+        The tensors are those of last time: as they are held here, nothing that a replay reads has been freed, even if
+        the modules have other ones by now.
+        """
+        if self._latest is None:
+            return None
+        kind, weights, recording = self._latest
+        return recording if kind[:2] == (given, _places(weights)) else None
+
+    def _weights(self) -> list[Tensor] | None:
+        """What a replay reads of the blocks' modules; None if these are in a state that is not to be replayed."""
         modules = [layer.module for layer in self.layers]
         if any(getattr(m, "gradient_checkpointing", False) or not m.training for m in modules):
             return None
@@ -195,15 +207,16 @@ class LayerGraphs(Pausable):
             return None
         if not all([p.refresh(self.step.index) for p in self.projections]) or any(p.dropout for p in self.projections):
             return None
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters()):
+        trainable = [t for p in self.projections for t in p.parameters() if t is not None]
+        trainable += [norm.weight for norm in self.norms]
+        if any(t._backward_hooks or t._post_accumulate_grad_hooks for t in trainable):
             return None
-        kind = self._likeness(hidden, leaves, spec), *((p.adapter, p.scaling) for p in self.projections)
-        return None if kind in self._refused else kind
+        return [p.base.weight for p in self.projections] + trainable
 
-    def _parameters(self) -> list[Tensor]:
-        """What the layers' blocks may train."""
-        parameters = [t for p in self.projections for t in p.parameters() if t is not None]
-        return parameters + [norm.weight for norm in self.norms]
+    def _kind_of(self, given: tuple, weights: list[Tensor]) -> tuple:
+        """What a recording is found by: the inputs, where the weights are and the adapters' state."""
+        trained = tuple(t.requires_grad for t in weights)
+        return given, _places(weights), trained, *((p.adapter, p.scaling) for p in self.projections)
 
     def _compare(self, args: tuple, kwargs: dict) -> None:
         """A later layer runs by itself: unless its arguments are those of the first one, this kind stays so."""
@@ -312,6 +325,11 @@ class Ticket:
 def _varies(leaf, hidden: Tensor) -> bool:
     """Whether an argument is data that kernels read; what the host reads is part of what is recorded."""
     return isinstance(leaf, Tensor) and leaf.device == hidden.device and not is_bounds(leaf)
+
+
+def _places(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Where in memory tensors are."""
+    return tuple([t.data_ptr() for t in tensors])
 
 
 def _value(leaf):

@@ -1,7 +1,7 @@
 """The block of a causal LM: decoder, then LM head and loss chunk by chunk, so that training has no logits."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -10,7 +10,6 @@ from transformers.utils import can_return_tuple
 from models.blocks import Block, autocast_dtype, projection
 from operators.cross_entropy import Targets, linear_cross_entropy
 from operators.lora import Projection
-from operators.reference import IGNORED
 from operators.savers import Step
 
 
@@ -56,7 +55,7 @@ class HeadBlock(Block):
 
     @can_return_tuple
     def run(self, *args, labels, logits_to_keep=0, shift_labels=None, num_items_in_batch=None, **kwargs):
-        targets = Targets(shifted(labels) if shift_labels is None else shift_labels)
+        targets = Targets(labels, ahead=1) if shift_labels is None else Targets(shift_labels)
         outputs = self.module.base_model(*args, **kwargs)
         hidden = outputs.last_hidden_state
         device_type = hidden.device.type
@@ -70,8 +69,3 @@ class HeadBlock(Block):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """Labels [B, S] moved so that position n has the token that it predicts; the last one predicts nothing."""
-    return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]

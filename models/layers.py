@@ -75,9 +75,11 @@ class CheckpointBlock(Block):
     stock = None
 
     def bind(self) -> None:
+        if not getattr(self.module, "gradient_checkpointing", False):
+            return
         installed = getattr(self.module, "_gradient_checkpointing_func", None)
         better = self.store is not None or not isinstance(self.savers["layer_in"], Exact)
-        if better and getattr(self.module, "gradient_checkpointing", False) and installed is not self:
+        if better and installed is not self:
             self.stock, self.module._gradient_checkpointing_func = installed, self
 
     def unbind(self) -> None:

@@ -18,6 +18,8 @@ def causal_bounds(attention_mask, position_ids: Tensor | None, batch: int, seq_l
         if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, seq_len):
             return None
         real = attention_mask.bool().cpu()
+        if real.all():  # by far the commonest, and the GPU waits
+            return _whole_rows(batch, seq_len)
         first[:, 1:] = real[:, 1:] & ~real[:, :-1]
         if (first.sum(1) + real[:, 0] > 1).any():  # padding between real tokens, which see each other in HF
             return None
@@ -26,7 +28,15 @@ def causal_bounds(attention_mask, position_ids: Tensor | None, batch: int, seq_l
         if position_ids.shape not in ((batch, seq_len), (1, seq_len)):
             return None
         first[:, 1:] = (position_ids.diff(dim=-1) != 1).cpu()
+    else:
+        return _whole_rows(batch, seq_len)
     first[:, 0] = True
     starts = first.flatten().nonzero().flatten()
     bounds = torch.stack([starts, seeing.flatten()[starts]])
     return torch.cat([bounds, bounds.new_tensor([[batch * seq_len], [0]])], dim=1).int()[None, None]
+
+
+def _whole_rows(batch: int, seq_len: int) -> Tensor:
+    """Each row is a run."""
+    starts = range(0, batch * seq_len + 1, seq_len)
+    return torch.tensor([[[list(starts), [1] * batch + [0]]]], dtype=torch.int32)

@@ -5,6 +5,7 @@ The gradient needs nothing from backward but a scalar, so forward computes it at
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,17 +72,14 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
 class Targets:
     """The labels that are in the loss and the rows they belong to; made before the decoder runs.
 
-    labels: any shape, aligned with the hidden states (shifted already). Their number reaches the host by a copy that is
-    queued here, ahead of the decoder's kernels: waiting for it at the head leaves those kernels in the GPU's queue.
+    labels: [..., S], each for the hidden state that is `ahead` positions before it. Their number reaches the host by a
+    copy that is queued here, ahead of the decoder's kernels: waiting for it at the head leaves those kernels in the
+    GPU's queue. Nothing else is done here, as the GPU may be waiting for those kernels.
     """
 
-    def __init__(self, labels: Tensor):
-        labels = labels.reshape(-1)
-        ignored = labels == IGNORED
-        # a stable sort moves the counted rows to the front without knowing how many they are, as nonzero() must
-        self._rows = torch.argsort(ignored.to(torch.uint8), stable=True)
-        self._labels = labels[self._rows]
-        self.count = (~ignored).sum()
+    def __init__(self, labels: Tensor, ahead: int = 0):
+        self._labels, self._ahead = labels, ahead
+        self.count = (labels[..., ahead:] != IGNORED).sum()
         self._host, self._copied = self.count, None
         if labels.is_cuda:
             self._host = torch.empty((), dtype=self.count.dtype, pin_memory=True)
@@ -90,10 +88,13 @@ class Targets:
 
     def counted(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row indices [N] and labels [N] that are in the loss."""
+        labels = F.pad(self._labels, (0, self._ahead), value=IGNORED)[..., self._ahead :].reshape(-1)
+        # a stable sort moves the counted rows to the front; nonzero() would wait for the decoder's kernels
+        rows = torch.argsort((labels == IGNORED).to(torch.uint8), stable=True)
         if self._copied is not None:
             self._copied.synchronize()
-        n = int(self._host)
-        return self._rows[:n].to(device), self._labels[:n].to(device)
+        rows = rows[: int(self._host)]
+        return rows.to(device), labels[rows].to(device)
 
 
 def linear_cross_entropy(hidden: Tensor, targets: Targets, p: Projection, num_items: Tensor | int | None) -> Tensor:
@@ -174,7 +175,7 @@ class _Head:
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """z [R, V] of the rows."""
         x = hidden.index_select(0, rows)
-        frozen = torch.nn.functional.linear(x, self.weight, self.bias)
+        frozen = F.linear(x, self.weight, self.bias)
         self.x, self.xa, self.mask = x, None, None
         if self.p.has_adapter:
             if self.factors is not None:

@@ -51,6 +51,8 @@ class Projection:
         self.module, self.name = module, name
         self.base = getattr(module, "base_layer", module)
         self.width = self.base.out_features
+        # PEFT changes what is in these, never themselves, and each look at a module's child costs more than a dict's
+        self._adapters = None if module is self.base else (module.lora_A, module.lora_B, module.lora_dropout)
         self._forward: int | None = None
         self.refresh()
 
@@ -65,20 +67,20 @@ class Projection:
         module = self.module
         self.adapter, self.rank, self.scaling, self.dropout = None, 0, 0.0, 0.0
         self._active = True
-        if module is self.base:
+        if self._adapters is None:
             self._parameters = None, None, None, module.bias
             return True
-        lora_A = module.lora_A
+        lora_A, lora_B, dropouts = self._adapters
         active = [a for a in module.active_adapters if a in lora_A]
         if len(active) > 1:
             raise ValueError(f"{self.name}: several active adapters, {', '.join(active)}; activate one")
         weights = None, None, None
         if active:
             (self.adapter,) = active
-            lora_B = module.lora_B[self.adapter]
-            weights = lora_A[self.adapter].weight, lora_B.weight, lora_B.bias
+            up = lora_B[self.adapter]
+            weights = lora_A[self.adapter].weight, up.weight, up.bias
             self.rank, self.scaling = weights[0].shape[0], module.scaling[self.adapter]
-            dropout = module.lora_dropout[self.adapter]
+            dropout = dropouts[self.adapter]
             self.dropout = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         self._parameters = *weights, self.base.bias
         self._active = not (module.disable_adapters or module.merged)

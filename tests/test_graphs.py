@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
@@ -192,6 +194,32 @@ def test_hooks_run(recorded, hook):
     for _ in range(2):
         assert replayed(model, graphs, batch)
     assert started == [True, False, True], "early and in vain; late, as the step before was none; early"
+
+
+def move(linear):
+    linear.weight.data = linear.weight.data * 2
+
+
+def replace(linear):
+    linear.weight = nn.Parameter(linear.weight.detach() * 2, linear.weight.requires_grad)
+
+
+@pytest.mark.parametrize("change, early", [(move, []), (replace, [True])])
+@pytest.mark.parametrize("name", ["base_layer", "lora_A.default"])
+def test_weights_in_other_memory(recorded, name, change, early):
+    """Nothing is started that would read freed memory, and a start with the former weights is in vain."""
+    model, graphs, batch = recorded
+    linear = model.get_submodule(f"base_model.model.model.layers.1.mlp.up_proj.{name}")
+    former, started = StorageWeakRef(linear.weight.untyped_storage()), []
+    (recording,) = graphs.recordings.values()
+    recording.start = lambda _: started.append(not former.expired())
+    change(linear)
+    found = train(model, [batch])[0]
+    assert started == early
+    with graphs.paused():
+        expected = train(model, [batch])[0]
+    assert equal(found, expected)
+    assert equal(train(model, [batch] * 2)[1], expected) and len(graphs.recordings) == 2
 
 
 def test_layers_run_by_themselves_where_a_graph_cannot(recorded):

@@ -227,7 +227,8 @@ def test_bounds():
     positions = torch.tensor([[0, 1, 0, 1, 2], [3, 4, 5, 9, 10]])
     assert causal_bounds(None, positions, 2, 5)[0, 0].tolist() == [[0, 2, 5, 8, 10], [1, 1, 1, 1, 0]]
     assert causal_bounds(None, positions[:1], 2, 5)[0, 0].tolist() == [[0, 2, 5, 7, 10], [1, 1, 1, 1, 0]]
-    assert causal_bounds(None, None, 2, 5)[0, 0].tolist() == [[0, 5, 10], [1, 1, 0]]
+    for whole in (None, torch.ones(2, 5)):
+        assert causal_bounds(whole, None, 2, 5)[0, 0].tolist() == [[0, 5, 10], [1, 1, 0]]
     assert causal_bounds(mask, None, 4, 3) is None and causal_bounds(mask[:, None], None, 4, 5) is None
     assert causal_bounds(torch.tensor([[1, 0, 1]]), None, 1, 3) is None
 
