@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.record import record
+from benchmarks.rows import LSE_KEPT
 from models import HycloraConfig, apply_hyclora, remove_hyclora
 from utils.args import LINEARS, DataArguments
 from utils.data.gsm8k import Collator, load_rows, tokenize_rows
@@ -28,6 +29,7 @@ SETTINGS = [
     *({"q_bit": "auto", "average_bits": bits} for bits in (4.0, 3.0, 2.5)),
     *({"q_bit": bits, "scale_rule": "paper"} for bits in (8, 4, 2)),
     {"q_bit": 4, "layer_type": "intra"},
+    *({"q_bit": bits, "slot_savers": LSE_KEPT} for bits in (4, 2)),
 ]
 SLOT_GROUPS = {"norm_in": ["norm_in"], "attn_in + mlp_in": ["attn_in", "mlp_in"]} | {
     name: [name] for name in ("q", "k", "v", "gate", "up")

@@ -153,11 +153,13 @@ def memory_length():
 
 
 def _whole_cells(*fields: str):
-    """Cells of the shape that is drawn, with those of their lines that have all the fields."""
-    for cell, lines in memory_cells().items():
+    """Cells of the shape that is drawn, on the GPU measured last, and their lines that have all the fields."""
+    cells = memory_cells()
+    for cell, lines in cells.items():
         named = dict(zip(CELL, cell, strict=True))
         whole = [line for line in lines if all(field in line for field in fields)]
-        if whole and (named["shape"], named["base"], named["lora_rank"]) == (SHAPE, "nf4", 16):
+        drawn = (next(iter(cells))[0], SHAPE, "nf4", 16)
+        if whole and tuple(named[key] for key in ("device", "shape", "base", "lora_rank")) == drawn:
             yield cell, whole
 
 

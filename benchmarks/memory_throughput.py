@@ -17,7 +17,7 @@ import json
 from benchmarks.jobs import Job, add_arguments, cell, make_job
 from benchmarks.peers import NOT_INSTALLED, PEERS, run
 from benchmarks.record import record
-from benchmarks.rows import name_of
+from benchmarks.rows import LSE_KEPT, name_of
 from utils.errors import entry_point
 from utils.results import environment
 
@@ -27,6 +27,7 @@ OURS = [
     *({"q_bit": bits} for bits in (8, 4, 2)),
     *({"layer_type": "intra_inter_full_fuse", "q_bit": bits} for bits in (4, 2)),
     {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True},
+    {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True, "slot_savers": LSE_KEPT},
     {"layer_type": "intra_inter_full_fuse", "q_bit": 2, "cuda_graphs": True},
     {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True, "cuda_graphs": True},
     {"q_bit": "auto"},

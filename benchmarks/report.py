@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.record import RESULTS
-from benchmarks.rows import describe_batch, describe_model, load, memory_cells, name_of
+from benchmarks.rows import LSE_KEPT, describe_batch, describe_device, describe_model, load, memory_cells, name_of
 from models.config import SLOTS, HycloraConfig
 
 ROOT = RESULTS.parent.parent
@@ -57,7 +57,8 @@ def buffered() -> str:
 
 
 def fidelity() -> str:
-    lines = [line for line in load("fidelity", "model", "label") if "slot_savers" not in line["setting"]]
+    lines = load("fidelity", "model", "label")
+    lines = [line for line in lines if line["setting"].get("slot_savers", LSE_KEPT) == LSE_KEPT]
     models = list(dict.fromkeys(line["model"] for line in lines))
     cells: dict[str, dict[str, str]] = {}
     for line in lines:
@@ -83,16 +84,16 @@ def finetune() -> str:
 
 
 def memory_throughput() -> str:
-    """A table a model and batch, by memory, failures with their cause last; batches with few rows share one."""
+    """A table a GPU, model and batch, by memory, failures with their cause last; batches with few rows share one."""
     parts, shared = [], {}
     for cell, lines in memory_cells().items():
         lines.sort(key=lambda line: line.get("dyn_mib", math.inf))
         if len(lines) > FEW:
-            title = f"{describe_model(cell)}, {describe_batch(cell)}"
+            title = f"{describe_device(cell)}, {describe_model(cell)}, {describe_batch(cell)}"
             parts += memory_table(title, [(name_of(line["setting"]), line) for line in lines])
         else:
             named = [(f"{describe_batch(cell)}: {name_of(line['setting'])}", line) for line in lines]
-            shared.setdefault(describe_model(cell), []).extend(named)
+            shared.setdefault(f"{describe_device(cell)}, {describe_model(cell)}", []).extend(named)
     for title, named in shared.items():
         parts += memory_table(title, named)
     drawn = {

@@ -5,7 +5,8 @@ import json
 from benchmarks.record import RESULTS
 from models.config import HycloraConfig
 
-CELL = ("shape", "base", "lora_rank", "batch_size", "seq_len")
+CELL = ("device", "shape", "base", "lora_rank", "batch_size", "seq_len")
+LSE_KEPT = {"lse": "exact"}
 
 
 def load(name: str, *keys: str) -> list[dict]:
@@ -23,12 +24,17 @@ def load(name: str, *keys: str) -> list[dict]:
 
 
 def memory_cells() -> dict[tuple, list[dict]]:
-    """Lines of memory_throughput that were measured on a GPU, by the values of CELL."""
+    """Lines of memory_throughput that were measured on a GPU, by the values of CELL; the GPU measured last is first."""
     cells: dict[tuple, list[dict]] = {}
-    for line in load("memory_throughput", *CELL, "device"):
+    latest: dict[str, str] = {}
+    for line in load("memory_throughput", *CELL):
         if line["arguments"]["device"] == "cuda":
-            cells.setdefault(tuple(line["arguments"][key] for key in CELL), []).append(line)
-    return dict(sorted(cells.items(), key=lambda cell: (cell[0][:3], cell[0][-1], cell[0][-2])))
+            latest[line["device"]] = max(line["time"], latest.get(line["device"], ""))
+            cells.setdefault(tuple((line["arguments"] | line)[key] for key in CELL), []).append(line)
+    by_time = sorted(latest, key=latest.get, reverse=True)
+    return dict(
+        sorted(cells.items(), key=lambda cell: (by_time.index(cell[0][0]), cell[0][1:4], cell[0][-1], cell[0][-2]))
+    )
 
 
 def name_of(setting: dict | str | None) -> str:
@@ -48,15 +54,23 @@ def name_of(setting: dict | str | None) -> str:
         words.append("offloaded")
     if rest.pop("cuda_graphs", False):
         words.append("CUDA graphs")
+    if rest.get("slot_savers") == LSE_KEPT:
+        rest.pop("slot_savers")
+        words.append("lse kept")
     return ", ".join([*words, *(f"{name} {value}" for name, value in rest.items())])
 
 
 def describe_model(cell: tuple) -> str:
     """The shape of a cell of `memory_cells`, with base and rank."""
-    shape, base, rank = cell[:3]
+    _, shape, base, rank = cell[:4]
     return f"{shape}, {base.upper()}{'' if rank == 16 else f', rank {rank}'}"
 
 
 def describe_batch(cell: tuple) -> str:
     """The batch of a cell of `memory_cells`."""
-    return f"{cell[3]} x {cell[4]} tokens"
+    return f"{cell[4]} x {cell[5]} tokens"
+
+
+def describe_device(cell: tuple) -> str:
+    """The GPU of a cell of `memory_cells`, in short."""
+    return cell[0].removeprefix("NVIDIA ").split()[0]

@@ -25,6 +25,9 @@ from operators.quantize import (
 )
 from operators.savers import ChannelQuant, Keeper
 
+# of the backward from packed rows, so that three of them fit into a multiprocessor; longer ones would spill
+REGISTERS, CHANNELS_IN_REGISTERS = 40, 4096
+
 
 @triton.jit
 def _rms_norm_fwd_kernel(
@@ -222,6 +225,7 @@ def rms_norm_unpack_bwd(
         _rms_norm_unpack_bwd_kernel[(n_rows,)](
             dy, rstd, weight, residual, dx, codes, scale, mean, std, outliers, kept, n_cols, codes.shape[1],
             dy.stride(0), residual.stride(0), n_outliers, RESIDUAL=dresidual is not None,
+            maxnreg=REGISTERS if n_cols <= CHANNELS_IN_REGISTERS else None,
             **book_constants(book), **row_constants(codes.shape[1], book, max(n_outliers, n_words)),
         )  # fmt: skip
     return dx

@@ -243,9 +243,11 @@ def _quantize_kernel(
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    # neighbours take the blocks of the same rows, which is faster by 1 us than rows of the same block
+    blocks = tl.cdiv(n_groups, BLOCK_GROUPS)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
     n_rows = (n_rows - first).to(tl.int32)
-    first_group = tl.program_id(1) * BLOCK_GROUPS
+    first_group = tl.program_id(0) % blocks * BLOCK_GROUPS
     # a thread takes the even word and the odd one: 16 channels share what it computes of their group
     place = tl.arange(0, BLOCK_GROUPS * GROUP // 2)
     col = first_group * GROUP + (place // 8 * 16 + place % 8)[None, :] + tl.arange(0, 2)[:, None] * 8
@@ -338,7 +340,8 @@ def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[
     codes, scale = carve(packed_shapes(n_rows, n_cols, book), x.device)
     n_groups = codes.shape[1]
     with device_guard(x):
-        _quantize_kernel[_grid(n_rows, n_groups, PACK_TILE)](
+        row_blocks, column_blocks = _grid(n_rows, n_groups, PACK_TILE)
+        _quantize_kernel[(row_blocks * column_blocks,)](
             x, mean, inv_std, codes, scale, n_rows, n_cols, n_groups, x.stride(0),
             **book_constants(book), **PACK_TILE,
         )  # fmt: skip

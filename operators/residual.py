@@ -11,6 +11,7 @@ from operators.fused_tiles import ROWS_A_WARP, add_lora, load_strips, store_stri
 
 GROUP = 64
 BLOCK_ROWS = 64
+LARGEST_RANK = 128  # all of it is in shared memory
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -48,6 +49,8 @@ def add_residual(y: Tensor, xa: Tensor | None, B: Tensor | None, residual: Tenso
     """
     dtype = torch.promote_types(y.dtype, residual.dtype)
     into = residual.detach() if overwrite else y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
+    if xa is not None and xa.shape[1] > LARGEST_RANK and use_triton(y):
+        y, xa, B = y.addmm_(xa, B.t()), None, None
     if not use_triton(y):
         return into.copy_(reference.add_residual(y, xa, B, residual))
     residual = residual.contiguous()

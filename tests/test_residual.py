@@ -26,10 +26,11 @@ def test_sum(kernels, shape, dtype, residual_dtype, overwrite):
     overwrite = overwrite and overwritable(residual, dtype)
     exact = reference.add_residual(y.double(), *(t if t is None else t.double() for t in (xa, B)), residual.double())
     place, wider = residual.data_ptr() if overwrite else y.data_ptr(), torch.promote_types(dtype, residual_dtype)
+    coarser = dtype if shape[2] > 128 else wider  # such a product is added by itself, and y rounded
     kept = residual.clone()
     total = add_residual(y, xa, B, residual, overwrite)
     assert total.dtype == wider
-    assert relative_error(total, exact) < {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}[wider]
+    assert relative_error(total, exact) < {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}[coarser]
     if overwrite or dtype == wider:
         assert total.data_ptr() == place
     assert overwrite or torch.equal(residual, kept)

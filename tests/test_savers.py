@@ -1,5 +1,8 @@
 """Savers and the keeper that carries their packed tensors."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 
@@ -130,18 +133,48 @@ def test_bits_are_what_is_packed(bits):
     assert 8 * sum(t.numel() * t.element_size() for t in (codes, scale, kept)) == 10 * saver.bits(200)
 
 
-def test_keeper_frees_a_slot_as_it_is_read():
-    class Ctx:
-        def save_for_backward(self, *tensors):
-            self.saved_tensors = tensors
+def run_keeper(read, retain_graph=False):
+    """Keep an owner's memory as slot a, and b by nothing; read(keeper, alive) runs in backward, twice if it can."""
+    owner = np.ones((3, 4), dtype=np.float32)
+    alive = weakref.ref(owner)
 
-    ctx, keeper = Ctx(), Keeper({"a": Exact(), "b": Recompute()}, Step(1))
-    x = rand(3, 4)
-    keeper.keep("a", x)
-    keeper.keep("b", x)
-    keeper.keep_exact("rstd", x[:, 0])
-    keeper.save(ctx)
-    loaded = Keeper.load(ctx)
-    assert loaded.restore("b") is None and torch.equal(loaded.exact("rstd"), x[:, 0])
-    assert torch.equal(loaded.restore("a"), x)
-    assert loaded.restore("a") is None and loaded._tensors[0] is None
+    class Block(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, slot):
+            keeper = Keeper({"a": Exact(), "b": Recompute()}, Step(1))
+            keeper.keep("a", slot)
+            keeper.keep("b", slot)
+            keeper.keep_exact("rstd", x.detach()[:, 0])
+            keeper.save(ctx)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            read(Keeper.load(ctx), alive)
+            return dy, None
+
+    y = Block.apply(torch.ones(3, 4, requires_grad=True), torch.from_numpy(owner)).sum()
+    del owner
+    y.backward(retain_graph=retain_graph)
+    if retain_graph:
+        y.backward()
+
+
+def test_keeper_frees_a_slot_as_it_is_read():
+    """In the middle of its block's backward, not only after it."""
+    seen = []
+
+    def read(keeper, alive):
+        assert keeper.restore("b") is None and torch.equal(keeper.exact("rstd"), torch.ones(3))
+        assert torch.equal(keeper.restore("a"), torch.ones(3, 4))
+        assert keeper.restore("a") is None
+        seen.append(alive() is None)
+
+    run_keeper(read)
+    assert seen == [True]
+
+
+def test_a_retained_graph_keeps_its_slots():
+    seen = []
+    run_keeper(lambda keeper, alive: seen.append(keeper.restore("a").clone()), retain_graph=True)
+    assert len(seen) == 2 and torch.equal(*seen)

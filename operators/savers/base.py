@@ -182,6 +182,8 @@ class Keeper:
         keeper = Keeper({}, None)
         keeper._layout, keeper._tensors = dict(ctx.slot_layout), list(ctx.saved_tensors)
         keeper._parts = {index: dict(layout) for index, layout in ctx.slot_parts.items()}
+        # or autograd holds them until the block's backward is over; not if the graph is retained
+        ctx.maybe_clear_saved_tensors()
         if ctx.has_ticket:
             for i, tensor in redeem(keeper._tensors.pop()).items():
                 keeper._tensors[i] = tensor
