@@ -18,12 +18,16 @@ from torch import Tensor
 from benchmarks.record import record
 from operators.activation import silu_mul_bwd, silu_mul_fwd
 from operators.codebook import CODEBOOKS
+from operators.low_rank_grad import low_rank_grads
 from operators.nf4 import bnb, dequantize_4bit
 from operators.norm import rms_norm_bwd, rms_norm_fwd, rms_norm_pack, rms_norm_unpack_bwd
 from operators.quantize import dequantize, quantize
+from operators.residual import add_residual
 from operators.rope import rope, rope_bwd
 from operators.savers import ChannelQuant, Step
 from utils.errors import UserError, entry_point
+
+RANK = 16
 
 
 def size(*tensors: Tensor) -> int:
@@ -65,6 +69,13 @@ def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tu
     saver, step = ChannelQuant(4, "channel_group", 0.005), Step(threshold=1, index=1)
     slot = saver.pack(x_hat, step)
     step.index, packed = 2, size(*slot[:3])
+    dy_wide, xa = (torch.randn(n_rows, n, device="cuda", dtype=torch.bfloat16) for n in (2 * ffn, 2 * RANK))
+    B = torch.block_diag(*torch.randn(2, ffn, RANK, device="cuda")).bfloat16()
+
+    def by_parts():
+        parts = zip(dy_wide.split(ffn, dim=1), xa.split(RANK, dim=1), strict=True)
+        return [torch.mm(part.t(), own, out_dtype=torch.float32) for part, own in parts]
+
     found = {
         "copy": (lambda: gate.clone(), 2 * size(gate)),
         "rms_norm_fwd": (lambda: rms_norm_fwd(x, weight, 1e-5), size(x, y, x_hat)),
@@ -74,6 +85,16 @@ def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tu
             lambda: rms_norm_unpack_bwd(dy, rstd, weight, slot, saver.book),
             size(dy, dy) + packed,
         ),
+        "rms_norm_unpack_bwd 4 bit + residual": (
+            lambda: rms_norm_unpack_bwd(dy, rstd, weight, slot, saver.book, x),
+            size(dy, dy, x) + packed,
+        ),
+        "add_residual": (lambda: add_residual(dy, xa[:, :RANK], B[:hidden, :RANK], x, overwrite=True), size(dy, x, x)),
+        "low_rank_grad": (
+            lambda: low_rank_grads(dy_wide, xa, B, [ffn] * 2, [RANK] * 2, torch.empty_like(xa)),
+            size(dy_wide),
+        ),
+        "low_rank_grad, torch": (lambda: (dy_wide @ B, *by_parts()), size(dy_wide)),
         "rope": (lambda: rope(heads, cos, sin), 2 * size(x)),
         "rope_bwd": (lambda: rope_bwd(heads, heads, heads, cos, sin), 6 * size(x)),
         "silu_mul_fwd": (lambda: silu_mul_fwd(gate, up), 3 * size(gate)),

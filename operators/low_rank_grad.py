@@ -44,7 +44,7 @@ def _projection(index, width0, width1, width2, rank0, rank1, BLOCK_COLS: tl.cons
 
 @triton.jit(do_not_specialize=["n_rows", "rows_a_range"])
 def _low_rank_grad_kernel(
-    dy_ptr, xa_ptr, b_ptr, g_ptr, db_ptr, n_rows, rows_a_range, stride_dy, stride_rank,
+    dy_ptr, xa_ptr, b_ptr, g_ptr, db_ptr, n_rows, rows_a_range, stride_dy, stride_xa, stride_b,
     width0, width1, width2, rank0, rank1, rank2,
     BLOCK_RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -55,18 +55,16 @@ def _low_rank_grad_kernel(
     col, rank, place = tl.arange(0, BLOCK_COLS), tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_ROWS)
     col += stripe * BLOCK_COLS
     inside, own = (col < width)[:, None], (rank < ranks)[None, :]
-    b = tl.load(
-        b_ptr + (start + col)[:, None] * stride_rank + (first_rank + rank)[None, :], mask=inside & own, other=0.0
-    )
+    b = tl.load(b_ptr + (start + col)[:, None] * stride_b + (first_rank + rank)[None, :], mask=inside & own, other=0.0)
     b = _operand(b)
     first = part.to(tl.int64) * rows_a_range
     dy_ptr += first * stride_dy + start
-    xa_ptr += first * stride_rank + first_rank
+    xa_ptr += first * stride_xa + first_rank
     g_ptr += (index.to(tl.int64) * n_rows + first) * BLOCK_RANK  # what a stripe adds to g
     n_own = tl.minimum(rows_a_range, n_rows - first).to(tl.int32)
     db = tl.zeros([BLOCK_COLS, BLOCK_RANK], tl.float32)
     dy_ptrs = dy_ptr + place[:, None] * stride_dy + col[None, :]
-    xa_ptrs = xa_ptr + place[:, None] * stride_rank + rank[None, :]
+    xa_ptrs = xa_ptr + place[:, None] * stride_xa + rank[None, :]
     g_ptrs = g_ptr + place[:, None] * BLOCK_RANK + rank[None, :]
     for i in range(0, n_own, BLOCK_ROWS):
         live = (place < n_own - i)[:, None]
@@ -75,7 +73,7 @@ def _low_rank_grad_kernel(
         tl.store(g_ptrs, tl.dot(dy, b, input_precision="ieee"), mask=live)
         db = tl.dot(tl.trans(dy), xa, db, input_precision="ieee")
         dy_ptrs += BLOCK_ROWS * stride_dy
-        xa_ptrs += BLOCK_ROWS * stride_rank
+        xa_ptrs += BLOCK_ROWS * stride_xa
         g_ptrs += BLOCK_ROWS * BLOCK_RANK
     db_ptr += (part.to(tl.int64) * n_cols + start) * BLOCK_RANK
     tl.store(db_ptr + col[:, None] * BLOCK_RANK + rank[None, :], db, mask=inside)
@@ -146,7 +144,7 @@ def low_rank_grads(dy: Tensor, xa: Tensor, B: Tensor, widths: list[int], ranks: 
     g_programs = cdiv(n_rows * rank, SUM_BLOCK)
     with device_guard(dy):
         _low_rank_grad_kernel[(stripes, n_ranges)](
-            dy, xa, B, g_parts, db_parts, n_rows, rows_a_range, dy.stride(0), rank, *shape,
+            dy, xa, B, g_parts, db_parts, n_rows, rows_a_range, dy.stride(0), xa.stride(0), B.stride(0), *shape,
             BLOCK_RANK=block_rank, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=block_cols, **LAUNCH,
         )  # fmt: skip
         _low_rank_sum_kernel[(g_programs + cdiv(sum(sizes), SUM_BLOCK),)](

@@ -16,7 +16,7 @@ LARGEST_RANK = 128  # all of it is in shared memory
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _add_residual_kernel(
-    y_ptr, xa_ptr, b_ptr, residual_ptr, out_ptr, n_rows, n_cols, stride_rank,
+    y_ptr, xa_ptr, b_ptr, residual_ptr, out_ptr, n_rows, n_cols, stride_xa, stride_b,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
@@ -26,7 +26,7 @@ def _add_residual_kernel(
     y = load_strips(y_ptr + first * n_cols, row, col, n_cols, inside, BLOCK_ROWS)
     residual = load_strips(residual_ptr + first * n_cols, row, col, n_cols, inside, BLOCK_ROWS)
     y = add_lora(
-        y, xa_ptr + first * stride_rank, b_ptr, group, last, n_cols, stride_rank, stride_rank, 1, GROUP, WHOLE, RANK,
+        y, xa_ptr + first * stride_xa, b_ptr, group, last, n_cols, stride_xa, stride_b, 1, GROUP, WHOLE, RANK,
         RANK_BLOCK,
     )  # fmt: skip
     store_strips(out_ptr + first * n_cols, y + residual, row, col, n_cols, live, inside)
@@ -59,7 +59,7 @@ def add_residual(y: Tensor, xa: Tensor | None, B: Tensor | None, residual: Tenso
     xa, B = (y, y) if xa is None else (xa, B)
     with device_guard(y):
         _add_residual_kernel[(cdiv(n_cols, GROUP), cdiv(n_rows, BLOCK_ROWS))](
-            y, xa, B, residual, into, n_rows, n_cols, B.stride(0), RANK=rank,
+            y, xa, B, residual, into, n_rows, n_cols, xa.stride(0), B.stride(0), RANK=rank,
             RANK_BLOCK=max(16, next_power_of_2(max(rank, 1))), GROUP=GROUP, WHOLE=n_cols % GROUP == 0,
             BLOCK_ROWS=BLOCK_ROWS, num_warps=BLOCK_ROWS // ROWS_A_WARP,
         )  # fmt: skip
