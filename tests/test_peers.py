@@ -124,7 +124,14 @@ def line(setting, dyn=None, seq_len=512, batch_size=4, **more):
     speed = {"peak_mib": dyn and 4400 + dyn, "ms": 200.4, "ms_range": [190, 210.0], "tokens_per_second": dyn}
     arguments = {"shape": "llama-2-7b", "base": "nf4", "lora_rank": 16, "batch_size": batch_size, "seq_len": seq_len}
     return {
-        **{"benchmark": NAME, "device": "GPU", "commit": "0123456789", "setting": setting, "versions": VERSIONS},
+        **{
+            "benchmark": NAME,
+            "time": "2026",
+            "device": "GPU",
+            "commit": "0123456789",
+            "setting": setting,
+            "versions": VERSIONS,
+        },
         **({"error": "out of memory"} if dyn is None else sizes | speed),
         "arguments": {**arguments, "device": "cuda"},
         **more,
