@@ -6,6 +6,7 @@ python -m benchmarks.report --check    # exit 1 if README.md is not what the res
 
 import argparse
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from models.config import SLOTS, HycloraConfig
 ROOT = RESULTS.parent.parent
 README, FIGURES = ROOT / "README.md", ROOT / "figures"
 MIB = 2**20
-FEW = 6  # rows that make no table of their own
+FEW = 4  # rows that make no table of their own
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -85,17 +86,20 @@ def finetune() -> str:
 
 def memory_throughput() -> str:
     """A table a GPU, model and batch, by memory, failures with their cause last; batches with few rows share one."""
-    parts, shared = [], {}
-    for cell, lines in memory_cells().items():
-        lines.sort(key=lambda line: line.get("dyn_mib", math.inf))
-        if len(lines) > FEW:
-            title = f"{describe_device(cell)}, {describe_model(cell)}, {describe_batch(cell)}"
-            parts += memory_table(title, [(name_of(line["setting"]), line) for line in lines])
-        else:
-            named = [(f"{describe_batch(cell)}: {name_of(line['setting'])}", line) for line in lines]
-            shared.setdefault(f"{describe_device(cell)}, {describe_model(cell)}", []).extend(named)
-    for title, named in shared.items():
-        parts += memory_table(title, named)
+    parts = []
+    for _, cells in itertools.groupby(memory_cells().items(), lambda item: item[0][0]):
+        shared = {}
+        for cell, lines in cells:
+            lines.sort(key=lambda line: line.get("dyn_mib", math.inf))
+            title = f"{describe_device(cell)}, {describe_model(cell)}"
+            if len(lines) > FEW:
+                named = [(name_of(line["setting"]), line) for line in lines]
+                parts += memory_table(f"{title}, {describe_batch(cell)}", named)
+            else:
+                named = [(f"{describe_batch(cell)}: {name_of(line['setting'])}", line) for line in lines]
+                shared.setdefault(title, []).extend(named)
+        for title, named in shared.items():
+            parts += memory_table(title, named)
     drawn = {
         "memory_speed": "memory against speed, and the settings that none beats in both",
         "memory_breakdown": "what the peak is made of",

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from operators import reference
 from operators.attention import CORES, AttentionFunction, AttentionSpec
 from operators.flash import is_bounds
 from operators.fused_qkv import fits
@@ -191,7 +192,9 @@ class AttentionBlock(Block):
             return super().run_stock(hidden_states, position_embeddings, attention_mask, **kwargs)
         # checkpointing runs a layer first without grad; stock attention could not read the bounds
         heads = [p.module(hidden_states).unflatten(-1, (-1, self.module.head_dim)) for p in self.spec.qkv.projections]
-        q, k = (rope(head, *position_embeddings) for head in heads[:2])
+        # the kernel is for blocks, whose backward rotates by itself; here autograd goes through
+        rotate = reference.rope if torch.is_grad_enabled() else rope
+        q, k = (rotate(head, *position_embeddings).to(head.dtype) for head in heads[:2])
         o = self.spec.core.run(q, k, heads[2], attention_mask, kwargs)
         return self.spec.out.projections[0].module(o.flatten(2)), None
 

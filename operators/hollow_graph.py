@@ -63,7 +63,7 @@ class HollowGraph:
 def record(run: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, HollowGraph | None, list[Tensor]]:
     """o = run(*inputs), its hollow graph, and the rest of what it saves, for the caller to keep.
 
-    None and nothing where run saves parts or copies of its inputs, or a map of the attention.
+    None and nothing where run saves parts or copies of its inputs, a map of the attention, or more than one number.
     """
     places: list[_Place] = []
 
@@ -84,7 +84,8 @@ def record(run: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, HollowG
     graph = HollowGraph(edges, end, views, others)
     graph.empty()
     storages = {t.untyped_storage().data_ptr() for t in own}
-    if any(t.untyped_storage().data_ptr() in storages or t.numel() >= o.numel() for t in rest):
+    parts = any(t.untyped_storage().data_ptr() in storages or t.numel() >= o.numel() for t in rest)
+    if parts or sum(t.is_floating_point() for t in rest) > 1:
         return o, None, []
     return o, graph, rest
 

@@ -107,9 +107,10 @@ def _load_gradients(dy_ptr, dresidual_ptr, col, mask, RESIDUAL: tl.constexpr):
     Volatile, because ptxas puts loads off behind arithmetic that waits for others, but keeps volatile ones in order.
     """
     dy = tl.load(dy_ptr + col, mask=mask, other=0.0, volatile=True)
+    dresidual = dy
     if RESIDUAL:
-        return dy, tl.load(dresidual_ptr + col, mask=mask, other=0.0, volatile=True)
-    return dy, dy
+        dresidual = tl.load(dresidual_ptr + col, mask=mask, other=0.0, volatile=True)
+    return dy, dresidual
 
 
 @triton.jit

@@ -110,7 +110,8 @@ def norms(bits):
     quantizer, step = saver(bits, x, 0.01)
     packed = norm.rms_norm_pack(x, weight, 1e-5, quantizer, step)[-1]
     norm.rms_norm_unpack_bwd(x, rstd, weight, packed, quantizer.book)
-    norm.rms_norm_unpack_bwd(x, rstd, weight, packed, quantizer.book, x)
+    for dtype in (BF16, torch.float32):
+        norm.rms_norm_unpack_bwd(x, rstd, weight, packed, quantizer.book, x.to(dtype))
     quantizer.unpack(quantizer.pack(x, step), x.shape, BF16, weight)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
 from operators.hollow_graph import record
@@ -54,8 +55,22 @@ def test_nothing_large_is_held():
     assert alive[1]() is None
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_other_kernels_of_torch(groups):
+    """Whatever it chooses: gradients are those of stock, from a kept lse or from another forward."""
+    shape = {"num_attention_heads": 6, "num_key_value_heads": 6 // groups, "hidden_size": 96}
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        for dtype in (torch.float32, torch.bfloat16):
+            model, batch = llama(**shape), padded_batch()
+            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32), sdpa_kernel([backend, SDPBackend.MATH]):
+                _, exact = gradients(model, batch)
+                apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+                _, ours = gradients(model, batch)
+            assert largest_error(ours, exact) < (1e-4 if dtype == torch.float32 else 0.1)
+
+
 def test_parts_and_maps_are_not_kept():
-    """Chunks of a window share memory with q, k, v; an attention map is larger than they are."""
+    """Chunks of a window share memory with q, k, v; a map is larger than they are; lse is one tensor, not several."""
     q, k, v = heads_in(rand(2 * 130, 3 * 256))
 
     def by_halves(q, k, v):
@@ -64,7 +79,10 @@ def test_parts_and_maps_are_not_kept():
     def by_hand(q, k, v):
         return torch.einsum("bhst,bthd->bshd", torch.einsum("bshd,bthd->bhst", q, k).softmax(-1), v)
 
-    for run in (by_halves, by_hand):
+    def with_gates(q, k, v):
+        return attend(q, k, v) + q[..., :1].exp() + k[..., :1].exp()
+
+    for run in (by_halves, by_hand, with_gates):
         o, graph, rest = record(run, q, k, v)
         assert graph is None and rest == []
         torch.testing.assert_close(o, run(q, k, v))

@@ -108,7 +108,7 @@ def test_offload_and_checkpointing(family, kind, use_reentrant):
     On a GPU sums are not the same twice in the last digit, and with checkpointing Hugging Face adds the residual
     branches; that moves a code here and there.
     """
-    tolerance = 1e-6 if DEVICE == "cpu" and use_reentrant is None else 1e-3
+    tolerance = 5e-3 if use_reentrant is not None else 1e-6 if DEVICE == "cpu" else 1e-3
     model, batches = family({"lora_dropout": 0.1}), [batch_of(kind, seed=seed, width=21 + seed) for seed in range(3)]
     config = HycloraConfig(iteration_threshold=2)
     apply_hyclora(model, config)
@@ -166,8 +166,10 @@ def test_stock_code_gets_stock_masks(family, kind):
 
 @pytest.mark.parametrize("kind", ["right-padded", "left-padded", "packed"])
 @pytest.mark.parametrize("index", [0, 1])
-def test_one_layer_without_its_adapters(kind, index):
-    """It runs stock projections, whatever its mask is told in, and the others run as ever."""
+def test_one_layer_without_its_adapters(kernels, kind, index):
+    """It runs stock projections, whatever its mask is told in, and the others run as ever. No kernel that autograd does
+    not know takes a gradient away.
+    """
     model, batch = mistral(), batch_of(kind)
     model.get_base_model().model.layers[index].self_attn.q_proj.enable_adapters(False)
     loss, exact = gradients(model, batch)

@@ -167,10 +167,10 @@ def test_tables_are_sorted_and_keep_failures(reported):
     )  # fmt: skip
     whole, shared = (part.splitlines() for part in text.split("\n\n") if part.startswith("| "))
     names = [row.split(" | ")[0].strip("| ") for row in whole]
-    assert names[0] == "llama-2-7b, NF4, 4 x 512 tokens"
+    assert names[0] == "GPU, llama-2-7b, NF4, 4 x 512 tokens"
     assert names[2:4] == ["intra_inter, 2 bit", "PEFT LoRA"] and names[-1] == "Liger"
     assert "| 700 |" in whole[2] and "out of memory" in whole[-1]
-    assert shared[0].startswith("| llama-2-7b, NF4 | static") and len(shared) == 5
+    assert shared[0].startswith("| GPU, llama-2-7b, NF4 | static") and len(shared) == 5
     assert shared[2] == "| 4 x 64 tokens: Liger | 4400 | 8000 |  | 4000 (7) | 200 (190 to 210) | 8000 |"
     assert shared[3].startswith("| 1 x 2048 tokens: PEFT LoRA | 4400 | 80 ")
     assert drawn == {"memory_speed", "memory_breakdown", "memory_length"} and "(figures/memory_speed.png)" in text
@@ -180,7 +180,18 @@ def test_models_do_not_share_tables(reported):
     other = line("Liger", 70)
     other["arguments"]["shape"] = "mistral-7b"
     text, _ = reported(other, line("Liger", 80))
-    assert "| llama-2-7b, NF4 |" in text and "| mistral-7b, NF4 |" in text
+    assert "| GPU, llama-2-7b, NF4 |" in text and "| GPU, mistral-7b, NF4 |" in text
+
+
+def test_gpus_do_not_share_tables(reported):
+    """The one measured last is first, with all of its tables, and what is drawn."""
+    old = [line("Liger", 80), line("Liger", 90, 64), line("PEFT LoRA", 70)]
+    new = [line("Liger", 60, device="NVIDIA H9 80GB", time="2027"), line("Liger", 50, 64, device="NVIDIA H9 80GB")]
+    text, _ = reported(*old, *new)
+    titles = [row.split(" | ")[0] for row in text.splitlines() if "static MiB" in row]
+    assert titles == ["| H9, llama-2-7b, NF4", "| GPU, llama-2-7b, NF4"]
+    drawn = {line["dyn_mib"] for _, lines in figures._whole_cells("dyn_mib") for line in lines}
+    assert drawn == {60, 50}
 
 
 def test_few_or_no_lines_draw_what_there_is(reported):
