@@ -3,7 +3,7 @@
 import matplotlib
 
 from benchmarks.record import RESULTS
-from benchmarks.rows import CELL, describe_batch, describe_model, load, memory_cells, name_of
+from benchmarks.rows import CELL, describe_batch, describe_device, describe_model, load, memory_cells, name_of
 from models.config import SLOTS
 
 matplotlib.use("Agg")
@@ -126,12 +126,13 @@ def memory_breakdown():
 def memory_length():
     """Memory over the static part, and its share of a token, against the tokens of a micro-step.
 
-    Where two cells have as many tokens, that of the longer sequences counts.
+    Of every GPU; where two cells have as many tokens, that of the longer sequences counts.
     """
     lengths: dict[str, dict[int, float]] = {}
-    for cell, lines in _whole_cells("dyn_mib"):
+    for cell, lines in _whole_cells("dyn_mib", latest=False):
         for line in lines:
-            lengths.setdefault(name_of(line["setting"]), {})[cell[-2] * cell[-1]] = line["dyn_mib"]
+            name = f"{describe_device(cell)}: {name_of(line['setting'])}"
+            lengths.setdefault(name, {})[cell[-2] * cell[-1]] = line["dyn_mib"]
     # settings with two points only would hide those with more
     enough = max(2, min(3, max(map(len, lengths.values()), default=0)))
     lengths = {name: sizes for name, sizes in lengths.items() if len(sizes) >= enough}
@@ -145,20 +146,23 @@ def memory_length():
         share.semilogx(tokens, [1024 * size / n for n, size in zip(tokens, dyn, strict=True)], **style)
     whole.set_ylabel("dyn: peak over static memory, MiB")
     share.set_ylabel("dyn a token, KiB")
+    share.set_ylim(bottom=0)
+    ticks = sorted({n for sizes in lengths.values() for n in sizes})
     for axes in (whole, share):
         axes.set_xlabel("tokens of a micro-step")
         axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(ticks, ticks, rotation=90, fontsize=7)
     _legend(share, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def _whole_cells(*fields: str):
-    """Cells of the shape that is drawn, on the GPU measured last, and their lines that have all the fields."""
+def _whole_cells(*fields: str, latest: bool = True):
+    """Cells of the shape that is drawn, of the GPU measured last or of all, with their lines that have all fields."""
     cells = memory_cells()
     for cell, lines in cells.items():
         named = dict(zip(CELL, cell, strict=True))
         whole = [line for line in lines if all(field in line for field in fields)]
-        drawn = (next(iter(cells))[0], SHAPE, "nf4", 16)
+        drawn = (next(iter(cells))[0] if latest else cell[0], SHAPE, "nf4", 16)
         if whole and tuple(named[key] for key in ("device", "shape", "base", "lora_rank")) == drawn:
             yield cell, whole
 

@@ -173,7 +173,7 @@ def test_tables_are_sorted_and_keep_failures(reported):
     assert shared[0].startswith("| GPU, llama-2-7b, NF4 | static") and len(shared) == 5
     assert shared[2] == "| 4 x 64 tokens: Liger | 4400 | 8000 |  | 4000 (7) | 200 (190 to 210) | 8000 |"
     assert shared[3].startswith("| 1 x 2048 tokens: PEFT LoRA | 4400 | 80 ")
-    assert drawn == {"memory_speed", "memory_breakdown", "memory_length"} and "(figures/memory_speed.png)" in text
+    assert drawn == {"memory_speed", "memory_breakdown", "memory_length"} and "(figures/memory_breakdown.png)" in text
 
 
 def test_models_do_not_share_tables(reported):
@@ -192,6 +192,21 @@ def test_gpus_do_not_share_tables(reported):
     assert titles == ["| H9, llama-2-7b, NF4", "| GPU, llama-2-7b, NF4"]
     drawn = {line["dyn_mib"] for _, lines in figures._whole_cells("dyn_mib") for line in lines}
     assert drawn == {60, 50}
+
+
+def test_the_headline_is_of_settings_that_need_no_more_than_the_most_frugal_peer(reported):
+    """And of the GPU measured last; a batch without such a setting, or without peers, is left out."""
+    reported(
+        line("Liger", 500, ms=300), line("PEFT LoRA", 9000, ms=200), line({"q_bit": 4}, 450, ms=150),
+        line({"q_bit": 2}, 400, ms=160), line({"q_bit": 8}, 700, ms=100), line({"q_bit": 4}, 90, 64),
+        line("Liger", 50, 2048), line({"q_bit": 4}, 60, 2048), line("Liger", 1, 128, device="old", time="2025"),
+    )  # fmt: skip
+    (row,) = [row for row in report.headline().splitlines()[2:] if row.startswith("|")]
+    assert row.split(" | ")[1:] == [
+        "Liger: 500 MiB, 300 ms",
+        "PEFT LoRA: 9000 MiB, 200 ms",
+        "intra_inter, 4 bit: 450 MiB, 150 ms |",
+    ]
 
 
 def test_few_or_no_lines_draw_what_there_is(reported):
