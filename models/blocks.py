@@ -214,11 +214,10 @@ class MlpBlock(Block):
         self.spec = MlpSpec(gate_up, down, compensate, fused)
 
     def run(self, dtype, hidden_states, residual=None):
-        """The MLP's output, to which the residual branch is added if given."""
+        """The MLP's output, added to the residual branch if given: a tensor between a layer's blocks, of nobody else."""
         source = self.input_source(hidden_states, "mlp_in")
         x = hidden_states if dtype is None else hidden_states.to(dtype)
-        # a residual branch is between the blocks of a layer, and nobody else's
-        return MlpFunction.apply(x, residual, True, self.spec, self.keeper(), source, *self.spec.parameters())
+        return MlpFunction.apply(x, residual, self.spec, self.keeper(), source, *self.spec.parameters())
 
     def run_stock(self, x):
         rows = x.reshape(-1, x.shape[-1])

@@ -37,13 +37,13 @@ class MlpSpec:
 class MlpFunction(torch.autograd.Function):
     """y = hidden W_d^T + LoRA (+ residual), hidden = silu(gate) * up, gate/up = x W^T + LoRA; in tiles when x is long.
 
-    x [..., C]; residual: of y's shape, or None; overwrite: y may take its memory; parameters as spec.parameters().
-    Slots: mlp_in, gate, up, act, hidden. Gradients: operators/lora.py for the projections, reference.silu_mul_bwd for
-    the product (a kept act, silu(gate), replaces its recomputation), dy for the residual.
+    x [..., C]; residual: of y's shape, or None; y takes its memory if it fits; parameters as spec.parameters(). Slots:
+    mlp_in, gate, up, act, hidden. Gradients: operators/lora.py for the projections, reference.silu_mul_bwd for the
+    product (a kept act, silu(gate), replaces its recomputation), dy for the residual.
     """
 
     @staticmethod
-    def forward(ctx, x, residual, overwrite, spec: MlpSpec, keeper: Keeper, source, *parameters):
+    def forward(ctx, x, residual, spec: MlpSpec, keeper: Keeper, source, *parameters):
         rows = x.reshape(-1, x.shape[-1])
         if spec.gate_up.needs_input:
             keeper.derive("mlp_in", source) if source else keeper.keep("mlp_in", rows)
@@ -51,7 +51,7 @@ class MlpFunction(torch.autograd.Function):
         if len(ctx.tiles) > 1:
             _calibrate(spec, rows, parameters, keeper)
         branch = None if residual is None else residual.reshape(len(rows), -1)
-        overwrite = overwrite and overwritable(branch, x.dtype)
+        overwrite = overwritable(branch, x.dtype)
         y = None
         for i, (tile, rng) in enumerate(ctx.tiles):
             around = None if branch is None else branch[tile]
@@ -64,7 +64,7 @@ class MlpFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
+        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
         dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
         dx = grads = None
         for i, (tile, rng) in enumerate(ctx.tiles):
@@ -74,7 +74,7 @@ class MlpFunction(torch.autograd.Function):
             dx = place(dx, part_dx, tile, len(dy))
             del part_dx
             grads = part if i == 0 else [g if g is None else t.add_(g) for t, g in zip(grads, part, strict=True)]
-        return None if dx is None else dx.view(ctx.shape), dresidual, *[None] * 4, *grads
+        return None if dx is None else dx.view(ctx.shape), dresidual, *[None] * 3, *grads
 
 
 def _forward_tile(
