@@ -214,7 +214,7 @@ class MlpBlock(Block):
         self.spec = MlpSpec(gate_up, down, compensate, fused)
 
     def run(self, dtype, hidden_states, residual=None):
-        """The MLP's output, added to the residual branch if given: a tensor between a layer's blocks, of nobody else."""
+        """The MLP's output, added to the residual branch if given: a layer's own tensor, of nobody else."""
         source = self.input_source(hidden_states, "mlp_in")
         x = hidden_states if dtype is None else hidden_states.to(dtype)
         return MlpFunction.apply(x, residual, self.spec, self.keeper(), source, *self.spec.parameters())
