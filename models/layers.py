@@ -54,7 +54,7 @@ class LayerBlock(Block):
         attention_norm, attention, mlp_norm, mlp = (block.module for block in self.blocks)
         # hooks may keep what goes in and comes out
         watched = any(self.module.__dict__[name] for name in HOOKS)
-        ours = getattr(hidden_states, OURS, False) or self.first and self.step.embeds
+        ours = self.step.private and getattr(hidden_states, OURS, False) or self.first and self.step.embeds
         x, residual = attention_norm(hidden_states, residual=True)
         hidden_states, _ = attention(hidden_states=x, residual=residual, overwrite=ours and not watched, **kwargs)
         x, residual = mlp_norm(hidden_states, residual=True)

@@ -153,8 +153,11 @@ class _StepHook:
             checkpoint.bind()
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        # a loop over the layers that is not Hugging Face's own may keep what it likes
+        stock = type(decoder).__module__.startswith("transformers.") and "forward" not in decoder.__dict__
         given = len(args) > 1 or kwargs.get("inputs_embeds") is not None
-        self.step.embeds = not given and not decoder.get_input_embeddings()._forward_hooks
+        self.step.private = stock
+        self.step.embeds = stock and not given and not decoder.get_input_embeddings()._forward_hooks
         if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False

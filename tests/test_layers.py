@@ -92,6 +92,20 @@ def test_all_layers_have_one_residual_stream(layer_type):
     assert len(set(places(model, padded_batch()))) == 1
 
 
+def test_another_loop_over_the_layers_may_keep_what_it_likes():
+    """One of a subclass, or put in the place of the decoder's forward: each layer's output stays as it was."""
+    for own in ("subclass", "instance"):
+        model, batch = llama(), padded_batch()
+        decoder = model.get_base_model().model
+        if own == "subclass":
+            decoder.__class__ = type("Own", (type(decoder),), {"__module__": "own"})
+        else:
+            decoder.forward = decoder.forward
+        apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+        found = places(model, batch)
+        assert len(set(found)) == len(found) == 3
+
+
 def test_embeddings_of_the_caller_are_not_overwritten():
     """Given ones, and those that a hook on the embedding has seen; gradients are those of stock."""
     model, batch = llama(), padded_batch()

@@ -15,12 +15,13 @@ class Step:
     """Where training is; one object a patched model, shared by all its blocks.
 
     index counts training forwards of the model (a recomputation by gradient checkpointing is not one), token_mask is
-    the batch's [B, S] mask of real tokens or None, embeds whether the decoder makes the first layer's input, for nobody
-    else; calibration lasts while index <= threshold.
+    the batch's [B, S] mask of real tokens or None; private: nobody but the layers sees what goes from one to the next;
+    embeds: nor what goes into the first, which the decoder makes. Calibration lasts while index <= threshold.
     """
 
     threshold: int
     index: int = 0
+    private: bool = False
     embeds: bool = False
     token_mask: Tensor | None = field(default=None, repr=False)
 
