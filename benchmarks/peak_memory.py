@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.jobs import add_arguments, cell, make_job
 from benchmarks.peers import OFFLINE, micro_step
-from benchmarks.profile_step import setting
+from benchmarks.profile_step import one_job
 from benchmarks.record import record
 from models.patch import PATCH
 from utils.args import ROOT
@@ -73,13 +72,8 @@ def trace(step) -> list[dict]:
 @entry_point
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", type=setting, default={}, help=setting.__doc__)
-    parser.add_argument("--shape", default="llama-2-7b", help="in benchmarks/shapes, or a folder")
-    parser.add_argument("--cell", type=cell, default=(4, 512), help="BATCHxLENGTH")
     parser.add_argument("--top", type=int, default=30, help="places to name")
-    add_arguments(parser, steps=0)
-    args = parser.parse_args(argv)
-    job = make_job(args, args.shape, args.cell, args.setting)
+    args, job = one_job(parser, argv)
     if job.device != "cuda":
         raise UserError("peak_memory reads the trace of a GPU's allocator: leave --device at cuda")
     os.environ |= OFFLINE

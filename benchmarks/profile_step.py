@@ -23,7 +23,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.jobs import add_arguments, cell, make_job
+from benchmarks.jobs import Job, add_arguments, cell, make_job
 from benchmarks.peers import OFFLINE, PEERS, micro_step
 from benchmarks.record import record
 from utils.errors import entry_point
@@ -121,16 +121,21 @@ def host_functions(step, repeat: int, top: int = 50) -> None:
     pstats.Stats(profiler).sort_stats("tottime").print_stats(top)
 
 
-@entry_point
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def one_job(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, Job]:
+    """The parser's arguments and those of a single job, and the job."""
     parser.add_argument("--setting", type=setting, default={}, help=setting.__doc__)
     parser.add_argument("--shape", default="llama-2-7b", help="in benchmarks/shapes, or a folder")
     parser.add_argument("--cell", type=cell, default=(4, 512), help="BATCHxLENGTH")
-    parser.add_argument("--host", action="store_true", help="also profile the host's functions")
     add_arguments(parser, steps=10)
     args = parser.parse_args(argv)
-    job = make_job(args, args.shape, args.cell, args.setting)
+    return args, make_job(args, args.shape, args.cell, args.setting)
+
+
+@entry_point
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", action="store_true", help="also profile the host's functions")
+    args, job = one_job(parser, argv)
     os.environ |= OFFLINE
     step = micro_step(job)
     found = {"ms": step.throughput(job.steps)["ms"], **host_times(step, job.steps)}

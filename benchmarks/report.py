@@ -30,8 +30,9 @@ def source(lines: list[dict], command: str) -> str:
     """Where the numbers of a table come from."""
     devices = sorted({line["device"] for line in lines})
     commits = sorted({(line["commit"] or "unknown")[:8] for line in lines})
-    versions = lines[-1]["versions"]
-    stack = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers", "peft"))
+    names = ("torch", "triton", "transformers", "peft")
+    stacks = dict.fromkeys(", ".join(f"{name} {line['versions'][name]}" for name in names) for line in lines)
+    stack = " or ".join(stacks)
     return f"*{', '.join(devices)}; {stack}; commit {', '.join(commits)}; `{command}`.*"
 
 

@@ -24,6 +24,12 @@ ROWS_A_WARP = 16
 
 
 @triton.jit
+def operand(x):
+    """A factor of tl.dot: the interpreter's products are of fp32 only."""
+    return x.to(tl.float32) if INTERPRETING else x
+
+
+@triton.jit
 def tile_rows(n_rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """First row (int64) of a program's tile, and [S R] rows from there on and which exist; others repeat the last."""
     first = tl.program_id(1).to(tl.int64) * ROWS
@@ -120,9 +126,7 @@ def add_lora(
             b_ptr + (col[None, :] * stride_b + rank[:, None] * stride_rank),
             mask=((col < n_cols) | WHOLE)[None, :] & (rank < RANK)[:, None], other=0.0,
         )  # fmt: skip
-        if INTERPRETING:
-            # whose products are of fp32 only
-            xa, b = xa.to(tl.float32), b.to(tl.float32)
+        xa, b = operand(xa), operand(b)
         x = tl.permute(tl.reshape(x, (2, WARPS, 8, S, 4, 4, 2)), (1, 0, 2, 3, 5, 4, 6))
         x = tl.dot(tl.trans(xa), b, tl.reshape(x, (ROWS, GROUP)), input_precision="ieee")
         x = tl.permute(tl.reshape(x, (WARPS, 2, 8, S, 4, 4, 2)), (1, 0, 2, 3, 5, 4, 6))

@@ -9,25 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from operators import dispatch
 from operators.dispatch import cdiv, device_guard, next_power_of_2, use_triton
+from operators.fused_tiles import operand
 from operators.low_rank import SLOTS
 
-INTERPRETING = tl.constexpr(dispatch.INTERPRETING)
 # the fastest of those tried on an H100: bytes are those of a tile of dy, of which three are on their way or in use
 BLOCK_ROWS = 32
 TILE_BYTES = 2**15
 LAUNCH = {"num_warps": 4, "num_stages": 3}
-# of a projection; the sums over stripes of a larger one cost more than a second pass
+# of a projection; by count, the sums over stripes of a larger one move as many bytes as a second pass
 LARGEST_RANK = 32
 PROGRAMS = 256  # two for each multiprocessor of a large GPU
 SUM_BLOCK = 1024
-
-
-@triton.jit
-def _operand(x):
-    """The interpreter's products are of fp32 only."""
-    return x.to(tl.float32) if INTERPRETING else x
 
 
 @triton.jit
@@ -56,7 +49,7 @@ def _low_rank_grad_kernel(
     col += stripe * BLOCK_COLS
     inside, own = (col < width)[:, None], (rank < ranks)[None, :]
     b = tl.load(b_ptr + (start + col)[:, None] * stride_b + (first_rank + rank)[None, :], mask=inside & own, other=0.0)
-    b = _operand(b)
+    b = operand(b)
     first = part.to(tl.int64) * rows_a_range
     dy_ptr += first * stride_dy + start
     xa_ptr += first * stride_xa + first_rank
@@ -68,8 +61,8 @@ def _low_rank_grad_kernel(
     g_ptrs = g_ptr + place[:, None] * BLOCK_RANK + rank[None, :]
     for i in range(0, n_own, BLOCK_ROWS):
         live = (place < n_own - i)[:, None]
-        dy = _operand(tl.load(dy_ptrs, mask=live & (col < width)[None, :], other=0.0))
-        xa = _operand(tl.load(xa_ptrs, mask=live & own, other=0.0))
+        dy = operand(tl.load(dy_ptrs, mask=live & (col < width)[None, :], other=0.0))
+        xa = operand(tl.load(xa_ptrs, mask=live & own, other=0.0))
         tl.store(g_ptrs, tl.dot(dy, b, input_precision="ieee"), mask=live)
         db = tl.dot(tl.trans(dy), xa, db, input_precision="ieee")
         dy_ptrs += BLOCK_ROWS * stride_dy

@@ -125,6 +125,21 @@ def test_embeddings_of_the_caller_are_not_overwritten():
     assert torch.equal(*seen[0])
 
 
+@pytest.mark.parametrize("index, kind", [(0, "forward_pre_hook"), (0, "forward_hook"), (1, "forward_pre_hook")])
+def test_what_one_hook_keeps_is_not_overwritten(index, kind):
+    """The input or the output of one layer, the others having no hooks."""
+    model, kept = llama(), []
+    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+
+    def keep(module, args, output=None):
+        tensor = args[0] if output is None else output
+        kept.append((tensor, tensor.clone()))
+
+    getattr(decoder_layers(model)[index], f"register_{kind}")(keep)
+    gradients(model, padded_batch())
+    assert torch.equal(*kept[0])
+
+
 def test_hidden_states_that_are_asked_for_are_not_overwritten():
     model, batch = llama(), padded_batch()
     real = batch["attention_mask"].bool()
