@@ -72,6 +72,20 @@ def _low_rank_grad_kernel(
     tl.store(db_ptr + col[:, None] * BLOCK_RANK + rank[None, :], db, mask=inside)
 
 
+@triton.jit
+def _sum_parts(ptr, stride, count, most):
+    """Sum of count [BLOCK] <= most numbers of fp32 that lie stride apart; eight of them are on their way at a time."""
+    total = tl.zeros(ptr.shape, tl.float32)
+    for i in range(0, most, 8):
+        parts = ()
+        for j in tl.static_range(8):
+            parts += (tl.load(ptr + j * stride, mask=i + j < count, other=0.0),)
+        for j in tl.static_range(8):
+            total += parts[j]
+        ptr += 8 * stride
+    return total
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_ranges"])
 def _low_rank_sum_kernel(
     g_parts_ptr, db_parts_ptr, g_ptr, db_ptr, n_rows, n_ranges, stride_g, g_programs,
@@ -92,10 +106,8 @@ def _low_rank_sum_kernel(
         count = tl.where(column < rank0 + rank1 + rank2, count, 0)
         column_of = column - tl.where(third, rank0 + rank1, tl.where(second, rank0, 0))
         parts = g_parts_ptr + (stripe.to(tl.int64) * n_rows + row) * BLOCK_RANK + column_of
-        total = tl.zeros([BLOCK], tl.float32)
-        for i in range(0, tl.maximum(stripes0, tl.maximum(stripes1, stripes2))):
-            total += tl.load(parts, mask=live & (i < count), other=0.0)
-            parts += n_rows * BLOCK_RANK
+        most = tl.maximum(stripes0, tl.maximum(stripes1, stripes2))
+        total = _sum_parts(parts, n_rows * BLOCK_RANK, tl.where(live, count, 0), most)
         tl.store(g_ptr + row.to(tl.int64) * stride_g + column, total.to(g_ptr.dtype.element_ty), mask=live)
     else:
         element += (program - g_programs) * BLOCK
@@ -106,10 +118,8 @@ def _low_rank_sum_kernel(
         col = own // ranks + tl.where(third, width0 + width1, tl.where(second, width0, 0))
         live = element < size0 + size1 + size2
         parts = db_parts_ptr + col * BLOCK_RANK + own % ranks
-        total = tl.zeros([BLOCK], tl.float32)
-        for _ in range(0, n_ranges):
-            total += tl.load(parts, mask=live, other=0.0)
-            parts += (width0 + width1 + width2) * BLOCK_RANK
+        size = (width0 + width1 + width2) * BLOCK_RANK
+        total = _sum_parts(parts, size, tl.where(live, n_ranges, 0), n_ranges)
         tl.store(db_ptr + element, total, mask=live)
 
 
