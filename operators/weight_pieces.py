@@ -93,8 +93,7 @@ def make_pieces(
         weight = buffer[: (n_rows + extra) * n_cols].view(-1, n_cols)
         for linear, own in piece.linears:
             start, stop = max(own.start, rows.start), min(own.stop, rows.stop)
-            out = weight[start - rows.start : stop - rows.start]
-            dequantize_4bit(linear.weight, out, start - own.start, columns.start)
-        if extra:
-            weight[n_rows:] = below[:, columns]
+            beneath, more = (below, extra) if extra and stop == rows.stop else (None, 0)
+            out = weight[start - rows.start : stop - rows.start + more]
+            dequantize_4bit(linear.weight, out, start - own.start, columns.start, beneath)
         yield slice(rows.start, rows.stop + extra), columns, weight

@@ -59,6 +59,11 @@ def test_a_part_is_that_of_the_whole(kernels, shape, rows, columns, dtype, neste
     expected = expected[slice(*rows), slice(*columns)]
     out = torch.full(expected.shape, float("nan"), dtype=dtype, device=DEVICE)
     assert_equals(dequantize_4bit(weight, out, rows[0], columns[0]), expected)
+    below = rand(19, shape[1] + 3, dtype=dtype)[:, : shape[1]]
+    out = torch.full((len(expected) + 19, expected.shape[1]), float("nan"), dtype=dtype, device=DEVICE)
+    dequantize_4bit(weight, out, rows[0], columns[0], below)
+    assert_equals(out[:-19], expected)
+    assert torch.equal(out[-19:], below[:, slice(*columns)])
 
 
 def test_a_wider_dtype_gets_the_stored_values():
