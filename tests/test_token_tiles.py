@@ -85,9 +85,9 @@ def test_tiles_give_what_the_whole_gives(tile, packed, config, dtype):
         assert largest_error(ours, theirs) < tolerance
         assert all(ours[name].dtype == dtype for name in ours)
         for a, b in zip(our_bytes, whole_bytes, strict=True):
-            # nor does the order of the statistics' sums, on a CPU
+            # nor does the order of the statistics' sums, on a CPU; on a GPU it carries a group's scale over an edge
             moved = max((x != y).float().mean().item() for x, y in zip(a, b, strict=True) if x.numel())
-            assert dtype != torch.float64 or moved <= (0.0 if DEVICE == "cpu" else 1e-3)
+            assert dtype != torch.float64 or moved <= (0.0 if DEVICE == "cpu" else 5e-3)
     for ours, theirs in zip(measured, expected, strict=True):
         assert ours["count"] == theirs["count"] and ours["steps"] == theirs["steps"] == 2
         scale = 1e-5 if dtype != torch.bfloat16 else 0.02
