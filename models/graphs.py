@@ -11,10 +11,8 @@ checkpointing, several processes, inputs that differ from layer to layer, a forw
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,59 +22,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.blocks import Block, NormBlock, autocast_dtype
 from models.layers import HOOKS, OURS, LayerBlock
+from models.recording import Recording
 from operators.flash import is_bounds
 from operators.pausable import Pausable
 
 MAX_RECORDINGS = 8
-
-
-class CudaRecorder:
-    """Captures work as CUDA graphs that share a memory pool, as no two of them run at the same time."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __reduce__(self):
-        return CudaRecorder, (self.device,)
-
-    def __copy__(self) -> "CudaRecorder":
-        """Another pool; the same stream, as the GEMM workspaces of a stream are never given back."""
-        twin = object.__new__(CudaRecorder)
-        twin.device, twin.stream, twin.pool = self.device, self.stream, torch.cuda.graph_pool_handle()
-        return twin
-
-    def record(self, run: Callable) -> tuple:
-        """What run() returns, and a function that does its work; the work is not done yet."""
-        graph = torch.cuda.CUDAGraph()
-        # relaxed: a store may have to pin host memory meanwhile
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="relaxed"):
-            result = run()
-        return result, graph.replay
-
-
-@dataclass
-class Recording:
-    """One kind of input: its fixed tensors and its two graphs.
-
-    anchor: one of the parameters that get a gradient; inputs: what varies of the first layer's arguments; output: of
-    the last layer; dy: its gradient, in the same memory; dx: that of the first layer's input, None if not needed.
-    """
-
-    anchor: nn.Parameter
-    inputs: list[Tensor]
-    output: Tensor
-    dy: Tensor
-    dx: Tensor | None
-    forward: Callable[[], None]
-    backward: Callable[[], None]
-
-    @torch.no_grad()
-    def start(self, inputs: list[Tensor]) -> None:
-        """Queue the forward of these inputs."""
-        torch._foreach_copy_(self.inputs, inputs)
-        self.forward()
+PIECE = 2**14
 
 
 class LayerGraphs(Pausable):
@@ -118,8 +69,23 @@ class LayerGraphs(Pausable):
             "_arguments": [],
             "_kind": None,
             "_latest": None,
+            "_asked": None,
+            "_early": None,
             "_passing": False,
         }
+
+    def foresee(self, embeddings: Tensor, ids: Tensor, asked) -> None:
+        """Start the forward for a batch of token ids before Hugging Face's code comes to the first layer.
+
+        asked: whatever else decides what the first layer gets, to be compared with that of the step before; None if
+        this is not known. The GPU waits for this; at worst it works in vain, as replay() makes sure of the rest.
+        """
+        self._asked, self._early = asked, None
+        if asked is None or self._latest is None or not self._possible():
+            return
+        kind, weights, recording, before = self._latest
+        if asked == before and kind[1] == _places(weights) and recording.start_from(embeddings, ids):
+            self._early = recording
 
     def replay(self, layer: LayerBlock, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
         """What a layer returns if all layers are replayed as one; None if it has to run by itself."""
@@ -130,6 +96,7 @@ class LayerGraphs(Pausable):
             self._compare(args, kwargs)
             return None
         self._passing, self._kind = False, None
+        early, self._early = self._early, None
         self._arguments, spec = tree_flatten((args, kwargs))
         if not self._possible():
             return None
@@ -137,7 +104,7 @@ class LayerGraphs(Pausable):
         given = self._given(hidden, self._arguments, spec)
         # PEFT's state takes a while to read: if the rest is as last time the GPU starts meanwhile, at worst in vain
         started = self._likely(given)
-        if started is not None:
+        if started is not None and started is not early:
             started.start(inputs)
         self._latest = None
         weights = self._weights()
@@ -151,7 +118,7 @@ class LayerGraphs(Pausable):
             return None
         if recording is not started:
             recording.start(inputs)
-        self._latest = self._kind, weights, recording
+        self._latest = self._kind, weights, recording, self._asked
         self._passing = len(self.layers) > 1
         return ReplayFunction.apply(hidden, recording.anchor, self, recording)
 
@@ -195,7 +162,7 @@ class LayerGraphs(Pausable):
         """
         if self._latest is None:
             return None
-        kind, weights, recording = self._latest
+        kind, weights, recording, _ = self._latest
         return recording if kind[:2] == (given, _places(weights)) else None
 
     def _weights(self) -> list[Tensor] | None:
@@ -247,7 +214,9 @@ class LayerGraphs(Pausable):
         return self.recordings[self._kind]
 
     def _capture(self, hidden: Tensor, leaves: list, spec) -> Recording:
-        first = hidden.detach().clone().requires_grad_(hidden.requires_grad)
+        # embeddings that nobody else looks at become the fixed input, as they would live beside a copy until the end
+        first = hidden.detach() if self.step.embeds else hidden.detach().clone()
+        first.requires_grad_(hidden.requires_grad)
         setattr(first, OURS, True)
         leaves = [t.detach().clone() if _varies(t, hidden) else t for t in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
@@ -264,7 +233,8 @@ class LayerGraphs(Pausable):
             x, edge = first, get_gradient_edge(first) if first.requires_grad else None
             with self._aliased(trained) as aliases:
                 for layer, parameters in zip(self.layers, aliases, strict=True):
-                    x = layer.run_layer(x, *args, **kwargs)
+                    with self._held(layer):
+                        x = layer.run_layer(x, *args, **kwargs)
                     edges.append((edge, parameters))
                     edge = get_gradient_edge(x)
             edges.append((edge, []))
@@ -279,7 +249,7 @@ class LayerGraphs(Pausable):
                 found = list(torch.autograd.grad(edge, inputs, dx, allow_unused=True))
                 dx, edge = None if below is None else found.pop(), below
                 pairs = [(self._grads[p], g) for (_, _, p), g in zip(places, found, strict=True) if g is not None]
-                torch._foreach_add_([buffer for buffer, _ in pairs], [g for _, g in pairs])
+                _add(pairs)
             self._settle()
             return dx
 
@@ -313,6 +283,11 @@ class LayerGraphs(Pausable):
         for p in self.projections:
             p.refresh()
 
+    def _held(self, layer: LayerBlock):
+        """A graph ends when its copies do: those of the last layer would be waited for, only to be fetched again."""
+        hold = self._store is not None and layer is self.layers[-1]
+        return self._store.holding() if hold else nullcontext()
+
     def _settle(self) -> None:
         if self._store is not None:
             self._store.settle()
@@ -340,6 +315,18 @@ def _trained(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """The parameters that get a gradient, with the modules and names that they have them under."""
     named = [(m, name, p) for m in module.modules() for name, p in m._parameters.items()]
     return [(m, name, p) for m, name, p in named if p is not None and p.requires_grad]
+
+
+def _add(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Add gradients to their buffers in one kernel, in pieces: whole ones would occupy a sixth of a large GPU."""
+    if not pairs:
+        return
+    dense = all(t.is_contiguous() for pair in pairs for t in pair)
+    buffers, gradients = (
+        [piece for t in tensors for piece in (t.view(-1).split(PIECE) if dense else [t])]
+        for tensors in zip(*pairs, strict=True)
+    )
+    torch._foreach_add_(buffers, gradients)
 
 
 def _nothing() -> None:

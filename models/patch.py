@@ -9,12 +9,14 @@ from torch import nn
 from models.bits import allocate_bits
 from models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
 from models.config import SLOTS, HycloraConfig
-from models.graphs import CudaRecorder, LayerGraphs
+from models.graphs import LayerGraphs
 from models.head import HeadBlock
 from models.layers import CheckpointBlock, LayerBlock
 from models.llama import LLAMA
 from models.masks import causal_bounds
 from models.mistral import MISTRAL
+from models.recording import CudaRecorder
+from operators.flash import is_bounds
 from operators.savers import ChannelQuant, CudaCopies, Saver, Step, Store, make_saver
 
 FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL}
@@ -116,7 +118,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    hook = _StepHook(step, checkpoints, attention, _adapted(blocks))
+    hook = _StepHook(patch, attention, _adapted(blocks))
     patch.hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     object.__setattr__(model, PATCH, patch)
     return report
@@ -142,29 +144,44 @@ def find_patch(model: PeftModel) -> Patch:
 class _StepHook:
     """Runs before a decoder forward: counts it, notes padding, binds checkpoints, keeps cache and S x S masks off."""
 
-    def __init__(self, step: Step, checkpoints: list[CheckpointBlock], attention: list[AttentionBlock], adapted: list):
-        self.step, self.checkpoints, self.attention, self.adapted = step, checkpoints, attention, adapted
+    def __init__(self, patch: Patch, attention: list[AttentionBlock], adapted: list):
+        self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
         if not (decoder.training and torch.is_grad_enabled()):
             return None
         self.step.index += 1
-        for checkpoint in self.checkpoints:
+        for checkpoint in self.patch.checkpoints:
             checkpoint.bind()
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         # a loop over the layers that is not Hugging Face's own may keep what it likes
         stock = type(decoder).__module__.startswith("transformers.") and "forward" not in decoder.__dict__
         given = len(args) > 1 or kwargs.get("inputs_embeds") is not None
+        embedding = decoder.get_input_embeddings()
         self.step.private = stock
-        self.step.embeds = stock and not given and not decoder.get_input_embeddings()._forward_hooks
+        self.step.embeds = stock and not given and not embedding._forward_hooks
         if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False
         bounds = self._bounds(args, kwargs)
         if bounds is not None:
             kwargs["attention_mask"] = bounds
+        if self.patch.graphs is not None:
+            self._foresee(embedding, *args, **kwargs)
         return args, kwargs
+
+    def _foresee(self, embedding: nn.Module, input_ids=None, *args, attention_mask=None, **kwargs) -> None:
+        """Tell the graphs what the layers are going to get, where that is embeddings, bounds and a few plain values."""
+        plain = all(value is None or isinstance(value, (bool, int, float, str)) for value in kwargs.values())
+        whole = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.weight.requires_grad
+        own = "forward" not in embedding.__dict__ and not embedding._forward_pre_hooks
+        if self.step.embeds and plain and whole and own and (attention_mask is None or is_bounds(attention_mask)):
+            bounds = None if attention_mask is None else attention_mask.flatten().tolist()
+            asked = input_ids.shape, bounds, kwargs
+        else:
+            asked = None
+        self.patch.graphs.foresee(embedding.weight, input_ids, asked)
 
     def _bounds(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """What the layers get for HF's mask; None if HF shall make one, as some would not know what bounds are."""

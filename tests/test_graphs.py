@@ -9,8 +9,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
-from models.graphs import CudaRecorder
+from models.layers import LayerBlock
 from models.patch import find_patch
+from models.recording import CudaRecorder
 from tests.kernel_checks import DEVICE
 from tests.offloading import equal, offloaded
 from tests.small_models import largest_error, llama, padded_batch
@@ -19,14 +20,22 @@ CALIBRATION = 2
 
 
 class Rerun:
-    """Records by running, and undoes what that did to gradients; a replay runs again into the same output."""
+    """Records by running, and undoes what that did to gradients and the input; a replay runs into the same output."""
 
     def __init__(self):
         self.graphs = None
 
     def record(self, run):
         kept = [(buffer, buffer.clone()) for buffer in self.graphs._grads.values()]
+        first = self.graphs.layers[0]
+
+        def run_layer(x, *args, **kwargs):
+            kept.append((x.detach(), x.detach().clone()))
+            return LayerBlock.run_layer(first, x, *args, **kwargs)
+
+        first.run_layer = run_layer
         result = run()
+        del first.run_layer
         for buffer, value in kept:
             buffer.copy_(value)
 
@@ -93,6 +102,30 @@ def test_replayed_steps_are_the_same(layer_type, offload, set_to_none):
     found = train(ours, steps, zero_every=3, set_to_none=set_to_none)
     assert len(graphs.recordings) == 1
     assert all(equal(a, b) for a, b in zip(found, theirs, strict=True))
+
+
+def test_embeddings_become_the_fixed_input(monkeypatch):
+    """Those that the decoder makes itself: a copy would be one more hidden state at the peak. A caller keeps hers."""
+    model = llama()
+    graphs, embedding = graphed(model, {}), model.get_input_embeddings()
+    lookup, made = embedding.forward, []
+
+    def forward(ids):
+        made.append(lookup(ids))
+        return made[-1]
+
+    monkeypatch.setattr(embedding, "forward", forward)
+    steps = batches(CALIBRATION + 2)
+    train(model, steps)
+    (recording,) = graphs.recordings.values()
+    assert recording.inputs[0].data_ptr() == made[-1].data_ptr()
+
+    graphs.clear()
+    given = [{"inputs_embeds": lookup(batch.pop("input_ids")).detach()} | batch for batch in steps[:2]]
+    kept = [batch["inputs_embeds"].clone() for batch in given]
+    train(model, given)
+    assert len(graphs.recordings) == 1
+    assert all(torch.equal(batch["inputs_embeds"], value) for batch, value in zip(given, kept, strict=True))
 
 
 def test_in_hugging_faces_trainer(tmp_path):
@@ -179,21 +212,45 @@ def hook_a_parameter(model):
 def test_hooks_run(recorded, hook):
     """A replay that was started before the hook was seen is in vain, and the next one is not started early."""
     model, graphs, batch = recorded
-    started, (found,) = [], train(model, [batch])
+    started, (found,) = starts(graphs), train(model, [batch])
     found.pop("loss")
-    (recording,) = graphs.recordings.values()
-    start = recording.start
-    recording.start = lambda inputs: (started.append(graphs._kind is None), start(inputs))
     handle = hook(model)
-    for _ in range(2):
+    for n in (2, 2):
         model.zero_grad()
         assert not replayed(model, graphs, batch)
+        assert len(started) == n
         # the residual branch of a layer with a hook is added in another place
         assert largest_error({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, found) < 1e-5
     handle.remove()
-    for _ in range(2):
+    for n in (3, 4):
         assert replayed(model, graphs, batch)
-    assert started == [True, False, True], "early and in vain; late, as the step before was none; early"
+        assert len(started) == n
+
+
+def test_a_replay_starts_before_hugging_faces_code(recorded, monkeypatch):
+    """Where nothing but the tokens is new, not where it or the step before had position ids of its own."""
+    model, graphs, batch = recorded
+    stock = llama()
+    apply_hyclora(stock, config())
+    train(stock, batches(CALIBRATION))
+    events, lookup = starts(graphs), nn.Embedding.forward
+    monkeypatch.setattr(nn.Embedding, "forward", lambda *args: (events.append("embeddings"), lookup(*args))[1])
+    plain = batches(3)
+    elsewhere = batch | {"position_ids": 3 * torch.arange(16, device=DEVICE)[None]}
+    early, late = ["start", "embeddings"], ["embeddings", "start"]
+    for given, expected in ((plain[0], early), (elsewhere, late), (plain[1], late), (plain[2], early)):
+        theirs = train(stock, [given])[0]
+        events.clear()
+        assert equal(train(model, [given])[0], theirs)
+        assert events == expected
+
+
+def starts(graphs) -> list[str]:
+    """A list that a word is added to whenever the only recording's forward is started."""
+    (recording,) = graphs.recordings.values()
+    started, forward = [], recording.forward
+    recording.forward = lambda: (started.append("start"), forward())
+    return started
 
 
 def move(linear):
@@ -212,7 +269,7 @@ def test_weights_in_other_memory(recorded, name, change, early):
     linear = model.get_submodule(f"base_model.model.model.layers.1.mlp.up_proj.{name}")
     former, started = StorageWeakRef(linear.weight.untyped_storage()), []
     (recording,) = graphs.recordings.values()
-    recording.start = lambda _: started.append(not former.expired())
+    recording.forward = lambda: started.append(not former.expired())
     change(linear)
     found = train(model, [batch])[0]
     assert started == early

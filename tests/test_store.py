@@ -3,12 +3,14 @@
 import copy
 import gc
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
 from models.config import POLICIES
+from models.layers import LayerBlock
 from models.patch import find_patch
 from operators.savers import CudaCopies, Step
 from tests.kernel_checks import DEVICE
@@ -75,6 +77,32 @@ def test_slots_leave_the_device_and_shared_ones_are_stored_once():
     assert packed <= store.host_bytes < 1.2 * packed + 512 * 6 * 16
     assert 0 < store.device_bytes < store.host_bytes / 4
     del loss
+    assert store.host_bytes == store.device_bytes == 0
+
+
+def test_what_is_held_is_not_sent():
+    """Nor is what stands open before and after held too: only units that are put inside stay on the device."""
+    model, batch = llama(), padded_batch()
+    store = offloaded(model, None, group=3)
+    gradients(model, batch)
+    _, expected = gradients(model, batch)
+    first, run = model.get_submodule("base_model.model.model.layers.0"), LayerBlock.run_layer
+
+    def held(self, *args, **kwargs):
+        with store.holding() if self.module is first else nullcontext():
+            return run(self, *args, **kwargs)
+
+    loss = model(**batch).loss
+    whole = store.host_bytes
+    del loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerBlock, "run_layer", held)
+        model.zero_grad()
+        loss = model(**batch).loss
+        assert 0 < store.host_bytes < whole
+        loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert equal(grads, expected)
     assert store.host_bytes == store.device_bytes == 0
 
 

@@ -14,6 +14,7 @@ import sys
 import warnings
 import weakref
 from collections import deque
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -179,6 +180,7 @@ class Store(Pausable):
         self._open: Group | None = None
         self._window: deque[weakref.ref[Group]] = deque()
         self._serial = 0
+        self._holds = False
         self._warned = False
 
     def __reduce__(self):
@@ -215,7 +217,7 @@ class Store(Pausable):
         self._units[self._serial] = unit = Unit(group, self._serial - span + 1, self._serial, tensors)
         group.add(unit)
         if unit.last - group.first + 1 >= self.group or group.nbytes >= self.group_bytes:
-            self._send()
+            self._close()
         self._shift(self._serial)
         return [Home(unit, index) for index in range(len(tensors))]
 
@@ -233,16 +235,28 @@ class Store(Pausable):
         self._shift(unit.last)
         return tensors
 
+    @contextmanager
+    def holding(self):
+        """What is put inside stays on the device: backward comes to it first, and nothing waits for its copies."""
+        self._close()
+        self._holds = True
+        try:
+            yield
+        finally:
+            self._close()
+            self._holds = False
+
     def settle(self) -> None:
         """Send what has not been sent, and have the work queued from now on run after all copies."""
-        if self._open is not None:
-            self._send()
+        self._close()
         for group in dict.fromkeys(unit.group for unit in list(self._units.values())):
             group.wait()
 
-    def _send(self) -> None:
-        """Send the open group."""
+    def _close(self) -> None:
+        """Send the open group, if there is one and it may go."""
         group, self._open = self._open, None
+        if group is None or self._holds:
+            return
         self._sweep()
         if not group.send():
             self._warn()

@@ -1,0 +1,66 @@
+"""Recorded work: what makes CUDA graphs of it, and the two graphs of one kind of input."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class CudaRecorder:
+    """Captures work as CUDA graphs that share a memory pool, as no two of them run at the same time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __reduce__(self):
+        return CudaRecorder, (self.device,)
+
+    def __copy__(self) -> "CudaRecorder":
+        """Another pool; the same stream, as the GEMM workspaces of a stream are never given back."""
+        twin = object.__new__(CudaRecorder)
+        twin.device, twin.stream, twin.pool = self.device, self.stream, torch.cuda.graph_pool_handle()
+        return twin
+
+    def record(self, run: Callable) -> tuple:
+        """What run() returns, and a function that does its work; the work is not done yet."""
+        graph = torch.cuda.CUDAGraph()
+        # relaxed: a store may have to pin host memory meanwhile
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="relaxed"):
+            result = run()
+        return result, graph.replay
+
+
+@dataclass
+class Recording:
+    """One kind of input: its fixed tensors and its two graphs.
+
+    anchor: one of the parameters that get a gradient; inputs: what varies of the first layer's arguments; output: of
+    the last layer; dy: its gradient, in the same memory; dx: that of the first layer's input, None if not needed.
+    """
+
+    anchor: nn.Parameter
+    inputs: list[Tensor]
+    output: Tensor
+    dy: Tensor
+    dx: Tensor | None
+    forward: Callable[[], None]
+    backward: Callable[[], None]
+
+    @torch.no_grad()
+    def start(self, inputs: list[Tensor]) -> None:
+        """Queue the forward of these inputs."""
+        torch._foreach_copy_(self.inputs, inputs)
+        self.forward()
+
+    @torch.no_grad()
+    def start_from(self, embeddings: Tensor, ids: Tensor) -> bool:
+        """Queue the forward of these tokens, other inputs as they are; whether their embeddings are such an input."""
+        first = self.inputs[0]
+        if (embeddings.dtype, embeddings.device) != (first.dtype, first.device) or ids.device != first.device:
+            return False
+        torch.index_select(embeddings, 0, ids.flatten(), out=first.view(ids.numel(), -1))
+        self.forward()
+        return True
