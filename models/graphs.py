@@ -74,11 +74,11 @@ class LayerGraphs(Pausable):
             "_passing": False,
         }
 
-    def foresee(self, embeddings: Tensor, ids: Tensor, asked) -> None:
-        """Start the forward for a batch of token ids before Hugging Face's code comes to the first layer.
+    def foresee(self, asked, embeddings: Tensor | None, ids: Tensor | None) -> None:
+        """Start the forward of token ids before Hugging Face's code comes to the first layer: the GPU waits for it.
 
         asked: whatever else decides what the first layer gets, to be compared with that of the step before; None if
-        this is not known. The GPU waits for this; at worst it works in vain, as replay() makes sure of the rest.
+        this is not known. At worst the work is in vain, as replay() makes sure of the rest.
         """
         self._asked, self._early = asked, None
         if asked is None or self._latest is None or not self._possible():

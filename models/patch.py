@@ -173,15 +173,13 @@ class _StepHook:
 
     def _foresee(self, embedding: nn.Module, input_ids=None, *args, attention_mask=None, **kwargs) -> None:
         """Tell the graphs what the layers are going to get, where that is embeddings, bounds and a few plain values."""
+        asked = weight = None
+        known = isinstance(input_ids, torch.Tensor) and (attention_mask is None or is_bounds(attention_mask))
         plain = all(value is None or isinstance(value, (bool, int, float, str)) for value in kwargs.values())
-        whole = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.weight.requires_grad
-        own = "forward" not in embedding.__dict__ and not embedding._forward_pre_hooks
-        if self.step.embeds and plain and whole and own and (attention_mask is None or is_bounds(attention_mask)):
+        if self.step.embeds and known and plain and _is_lookup(embedding):
             bounds = None if attention_mask is None else attention_mask.flatten().tolist()
-            asked = input_ids.shape, bounds, kwargs
-        else:
-            asked = None
-        self.patch.graphs.foresee(embedding.weight, input_ids, asked)
+            asked, weight = (input_ids.shape, bounds, kwargs), embedding.weight
+        self.patch.graphs.foresee(asked, weight, input_ids)
 
     def _bounds(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """What the layers get for HF's mask; None if HF shall make one, as some would not know what bounds are."""
@@ -192,6 +190,12 @@ class _StepHook:
         if not all(block.takes_bounds() for block in self.attention):
             return None
         return causal_bounds(kwargs.get("attention_mask"), kwargs.get("position_ids"), *tokens.shape[:2])
+
+
+def _is_lookup(embedding: nn.Module) -> bool:
+    """Whether an embedding gives the rows of its frozen weight and does nothing else."""
+    own = "forward" not in embedding.__dict__ and not embedding._forward_pre_hooks
+    return type(embedding) is nn.Embedding and own and embedding.max_norm is None and not embedding.weight.requires_grad
 
 
 def _base(model: nn.Module) -> nn.Module:

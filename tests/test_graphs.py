@@ -228,7 +228,7 @@ def test_hooks_run(recorded, hook):
 
 
 def test_a_replay_starts_before_hugging_faces_code(recorded, monkeypatch):
-    """Where nothing but the tokens is new, not where it or the step before had position ids of its own."""
+    """Where nothing but the tokens is new: not where this step or the last has positions or embeddings of its own."""
     model, graphs, batch = recorded
     stock = llama()
     apply_hyclora(stock, config())
@@ -238,11 +238,18 @@ def test_a_replay_starts_before_hugging_faces_code(recorded, monkeypatch):
     plain = batches(3)
     elsewhere = batch | {"position_ids": 3 * torch.arange(16, device=DEVICE)[None]}
     early, late = ["start", "embeddings"], ["embeddings", "start"]
-    for given, expected in ((plain[0], early), (elsewhere, late), (plain[1], late), (plain[2], early)):
+
+    def check(given, expected):
         theirs = train(stock, [given])[0]
         events.clear()
         assert equal(train(model, [given])[0], theirs)
         assert events == expected
+
+    for given, expected in ((plain[0], early), (elsewhere, late), (plain[1], late), (plain[2], early)):
+        check(given, expected)
+    for m in (model, stock):  # as NEFTune does
+        m.get_input_embeddings().register_forward_hook(lambda module, args, x: 2 * x)
+    check(plain[0], late)
 
 
 def starts(graphs) -> list[str]:
