@@ -9,7 +9,6 @@ The settings are at the top of run_gsm8k.sh; `python run_gsm8k.py --help` lists 
 from pathlib import Path
 
 import torch
-from termcolor import colored
 
 from models import apply_hyclora, remove_hyclora
 from models.loading import find_base, keep_initial_adapters, load_model, load_tokenizer
@@ -20,6 +19,8 @@ from utils.errors import entry_point
 from utils.metrics import evaluate_generation
 from utils.profiling import buffered_bytes
 from utils.trainer import HycloraTrainer, find_checkpoint
+
+CORE = ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
 
 
 @entry_point
@@ -39,7 +40,7 @@ def main(argv=None):
     training.output_dir = str(run)
 
     with results.logged(run.with_name(run.name + ".log"), training):
-        print_settings(*groups)
+        results.print_settings(groups[:-1], {name: getattr(training, name) for name in CORE})
         print(train_set)
         clock = results.Clock()
         model = load_model(model_args, lora_args, source, training.device, training.seed)
@@ -104,15 +105,6 @@ def tag_of(model_args, data_args, lora_args, hyclora_args, *_) -> str:
     """The settings that tell runs apart at a glance."""
     method = f"{hyclora_args.layer_type}-q{hyclora_args.q_bit}" if hyclora_args.use_hyclora else "lora"
     return f"{Path(model_args.model_name).name}-{data_args.data_name}-{method}-r{lora_args.lora_rank}"
-
-
-def print_settings(model_args, data_args, lora_args, hyclora_args, eval_args, training):
-    """The core parameters, in green."""
-    for group in (model_args, data_args, lora_args, hyclora_args):
-        for name, value in vars(group).items():
-            print(colored(f"{name}: {value}", "green"))
-    for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"):
-        print(colored(f"{name}: {getattr(training, name)}", "green"))
 
 
 def checkpoint_bytes(model, kept: int | None) -> int:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fine-tune on GSM8K with HyC-LoRA. Every setting can also be given from outside:
+# Fine-tune on GSM8K with HyC-LoRA. Every setting below can also be given from outside:
 #   q_bit=2 bash run_gsm8k.sh
 #   model_name=llama-2-7b-hf data_name=gsm8k bash run_gsm8k.sh
-# Further options of run_gsm8k.py follow the script: bash run_gsm8k.sh --max_steps 20
+# Other options of run_gsm8k.py follow the script: bash run_gsm8k.sh --max_steps 20 --lora_dropout 0.05
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/utils/env.sh"
@@ -23,6 +23,9 @@ iteration_threshold=${iteration_threshold:-5}
 softmax_outlier_ratio=${softmax_outlier_ratio:-0.05}
 layernorm_outlier_ratio=${layernorm_outlier_ratio:-0.005}
 q_bit=${q_bit:-4}
+average_bits=${average_bits:-3.0}  # with q_bit=auto
+attention=${attention:-flash}      # eager keeps a sparse map: softmax_outlier_ratio of it
+scale_rule=${scale_rule:-channel_group}
 offload=${offload:-False}
 cuda_graphs=${cuda_graphs:-False}
 
@@ -64,6 +67,9 @@ exec "$PYTHON" "$root/run_gsm8k.py" \
     --softmax_outlier_ratio "$softmax_outlier_ratio" \
     --layernorm_outlier_ratio "$layernorm_outlier_ratio" \
     --q_bit "$q_bit" \
+    --average_bits "$average_bits" \
+    --attention "$attention" \
+    --scale_rule "$scale_rule" \
     --offload "$offload" \
     --cuda_graphs "$cuda_graphs" \
     --lora_rank "$lora_rank" \

@@ -10,7 +10,6 @@ JSON line a run is appended to benchmarks/results/memory_throughput.jsonl.
 from pathlib import Path
 
 import torch
-from termcolor import colored
 
 from benchmarks.record import record
 from models import apply_hyclora
@@ -29,9 +28,7 @@ def main(argv=None):
     model_args, lora_args, hyclora_args, profile = groups
     source = find_base(model_args, lora_args, tokenizer=False)
     results.check_output(Path(profile.output_dir), needed=2**20)
-    for group in groups:
-        for name, value in vars(group).items():
-            print(colored(f"{name}: {value}", "green"))
+    results.print_settings(groups)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(model_args, lora_args, source, device, profile.seed)
     report = None

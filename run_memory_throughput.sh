@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Memory and throughput of fine-tuning with HyC-LoRA. Every setting can also be given from outside:
+# Memory and throughput of fine-tuning with HyC-LoRA. Every setting below can also be given from outside:
 #   q_bit=2 bash run_memory_throughput.sh
 #   model_name=llama-3-8b seq_len=8192 per_device_train_batch_size=1 bash run_memory_throughput.sh
-# Further options of run_memory_throughput.py follow the script: bash run_memory_throughput.sh --steps 20
+# Other options of run_memory_throughput.py follow the script: bash run_memory_throughput.sh --steps 20
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/utils/env.sh"
@@ -32,6 +32,9 @@ iteration_threshold=${iteration_threshold:-5}
 softmax_outlier_ratio=${softmax_outlier_ratio:-0.05}
 layernorm_outlier_ratio=${layernorm_outlier_ratio:-0.005}
 q_bit=${q_bit:-4}
+average_bits=${average_bits:-3.0}  # with q_bit=auto
+attention=${attention:-flash}      # eager keeps a sparse map: softmax_outlier_ratio of it
+scale_rule=${scale_rule:-channel_group}
 offload=${offload:-False}
 cuda_graphs=${cuda_graphs:-False}
 
@@ -54,6 +57,9 @@ exec "$PYTHON" "$root/run_memory_throughput.py" \
     --softmax_outlier_ratio "$softmax_outlier_ratio" \
     --layernorm_outlier_ratio "$layernorm_outlier_ratio" \
     --q_bit "$q_bit" \
+    --average_bits "$average_bits" \
+    --attention "$attention" \
+    --scale_rule "$scale_rule" \
     --offload "$offload" \
     --cuda_graphs "$cuda_graphs" \
     --lora_rank "$lora_rank" \

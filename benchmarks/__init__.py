@@ -1,1 +1,1 @@
-"""Measurements that anyone can run again; each writes one JSON line a run to benchmarks/results/."""
+"""Measurements that anyone can run again: each appends JSON lines to results/, which report and figures read."""

@@ -18,7 +18,7 @@ from benchmarks.record import record
 from models import HycloraConfig, apply_hyclora
 from models.loading import quantize_linears
 from utils.args import LINEARS
-from utils.profiling import buffered_bytes
+from utils.profiling import buffered_bytes, random_batch
 
 SETTINGS = [
     {"layer_type": "baseline"},
@@ -54,14 +54,15 @@ def build_model(args: argparse.Namespace, layers: int) -> torch.nn.Module:
 
 def layer_bytes(args: argparse.Namespace, setting: dict | None) -> tuple[int, dict[str, int]]:
     """Bytes kept by one layer, and those of its slots; setting None is stock PEFT."""
-    ids = torch.randint(0, args.vocab, (args.batch_size, args.seq_len), device=args.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = random_batch(args.vocab, args.batch_size, args.seq_len, args.device)
     totals, slots = [], {}
     for layers in (1, 2):
         model = build_model(args, layers)
         if setting is not None:
             report = apply_hyclora(model, HycloraConfig(**setting))
-            slots = {slot: round(bits / layers * ids.numel() / 8) for slot, bits in report.slot_bits.items()}
+            slots = {
+                slot: round(bits / layers * batch["input_ids"].numel() / 8) for slot, bits in report.slot_bits.items()
+            }
         with torch.autocast(args.device, dtype=torch.bfloat16):
             totals.append(buffered_bytes(model, batch))
     return totals[1] - totals[0], slots

@@ -1,11 +1,12 @@
 """How close the LoRA gradients of compressed activations are to exact ones.
 
     python -m benchmarks.fidelity --model ckpt/tiny-llama --data demo
-    python -m benchmarks.fidelity --model FOLDER --data ../shared/data/gsm8k --settings '[{"q_bit": 2}]'
+    python -m benchmarks.fidelity --model FOLDER --data FOLDER --settings '[{"q_bit": 2}]'
 
 For each setting: cosine of every LoRA gradient with exact LoRA's on the same batch, averaged over batches after
 calibration; the mean and the smallest over adapters, and the average bits of what is kept, scales included. Adapters
-are first trained exactly for some steps, so that LoRA B is not zero. One JSON line a setting.
+are first trained exactly for some steps, so that LoRA B is not zero. The data folder has GSM8K's train.jsonl and
+test.jsonl. One JSON line a setting.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Does fine-tuning notice? Test loss after the same steps with exact LoRA and with compressed activations.
 
-    python -m benchmarks.finetune --model FOLDER --data ../shared/data/gsm8k
+    python -m benchmarks.finetune --model FOLDER --data FOLDER        # with GSM8K's train.jsonl and test.jsonl
 
 Same seed, same batches, same optimizer for every setting, fp32; the loss is the mean over answer tokens of test rows.
 One JSON line a setting.

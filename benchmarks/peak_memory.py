@@ -19,9 +19,9 @@ import torch
 from benchmarks.peers import OFFLINE, micro_step
 from benchmarks.profile_step import one_job
 from benchmarks.record import record
-from models.patch import PATCH
 from utils.args import ROOT
 from utils.errors import UserError, entry_point
+from utils.profiling import graphs_of
 
 MIB = 2**20
 PROJECT = tuple(str(ROOT / folder) for folder in ("models", "operators", "utils"))
@@ -55,7 +55,7 @@ def at_peak(events: list[dict]) -> tuple[int, list[dict], dict[str, int]]:
 
 def trace(step) -> list[dict]:
     """The allocator's events of a forward and a backward."""
-    graphs = getattr(getattr(step.model, PATCH, None), "graphs", None)
+    graphs = graphs_of(step.model)
     if graphs is not None:
         graphs.clear()
         step.forward(step.batch).backward()  # the next one records

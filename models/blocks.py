@@ -70,7 +70,12 @@ class Block:
         def forward(module, *args, **kwargs):
             return getattr(module, BLOCK).forward(*args, **kwargs)
 
-        self.module.forward = MethodType(forward, self.module)
+        self.module.forward = self.bound = MethodType(forward, self.module)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether something has replaced the module's forward since, and may call this one from inside."""
+        return self.module.__dict__.get("forward") != self.bound
 
     def unbind(self) -> None:
         """Give the module its own forward back."""
@@ -109,7 +114,7 @@ class Block:
         return Keeper(self.savers, self.step, store, self.span)
 
     def input_source(self, x: torch.Tensor, slot: str):
-        """Where the norm before this block keeps x_hat, if the slot is derived from it."""
+        """Where the norm before keeps x_hat, if the slot is derived from it; RuntimeError if x is not its output."""
         if not isinstance(self.savers[slot], Derived):
             return None
         source = getattr(x, SOURCE, None)
@@ -178,7 +183,7 @@ class AttentionBlock(Block):
         self, dtype, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, residual=None,
         overwrite=False, **kwargs,
     ):  # fmt: skip
-        """The attention's output, to which the residual branch is added if given; and None for its weights."""
+        """The attention's output, the residual branch added if given (overwrite: in its memory); and None."""
         source = self.input_source(hidden_states, "attn_in")
         cos, sin = position_embeddings
         y = AttentionFunction.apply(

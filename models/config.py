@@ -1,6 +1,7 @@
 """HycloraConfig, and what it means: which saver keeps which slot.
 
-layer_type, q_bit and the ratios are nothing but a choice of savers. This is the only file that reads layer_type.
+layer_type, q_bit and the ratios choose savers, and layer_type whether LoRA compensates and kernels are fused (Policy).
+Nothing outside of this file decides by layer_type.
 """
 
 from dataclasses import dataclass, field, fields
@@ -82,7 +83,9 @@ class HycloraConfig:
     attention: str = _option("flash", "flash (no attention map) or eager (keeps a sparse map, as the paper does).")
     scale_rule: str = _option("channel_group", "Quantizer: channel_group, or paper (the published rule).")
     offload: bool = _option(False, "Keep packed slots in pinned host memory; backward fetches them just in time.")
-    cuda_graphs: bool = _option(False, "Replay the layers as CUDA graphs for batches of a shape that comes again.")
+    cuda_graphs: bool = _option(
+        False, "Replay the layers as CUDA graphs for batches of a kind (shape, document bounds) that comes again."
+    )
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
 
     def __post_init__(self):

@@ -26,7 +26,9 @@ from models.recording import Recording
 from operators.flash import is_bounds
 from operators.pausable import Pausable
 
+# each has graphs and fixed inputs for good; other kinds of input run layer by layer
 MAX_RECORDINGS = 8
+# elements of a gradient that one program adds
 PIECE = 2**14
 
 

@@ -55,6 +55,7 @@ class HeadBlock(Block):
 
     @can_return_tuple
     def run(self, *args, labels, logits_to_keep=0, shift_labels=None, num_items_in_batch=None, **kwargs):
+        """The loss (fp32 scalar) of labels or shift_labels [B, S]: their mean, or their sum / num_items_in_batch."""
         targets = Targets(labels, ahead=1) if shift_labels is None else Targets(shift_labels)
         outputs = self.module.base_model(*args, **kwargs)
         hidden = outputs.last_hidden_state

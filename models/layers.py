@@ -51,6 +51,7 @@ class LayerBlock(Block):
         )
 
     def run(self, hidden_states, **kwargs):
+        """Hidden states [B, S, C] through norm, attention, norm, MLP, which add the residual branches themselves."""
         attention_norm, attention, mlp_norm, mlp = (block.module for block in self.blocks)
         # hooks may keep what goes in and comes out
         watched = any(self.module.__dict__[name] for name in HOOKS)

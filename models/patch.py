@@ -87,7 +87,7 @@ class Patch:
 
 
 def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> PatchReport:
-    """Patch a PEFT model's decoder layers in place, this instance only.
+    """Patch a PEFT model's decoder layers, last norm and LM head in place, this instance only; says what was patched.
 
     Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, and for a model
     that is patched already.
@@ -125,8 +125,13 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
 
 
 def remove_hyclora(model: PeftModel) -> None:
-    """Take every block off again: the model is stock, bit for bit. ValueError if it was not patched."""
+    """Take every block off again: the model is stock, bit for bit.
+
+    ValueError if it was not patched, or if something else has replaced a patched forward since.
+    """
     patch = find_patch(model)
+    if wrapped := [block.name for block in patch.blocks if block.wrapped]:
+        raise ValueError(f"{wrapped[0]}: its forward was replaced after apply_hyclora; undo that first")
     for block in [*patch.blocks, *patch.checkpoints]:
         block.unbind()
     patch.hook.remove()

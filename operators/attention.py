@@ -81,7 +81,8 @@ class EagerCore:
     """The paper's attention: prob = softmax(scaling q k^T + mask) is kept (sparse), o = prob v.
 
     dv = prob^T do, dprob = do v^T, dscore = softmax_bwd(dprob, prob), dq = scaling dscore k, dk = scaling dscore^T q;
-    k and v are kept for their own heads and repeated for grouped queries only while used.
+    q, o [B, S, H, D]; k, v [B, S, H_kv, D], repeated for grouped queries only while used; prob
+    [B, H_kv, H / H_kv, S, S] in q's dtype, softmax in fp32; mask None (causal), or HF's, bool or additive [B, 1, S, S].
     """
 
     def __init__(self, module, interface, window: int | None):
@@ -159,9 +160,10 @@ class AttentionSpec:
 class AttentionFunction(torch.autograd.Function):
     """y = o W_o^T + LoRA (+ residual), o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA.
 
-    x [B, S, C]; residual: of y's shape, or None; overwrite: y may take its memory; cos, sin [B or 1, S, D]; mask as the
-    core takes it; parameters as spec.parameters(). Slots: attn_in, q, k, v, prob, lse, attn_out. Gradients: those of
-    operators/lora.py for the projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual.
+    x, y [B, S, C]; residual: of y's shape, or None; overwrite: y may take its memory; cos, sin [B or 1, S, D]; mask and
+    kwargs as the core takes them; source: where the norm keeps x_hat, if attn_in is derived; parameters as
+    spec.parameters(). Slots: attn_in, q, k, v, prob, lse, attn_out. Gradients: those of operators/lora.py for the
+    projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual.
     """
 
     @staticmethod

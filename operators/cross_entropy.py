@@ -52,7 +52,10 @@ def _cross_entropy_kernel(
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
-    """reference.cross_entropy_ on any device: loss of each row (fp32 [R]); logits [R, V] become their gradient."""
+    """reference.cross_entropy_ on any device: loss of each row (fp32 [R]); logits [R, V] become their gradient.
+
+    ValueError for logits without unit stride along V.
+    """
     if not use_triton(logits):
         return reference.cross_entropy_(logits, labels)
     n_rows, n_cols = logits.shape

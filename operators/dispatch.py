@@ -36,6 +36,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def rank_block(rank: int) -> int:
+    """Ranks that a tile of tl.dot has room for."""
+    return max(16, next_power_of_2(max(rank, 1)))
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is not below n > 0."""
     return 1 << (n - 1).bit_length()

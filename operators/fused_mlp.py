@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from operators.activation import silu_mul_grad_tile, silu_mul_tile
-from operators.dispatch import cdiv, device_guard, next_power_of_2
+from operators.dispatch import cdiv, device_guard, rank_block
 from operators.fused_tiles import (
     ROWS_A_WARP,
     PackedSlot,
@@ -160,6 +160,6 @@ def fused_mlp_bwd(
         _fused_mlp_bwd_kernel[grid](
             dhidden, g, A, xa, B, dy, dhidden, *slots[0].arguments(), *slots[1].arguments(),
             n_rows, n_cols, slots[0].n_groups, B.stride(0), g.stride(0), dy.stride(0), **constants,
-            DOWN_RANK=down_rank, DOWN_BLOCK=max(16, next_power_of_2(max(down_rank, 1))), maxnreg=REGISTERS,
+            DOWN_RANK=down_rank, DOWN_BLOCK=rank_block(down_rank), maxnreg=REGISTERS,
         )  # fmt: skip
     return dy, dhidden

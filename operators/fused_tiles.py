@@ -15,7 +15,7 @@ from torch import Tensor
 
 from operators import dispatch
 from operators.codebook import Codebook
-from operators.dispatch import next_power_of_2
+from operators.dispatch import rank_block
 from operators.packed_layout import carve, packed_shapes
 from operators.quantize import dequantize_tile, quantize_tile
 
@@ -238,7 +238,7 @@ class PackedSlot:
     def arguments(self) -> tuple[Tensor, ...]:
         return self.codes, self.scale, self.mean, self.spread
 
-    def constants(self, prefix: str = "") -> dict:
+    def constants(self, prefix: str) -> dict:
         """BITS, STEP and CENTRE of this slot; GROUPED and GROUP are one for all slots of a kernel."""
         return {f"{prefix}BITS": self.book.bits, f"{prefix}STEP": self.book.step, f"{prefix}CENTRE": self.book.centre}
 
@@ -261,5 +261,5 @@ def shared_constants(slots: list[PackedSlot], ranks: list[int]) -> dict:
     return {
         "GROUPED": book.grouped,
         "GROUP": book.group,
-        "RANK_BLOCK": max(16, next_power_of_2(max(ranks))),
+        "RANK_BLOCK": rank_block(max(ranks)),
     }

@@ -41,7 +41,7 @@ def get_rng_state(device: torch.device) -> Tensor:
 
 
 class Projection:
-    """One linear layer of a block as the block's Functions see it; weights are read from the module at each use.
+    """One linear layer of a block as the block's Functions see it; W is read from the module at each use.
 
     adapter: name of the active adapter or None; rank; scaling: lora_alpha / r (/ sqrt(r) with rsLoRA); dropout: its
     probability. They are read from PEFT by refresh(), once a forward.
@@ -118,7 +118,7 @@ class Projection:
 class ProjectionGroup:
     """Projections that share one input x [T, in]; their outputs stand side by side in y [T, N].
 
-    x A^T is kept exactly; A and B are read again at backward time.
+    x A^T is kept exactly; A, B and biases are saved by reference.
     """
 
     def __init__(self, projections: list[Projection]):

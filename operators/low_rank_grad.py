@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from operators.dispatch import cdiv, device_guard, next_power_of_2, use_triton
+from operators.dispatch import cdiv, device_guard, rank_block, use_triton
 from operators.fused_tiles import operand
 from operators.low_rank import SLOTS
 
@@ -134,7 +134,7 @@ def low_rank_grads(dy: Tensor, xa: Tensor, B: Tensor, widths: list[int], ranks: 
     dy [T, N], the columns of all projections; xa [T, R] and B [N, R], block-diagonal, of operators/low_rank.py.
     """
     n_rows, rank = dy.shape[0], B.shape[1]
-    block_rank = max(16, next_power_of_2(max(ranks)))
+    block_rank = rank_block(max(ranks))
     block_cols = min(512 * 16 // block_rank, TILE_BYTES // BLOCK_ROWS // dy.itemsize)
     stripes = sum(cdiv(width, block_cols) for width in widths)
     rows_a_range = cdiv(cdiv(n_rows, max(1, PROGRAMS // stripes)), BLOCK_ROWS) * BLOCK_ROWS

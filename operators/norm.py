@@ -194,7 +194,7 @@ def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, dresid
 
 
 def rms_norm_pack(x: Tensor, weight: Tensor, eps: float, saver, step) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """rms_norm_fwd with x_hat packed by a calibrated ChannelQuant on the way: x [T, C] to y, rstd, packed."""
+    """rms_norm_fwd with x_hat packed by a calibrated ChannelQuant on the way: x [T, C] to y, rstd, its packed()."""
     saver.prepare(x, step)
     x = as_rows(x)
     n_rows, n_cols = x.shape
@@ -214,7 +214,7 @@ def rms_norm_pack(x: Tensor, weight: Tensor, eps: float, saver, step) -> tuple[T
 def rms_norm_unpack_bwd(
     dy: Tensor, rstd: Tensor, weight: Tensor, packed: tuple[Tensor, ...], book, dresidual: Tensor | None = None
 ) -> Tensor:
-    """rms_norm_bwd from the packed x_hat: dx [T, C] in dy's dtype."""
+    """rms_norm_bwd from x_hat as ChannelQuant.packed has it, book its code book: dx [T, C] in dy's dtype."""
     codes, scale, kept, mean, std, outliers = packed
     dy = as_rows(dy)
     residual = dy if dresidual is None else as_rows(dresidual)

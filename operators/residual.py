@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from operators import reference
-from operators.dispatch import cdiv, device_guard, next_power_of_2, use_triton
+from operators.dispatch import cdiv, device_guard, rank_block, use_triton
 from operators.fused_tiles import ROWS_A_WARP, add_lora, load_strips, store_strips, tile_columns, tile_rows
 
 GROUP = 64
@@ -60,7 +60,7 @@ def add_residual(y: Tensor, xa: Tensor | None, B: Tensor | None, residual: Tenso
     with device_guard(y):
         _add_residual_kernel[(cdiv(n_cols, GROUP), cdiv(n_rows, BLOCK_ROWS))](
             y, xa, B, residual, into, n_rows, n_cols, xa.stride(0), B.stride(0), RANK=rank,
-            RANK_BLOCK=max(16, next_power_of_2(max(rank, 1))), GROUP=GROUP, WHOLE=n_cols % GROUP == 0,
+            RANK_BLOCK=rank_block(rank), GROUP=GROUP, WHOLE=n_cols % GROUP == 0,
             BLOCK_ROWS=BLOCK_ROWS, num_warps=BLOCK_ROWS // ROWS_A_WARP,
         )  # fmt: skip
     return into

@@ -3,7 +3,7 @@
 NF4 has to be dequantized before a GEMM, and W of gate or up beside their outputs would be what most memory at the peak
 goes to. Pieces of rows (outputs) are what y = x W^T is made of, pieces of columns (inputs) what dx = dy W is: neither
 adds up anything that the whole would not, and both GEMMs are as efficient as that of the whole while a piece is some
-tiles wide. In backward a W with fewer outputs than inputs is whole, as the peak is elsewhere.
+tiles wide. In backward a W with no more outputs than inputs is whole, as the peak is elsewhere.
 """
 
 from collections.abc import Iterator

@@ -6,8 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from models.loading import quantize_linears
 from tests.kernel_checks import DEVICE
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from utils.args import LINEARS
 
 
 def llama(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:

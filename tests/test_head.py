@@ -13,7 +13,8 @@ from models.config import POLICIES
 from models.head import HeadBlock
 from models.patch import find_patch
 from operators import cross_entropy
-from tests.small_models import LINEARS, gradients, largest_error, llama, padded_batch
+from tests.small_models import gradients, largest_error, llama, padded_batch
+from utils.args import LINEARS
 
 BASELINE = HycloraConfig(layer_type="baseline")
 ON_HEAD = [*LINEARS, "lm_head"]

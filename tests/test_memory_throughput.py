@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import run_memory_throughput
+from utils import results
 from utils.args import ROOT
 
 SMALL = ["--seq_len", "16", "--per_device_train_batch_size", "2", "--steps", "2", "--random_weights", "True"]
@@ -15,7 +16,7 @@ SMALL = ["--seq_len", "16", "--per_device_train_batch_size", "2", "--steps", "2"
 def run(tiny_llama_folder, tmp_path, capsys, monkeypatch):
     """Run with options; the line that was appended and what was printed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(run_memory_throughput, "colored", "<{1}>{0}".format)
+    monkeypatch.setattr(results, "colored", "<{1}>{0}".format)
 
     def run(*options):
         folder = ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -31,6 +32,23 @@ def test_every_option_that_is_passed_is_known_and_set(driver):
     assert passed and {f"--{name}" for name in passed} <= known
     for variable in passed.values():
         assert re.search(rf"^\s*{variable}=\$\{{{variable}:?-", text, re.MULTILINE), variable
+
+
+@pytest.mark.parametrize("developing", ["", "1"])
+def test_a_user_needs_no_test_runner(developing, tmp_path):
+    """What env.sh asks an interpreter: here one whose packages are those of the requirements but for pytest."""
+    question = re.search(r"<<'PY'\n(.*?)\nPY\n", (ROOT / "utils/env.sh").read_text(), re.DOTALL)[1]
+    program = (
+        "import importlib.metadata as metadata\n"
+        "def version(name):\n"
+        "    if name.startswith('pytest'):\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return '99.0'\n"
+        "metadata.version = version\n" + question
+    )
+    command = [sys.executable, "-c", program, ROOT / "requirements.txt", developing]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert (found.returncode, found.stderr.strip()) == ((1, "lacks pytest") if developing else (0, ""))
 
 
 def stub_interpreter(folder, qualifies):

@@ -6,7 +6,7 @@
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # Silent if the interpreter $1 qualifies, else one line that says why not. What is needed for some uses only (the hub,
-# 4 bit, figures, lint) may be missing: that use says so.
+# 4 bit, figures, lint; pytest unless `developing` is set) may be missing: that use says so.
 _lacks() {
     "$1" - "$_root/requirements.txt" "${developing:-}" <<'PY'
 import re
@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 MINIMUM = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "peft": (0, 21), "accelerate": (1, 15)}
 OPTIONAL = {"datasets", "bitsandbytes", "matplotlib", "ruff"}
+if not sys.argv[2]:
+    OPTIONAL |= {"pytest", "pytest-timeout", "pytest-xdist"}
 
 if sys.version_info < (3, 10):
     sys.exit("needs Python 3.10")

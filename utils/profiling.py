@@ -8,10 +8,11 @@ import time
 import torch
 from torch import Tensor, nn
 
+from models.config import HycloraConfig
 from models.patch import PATCH
 
 MIB = 2**20
-WARM_UP = 7
+AFTER_CALIBRATION = 2  # forwards: a kind of input is recorded as CUDA graphs the second time that it comes
 
 
 @contextlib.contextmanager
@@ -27,9 +28,14 @@ def undisturbed(model: nn.Module, *, train: bool):
             model.train(mode)
 
 
+def graphs_of(model: nn.Module):
+    """The LayerGraphs of a patched model, None without any."""
+    return getattr(getattr(model, PATCH, None), "graphs", None)
+
+
 def layer_by_layer(model: nn.Module):
     """No CUDA graphs inside: what a graph keeps and launches is not seen from outside."""
-    graphs = getattr(getattr(model, PATCH, None), "graphs", None)
+    graphs = graphs_of(model)
     return contextlib.nullcontext() if graphs is None else graphs.paused()
 
 
@@ -97,7 +103,9 @@ class MicroStep:
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=1e-3)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-        for _ in range(WARM_UP):
+        patch = getattr(model, PATCH, None)
+        threshold = HycloraConfig().iteration_threshold if patch is None else patch.step.threshold
+        for _ in range(threshold + AFTER_CALIBRATION):
             self.forward(warm_up_batch or batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
@@ -120,7 +128,7 @@ class MicroStep:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         state = [t for values in self.optimizer.state.values() for t in values.values() if t.is_cuda]
         trained = [*trainable, *(p.grad for p in trainable if p.grad is not None), *state]
-        graphs = getattr(getattr(self.model, PATCH, None), "graphs", None)
+        graphs = graphs_of(self.model)
         if graphs is not None:
             graphs.clear()
         gc.collect()

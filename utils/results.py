@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from termcolor import colored
 
 from utils.args import ROOT, TrainingArguments
 from utils.errors import UserError
@@ -147,7 +148,14 @@ def settings(*groups) -> dict:
     }
 
 
-def write_json(file: Path, content: dict):
+def print_settings(groups, more: dict | None = None) -> None:
+    """The settings of a run, one a line, in green: those of argument groups, and others by name."""
+    for group in (*map(vars, groups), more or {}):
+        for name, value in group.items():
+            print(colored(f"{name}: {value}", "green"))
+
+
+def write_json(file: Path, content: dict | list):
     """Write at once or not at all: a reader never sees half a file."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

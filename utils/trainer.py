@@ -20,7 +20,10 @@ _WHOLE = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json")
 
 
 def find_checkpoint(resume: str | None, folders: list[Path]) -> Path | None:
-    """The checkpoint to resume from: None, a folder, or for "True" the newest whole one in `folders`."""
+    """The checkpoint to resume from: None, a folder, or for "True" the newest whole one in `folders`.
+
+    UserError if there is none.
+    """
     if resume is None or resume.lower() in ("false", ""):
         return None
     if resume.lower() != "true":

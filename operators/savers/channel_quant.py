@@ -51,7 +51,7 @@ class ChannelQuant(StoringSaver):
         return step.calibrating and step.index != self._last_step
 
     def prepare(self, x: Tensor, step: Step) -> None:
-        """Calibrate on x if this is a calibration forward not counted yet; afterwards mean and std are set."""
+        """Calibrate on x if this is a calibration forward not counted yet; RuntimeError if there never was one."""
         self._follow(x.device)
         if self.due(step):
             self.calibrate(measure(x, step.mask(x.shape[0])), step)
@@ -67,9 +67,10 @@ class ChannelQuant(StoringSaver):
         return self.packed(codes, scale, x.index_select(1, self.outliers) if self.n_outliers else None)
 
     def packed(self, codes: Tensor, scale: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What is kept of a slot; the statistics belong to it, because they still move while calibrating.
+        """What is kept of a slot: codes uint8 [T, n, G/8, b], scale uint8 [T, n, 2], kept [T, k] (empty if k = 0), then
+        mean and std (fp32 [C], 0 at the exact channels) and the exact channels int64 [k].
 
-        Those that restore it are 0 at the exact channels.
+        The statistics belong to it, because they still move while calibrating.
         """
         kept = self.mean.new_empty(0) if kept is None else kept
         return codes, scale, kept, *self.restoring, self.outliers
