@@ -158,7 +158,7 @@ class AttentionBlock(Block):
         out = ProjectionGroup([projection(module, name, family.out)])
         self.projections = [*qkv.projections, *out.projections]
         if fused:
-            _refuse_lora_bias(name, qkv)
+            _refuse_lora_bias(qkv)
         if attention == "eager" and module.attention_dropout > 0:
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
         implementation = module.config._attn_implementation
@@ -213,7 +213,7 @@ class MlpBlock(Block):
         down = ProjectionGroup([projection(module, name, family.down)])
         self.projections = [*gate_up.projections, *down.projections]
         if fused:
-            _refuse_lora_bias(name, gate_up)
+            _refuse_lora_bias(gate_up)
         if not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
             raise ValueError(f"{name}: activation {type(module.act_fn).__name__} is not supported, only SiLU is")
         self.spec = MlpSpec(gate_up, down, compensate, fused)
@@ -236,9 +236,10 @@ class MlpBlock(Block):
         return y.view(*x.shape[:-1], -1)
 
 
-def _refuse_lora_bias(name: str, group: ProjectionGroup) -> None:
-    if any(p.parameters()[2] is not None for p in group.projections):
-        raise ValueError(f"{name}: lora_bias is not supported by intra_inter_full_fuse; use layer_type=intra_inter")
+def _refuse_lora_bias(group: ProjectionGroup) -> None:
+    for p in group.projections:
+        p.takes_bias_B = False
+        p.refresh()
 
 
 def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projection:
@@ -253,7 +254,4 @@ def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projectio
         raise ValueError(f"{name}: base weights of {type(base).__name__} are not supported; use NF4 or floating point")
     if base.weight.requires_grad:
         raise ValueError(f"{name}: the base weight is trainable; only LoRA adapters and biases may be")
-    if getattr(module, "lora_variant", None):
-        kinds = ", ".join(sorted({type(v).__name__ for v in module.lora_variant.values()}))
-        raise ValueError(f"{name}: LoRA variant {kinds} is not supported; use plain LoRA or rsLoRA")
-    return Projection(module, attribute)
+    return Projection(module, attribute, parent, name)

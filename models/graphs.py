@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.blocks import Block, NormBlock, autocast_dtype
+from models.gradients import GradientBuffers, add_gradients
 from models.layers import HOOKS, OURS, LayerBlock
 from models.recording import Recording
 from operators.flash import is_bounds
@@ -28,8 +29,6 @@ from operators.pausable import Pausable
 
 # each has graphs and fixed inputs for good; other kinds of input run layer by layer
 MAX_RECORDINGS = 8
-# elements of a gradient that one program adds
-PIECE = 2**14
 
 
 class LayerGraphs(Pausable):
@@ -42,11 +41,12 @@ class LayerGraphs(Pausable):
     def __init__(self, recorder, patch, layers: list[LayerBlock], blocks: list[Block]):
         self.recorder, self.patch, self.step = recorder, patch, patch.step
         self.layers = layers
-        modules = [m for layer in layers for m in layer.module.modules()]
+        self.norms = [block.module for block in blocks if isinstance(block, NormBlock)]
+        modules = [*self.norms, *(m for layer in layers for m in layer.module.modules())]
         # the dictionaries themselves, which modules fill later: looked at once a step
         self._hooks = [m.__dict__[name] for m in modules for name in HOOKS]
-        self.projections = list({id(p): p for block in blocks for p in block.projections}.values())
-        self.norms = [block.module for block in blocks if isinstance(block, NormBlock)]
+        inside = [block for layer in layers for block in layer.blocks]
+        self.projections = list({id(p): p for block in inside for p in block.projections}.values())
         self._drops = any(getattr(m, "attention_dropout", 0.0) > 0 for m in modules)
         self.clear()
 
@@ -65,7 +65,7 @@ class LayerGraphs(Pausable):
             "recordings": {},
             "_seen": Counter(),
             "_refused": set(),
-            "_grads": {},
+            "gradients": GradientBuffers(),
             "_store": None,
             "_pending": _nothing,
             "_arguments": [],
@@ -76,17 +76,17 @@ class LayerGraphs(Pausable):
             "_passing": False,
         }
 
-    def foresee(self, asked, embeddings: Tensor | None, ids: Tensor | None) -> None:
+    def foresee(self, asked, embedding: nn.Module, ids: Tensor | None) -> None:
         """Start the forward of token ids before Hugging Face's code comes to the first layer: the GPU waits for it.
 
-        asked: whatever else decides what the first layer gets, to be compared with that of the step before; None if
-        this is not known. At worst the work is in vain, as replay() makes sure of the rest.
+        asked: what foretell() says, to be compared with that of the step before. At worst the work is in vain, as
+        replay() makes sure of the rest.
         """
         self._asked, self._early = asked, None
         if asked is None or self._latest is None or not self._possible():
             return
         kind, weights, recording, before = self._latest
-        if asked == before and kind[1] == _places(weights) and recording.start_from(embeddings, ids):
+        if asked == before and kind[1] == _places(weights) and recording.start_from(embedding.weight, ids):
             self._early = recording
 
     def replay(self, layer: LayerBlock, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
@@ -98,10 +98,11 @@ class LayerGraphs(Pausable):
             self._compare(args, kwargs)
             return None
         self._passing, self._kind = False, None
-        early, self._early = self._early, None
-        self._arguments, spec = tree_flatten((args, kwargs))
+        asked, early, self._asked, self._early = self._asked, self._early, None, None
+        self._arguments = []
         if not self._possible():
             return None
+        self._arguments, spec = tree_flatten((args, kwargs))
         inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]
         given = self._given(hidden, self._arguments, spec)
         # PEFT's state takes a while to read: if the rest is as last time the GPU starts meanwhile, at worst in vain
@@ -120,23 +121,9 @@ class LayerGraphs(Pausable):
             return None
         if recording is not started:
             recording.start(inputs)
-        self._latest = self._kind, weights, recording, self._asked
+        self._latest = self._kind, weights, recording, asked
         self._passing = len(self.layers) > 1
         return ReplayFunction.apply(hidden, recording.anchor, self, recording)
-
-    def attach(self) -> None:
-        """Make the buffers that a backward adds to the parameters' gradients, with what these hold."""
-        empty = []
-        for parameter, buffer in self._grads.items():
-            if parameter.grad is buffer:
-                continue
-            if parameter.grad is None:
-                empty.append(buffer)
-            else:
-                buffer.copy_(parameter.grad)
-            parameter.grad = buffer
-        if empty:
-            torch._foreach_zero_(empty)
 
     def begin(self) -> "Ticket":
         """A forward has been replayed: its activations are in the pool as long as the ticket lives."""
@@ -180,6 +167,8 @@ class LayerGraphs(Pausable):
         trainable += [norm.weight for norm in self.norms]
         if any(t._backward_hooks or t._post_accumulate_grad_hooks for t in trainable):
             return None
+        if not any(t.requires_grad for t in trainable):
+            return None
         return [p.base.weight for p in self.projections] + trainable
 
     def _kind_of(self, given: tuple, weights: list[Tensor]) -> tuple:
@@ -217,16 +206,15 @@ class LayerGraphs(Pausable):
 
     def _capture(self, hidden: Tensor, leaves: list, spec) -> Recording:
         # embeddings that nobody else looks at become the fixed input, as they would live beside a copy until the end
-        first = hidden.detach() if self.step.embeds else hidden.detach().clone()
+        first = hidden.detach() if self.step.embeds else hidden.detach().clone(memory_format=torch.contiguous_format)
         first.requires_grad_(hidden.requires_grad)
         setattr(first, OURS, True)
         leaves = [t.detach().clone() if _varies(t, hidden) else t for t in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
         trained = [_trained(layer.module) for layer in self.layers]
         anchor = next(p for layer in trained for _, _, p in layer)
-        for parameter in (p for layer in trained for _, _, p in layer):
-            if parameter not in self._grads:
-                self._grads[parameter] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        buffers = {p: self.gradients.of(p) for layer in trained for _, _, p in layer}
+        reached: dict[nn.Parameter, Tensor] = {}
         # edges, not tensors: between two layers nothing but the sum of both is kept, and not for backward
         edges: list[tuple[GradientEdge | None, list[Tensor]]] = []
 
@@ -238,7 +226,7 @@ class LayerGraphs(Pausable):
                     with self._held(layer):
                         x = layer.run_layer(x, *args, **kwargs)
                     edges.append((edge, parameters))
-                    edge = get_gradient_edge(x)
+                    edge = get_gradient_edge(x) if x.requires_grad else None
             edges.append((edge, []))
             self._settle()
             return x.detach()
@@ -247,11 +235,14 @@ class LayerGraphs(Pausable):
             dx, (edge, _) = dy, edges.pop()
             for places in reversed(trained):
                 below, parameters = edges.pop()
+                if edge is None:  # nothing is trained from here on
+                    break
                 inputs = [*parameters, *([] if below is None else [below])]
                 found = list(torch.autograd.grad(edge, inputs, dx, allow_unused=True))
                 dx, edge = None if below is None else found.pop(), below
-                pairs = [(self._grads[p], g) for (_, _, p), g in zip(places, found, strict=True) if g is not None]
-                _add(pairs)
+                pairs = [(p, g) for (_, _, p), g in zip(places, found, strict=True) if g is not None]
+                reached.update((p, buffers[p]) for p, _ in pairs)
+                add_gradients([(buffers[p], g) for p, g in pairs])
             self._settle()
             return dx
 
@@ -262,7 +253,7 @@ class LayerGraphs(Pausable):
         with torch.autograd.set_multithreading_enabled(False):
             dx, replay_backward = self.recorder.record(backward)
         inputs = [first, *(t for t in leaves if _varies(t, hidden))]
-        return Recording(anchor, inputs, output, dy, dx, replay_forward, replay_backward)
+        return Recording(anchor, inputs, output, dy, dx, reached, replay_forward, replay_backward)
 
     @contextmanager
     def _aliased(self, trained: list[list[tuple[nn.Module, str, nn.Parameter]]]):
@@ -319,18 +310,6 @@ def _trained(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     return [(m, name, p) for m, name, p in named if p is not None and p.requires_grad]
 
 
-def _add(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Add gradients to their buffers in one kernel, in pieces: whole ones would occupy a sixth of a large GPU."""
-    if not pairs:
-        return
-    dense = all(t.is_contiguous() for pair in pairs for t in pair)
-    buffers, gradients = (
-        [piece for t in tensors for piece in (t.view(-1).split(PIECE) if dense else [t])]
-        for tensors in zip(*pairs, strict=True)
-    )
-    torch._foreach_add_(buffers, gradients)
-
-
 def _nothing() -> None:
     """A weak reference to nothing."""
 
@@ -350,7 +329,17 @@ class ReplayFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        ctx.graphs.attach()
+        if ctx.ticket is None:
+            raise RuntimeError(
+                "cuda_graphs: a second backward through the layers, whose activations the first one has used up; "
+                "retain_graph needs cuda_graphs=False"
+            )
+        if not torch._C._will_engine_execute_node(get_gradient_edge(ctx.recording.anchor).node):
+            raise RuntimeError(
+                "cuda_graphs: gradients of single tensors were asked for, but graphs add those of all adapters to "
+                ".grad; use cuda_graphs=False"
+            )
+        ctx.graphs.gradients.attach(ctx.recording.gradients)
         ctx.recording.dy.copy_(dy)
         ctx.recording.backward()
         ctx.ticket = None

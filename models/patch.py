@@ -9,6 +9,7 @@ from torch import nn
 from models.bits import allocate_bits
 from models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
 from models.config import SLOTS, HycloraConfig
+from models.foresight import foretell, is_stock
 from models.graphs import LayerGraphs
 from models.head import HeadBlock
 from models.layers import CheckpointBlock, LayerBlock
@@ -16,7 +17,6 @@ from models.llama import LLAMA
 from models.masks import causal_bounds
 from models.mistral import MISTRAL
 from models.recording import CudaRecorder
-from operators.flash import is_bounds
 from operators.savers import ChannelQuant, CudaCopies, Saver, Step, Store, make_saver
 
 FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL}
@@ -135,6 +135,8 @@ def remove_hyclora(model: PeftModel) -> None:
     for block in [*patch.blocks, *patch.checkpoints]:
         block.unbind()
     patch.hook.remove()
+    if patch.graphs is not None:
+        patch.graphs.clear()
     object.__setattr__(model, PATCH, None)
 
 
@@ -161,7 +163,7 @@ class _StepHook:
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         # a loop over the layers that is not Hugging Face's own may keep what it likes
-        stock = type(decoder).__module__.startswith("transformers.") and "forward" not in decoder.__dict__
+        stock = is_stock(decoder)
         given = len(args) > 1 or kwargs.get("inputs_embeds") is not None
         embedding = decoder.get_input_embeddings()
         self.step.private = stock
@@ -173,18 +175,9 @@ class _StepHook:
         if bounds is not None:
             kwargs["attention_mask"] = bounds
         if self.patch.graphs is not None:
-            self._foresee(embedding, *args, **kwargs)
+            asked = foretell(decoder, self.patch.hook.id, *args, **kwargs) if self.step.embeds else None
+            self.patch.graphs.foresee(asked, embedding, args[0] if args else kwargs.get("input_ids"))
         return args, kwargs
-
-    def _foresee(self, embedding: nn.Module, input_ids=None, *args, attention_mask=None, **kwargs) -> None:
-        """Tell the graphs what the layers are going to get, where that is embeddings, bounds and a few plain values."""
-        asked = weight = None
-        known = isinstance(input_ids, torch.Tensor) and (attention_mask is None or is_bounds(attention_mask))
-        plain = all(value is None or isinstance(value, (bool, int, float, str)) for value in kwargs.values())
-        if self.step.embeds and known and plain and _is_lookup(embedding):
-            bounds = None if attention_mask is None else attention_mask.flatten().tolist()
-            asked, weight = (input_ids.shape, bounds, kwargs), embedding.weight
-        self.patch.graphs.foresee(asked, weight, input_ids)
 
     def _bounds(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """What the layers get for HF's mask; None if HF shall make one, as some would not know what bounds are."""
@@ -195,12 +188,6 @@ class _StepHook:
         if not all(block.takes_bounds() for block in self.attention):
             return None
         return causal_bounds(kwargs.get("attention_mask"), kwargs.get("position_ids"), *tokens.shape[:2])
-
-
-def _is_lookup(embedding: nn.Module) -> bool:
-    """Whether an embedding gives the rows of its frozen weight and does nothing else."""
-    own = "forward" not in embedding.__dict__ and not embedding._forward_pre_hooks
-    return type(embedding) is nn.Embedding and own and embedding.max_norm is None and not embedding.weight.requires_grad
 
 
 def _base(model: nn.Module) -> nn.Module:

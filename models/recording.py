@@ -38,7 +38,8 @@ class Recording:
     """One kind of input: its fixed tensors and its two graphs.
 
     anchor: one of the parameters that get a gradient; inputs: what varies of the first layer's arguments; output: of
-    the last layer; dy: its gradient, in the same memory; dx: that of the first layer's input, None if not needed.
+    the last layer; dy: its gradient, in the same memory; dx: that of the first layer's input, None if not needed;
+    gradients: the parameters that get one, with the buffers that the backward adds it to.
     """
 
     anchor: nn.Parameter
@@ -46,6 +47,7 @@ class Recording:
     output: Tensor
     dy: Tensor
     dx: Tensor | None
+    gradients: dict[nn.Parameter, Tensor]
     forward: Callable[[], None]
     backward: Callable[[], None]
 

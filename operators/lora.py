@@ -43,12 +43,14 @@ def get_rng_state(device: torch.device) -> Tensor:
 class Projection:
     """One linear layer of a block as the block's Functions see it; W is read from the module at each use.
 
+    owner has the layer under name, and where tells a person; takes_bias_B: whether a bias of lora_B is computed.
     adapter: name of the active adapter or None; rank; scaling: lora_alpha / r (/ sqrt(r) with rsLoRA); dropout: its
-    probability. They are read from PEFT by refresh(), once a forward.
+    probability: these are read from PEFT by refresh(), once a forward.
     """
 
-    def __init__(self, module: nn.Module, name: str):
-        self.module, self.name = module, name
+    def __init__(self, module: nn.Module, name: str, owner: nn.Module | None = None, where: str = ""):
+        self.module, self.name, self.owner, self.where = module, name, owner, where or name
+        self.takes_bias_B = True
         self.base = getattr(module, "base_layer", module)
         self.width = self.base.out_features
         # PEFT changes what is in these, never themselves, and each look at a module's child costs more than a dict's
@@ -57,14 +59,17 @@ class Projection:
         self.refresh()
 
     def refresh(self, forward: int | None = None) -> bool:
-        """Follow PEFT's switches; False while it has the adapter disabled or merged, ValueError for several active.
+        """Follow PEFT's switches; False while it has the adapter disabled or merged.
 
-        forward: number of the model's training forward; within one, what was read is not read again.
+        forward: number of the model's training forward; within one, what was read is not read again. ValueError for
+        several active adapters, for one that is not supported, and if the module was replaced.
         """
         if forward is not None and forward == self._forward:
             return self._active
         self._forward = forward
         module = self.module
+        if self.owner is not None and self.owner._modules.get(self.name) is not module:
+            raise ValueError(f"{self.where} was replaced after apply_hyclora; call remove_hyclora and apply it again")
         self.adapter, self.rank, self.scaling, self.dropout = None, 0, 0.0, 0.0
         self._active = True
         if self._adapters is None:
@@ -73,11 +78,12 @@ class Projection:
         lora_A, lora_B, dropouts = self._adapters
         active = [a for a in module.active_adapters if a in lora_A]
         if len(active) > 1:
-            raise ValueError(f"{self.name}: several active adapters, {', '.join(active)}; activate one")
+            raise ValueError(f"{self.where}: several active adapters, {', '.join(active)}; activate one")
         weights = None, None, None
         if active:
             (self.adapter,) = active
             up = lora_B[self.adapter]
+            self._refuse(up.bias)
             weights = lora_A[self.adapter].weight, up.weight, up.bias
             self.rank, self.scaling = weights[0].shape[0], module.scaling[self.adapter]
             dropout = dropouts[self.adapter]
@@ -85,6 +91,16 @@ class Projection:
         self._parameters = *weights, self.base.bias
         self._active = not (module.disable_adapters or module.merged)
         return self._active
+
+    def _refuse(self, bias_B: Tensor | None) -> None:
+        """ValueError if the active adapter is one that the Functions do not compute."""
+        if variant := getattr(self.module, "lora_variant", {}).get(self.adapter):
+            kind = type(variant).__name__
+            raise ValueError(f"{self.where}: LoRA variant {kind} is not supported; use plain LoRA or rsLoRA")
+        if bias_B is not None and not self.takes_bias_B:
+            raise ValueError(
+                f"{self.where}: lora_bias is not supported by intra_inter_full_fuse; use layer_type=intra_inter"
+            )
 
     @property
     def has_adapter(self) -> bool:

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
 from models.bits import allocate_bits
 from models.config import POLICIES, SLOTS
 from models.patch import find_patch
-from tests.small_models import llama, padded_batch
+from tests.small_models import gradients, llama, padded_batch
+from utils.args import LINEARS
 
 BAD = {
     "q_bit=5": {"q_bit": 5},
@@ -100,7 +102,7 @@ def test_auto_bits_go_to_the_sensitive_slots_first():
 
 
 def test_unsupported_models_are_refused_by_name():
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     gpt2 = get_peft_model(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=10)), LoraConfig())
@@ -126,6 +128,36 @@ def test_unsupported_models_are_refused_by_name():
         apply_hyclora(trainable)
     with pytest.raises(ValueError, match="lora_bias is not supported by intra_inter_full_fuse"):
         apply_hyclora(llama({"lora_bias": True}), HycloraConfig(layer_type="intra_inter_full_fuse"))
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ({}, {"use_dora": True}, "layers.0.self_attn.q_proj: LoRA variant Dora.* is not supported"),
+        ({}, {"lora_bias": True}, "layers.0.self_attn.q_proj: lora_bias is not supported by intra_inter_full_fuse"),
+        ({"target_modules": ["v_proj"]}, {"target_modules": LINEARS}, "layers.0.self_attn.q_proj was replaced"),
+    ],
+)
+def test_adapters_added_later_are_refused_as_well(first, second, message):
+    """When they are active and trained: what the blocks do not compute is not left out in silence."""
+    model, batch = llama(first), padded_batch()
+    apply_hyclora(model, HycloraConfig(layer_type="intra_inter_full_fuse"))
+    gradients(model, batch)
+    model.add_adapter("later", LoraConfig(**{"target_modules": LINEARS} | second))
+    model.set_adapter("later")
+    with pytest.raises(ValueError, match=message):
+        gradients(model, batch)
+    remove_hyclora(model)
+    gradients(model, batch)
+
+
+def test_adapters_that_were_unloaded_are_not_applied():
+    model, batch = llama(), padded_batch()
+    apply_hyclora(model)
+    base = model.unload().train()
+    base.lm_head.weight.requires_grad_()
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj was replaced after apply_hyclora"):
+        base(**batch)
 
 
 def test_patching_twice_or_removing_nothing_is_refused():

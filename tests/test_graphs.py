@@ -26,7 +26,7 @@ class Rerun:
         self.graphs = None
 
     def record(self, run):
-        kept = [(buffer, buffer.clone()) for buffer in self.graphs._grads.values()]
+        kept = [(buffer, buffer.clone()) for buffer in self.graphs.gradients._buffers.values()]
         first = self.graphs.layers[0]
 
         def run_layer(x, *args, **kwargs):
@@ -252,6 +252,47 @@ def test_a_replay_starts_before_hugging_faces_code(recorded, monkeypatch):
     check(plain[0], late)
 
 
+def change_ids(model):
+    """As word dropout does."""
+    decoder = model.get_base_model().model
+    decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"input_ids": kwargs["input_ids"].flip(1)}), with_kwargs=True
+    )
+
+
+def change_angles(model):
+    model.get_base_model().model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def hook_angles(model):
+    model.get_base_model().model.rotary_emb.register_forward_hook(lambda module, args, found: [t * 0.5 for t in found])
+
+
+@pytest.mark.parametrize("change", [change_ids, change_angles, hook_angles])
+def test_what_changes_the_first_layers_input_is_seen(recorded, change):
+    model, graphs, batch = recorded
+    for _ in range(2):  # as they were, and after the change
+        found = train(model, [batch])[0]
+        with graphs.paused():
+            assert equal(found, train(model, [batch])[0])
+        change(model)
+
+
+def test_angles_that_follow_the_longest_row():
+    """Dynamic scaling: an evaluation of longer rows changes cos and sin of later steps with the same input."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = llama(max_position_embeddings=8, rope_parameters=scaling)
+    graphs, batch = graphed(model, {}), batches(1)[0]
+    train(model, [batch] * (CALIBRATION + 3))
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 40, dtype=torch.long, device=DEVICE))
+    model.train()
+    found = train(model, [batch])[0]
+    with graphs.paused():
+        assert equal(found, train(model, [batch])[0])
+
+
 def starts(graphs) -> list[str]:
     """A list that a word is added to whenever the only recording's forward is started."""
     (recording,) = graphs.recordings.values()
@@ -308,6 +349,99 @@ def test_layers_run_by_themselves_where_a_graph_cannot(recorded):
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("layers", [[1], [0], None], ids=str)
+def test_layers_that_train_nothing(layers):
+    """Below the lowest adapter there is no backward; with an adapter on the head alone there is no recording."""
+    lora = {"layers_to_transform": layers} if layers else {"target_modules": ["lm_head"]}
+    model, reference = llama(lora), llama(lora)
+    graphs = graphed(model, {})
+    apply_hyclora(reference, config())
+    steps = batches(CALIBRATION + 4)
+    assert all(equal(a, b) for a, b in zip(train(model, steps), train(reference, steps), strict=True))
+    assert len(graphs.recordings) == (1 if layers else 0)
+
+
+def test_an_adapter_that_is_not_trained_gets_no_gradient(recorded):
+    """Not even zeros: an optimizer would move it by its momentum."""
+    model, graphs, batch = recorded
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    model.zero_grad()
+    train(model, [batch] * 3)
+    assert len(graphs.recordings) == 2
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None and "lora" in name}
+    assert trained == {"other"}
+
+
+def halve_in_other_memory(model):
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.data = p.grad.data / 2
+
+
+def test_gradients_that_were_moved(recorded):
+    """Their memory is not the buffer's any more, although they are the same tensors."""
+    model, graphs, batch = recorded
+    reference = llama()
+    apply_hyclora(reference, config())
+    train(reference, batches(CALIBRATION))
+    found = []
+    for m in (model, reference):
+        m.zero_grad()
+        train(m, [batch])
+        halve_in_other_memory(m)
+        m(**batch).loss.backward()
+        found.append({name: p.grad for name, p in m.named_parameters() if p.grad is not None})
+    assert equal(*found)
+
+
+def test_gradients_that_somebody_keeps(recorded):
+    """Those of one backward are there after the next one, as for PCGrad."""
+    model, graphs, batch = recorded
+    model.zero_grad()
+    model(**batch).loss.backward()
+    kept = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    values = {name: grad.clone() for name, grad in kept.items()}
+    model.zero_grad()
+    train(model, batches(1))
+    assert equal(kept, values)
+
+
+def test_backwards_that_a_graph_cannot_do_are_refused(recorded):
+    model, graphs, batch = recorded
+    loss = model(**batch).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward through the layers"):
+        loss.backward()
+    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+    train(model, [batch | {"inputs_embeds": embeds}] * 2)
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="gradients of single tensors were asked for"):
+        torch.autograd.grad(model(**batch, inputs_embeds=embeds).loss, embeds)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_recordings_follow_the_dtype():
+    """A buffer of the former dtype is no gradient of the new one."""
+    model = llama()
+    graphs, batch = graphed(model, {}), batches(1)[0]
+    train(model, [batch] * (CALIBRATION + 3))
+    model.to(torch.bfloat16)
+    train(model, [batch] * 3)
+    assert len(graphs.recordings) == 2
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters() if p.grad is not None)
+
+
+def test_a_hook_on_the_final_norm_keeps_what_it_gets(recorded):
+    model, graphs, batch = recorded
+    seen = []
+    model.get_base_model().model.norm.register_forward_pre_hook(
+        lambda module, args: seen.append((args[0], args[0].clone()))
+    )
+    train(model, [batch] * 2)
+    assert all(torch.equal(kept, value) for kept, value in seen)
 
 
 def test_dropout_is_not_recorded():
