@@ -15,6 +15,7 @@ from models.loading import find_base, keep_initial_adapters, load_model, load_to
 from utils import results
 from utils.args import parse_arguments
 from utils.data.gsm8k import Collator, load_rows, tokenize_rows
+from utils.disk import check_output
 from utils.errors import entry_point
 from utils.metrics import evaluate_generation
 from utils.profiling import buffered_bytes
@@ -33,7 +34,7 @@ def main(argv=None):
     train_set = tokenize_rows(train_rows, tokenizer, data_args.seq_len)
 
     root = Path(training.output_dir)
-    results.check_output(root)
+    check_output(root)
     tag = training.run_name or tag_of(*groups)
     checkpoint = find_checkpoint(training.resume_from_checkpoint, sorted(root.glob(f"{tag}-*")))
     run = checkpoint.parent if checkpoint else results.start_run(root, tag, training)
@@ -46,7 +47,7 @@ def main(argv=None):
         model = load_model(model_args, lora_args, source, training.device, training.seed)
         clock.lap("load")
         initial = keep_initial_adapters(model, run / "initial_adapters")
-        results.check_output(root, needed=checkpoint_bytes(model, training.save_total_limit))
+        check_output(root, needed=checkpoint_bytes(model, training.save_total_limit))
         accuracy = {}
         if eval_args.evaluate_before and test_rows:
             accuracy["before"], _ = evaluate_generation(model, tokenizer, test_rows, eval_args)

@@ -4,9 +4,10 @@
     q_bit=2 seq_len=8192 per_device_train_batch_size=1 bash run_memory_throughput.sh
 
 The settings are at the top of run_memory_throughput.sh; `python run_memory_throughput.py --help` lists all of them. One
-JSON line a run is appended to benchmarks/results/memory_throughput.jsonl.
+JSON line a run is appended to benchmarks/results/run_memory_throughput.jsonl.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ import torch
 from benchmarks.record import record
 from models import apply_hyclora
 from models.loading import find_base, load_model
+from models.patch import find_patch
 from utils import results
 from utils.args import HycloraArguments, LoraArguments, ModelArguments, ProfileArguments, parse_arguments
-from utils.errors import RunStopped, entry_point
+from utils.disk import check_output
+from utils.errors import RunStopped, UserError, entry_point, is_out_of_memory
 from utils.profiling import random_micro_step
 
 GROUPS = (ModelArguments, LoraArguments, HycloraArguments, ProfileArguments)
@@ -27,29 +30,46 @@ def main(argv=None):
     groups = parse_arguments(argv, GROUPS)
     model_args, lora_args, hyclora_args, profile = groups
     source = find_base(model_args, lora_args, tokenizer=False)
-    results.check_output(Path(profile.output_dir), needed=2**20)
+    check_output(Path(profile.output_dir), needed=2**20)
+    device = device_of(profile, hyclora_args)
     results.print_settings(groups)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(model_args, lora_args, source, device, profile.seed)
     report = None
-    if hyclora_args.use_hyclora:
-        report = apply_hyclora(model, hyclora_args.config())
-        print(report)
     try:
+        model = load_model(model_args, lora_args, source, device, profile.seed)
+        if hyclora_args.use_hyclora:
+            report = apply_hyclora(model, hyclora_args.config())
+            print(report)
+        if profile.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
         found = measure(model, profile, device)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         found = {"error": "out of memory"}
     line = {
         "setting": hyclora_args.config().to_dict() if hyclora_args.use_hyclora else None,
         **found,
-        "slot_mib": slot_mib(report, profile) if report else {},
+        "slot_mib": slot_mib(report, hyclora_args, model, profile) if report else {},
         "arguments": arguments_of(model_args, lora_args, profile, device),
         "settings": results.settings(*groups),
     }
-    record("memory_throughput", line, Path(profile.output_dir))
+    record("run_memory_throughput", line, Path(profile.output_dir))
     if "error" in found:
         raise RunStopped("out of memory: lower per_device_train_batch_size or seq_len, or try a smaller q_bit")
     print(closing_table(line, profile))
+
+
+def device_of(profile: ProfileArguments, hyclora_args: HycloraArguments) -> torch.device:
+    """Where to measure; UserError if that needs a GPU and there is none."""
+    present = torch.cuda.is_available()
+    device = torch.device({"auto": "cuda" if present else "cpu"}.get(profile.device, profile.device))
+    if device.type == "cuda" and not present:
+        raise UserError("device cuda: torch sees no GPU here; install a torch with CUDA, or set device=cpu")
+    for name in ("offload", "cuda_graphs"):
+        if hyclora_args.use_hyclora and getattr(hyclora_args, name) and device.type != "cuda":
+            raise UserError(f"{name}=True needs a GPU, and this would run on the {device.type}")
+    return device
 
 
 def measure(model, profile: ProfileArguments, device: torch.device) -> dict:
@@ -61,10 +81,24 @@ def measure(model, profile: ProfileArguments, device: torch.device) -> dict:
     return memory | (step.throughput(profile.steps) if profile.evaluate_throughput else {})
 
 
-def slot_mib(report, profile: ProfileArguments) -> dict[str, float]:
+def slot_mib(report, hyclora_args: HycloraArguments, model, profile: ProfileArguments) -> dict[str, float]:
     """MiB of each slot of one layer, on average over the layers."""
-    tokens = profile.per_device_train_batch_size * profile.seq_len
-    return {slot: round(bits / report.n_layers * tokens / 2**23, 4) for slot, bits in report.slot_bits.items()}
+    batch, seq_len = profile.per_device_train_batch_size, profile.seq_len
+    exact_bits = 16 if model.device.type == "cuda" else 8 * model.dtype.itemsize  # autocast is on a GPU only
+    found = {}
+    kept, savers = report.slot_bits, report.savers
+    if profile.gradient_checkpointing:
+        inputs = [block.savers["layer_in"] for block in find_patch(model).checkpoints]
+        kept = {"layer_in": sum(saver.bits(model.config.hidden_size) for saver in inputs)}
+        savers = {"layer_in": [str(saver) for saver in inputs]}
+    for slot, bits in kept.items():
+        bits *= exact_bits / 16 if slot != "lse" and set(savers[slot]) == {"exact"} else 1
+        found[slot] = bits / report.n_layers * batch * seq_len
+    if "prob" in savers:
+        rows, sparse = batch * model.config.num_attention_heads * seq_len, savers["prob"][0] != "exact"
+        columns = min(seq_len, max(1, math.ceil(hyclora_args.softmax_outlier_ratio * seq_len))) if sparse else seq_len
+        found["prob"] = rows * columns * (exact_bits + (16 if seq_len < 2**15 else 32) * sparse)
+    return {slot: round(bits / 2**23, 4) for slot, bits in found.items()}
 
 
 def arguments_of(model_args, lora_args, profile, device) -> dict:

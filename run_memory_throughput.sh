@@ -12,16 +12,19 @@ if command -v nvidia-smi > /dev/null; then
     model_name=${model_name:-llama-2-7b}
     model_dir=${model_dir-$root/benchmarks/shapes}
     load_in_4bit=${load_in_4bit:-True}
+    device=${device:-cuda}
 else
     model_name=${model_name:-tiny-llama}
     model_dir=${model_dir-$root/ckpt}
     load_in_4bit=${load_in_4bit:-False}
+    device=${device:-cpu}
 fi
 random_weights=${random_weights:-True}
 
 # evaluation
 seq_len=${seq_len:-512}
 per_device_train_batch_size=${per_device_train_batch_size:-4}
+gradient_checkpointing=${gradient_checkpointing:-False}
 evaluate_memory=${evaluate_memory:-True}
 evaluate_throughput=${evaluate_throughput:-True}
 
@@ -47,8 +50,10 @@ exec "$PYTHON" "$root/run_memory_throughput.py" \
     --model_dir "$model_dir" \
     --load_in_4bit "$load_in_4bit" \
     --random_weights "$random_weights" \
+    --device "$device" \
     --seq_len "$seq_len" \
     --per_device_train_batch_size "$per_device_train_batch_size" \
+    --gradient_checkpointing "$gradient_checkpointing" \
     --evaluate_memory "$evaluate_memory" \
     --evaluate_throughput "$evaluate_throughput" \
     --use_hyclora "$use_hyclora" \

@@ -9,15 +9,18 @@ layers and one of one layer, so that embedding, final norm and loss cancel. The 
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.record import record
+from benchmarks.record import RESULTS, record
 from models import HycloraConfig, apply_hyclora
 from models.loading import quantize_linears
 from utils.args import LINEARS
+from utils.disk import check_output
+from utils.errors import entry_point
 from utils.profiling import buffered_bytes, random_batch
 
 SETTINGS = [
@@ -68,16 +71,20 @@ def layer_bytes(args: argparse.Namespace, setting: dict | None) -> tuple[int, di
     return totals[1] - totals[0], slots
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape_arguments(parser)
+    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
+    check_output(args.output_dir, needed=2**20)
+    shape = {name: value for name, value in vars(args).items() if name != "output_dir"}
     lines = []
     for setting in (None, *SETTINGS):
         size, slots = layer_bytes(args, setting)
         ratio = lines[0]["layer_bytes"] / size if lines else 1.0
         result = {"setting": setting, "layer_bytes": size, "slots": slots, "ratio": round(ratio, 3)}
-        lines.append(record("buffered", {"arguments": vars(args), **result}))
+        lines.append(record("buffered", {"arguments": shape, **result}, args.output_dir))
         label = "PEFT, sdpa" if setting is None else json.dumps(setting)
         print(f"{label:<48}{size / 2**20:9.2f} MiB a layer{ratio:8.2f}x")
     return lines

@@ -3,7 +3,7 @@
 import matplotlib
 
 from benchmarks.record import RESULTS
-from benchmarks.rows import CELL, describe_batch, describe_device, describe_model, load, memory_cells, name_of
+from benchmarks.rows import CELL, describe_batch, describe_device, describe_model, load, load_7b, memory_cells, name_of
 from models.config import SLOTS
 
 matplotlib.use("Agg")
@@ -27,7 +27,7 @@ def draw() -> None:
 
 def kept():
     """Bytes of a 7B layer by slot."""
-    lines = load("buffered")
+    lines = load_7b("buffered")
     figure, axes = plt.subplots(figsize=(9, 3.8))
     colors = dict(zip(SLOTS, plt.get_cmap("tab20").colors, strict=False))
     for y, line in enumerate(reversed(lines)):

@@ -40,20 +40,33 @@ class Job:
 def cell(text: str) -> tuple[int, int]:
     """4x512 as (batch size, sequence length)."""
     batch_size, _, seq_len = text.partition("x")
-    if not (batch_size.isdecimal() and seq_len.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is not BATCHxLENGTH, for instance 4x512")
+    if not (batch_size.isdecimal() and seq_len.isdecimal() and int(batch_size) and int(seq_len) > 1):
+        raise argparse.ArgumentTypeError(f"{text} is not BATCHxLENGTH of two tokens or more, for instance 4x512")
     return int(batch_size), int(seq_len)
+
+
+def number(least: int):
+    """A whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
 
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
     """What all jobs of one command have in common."""
     parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4", help="frozen weights")
-    parser.add_argument("--lora_rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=steps, help="timed micro-steps")
-    parser.add_argument("--warm_up_seq_len", type=int, help="calibrate on sequences this short; default: the cell's")
+    parser.add_argument("--lora_rank", type=number(1), default=16)
+    parser.add_argument("--steps", type=number(1), default=steps, help="timed micro-steps")
+    parser.add_argument(
+        "--warm_up_seq_len", type=number(2), help="calibrate on sequences this short; default: the cell's"
+    )
     parser.add_argument("--checkpoints", default="ckpt", help="folder for the random checkpoints that Unsloth loads")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--device", default="cuda", help="cpu only tries it out")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries it out")
 
 
 def make_job(args: argparse.Namespace, shape: str, cell: tuple[int, int], setting: str | dict) -> Job:

@@ -13,12 +13,16 @@ device and these arguments is not measured again, so an interrupted sweep contin
 import argparse
 import itertools
 import json
+import signal
+import sys
 
 from benchmarks.jobs import Job, add_arguments, cell, make_job
-from benchmarks.peers import NOT_INSTALLED, PEERS, run
-from benchmarks.record import record
+from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS, run
+from benchmarks.record import read, record
 from benchmarks.rows import LSE_KEPT, name_of
-from utils.errors import entry_point
+from models.config import HycloraConfig
+from utils.disk import check_output
+from utils.errors import Interrupted, entry_point
 from utils.results import environment
 
 NAME = "memory_throughput"
@@ -37,11 +41,19 @@ OURS = [
 
 def settings(text: str) -> list[str | dict]:
     """A JSON list of peers' names and HycloraConfig arguments; "peers" and "ours" stand for all of them."""
-    found = []
-    for item in json.loads(text):
+    given, found = json.loads(text), []
+    if not isinstance(given, list):
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON list")
+    for item in given:
         found += {"peers": list(PEERS), "ours": OURS}.get(item, [item]) if isinstance(item, str) else [item]
-    if unknown := [item for item in found if isinstance(item, str) and item not in PEERS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of peers, ours, {'; '.join(PEERS)}")
+    for item in found:
+        if isinstance(item, dict):
+            try:
+                HycloraConfig(**item)
+            except (TypeError, ValueError) as error:
+                raise argparse.ArgumentTypeError(f"{json.dumps(item)}: {error}") from None
+        elif item not in PEERS:
+            raise argparse.ArgumentTypeError(f"{item} is not one of peers, ours, {'; '.join(PEERS)}")
     return found
 
 
@@ -56,13 +68,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measured(job: Job, lines: list[dict], now: dict) -> bool:
-    """Whether a line of this commit and device answers the job; a peer may have been installed since."""
+def measured(job: Job, lines: list[dict], now: dict, timeout: float) -> bool:
+    """Whether a line of this commit and device answers the job.
+
+    A peer may have been installed since, and what was not done in time may have more of it now.
+    """
     return any(
         (line["commit"], line["device"]) == (now["commit"], now["device"])
         and name_of(line["setting"]) == name_of(job.setting)
         and line["arguments"] == job.arguments
         and line.get("error") != NOT_INSTALLED
+        and not (line.get("error", "").startswith(NOT_DONE) and timeout > float(line["error"].split()[-2]))
         for line in lines
     )
 
@@ -71,12 +87,21 @@ def measured(job: Job, lines: list[dict], now: dict) -> bool:
 def main(argv: list[str] | None = None):
     args = parse(argv)
     jobs = [make_job(args, *one) for one in itertools.product(args.shapes, args.cells, args.settings)]
-    now = environment()
-    file = args.output_dir / f"{NAME}.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    check_output(args.output_dir, needed=2**20)
+    now, lines = environment(), read(args.output_dir / f"{NAME}.jsonl")
+    # so that the process that measures ends as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sweep(jobs, lines, now, args)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted: the same command goes on where it stopped") from None
+
+
+def sweep(jobs: list[Job], lines: list[dict], now: dict, args: argparse.Namespace) -> None:
+    """Measure what no line answers, a line each."""
     for job in jobs:
         print(f"{job.shape} {job.batch_size}x{job.seq_len}  {name_of(job.setting):<46}", end="", flush=True)
-        if measured(job, lines, now) and not args.again:
+        if measured(job, lines, now, args.timeout) and not args.again:
             print("measured already")
             continue
         found = run(job, args.timeout)

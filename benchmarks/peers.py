@@ -21,10 +21,12 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.jobs import Job
+from utils.errors import UserError, is_out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "RESULT "
 NOT_INSTALLED = "not installed"
+NOT_DONE = "not done after"
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
@@ -136,7 +138,9 @@ def hyclora(job: Job):
 
 
 def micro_step(job: Job):
-    """The job's micro-step, warmed up."""
+    """The job's micro-step, warmed up; UserError if its peer is not installed."""
+    if needed := missing(job):
+        raise UserError(f"{job.setting} needs the module {needed}, which is not installed")
     model = hyclora(job) if isinstance(job.setting, dict) else PEERS[job.setting].build(job)
     from utils.profiling import random_micro_step
 
@@ -151,16 +155,20 @@ def measure(job: Job) -> dict:
 
 def cause(error: BaseException) -> str:
     """An error as the words of a table cell."""
-    text = " ".join(str(error).split())
-    if "out of memory" in text.lower() or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return "out of memory"
-    return f"{type(error).__name__}: {text[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def missing(job: Job) -> str | None:
+    """The module that a job's peer needs and that is not installed."""
+    peer = PEERS.get(job.setting) if isinstance(job.setting, str) else None
+    return peer.needs if peer and importlib.util.find_spec(peer.needs) is None else None
 
 
 def run(job: Job, timeout: float) -> dict:
     """`measure` in a process of its own; a failure is {"error": its cause}."""
-    peer = PEERS.get(job.setting) if isinstance(job.setting, str) else None
-    if peer and importlib.util.find_spec(peer.needs) is None:
+    if missing(job):
         return {"error": NOT_INSTALLED}
     # A file, not a pipe: workers that a compiler leaves behind would hold a pipe open.
     with tempfile.TemporaryFile("w+") as output:
@@ -175,7 +183,7 @@ def run(job: Job, timeout: float) -> dict:
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return {"error": f"not done after {timeout:.0f} s"}
+            return {"error": f"{NOT_DONE} {timeout:g} s"}
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

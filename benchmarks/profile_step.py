@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.jobs import Job, add_arguments, cell, make_job
 from benchmarks.peers import OFFLINE, PEERS, micro_step
 from benchmarks.record import record
+from utils.disk import check_output
 from utils.errors import entry_point
 
 COPIES = ("Memcpy", "Memset")
@@ -128,6 +129,7 @@ def one_job(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[ar
     parser.add_argument("--cell", type=cell, default=(4, 512), help="BATCHxLENGTH")
     add_arguments(parser, steps=10)
     args = parser.parse_args(argv)
+    check_output(args.output_dir, needed=2**20)
     return args, make_job(args, args.shape, args.cell, args.setting)
 
 

@@ -4,7 +4,20 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
+from utils.errors import UserError
+
 RESULTS = Path(__file__).parent / "results"
+
+
+def read(file: Path) -> list[dict]:
+    """The lines of a result file, none if it is not there; UserError for one that was not written to its end."""
+    lines = []
+    for i, text in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else (), 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            raise UserError(f"{file}, line {i} is not JSON, perhaps cut off while it was written: remove it") from None
+    return lines
 
 
 def record(name: str, result: dict, folder: Path = RESULTS) -> dict:

@@ -12,7 +12,16 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.record import RESULTS
-from benchmarks.rows import LSE_KEPT, describe_batch, describe_device, describe_model, load, memory_cells, name_of
+from benchmarks.rows import (
+    LSE_KEPT,
+    describe_batch,
+    describe_device,
+    describe_model,
+    load,
+    load_7b,
+    memory_cells,
+    name_of,
+)
 from models.config import SLOTS, HycloraConfig
 
 ROOT = RESULTS.parent.parent
@@ -52,7 +61,7 @@ def slots() -> str:
 
 
 def buffered() -> str:
-    lines = load("buffered")
+    lines = load_7b("buffered")
     rows = [[name_of(line["setting"]), f"{line['layer_bytes'] / MIB:.1f}", f"{line['ratio']:.2f}x"] for line in lines]
     head = ["7B layer, 4 x 512 tokens", "MiB kept for backward", "less than PEFT + SDPA"]
     return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.buffered")
@@ -162,7 +171,7 @@ def memory_columns(line: dict) -> list[str]:
 
 
 def kernels() -> str:
-    lines = load("kernels")
+    lines = load_7b("kernels")
     rows = [
         [
             line["setting"],

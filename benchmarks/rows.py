@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, read
 from models.config import HycloraConfig
 
 CELL = ("device", "shape", "base", "lora_rank", "batch_size", "seq_len")
@@ -15,12 +15,17 @@ def load(name: str, *keys: str) -> list[dict]:
     keys: what else tells two measurements apart, names of a line's values or arguments.
     """
     latest = {}
-    file = RESULTS / f"{name}.jsonl"
-    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        line = json.loads(text)
+    for line in read(RESULTS / f"{name}.jsonl"):
         values = {**line["arguments"], **line}
         latest[json.dumps([name_of(line["setting"]), *(values.get(key) for key in keys)])] = line
     return list(latest.values())
+
+
+def load_7b(name: str) -> list[dict]:
+    """The lines of load(name) that are of Llama-2-7B's widths and 2048 tokens."""
+    wanted = {"hidden": 4096, "ffn": 11008, "n_rows": 2048, "batch_size": 4, "seq_len": 512, "base": "nf4"}
+    lines = load(name, *wanted)
+    return [line for line in lines if all(line["arguments"].get(k, v) == v for k, v in wanted.items())]
 
 
 def memory_cells() -> dict[tuple, list[dict]]:

@@ -4,6 +4,7 @@ layer_type, q_bit and the ratios choose savers, and layer_type whether LoRA comp
 Nothing outside of this file decides by layer_type.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -102,6 +103,8 @@ class HycloraConfig:
             raise ValueError(f"iteration_threshold={self.iteration_threshold} calibrates nothing; use at least 1")
         if self.q_bit == "auto" and self.scale_rule == "paper":
             raise ValueError("q_bit=auto is not defined for scale_rule=paper; choose q_bit 2, 3, 4 or 8")
+        if not 0 < self.average_bits < math.inf:
+            raise ValueError(f"average_bits={self.average_bits} is not a number of bits")
         for slot, saver in self.slot_savers.items():
             _one_of("slot_savers slot", slot, tuple(SLOTS))
             _one_of(f"slot_savers[{slot!r}]", saver, SAVERS)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.blocks import Block, NormBlock, autocast_dtype
 from models.gradients import GradientBuffers, add_gradients
-from models.layers import HOOKS, OURS, LayerBlock
+from models.layers import HOOKS, OURS, LayerBlock, look
 from models.recording import Recording
 from operators.flash import is_bounds
 from operators.pausable import Pausable
@@ -159,7 +159,12 @@ class LayerGraphs(Pausable):
         modules = [layer.module for layer in self.layers]
         if any(getattr(m, "gradient_checkpointing", False) or not m.training for m in modules):
             return None
-        if self._drops or any(self._hooks) or torch.distributed.is_available() and torch.distributed.is_initialized():
+        if (
+            self._drops
+            or any(look(hooks) for hooks in self._hooks if hooks)
+            or torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
             return None
         if not all([p.refresh(self.step.index) for p in self.projections]) or any(p.dropout for p in self.projections):
             return None

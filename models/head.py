@@ -61,6 +61,11 @@ class HeadBlock(Block):
         hidden = outputs.last_hidden_state
         device_type = hidden.device.type
         dtype = autocast_dtype(device_type)
+        given = labels if shift_labels is None else shift_labels
+        if given.numel() != hidden.shape[:-1].numel():
+            raise ValueError(
+                f"labels of shape {list(given.shape)} do not belong to tokens of shape {list(hidden.shape[:-1])}"
+            )
         with torch.autocast(device_type, enabled=False):
             hidden = hidden.to(self.head.base.weight.device, dtype)
             loss = linear_cross_entropy(hidden, targets, self.head, num_items_in_batch)

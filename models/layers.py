@@ -2,6 +2,8 @@
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import output_capturing
 
 from models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
 from operators.checkpoint import CheckpointFunction
@@ -10,6 +12,15 @@ from operators.savers import UNITS_A_LAYER, Exact, Step
 # on the output of a layer that nobody else looks at: the next layer may overwrite it
 OURS = "_hyclora_ours"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def look(hooks: dict) -> bool:
+    """Whether some of a module's hooks may look at what passes.
+
+    Hugging Face's stay on the layers after one output_hidden_states=True, and look only while it is asked for again.
+    """
+    asked = output_capturing._active_collector.get()
+    return any(asked or getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values())
 
 
 class LayerBlock(Block):
@@ -45,7 +56,7 @@ class LayerBlock(Block):
             self.stock is None
             and not args
             and not getattr(self.module, "gradient_checkpointing", False)
-            and not any(block.module.__dict__[name] for block in self.blocks for name in HOOKS)
+            and not any(look(block.module.__dict__[name]) for block in self.blocks for name in HOOKS)
             and all(getattr(block.module, BLOCK, None) is block and block.stock is None for block in self.blocks)
             and all(block.applies(past_key_values=past_key_values) for block in self.blocks)
         )
@@ -54,7 +65,7 @@ class LayerBlock(Block):
         """Hidden states [B, S, C] through norm, attention, norm, MLP, which add the residual branches themselves."""
         attention_norm, attention, mlp_norm, mlp = (block.module for block in self.blocks)
         # hooks may keep what goes in and comes out
-        watched = any(self.module.__dict__[name] for name in HOOKS)
+        watched = any(look(self.module.__dict__[name]) for name in HOOKS)
         ours = self.step.private and getattr(hidden_states, OURS, False) or self.first and self.step.embeds
         x, residual = attention_norm(hidden_states, residual=True)
         hidden_states, _ = attention(hidden_states=x, residual=residual, overwrite=ours and not watched, **kwargs)
@@ -63,6 +74,9 @@ class LayerBlock(Block):
         if not watched:
             setattr(hidden_states, OURS, True)
         return hidden_states
+
+
+OPTIONS = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"}  # without a meaning for ours
 
 
 class CheckpointBlock(Block):
@@ -81,7 +95,18 @@ class CheckpointBlock(Block):
         installed = getattr(self.module, "_gradient_checkpointing_func", None)
         better = self.store is not None or not isinstance(self.savers["layer_in"], Exact)
         if better and installed is not self:
+            self._check(installed)
             self.stock, self.module._gradient_checkpointing_func = installed, self
+
+    def _check(self, installed) -> None:
+        """ValueError if this would drop what somebody asked of checkpointing; a store takes the place of HF's own."""
+        function, options = getattr(installed, "func", installed), getattr(installed, "keywords", {})
+        ours = function is checkpoint or self.store is not None and function.__module__ == "transformers.modeling_utils"
+        if not ours or not options.keys() <= OPTIONS:
+            raise ValueError(
+                f"{self.name}: gradient checkpointing is offloaded or has options of its own, which offload=True and a "
+                "quantized layer_in would drop; enable it without, and offload with HycloraConfig(offload=True)"
+            )
 
     def unbind(self) -> None:
         if getattr(self.module, "_gradient_checkpointing_func", None) is self:

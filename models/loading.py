@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -55,8 +56,12 @@ def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True)
         family = json.loads((folder / "config.json").read_text())["model_type"]
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json: it is not a Hugging Face checkpoint") from None
-    except (json.JSONDecodeError, KeyError):
+        if args.random_weights:
+            AutoConfig.from_pretrained(folder)
+    except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{folder / 'config.json'} is not the configuration of a model: copy the file again") from None
+    except StrictDataclassError as error:
+        raise UserError(f"{folder / 'config.json'} is not the configuration of a model: {error}") from None
     _check_family(family, folder)
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{folder} has no tokenizer: it needs tokenizer.json or tokenizer.model")

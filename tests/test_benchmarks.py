@@ -16,7 +16,7 @@ KEYS = {"benchmark", "time", "commit", "device", "versions", "setting", "argumen
 def results(tmp_path, monkeypatch):
     """The folder that results go to."""
     write = record.record
-    for module in (buffered, fidelity, finetune):
+    for module in (fidelity, finetune):
         monkeypatch.setattr(module, "record", lambda name, result: write(name, result, tmp_path))
     return tmp_path
 
@@ -61,7 +61,7 @@ def test_buffered(results):
         "--seq_len",
         "64",
     ]
-    buffered.main([*shape, "--vocab", "100", "--base", "bf16", "--device", "cpu"])
+    buffered.main([*shape, "--vocab", "100", "--base", "bf16", "--device", "cpu", "--output_dir", str(results)])
     found = lines(results, "buffered")
     sizes = {json.dumps(line["setting"]): line["layer_bytes"] for line in found}
     assert sizes['{"q_bit": 2}'] < sizes['{"q_bit": 4}'] < sizes['{"q_bit": 8}'] < sizes["null"]

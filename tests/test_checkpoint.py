@@ -1,5 +1,7 @@
 """Gradient checkpointing whose layer inputs are slots."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -64,6 +66,21 @@ def test_checkpointing_with_compressed_layer_inputs(store):
         assert (largest_error(ours, exact) > 1e-5) == (name != "exact")
         remove_hyclora(model)
     assert bytes_kept["quant4"] < bytes_kept["quant8"] < bytes_kept["exact"]
+
+
+@pytest.mark.parametrize("options", [{"offload": True}, {"gradient_checkpointing_kwargs": {"context_fn": nullcontext}}])
+def test_options_of_checkpointing_are_not_dropped(options):
+    """Ours would take the place of a function that offloads, or that is told what to recompute."""
+    model = llama()
+    apply_hyclora(model, HycloraConfig(slot_savers={"layer_in": "quant8"}))
+    model.gradient_checkpointing_enable(**options)
+    with pytest.raises(ValueError, match="layers.0: gradient checkpointing is offloaded or has options of its own"):
+        gradients(model, padded_batch())
+    remove_hyclora(model)
+    model.gradient_checkpointing_disable()
+    offloaded(model, HycloraConfig())
+    model.gradient_checkpointing_enable(offload=True)
+    gradients(model, padded_batch())
 
 
 def test_checkpointing_passes_gradients_the_usual_way():

@@ -146,6 +146,18 @@ def test_all_labels_ignored(num_items):
     assert torch.equal(results[0], results[1]) or all(r.isnan() for r in results)
 
 
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("part", [(slice(None), slice(-1)), (slice(-1), slice(None))], ids=["columns", "rows"])
+def test_labels_of_another_shape_are_refused(name, part):
+    """Rows of another length would move every target behind the first."""
+    model, batch = llama(), padded_batch()
+    apply_hyclora(model)
+    labels = batch.pop("labels")
+    given = {"labels": labels} | {name: labels[part]}
+    with pytest.raises(ValueError, match=r"labels of shape .* do not belong to tokens of shape \[3, 21\]"):
+        model(**batch, **given)
+
+
 def test_stock_where_logits_are_asked_for():
     """Evaluation, no grad, no labels, single positions, disabled adapters: the stock forward, logits of real tokens."""
     model, batch = llama(), padded_batch()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
+from models.layers import LayerBlock
 from tests.small_models import gradients, largest_error, llama, padded_batch
 
 
@@ -77,6 +78,24 @@ def test_a_forward_that_was_wrapped_since_is_not_thrown_away():
     for patched in (model, copied):
         remove_hyclora(patched)
         assert "forward" not in patched.get_base_model().__dict__
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_what_was_asked_for_once_is_not_looked_at_for_ever(asked, monkeypatch):
+    """Hugging Face leaves its hooks on the layers; the layers run as a whole again as soon as nobody asks."""
+    model, batch, whole = llama(attn_implementation="eager"), padded_batch(), []
+    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    run = LayerBlock.run
+    monkeypatch.setattr(LayerBlock, "run", lambda *args, **kwargs: (whole.append(1), run(*args, **kwargs))[1])
+    _, expected = gradients(model, batch)
+    assert len(whole) == 2
+    model.eval()
+    with torch.no_grad():
+        assert model(**batch, **{asked: True})[1] is not None
+    model.train()
+    whole.clear()
+    _, ours = gradients(model, batch)
+    assert len(whole) == 2 and largest_error(ours, expected) < 1e-6
 
 
 def test_autocast_of_a_wider_residual_stream():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import run_memory_throughput
+from operators.savers.sparse import Sparse
 from utils import results
 from utils.args import ROOT
 
@@ -21,7 +22,7 @@ def run(tiny_llama_folder, tmp_path, capsys, monkeypatch):
     def run(*options):
         folder = ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
         run_memory_throughput.main([*folder, *SMALL, "--output_dir", str(tmp_path), *options])
-        lines = (tmp_path / "memory_throughput.jsonl").read_text().splitlines()
+        lines = (tmp_path / "run_memory_throughput.jsonl").read_text().splitlines()
         return json.loads(lines[-1]), capsys.readouterr().out
 
     return run
@@ -42,6 +43,24 @@ def test_memory_and_throughput_in_one_run(run):
     assert "ms" not in stock and "a second" not in printed
 
 
+def test_bytes_of_slots(run, tiny_llama_folder):
+    """Exact slots have 4 bytes an element where nothing is autocast; the sparse map has values and int16 columns."""
+    config = json.loads((tiny_llama_folder / "config.json").read_text())
+    memory = ["--evaluate_throughput", "False"]
+    line, _ = run("--layer_type", "baseline", *memory)
+    assert abs(line["slot_mib"]["gate"] - 2 * 16 * config["intermediate_size"] * 4 / 2**20) < 1e-3
+    line, _ = run("--attention", "eager", "--softmax_outlier_ratio", "0.25", *memory)
+    prob = torch.rand(2, config["num_attention_heads"], 16, 16)
+    kept = sum(t.nbytes for t in Sparse(0.25).pack(prob, None))
+    assert abs(line["slot_mib"]["prob"] - kept / 2**20) < 1e-3
+    line, _ = run("--gradient_checkpointing", "True", *memory)
+    (size,) = line["slot_mib"].values()
+    assert abs(size - 2 * 16 * config["hidden_size"] * 4 / 2**20) < 1e-3
+    assert size * config["num_hidden_layers"] < line["buffered_mib"]
+    compressed, _ = run("--gradient_checkpointing", "True", "--slot_savers", '{"layer_in": "quant8"}', *memory)
+    assert compressed["buffered_mib"] < line["buffered_mib"] and compressed["slot_mib"]["layer_in"] < 0.3 * size
+
+
 def test_a_shape_needs_neither_weights_nor_tokenizer(run, tmp_path, tiny_llama_folder):
     (tmp_path / "shape").mkdir()
     (tmp_path / "shape/config.json").write_text((tiny_llama_folder / "config.json").read_text())
@@ -49,15 +68,19 @@ def test_a_shape_needs_neither_weights_nor_tokenizer(run, tmp_path, tiny_llama_f
     assert line["arguments"]["shape"] == "shape" and "buffered_mib" not in line
 
 
-def test_out_of_memory_is_a_line_and_a_sentence(run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("stage", ["load_model", "measure"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_is_a_line_and_a_sentence(run, tmp_path, capsys, monkeypatch, stage, error):
     def fail(*args):
-        raise torch.OutOfMemoryError
+        raise error
 
-    monkeypatch.setattr(run_memory_throughput, "measure", fail)
+    monkeypatch.setattr(run_memory_throughput, stage, fail)
     with pytest.raises(SystemExit) as exit:
         run()
     assert exit.value.code == 1 and "lower per_device_train_batch_size" in capsys.readouterr().err
-    assert json.loads((tmp_path / "memory_throughput.jsonl").read_text())["error"] == "out of memory"
+    assert json.loads((tmp_path / "run_memory_throughput.jsonl").read_text())["error"] == "out of memory"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +91,10 @@ def test_out_of_memory_is_a_line_and_a_sentence(run, tmp_path, capsys, monkeypat
         (["--warm_up_seq_len", "0"], "warm_up_seq_len must be at least 2, not 0"),
         (["--steps", "0"], "steps must be positive, not 0"),
         (["--q_bit", "5"], "q_bit=5 is not one of"),
+        (["--q_bit", "auto", "--average_bits", "nan"], "average_bits=nan is not a number of bits"),
+        (["--device", "cuda"], "torch sees no GPU here"),
+        (["--offload", "True"], "offload=True needs a GPU"),
+        (["--cuda_graphs", "True"], "cuda_graphs=True needs a GPU"),
         (["--data_name", "gsm8k"], "unknown option --data_name"),
         (["--model_dir", str(ROOT / "ckpt"), "--model_name", "nowhere"], "nowhere does not exist"),
         (["--model_dir", str(ROOT / "benchmarks/shapes"), "--model_name", "llama-2-7b", "--random_weights", "False"],

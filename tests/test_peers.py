@@ -1,7 +1,10 @@
 """The sweep against the peers on a small shape on the CPU, and the tables and figures of its lines."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +15,9 @@ import torch
 from benchmarks import figures, memory_throughput, peers, random_checkpoint, report, rows
 from benchmarks.jobs import SHAPES, Job
 from benchmarks.memory_throughput import NAME
-from benchmarks.peers import NOT_INSTALLED, PEERS
+from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS
 from models.config import HycloraConfig
+from utils.args import ROOT
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def test_unsloth_loads_a_checkpoint_that_is_written_once(job, tmp_path, monkeypa
 
 
 def test_sweep_keeps_failures_and_continues_where_it_stopped(tiny_llama_folder, tmp_path, capsys, monkeypatch):
-    settings = ["PEFT LoRA", {"q_bit": 2}, {"q_bit": 5}, "Unsloth"]
+    settings = ["PEFT LoRA", {"q_bit": 2}, {"q_bit": "auto", "average_bits": 0.5}, "Unsloth"]
     common = ["--shapes", str(tiny_llama_folder), "--cells", "2x16", "--steps", "1", "--device", "cpu"]
     options = [*common, "--base", "bf16", "--output_dir", str(tmp_path), "--settings", json.dumps(settings)]
     monkeypatch.setitem(sys.modules, "unsloth", None)
@@ -64,19 +68,51 @@ def test_sweep_keeps_failures_and_continues_where_it_stopped(tiny_llama_folder, 
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["setting"] for line in lines] == settings
     assert lines[0]["buffered_mib"] > lines[1]["buffered_mib"] and lines[1]["tokens_per_second"] > 0
-    assert lines[2]["error"].startswith("ValueError: q_bit=5 is not one of") and lines[3]["error"] == NOT_INSTALLED
+    assert lines[2]["error"].startswith("ValueError: average_bits=0.5") and lines[3]["error"] == NOT_INSTALLED
 
     capsys.readouterr()
     memory_throughput.main(options)
     assert capsys.readouterr().out.count("measured already") == 3, "a peer may have been installed since"
     assert len(file.read_text().splitlines()) == 5
 
+    file.write_text(file.read_text() + '{"cut o')
+    with pytest.raises(SystemExit):
+        memory_throughput.main(options)
+    assert f"{file}, line 6 is not JSON" in capsys.readouterr().err
+
+
+def test_a_job_that_was_not_done_in_time_gets_more_of_it(job):
+    now = {"commit": "c", "device": "d"}
+    line = now | {"setting": job.setting, "arguments": job.arguments, "error": f"{NOT_DONE} 112 s"}
+    assert memory_throughput.measured(job, [line], now, timeout=112)
+    assert not memory_throughput.measured(job, [line], now, timeout=300)
+    assert not memory_throughput.measured(job, [line], now | {"commit": "c-1234abcd"}, timeout=112)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_stopped_leaves_no_process_behind(tiny_llama_folder, tmp_path, number):
+    common = ["--shapes", str(tiny_llama_folder), "--cells", "2x16", "--steps", "1000000", "--device", "cpu"]
+    options = [*common, "--base", "bf16", "--output_dir", str(tmp_path), "--settings", '["PEFT LoRA"]']
+    command = [sys.executable, "-m", "benchmarks.memory_throughput", *options]
+    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    def children():
+        return Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+
+    while not children() and sweep.poll() is None:
+        time.sleep(0.1)
+    (child,) = children()
+    sweep.send_signal(number)
+    assert sweep.wait(30) == (143 if number == signal.SIGTERM else 130)
+    assert number == signal.SIGTERM or "goes on where it stopped" in sweep.stderr.read()
+    assert not Path(f"/proc/{child}").exists()
+
 
 def test_a_process_that_dies_or_hangs_is_a_cause(job, monkeypatch):
     monkeypatch.setattr(peers.sys, "executable", "/bin/false")
     assert peers.run(job, 10)["error"] == "RuntimeError: exit code 1, nothing said"
     monkeypatch.undo()
-    assert peers.run(job, 0.01)["error"] == "not done after 0 s"
+    assert peers.run(job, 0.01)["error"] == "not done after 0.01 s"
     assert peers.cause(torch.OutOfMemoryError("CUDA")) == peers.cause(RuntimeError("Out of memory!")) == "out of memory"
 
 
@@ -85,10 +121,16 @@ def test_the_sweep_refuses(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         memory_throughput.main([])
     assert "needs a GPU" in capsys.readouterr().err
-    for options in (["--cells", "4"], ["--settings", '["Nobody"]']):
+    mistakes = {"--cells": ("4", "0x16", "4x1"), "--steps": ("0",), "--lora_rank": ("-1",), "--warm_up_seq_len": ("1",),
+                "--settings": ('["Nobody"]', '{"q_bit": 3}', '[{"qbit": 2}]', '[{"q_bit": 5}]', "[3]"),
+                "--device": ("cuda:0",)}  # fmt: skip
+    for option, value in ((option, value) for option, values in mistakes.items() for value in values):
         with pytest.raises(SystemExit):
-            memory_throughput.main([*options, "--device", "cpu"])
-        assert options[1].strip('"[]') in capsys.readouterr().err
+            memory_throughput.main(["--device", "cpu", option, value])
+        assert value.strip('"[]') in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        memory_throughput.main(["--device", "cpu", "--output_dir", "/proc/nowhere"])
+    assert "/proc/nowhere cannot be written" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         memory_throughput.main(["--shapes", "nowhere", "--device", "cpu"])
     assert "nowhere has no config.json" in capsys.readouterr().err

@@ -106,10 +106,12 @@ class ProfileArguments:
     per_device_train_batch_size: int = option(4, "Sequences of a micro-step (a forward and a backward).")
     evaluate_memory: bool = option(True, "Measure what a micro-step allocates.")
     evaluate_throughput: bool = option(True, "Measure how fast micro-steps are.")
+    gradient_checkpointing: bool = option(False, "Keep the layers' inputs alone, and run each layer again in backward.")
     steps: int = option(10, "Timed micro-steps.")
     warm_up_seq_len: int | None = option(None, "Warm up and calibrate on sequences this short; default: seq_len.")
     seed: int = option(11, "Of the random weights, adapters and tokens.")
-    output_dir: str = option(str(ROOT / "benchmarks" / "results"), "Folder of memory_throughput.jsonl.")
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "Where to measure; auto: on a GPU if there is one.")
+    output_dir: str = option(str(ROOT / "benchmarks" / "results"), "Folder of run_memory_throughput.jsonl.")
 
     def __post_init__(self):
         require(self.evaluate_memory or self.evaluate_throughput, "set evaluate_memory or evaluate_throughput to True")

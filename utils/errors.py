@@ -27,6 +27,13 @@ class Interrupted(RunStopped):
     exit_code = 130
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the host had no room."""
+    text = str(error).lower()
+    said = "out of memory" in text or "can't allocate memory" in text
+    return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def entry_point(main):
     """Wrap `main(argv=None)`: turn a user's mistake into one line on stderr and an exit code."""
 

@@ -97,7 +97,7 @@ class MicroStep:
     """
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], warm_up_batch: dict[str, Tensor] | None = None):
-        self.model, self.batch = model.train(), batch
+        self.model, self.batch, self.seen = model.train(), batch, 0
         self.device = batch["input_ids"].device
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -112,6 +112,7 @@ class MicroStep:
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss, in bfloat16 autocast on a GPU."""
+        self.seen += batch is self.batch
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.model(**batch).loss
 
@@ -162,6 +163,9 @@ class MicroStep:
 
     def throughput(self, steps: int) -> dict[str, float]:
         """Median time of a micro-step with its spread, and what it means in sequences and tokens."""
+        # calibration may have been on other batches, and what is new about this one is not to be timed
+        for _ in range((AFTER_CALIBRATION if graphs_of(self.model) else 1) - self.seen):
+            self.forward(self.batch).backward()
         times = []
         for _ in range(steps):
             start = time.perf_counter()

@@ -6,6 +6,7 @@ and the trained adapters.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -13,10 +14,8 @@ import logging
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -27,7 +26,6 @@ from accelerate.utils import broadcast_object_list
 from termcolor import colored
 
 from utils.args import ROOT, TrainingArguments
-from utils.errors import UserError
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -49,22 +47,6 @@ def _fresh_folder(root: Path, tag: str) -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
-
-
-def check_output(root: Path, needed: int = 2**26):
-    """Find out now, not after hours, that results cannot be written."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root) as probe:
-            probe.write(b"0")
-    except OSError as error:
-        raise UserError(f"output folder {root} cannot be written ({error.strerror}): set --output_dir") from None
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise UserError(
-            f"output folder {root} has {free / 2**20:.0f} MiB free, the checkpoints need {needed / 2**20:.0f}: "
-            "free some space or set --output_dir"
-        )
 
 
 class _Tee:
@@ -129,15 +111,23 @@ def environment() -> dict:
     for package in (*_PACKAGES, *_PEERS):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    git = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "python": platform.python_version(),
         "versions": versions,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
-        "commit": os.environ.get("COMMIT") or (git.stdout.strip() if git.returncode == 0 else None),
+        "commit": os.environ.get("COMMIT") or _commit(),
     }
+
+
+def _commit() -> str | None:
+    """HEAD, with a digest of what tracked code differs from it; None without a history."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False).stdout
+
+    head = git("rev-parse", "--verify", "HEAD").strip()
+    change = git("diff", "HEAD", "--", "*.py", "*.sh", "*.txt") if head else ""
+    return f"{head}-{hashlib.sha1(change.encode()).hexdigest()[:8]}" if change else head or None
 
 
 def settings(*groups) -> dict:

@@ -1,0 +1,23 @@
+"""Where results go: found out before anything is spent, not after hours."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+def check_output(root: Path, needed: int = 2**26) -> None:
+    """Make a folder for results; UserError if it cannot be written or has less than `needed` bytes free."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise UserError(f"output folder {root} cannot be written ({error.strerror}): set --output_dir") from None
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise UserError(
+            f"output folder {root} has {free / 2**20:.0f} MiB free, the results need {needed / 2**20:.0f}: "
+            "free some space or set --output_dir"
+        )
