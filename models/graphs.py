@@ -161,7 +161,7 @@ class LayerGraphs(Pausable):
             return None
         if (
             self._drops
-            or any(look(hooks) for hooks in self._hooks if hooks)
+            or any(look(hooks) for hooks in self._hooks)
             or torch.distributed.is_available()
             and torch.distributed.is_initialized()
         ):

@@ -19,6 +19,8 @@ def look(hooks: dict) -> bool:
 
     Hugging Face's stay on the layers after one output_hidden_states=True, and look only while it is asked for again.
     """
+    if not hooks:
+        return False
     asked = output_capturing._active_collector.get()
     return any(asked or getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values())
 
