@@ -56,13 +56,13 @@ def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True)
         family = json.loads((folder / "config.json").read_text())["model_type"]
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json: it is not a Hugging Face checkpoint") from None
-        if args.random_weights:
-            AutoConfig.from_pretrained(folder)
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{folder / 'config.json'} is not the configuration of a model: copy the file again") from None
-    except StrictDataclassError as error:
-        raise UserError(f"{folder / 'config.json'} is not the configuration of a model: {error}") from None
     _check_family(family, folder)
+    try:
+        AutoConfig.from_pretrained(folder)
+    except StrictDataclassError as error:
+        raise UserError(f"{folder / 'config.json'} cannot work: {error.__cause__ or error}") from None
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{folder} has no tokenizer: it needs tokenizer.json or tokenizer.model")
     if not args.random_weights and not list(folder.glob("*.safetensors")):

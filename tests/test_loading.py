@@ -144,6 +144,8 @@ def remove(folder, pattern):
 BROKEN = {
     "no config.json": lambda folder: remove(folder, "config.json"),
     "not the configuration of a model": lambda folder: (folder / "config.json").write_text("{"),
+    "is not the configuration of a model: copy": lambda folder: (folder / "config.json").write_text("[]"),
+    "cannot work: .*hidden size .* not a multiple": lambda folder: write_config(folder, num_attention_heads=7),
     "is a gpt2 model": lambda folder: write_config(folder, model_type="gpt2"),
     "no tokenizer": lambda folder: remove(folder, "tokenizer*"),
     "no weights": lambda folder: remove(folder, "model.safetensors"),
