@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from operators import dispatch
+from tests.replaying import record
 from utils.data.gsm8k import prompt_of, target_of
 from utils.data.word_problems import word_problems
 
@@ -44,6 +45,12 @@ def deterministic_attention():
     """Attention whose backward adds in a fixed order, so that gradients can be compared bit for bit on a GPU."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+@pytest.fixture
+def recorded():
+    """tests.replaying.record()."""
+    return record()
 
 
 @pytest.fixture(scope="session")

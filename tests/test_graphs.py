@@ -9,83 +9,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from models import HycloraConfig, apply_hyclora, remove_hyclora
-from models.layers import LayerBlock
 from models.patch import find_patch
 from models.recording import CudaRecorder
 from tests.kernel_checks import DEVICE
-from tests.offloading import equal, offloaded
+from tests.offloading import equal
+from tests.replaying import CALIBRATION, batches, config, graphed, replayed, starts, train
 from tests.small_models import largest_error, llama, padded_batch
-
-CALIBRATION = 2
-
-
-class Rerun:
-    """Records by running, and undoes what that did to gradients and the input; a replay runs into the same output."""
-
-    def __init__(self):
-        self.graphs = None
-
-    def record(self, run):
-        kept = [(buffer, buffer.clone()) for buffer in self.graphs.gradients._buffers.values()]
-        first = self.graphs.layers[0]
-
-        def run_layer(x, *args, **kwargs):
-            kept.append((x.detach(), x.detach().clone()))
-            return LayerBlock.run_layer(first, x, *args, **kwargs)
-
-        first.run_layer = run_layer
-        result = run()
-        del first.run_layer
-        for buffer, value in kept:
-            buffer.copy_(value)
-
-        def replay():
-            with torch.enable_grad():  # which is off where autograd calls a Function
-                again = run()
-            if result is not None:
-                result.copy_(again)
-
-        return result, replay
-
-
-def config(**options) -> HycloraConfig:
-    return HycloraConfig(iteration_threshold=CALIBRATION, **options)
-
-
-def graphed(model, options: dict, offload: bool = False):
-    """The graphs of a model that this patches, recorded by the stand-in on a CPU."""
-    if offload:
-        offloaded(model, config(**options))
-    else:
-        apply_hyclora(model, config(**options))
-    recorder = CudaRecorder(torch.device("cuda", 0)) if DEVICE == "cuda" else Rerun()
-    patch = find_patch(model)
-    patch.add_graphs(recorder)
-    patch.graphs.recorder.graphs = patch.graphs
-    return patch.graphs
-
-
-def batches(n: int) -> list[dict]:
-    """Unpadded batches of one shape."""
-    found = []
-    for seed in range(n):
-        batch = padded_batch(rows=2, width=16, seed=seed)
-        batch["attention_mask"].fill_(1)
-        found.append(batch | {"labels": batch["input_ids"]})
-    return found
-
-
-def train(model, steps: list[dict], zero_every: int = 1, set_to_none: bool = True) -> list[dict]:
-    """Losses and gradients after each batch; gradients accumulate over zero_every of them."""
-    found = []
-    for i, batch in enumerate(steps):
-        if i % zero_every == 0:
-            model.zero_grad(set_to_none=set_to_none)
-        loss = model(**batch).loss
-        loss.backward()
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append({"loss": loss.detach().clone()} | grads)
-    return found
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -181,24 +110,6 @@ def test_kinds_of_input():
         assert len(graphs.recordings) == recorded
 
 
-def replayed(model, graphs, batch) -> bool:
-    """Whether a forward and backward of batch replays."""
-    output = model(**batch).loss
-    replays = graphs._pending() is not None
-    output.backward()
-    return replays
-
-
-@pytest.fixture
-def recorded():
-    """A model whose layers are replayed for this batch."""
-    model, (*first, batch) = llama(), batches(CALIBRATION + 3)
-    graphs = graphed(model, {})
-    train(model, first)
-    assert replayed(model, graphs, batch)
-    return model, graphs, batch
-
-
 def hook_a_module(model):
     return model.get_submodule("base_model.model.model.layers.0.mlp").register_forward_hook(lambda *_: None)
 
@@ -225,80 +136,6 @@ def test_hooks_run(recorded, hook):
     for n in (3, 4):
         assert replayed(model, graphs, batch)
         assert len(started) == n
-
-
-def test_a_replay_starts_before_hugging_faces_code(recorded, monkeypatch):
-    """Where nothing but the tokens is new: not where this step or the last has positions or embeddings of its own."""
-    model, graphs, batch = recorded
-    stock = llama()
-    apply_hyclora(stock, config())
-    train(stock, batches(CALIBRATION))
-    events, lookup = starts(graphs), nn.Embedding.forward
-    monkeypatch.setattr(nn.Embedding, "forward", lambda *args: (events.append("embeddings"), lookup(*args))[1])
-    plain = batches(3)
-    elsewhere = batch | {"position_ids": 3 * torch.arange(16, device=DEVICE)[None]}
-    early, late = ["start", "embeddings"], ["embeddings", "start"]
-
-    def check(given, expected):
-        theirs = train(stock, [given])[0]
-        events.clear()
-        assert equal(train(model, [given])[0], theirs)
-        assert events == expected
-
-    for given, expected in ((plain[0], early), (elsewhere, late), (plain[1], late), (plain[2], early)):
-        check(given, expected)
-    for m in (model, stock):  # as NEFTune does
-        m.get_input_embeddings().register_forward_hook(lambda module, args, x: 2 * x)
-    check(plain[0], late)
-
-
-def change_ids(model):
-    """As word dropout does."""
-    decoder = model.get_base_model().model
-    decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, kwargs | {"input_ids": kwargs["input_ids"].flip(1)}), with_kwargs=True
-    )
-
-
-def change_angles(model):
-    model.get_base_model().model.rotary_emb.inv_freq.mul_(0.5)
-
-
-def hook_angles(model):
-    model.get_base_model().model.rotary_emb.register_forward_hook(lambda module, args, found: [t * 0.5 for t in found])
-
-
-@pytest.mark.parametrize("change", [change_ids, change_angles, hook_angles])
-def test_what_changes_the_first_layers_input_is_seen(recorded, change):
-    model, graphs, batch = recorded
-    for _ in range(2):  # as they were, and after the change
-        found = train(model, [batch])[0]
-        with graphs.paused():
-            assert equal(found, train(model, [batch])[0])
-        change(model)
-
-
-def test_angles_that_follow_the_longest_row():
-    """Dynamic scaling: an evaluation of longer rows changes cos and sin of later steps with the same input."""
-    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    model = llama(max_position_embeddings=8, rope_parameters=scaling)
-    graphs, batch = graphed(model, {}), batches(1)[0]
-    train(model, [batch] * (CALIBRATION + 3))
-    model.eval()
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 40, dtype=torch.long, device=DEVICE))
-    model.train()
-    found = train(model, [batch])[0]
-    with graphs.paused():
-        assert equal(found, train(model, [batch])[0])
-
-
-def starts(graphs) -> list[str]:
-    """A list that a word is added to whenever the only recording's forward is started."""
-    (recording,) = graphs.recordings.values()
-    started, forward = [], recording.forward
-    recording.forward = lambda: (started.append("start"), forward())
-    return started
 
 
 def move(linear):
@@ -361,77 +198,6 @@ def test_layers_that_train_nothing(layers):
     steps = batches(CALIBRATION + 4)
     assert all(equal(a, b) for a, b in zip(train(model, steps), train(reference, steps), strict=True))
     assert len(graphs.recordings) == (1 if layers else 0)
-
-
-def test_an_adapter_that_is_not_trained_gets_no_gradient(recorded):
-    """Not even zeros: an optimizer would move it by its momentum."""
-    model, graphs, batch = recorded
-    model.add_adapter("other", model.peft_config["default"])
-    model.set_adapter("other")
-    model.zero_grad()
-    train(model, [batch] * 3)
-    assert len(graphs.recordings) == 2
-    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None and "lora" in name}
-    assert trained == {"other"}
-
-
-def halve_in_other_memory(model):
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad.data = p.grad.data / 2
-
-
-def test_gradients_that_were_moved(recorded):
-    """Their memory is not the buffer's any more, although they are the same tensors."""
-    model, graphs, batch = recorded
-    reference = llama()
-    apply_hyclora(reference, config())
-    train(reference, batches(CALIBRATION))
-    found = []
-    for m in (model, reference):
-        m.zero_grad()
-        train(m, [batch])
-        halve_in_other_memory(m)
-        m(**batch).loss.backward()
-        found.append({name: p.grad for name, p in m.named_parameters() if p.grad is not None})
-    assert equal(*found)
-
-
-def test_gradients_that_somebody_keeps(recorded):
-    """Those of one backward are there after the next one, as for PCGrad."""
-    model, graphs, batch = recorded
-    model.zero_grad()
-    model(**batch).loss.backward()
-    kept = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    values = {name: grad.clone() for name, grad in kept.items()}
-    model.zero_grad()
-    train(model, batches(1))
-    assert equal(kept, values)
-
-
-def test_backwards_that_a_graph_cannot_do_are_refused(recorded):
-    model, graphs, batch = recorded
-    loss = model(**batch).loss
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward through the layers"):
-        loss.backward()
-    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
-    train(model, [batch | {"inputs_embeds": embeds}] * 2)
-    model.zero_grad()
-    with pytest.raises(RuntimeError, match="gradients of single tensors were asked for"):
-        torch.autograd.grad(model(**batch, inputs_embeds=embeds).loss, embeds)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_recordings_follow_the_dtype():
-    """A buffer of the former dtype is no gradient of the new one."""
-    model = llama()
-    graphs, batch = graphed(model, {}), batches(1)[0]
-    train(model, [batch] * (CALIBRATION + 3))
-    model.to(torch.bfloat16)
-    train(model, [batch] * 3)
-    assert len(graphs.recordings) == 2
-    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters() if p.grad is not None)
 
 
 def test_a_hook_on_the_final_norm_keeps_what_it_gets(recorded):
