@@ -7,6 +7,7 @@ Packages are imported as late as possible: Unsloth patches only what is imported
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "RESULT "
 NOT_INSTALLED = "not installed"
 NOT_DONE = "not done after"
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
@@ -197,7 +199,14 @@ def run(job: Job, timeout: float) -> dict:
     return {"error": cause(RuntimeError(f"exit code {process.returncode}, {said}"))}
 
 
+def end_with_parent() -> None:
+    """Have Linux end this process with the one that started it, however that ends: it would go on using the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(argv: list[str] | None = None):
+    end_with_parent()
     (text,) = sys.argv[1:] if argv is None else argv
     try:
         found = measure(Job(**json.loads(text)))

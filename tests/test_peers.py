@@ -1,5 +1,6 @@
 """The sweep against the peers on a small shape on the CPU, and the tables and figures of its lines."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -89,23 +90,31 @@ def test_a_job_that_was_not_done_in_time_gets_more_of_it(job):
     assert not memory_throughput.measured(job, [line], now | {"commit": "c-1234abcd"}, timeout=112)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_sweep_that_is_stopped_leaves_no_process_behind(tiny_llama_folder, tmp_path, number):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_sweep_that_is_stopped_leaves_no_process_behind(tiny_llama_folder, tmp_path, number, code):
     common = ["--shapes", str(tiny_llama_folder), "--cells", "2x16", "--steps", "1000000", "--device", "cpu"]
     options = [*common, "--base", "bf16", "--output_dir", str(tmp_path), "--settings", '["PEFT LoRA"]']
     command = [sys.executable, "-m", "benchmarks.memory_throughput", *options]
     sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
-    def children():
-        return Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+    def measuring():
+        """The child of the sweep that has come to load torch."""
+        for pid in Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
+                    return pid
+        return None
 
-    while not children() and sweep.poll() is None:
+    while not (child := measuring()):
+        assert sweep.poll() is None
         time.sleep(0.1)
-    (child,) = children()
     sweep.send_signal(number)
-    assert sweep.wait(30) == (143 if number == signal.SIGTERM else 130)
-    assert number == signal.SIGTERM or "goes on where it stopped" in sweep.stderr.read()
-    assert not Path(f"/proc/{child}").exists()
+    assert sweep.wait(30) == code
+    assert number != signal.SIGINT or "goes on where it stopped" in sweep.stderr.read()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_process_that_dies_or_hangs_is_a_cause(job, monkeypatch):
