@@ -29,6 +29,7 @@ MARK = "RESULT "
 NOT_INSTALLED = "not installed"
 NOT_DONE = "not done after"
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+PARENT = "HYCLORA_SWEEP"
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
@@ -177,7 +178,7 @@ def run(job: Job, timeout: float) -> dict:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.peers", json.dumps(asdict(job))],
             cwd=ROOT,
-            env=os.environ | OFFLINE,
+            env=os.environ | OFFLINE | {PARENT: str(os.getpid())},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -203,6 +204,8 @@ def end_with_parent() -> None:
     """Have Linux end this process with the one that started it, however that ends: it would go on using the GPU."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if int(os.environ.get(PARENT, os.getppid())) != os.getppid():
+        sys.exit("the process that started this one has ended")
 
 
 def main(argv: list[str] | None = None):

@@ -101,7 +101,8 @@ def test_a_sweep_that_is_stopped_leaves_no_process_behind(tiny_llama_folder, tmp
         """The child of the sweep that has come to load torch."""
         for pid in Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split():
             with contextlib.suppress(OSError):
-                if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
+                own = b"benchmarks.peers" in Path(f"/proc/{pid}/cmdline").read_bytes()
+                if own and "libtorch" in Path(f"/proc/{pid}/maps").read_text():
                     return pid
         return None
 
@@ -115,6 +116,14 @@ def test_a_sweep_that_is_stopped_leaves_no_process_behind(tiny_llama_folder, tmp
     while Path(f"/proc/{child}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_process_whose_sweep_has_ended_does_not_measure(monkeypatch):
+    """The sweep may end while it starts one."""
+    monkeypatch.setenv(peers.PARENT, "0")
+    monkeypatch.setattr(peers.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *_: None))
+    with pytest.raises(SystemExit, match="has ended"):
+        peers.main(["{}"])
 
 
 def test_a_process_that_dies_or_hangs_is_a_cause(job, monkeypatch):
