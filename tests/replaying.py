@@ -1,6 +1,8 @@
-"""Models whose layers are replayed, and on a CPU a stand-in for CUDA graphs that runs the recorded work again."""
+"""Models whose layers are replayed, and stand-ins for CUDA graphs on a CPU."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models import HycloraConfig, apply_hyclora
 from models.layers import LayerBlock
@@ -13,8 +15,8 @@ from tests.small_models import llama, padded_batch
 CALIBRATION = 2
 
 
-class Rerun:
-    """Records by running, and undoes what that did to gradients and the input; a replay runs into the same output."""
+class Recorder:
+    """Records by running, and undoes what that did to gradients and to the input; run() must not look at values."""
 
     def __init__(self):
         self.graphs = None
@@ -28,10 +30,19 @@ class Rerun:
             return LayerBlock.run_layer(first, x, *args, **kwargs)
 
         first.run_layer = run_layer
-        result = run()
+        result, replay = self.replayable(run)
         del first.run_layer
         for buffer, value in kept:
             buffer.copy_(value)
+        return result, replay
+
+
+class Rerun(Recorder):
+    """A replay runs again into the same output: for stores, whose late copies are no operations of torch."""
+
+    @staticmethod
+    def replayable(run):
+        result = run()
 
         def replay():
             with torch.enable_grad():  # which is off where autograd calls a Function
@@ -42,17 +53,57 @@ class Rerun:
         return result, replay
 
 
+class SameMemory(Recorder):
+    """A replay does the recorded operations again, on the same memory, as a CUDA graph does."""
+
+    @staticmethod
+    def replayable(run):
+        with Operations() as operations:
+            result = run()
+        return result, torch.no_grad()(operations.repeat)
+
+
+class Operations(TorchDispatchMode):
+    """What torch is asked for inside, to be repeated on the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        found = function(*args, **kwargs)
+        given = {memory(t) for t in tensors((args, kwargs))}
+        self.done.append((function, args, kwargs, [t if memory(t) not in given else None for t in tensors(found)]))
+        return found
+
+    def repeat(self) -> None:
+        for function, args, kwargs, results in self.done:
+            for result, again in zip(results, tensors(function(*args, **kwargs)), strict=True):
+                if result is not None:
+                    result.detach().copy_(again.detach())
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def memory(t: torch.Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
 def config(**options) -> HycloraConfig:
     return HycloraConfig(iteration_threshold=CALIBRATION, **options)
 
 
 def graphed(model, options: dict, offload: bool = False):
-    """The graphs of a model that this patches, recorded by the stand-in on a CPU."""
+    """The graphs of a model that this patches, recorded by a stand-in on a CPU."""
     if offload:
         offloaded(model, config(**options))
     else:
         apply_hyclora(model, config(**options))
-    recorder = CudaRecorder(torch.device("cuda", 0)) if DEVICE == "cuda" else Rerun()
+    stand_in = Rerun if offload else SameMemory
+    recorder = CudaRecorder(torch.device("cuda", 0)) if DEVICE == "cuda" else stand_in()
     patch = find_patch(model)
     patch.add_graphs(recorder)
     patch.graphs.recorder.graphs = patch.graphs

@@ -1,4 +1,4 @@
-"""Layers replayed as graphs: with CUDA graphs on a GPU, on a CPU with a stand-in that runs the recorded work again."""
+"""Layers replayed as graphs: CUDA graphs on a GPU, on a CPU a stand-in that repeats what was recorded."""
 
 import copy
 

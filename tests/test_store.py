@@ -80,29 +80,30 @@ def test_slots_leave_the_device_and_shared_ones_are_stored_once():
     assert store.host_bytes == store.device_bytes == 0
 
 
-def test_what_is_held_is_not_sent():
+@pytest.mark.parametrize("layers", [[0, 1], [0], [1]], ids=str)
+def test_what_is_held_is_not_sent(layers, monkeypatch):
     """Nor is what stands open before and after held too: only units that are put inside stay on the device."""
     model, batch = llama(), padded_batch()
-    store = offloaded(model, None, group=3)
+    store = offloaded(model, HycloraConfig(iteration_threshold=1), group=3)
     gradients(model, batch)
     _, expected = gradients(model, batch)
-    first, run = model.get_submodule("base_model.model.model.layers.0"), LayerBlock.run_layer
+    held = [find_patch(model).blocks[5 * i + 4] for i in layers]
+    run, sent = LayerBlock.run_layer, []
 
-    def held(self, *args, **kwargs):
-        with store.holding() if self.module is first else nullcontext():
-            return run(self, *args, **kwargs)
+    def run_layer(self, *args, **kwargs):
+        before = store.host_bytes
+        with store.holding() if self in held else nullcontext():
+            y = run(self, *args, **kwargs)
+            if self in held:
+                sent.append(store.host_bytes - before)
+        return y
 
-    loss = model(**batch).loss
-    whole = store.host_bytes
-    del loss
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerBlock, "run_layer", held)
-        model.zero_grad()
-        loss = model(**batch).loss
-        assert 0 < store.host_bytes < whole
-        loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert equal(grads, expected)
+    monkeypatch.setattr(LayerBlock, "run_layer", run_layer)
+    _, ours = gradients(model, batch)
+    assert equal(ours, expected) and len(sent) == len(layers)
+    # what stood open before is sent first
+    assert sent[0] == 0 if layers[0] == 0 else sent[0] > 0
+    assert not any(sent[1:])
     assert store.host_bytes == store.device_bytes == 0
 
 
