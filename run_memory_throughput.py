@@ -7,7 +7,6 @@ The settings are at the top of run_memory_throughput.sh; `python run_memory_thro
 JSON line a run is appended to benchmarks/results/run_memory_throughput.jsonl.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from benchmarks.record import record
 from models import apply_hyclora
 from models.loading import find_base, load_model
 from models.patch import find_patch
+from operators.savers.sparse import Sparse
 from utils import results
 from utils.args import HycloraArguments, LoraArguments, ModelArguments, ProfileArguments, parse_arguments
 from utils.disk import check_output
@@ -50,7 +50,7 @@ def main(argv=None):
     line = {
         "setting": hyclora_args.config().to_dict() if hyclora_args.use_hyclora else None,
         **found,
-        "slot_mib": slot_mib(report, hyclora_args, model, profile) if report else {},
+        "slot_mib": slot_mib(report, model, profile) if report else {},
         "arguments": arguments_of(model_args, lora_args, profile, device),
         "settings": results.settings(*groups),
     }
@@ -81,7 +81,7 @@ def measure(model, profile: ProfileArguments, device: torch.device) -> dict:
     return memory | (step.throughput(profile.steps) if profile.evaluate_throughput else {})
 
 
-def slot_mib(report, hyclora_args: HycloraArguments, model, profile: ProfileArguments) -> dict[str, float]:
+def slot_mib(report, model, profile: ProfileArguments) -> dict[str, float]:
     """MiB of each slot of one layer, on average over the layers."""
     batch, seq_len = profile.per_device_train_batch_size, profile.seq_len
     exact_bits = 16 if model.device.type == "cuda" else 8 * model.dtype.itemsize  # autocast is on a GPU only
@@ -95,9 +95,10 @@ def slot_mib(report, hyclora_args: HycloraArguments, model, profile: ProfileArgu
         bits *= exact_bits / 16 if slot != "lse" and set(savers[slot]) == {"exact"} else 1
         found[slot] = bits / report.n_layers * batch * seq_len
     if "prob" in savers:
-        rows, sparse = batch * model.config.num_attention_heads * seq_len, savers["prob"][0] != "exact"
-        columns = min(seq_len, max(1, math.ceil(hyclora_args.softmax_outlier_ratio * seq_len))) if sparse else seq_len
-        found["prob"] = rows * columns * (exact_bits + (16 if seq_len < 2**15 else 32) * sparse)
+        saver = next(block.savers["prob"] for block in find_patch(model).blocks if "prob" in block.savers)
+        entries, columns = saver.row(seq_len) if isinstance(saver, Sparse) else (seq_len, None)
+        entry_bits = exact_bits + (8 * columns.itemsize if columns else 0)
+        found["prob"] = batch * model.config.num_attention_heads * seq_len * entries * entry_bits
     return {slot: round(bits / 2**23, 4) for slot, bits in found.items()}
 
 

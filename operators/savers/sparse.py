@@ -21,11 +21,15 @@ class Sparse(StoringSaver):
     def __str__(self) -> str:
         return f"sparse (top {self.ratio:g})"
 
+    def row(self, n_cols: int) -> tuple[int, torch.dtype]:
+        """How many entries of a row of n_cols are kept, and the dtype of their columns."""
+        dtype = torch.int16 if n_cols <= torch.iinfo(torch.int16).max else torch.int32
+        return min(n_cols, max(1, math.ceil(self.ratio * n_cols))), dtype
+
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
-        n_cols = x.shape[-1]
-        capacity = min(n_cols, max(1, math.ceil(self.ratio * n_cols)))
+        capacity, dtype = self.row(x.shape[-1])
         values, columns = x.topk(capacity, dim=-1, sorted=False)
-        return values, columns.to(torch.int16 if n_cols <= torch.iinfo(torch.int16).max else torch.int32)
+        return values, columns.to(dtype)
 
     def unpack(
         self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype, weight: Tensor | None = None
