@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from models import apply_hyclora, remove_hyclora
-from models.loading import find_base, keep_initial_adapters, load_model, load_tokenizer
-from utils import results
-from utils.args import parse_arguments
-from utils.data.gsm8k import Collator, load_rows, tokenize_rows
-from utils.disk import check_output
-from utils.errors import entry_point
-from utils.metrics import evaluate_generation
-from utils.profiling import buffered_bytes
-from utils.trainer import HycloraTrainer, find_checkpoint
+from hyclora import apply_hyclora, remove_hyclora
+from hyclora.utils import results
+from hyclora.utils.args import parse_arguments
+from hyclora.utils.data.gsm8k import Collator, load_rows, tokenize_rows
+from hyclora.utils.disk import check_output
+from hyclora.utils.errors import entry_point
+from hyclora.utils.loading import find_base, keep_initial_adapters, load_model, load_tokenizer
+from hyclora.utils.metrics import evaluate_generation
+from hyclora.utils.profiling import buffered_bytes
+from hyclora.utils.trainer import HycloraTrainer, find_checkpoint
 
 CORE = ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
 

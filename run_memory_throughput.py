@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import record
-from models import apply_hyclora
-from models.loading import find_base, load_model
-from models.patch import find_patch
-from operators.savers.sparse import Sparse
-from utils import results
-from utils.args import HycloraArguments, LoraArguments, ModelArguments, ProfileArguments, parse_arguments
-from utils.disk import check_output
-from utils.errors import RunStopped, UserError, entry_point, is_out_of_memory
-from utils.profiling import random_micro_step
+from hyclora import apply_hyclora
+from hyclora.models.patch import find_patch
+from hyclora.operators.savers.sparse import Sparse
+from hyclora.utils import results
+from hyclora.utils.args import HycloraArguments, LoraArguments, ModelArguments, ProfileArguments, parse_arguments
+from hyclora.utils.disk import check_output
+from hyclora.utils.errors import RunStopped, UserError, entry_point, is_out_of_memory
+from hyclora.utils.loading import find_base, load_model
+from hyclora.utils.profiling import random_micro_step
 
 GROUPS = (ModelArguments, LoraArguments, HycloraArguments, ProfileArguments)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests; options go to pytest: bash run_tests.sh tests/test_metrics.py -k fraction
+# Run the tests; options go to pytest: bash run_tests.sh tests/utils/test_metrics.py -k fraction
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 developing=1

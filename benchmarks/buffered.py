@@ -16,12 +16,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record import RESULTS, record
-from models import HycloraConfig, apply_hyclora
-from models.loading import quantize_linears
-from utils.args import LINEARS
-from utils.disk import check_output
-from utils.errors import entry_point
-from utils.profiling import buffered_bytes, random_batch
+from hyclora import HycloraConfig, apply_hyclora
+from hyclora.utils.args import LINEARS
+from hyclora.utils.disk import check_output
+from hyclora.utils.errors import entry_point
+from hyclora.utils.loading import quantize_linears
+from hyclora.utils.profiling import buffered_bytes, random_batch
 
 SETTINGS = [
     {"layer_type": "baseline"},

@@ -17,10 +17,10 @@ import triton
 from torch import Tensor, nn
 
 from benchmarks.record import record
-from operators.cross_entropy import Targets, linear_cross_entropy
-from operators.lora import Projection
-from operators.reference import IGNORED
-from utils.errors import UserError, entry_point
+from hyclora.operators.cross_entropy import Targets, linear_cross_entropy
+from hyclora.operators.linear.lora import Projection
+from hyclora.operators.reference import IGNORED
+from hyclora.utils.errors import UserError, entry_point
 
 Loss = Callable[[Tensor, nn.Linear, Tensor], Tensor]
 

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.record import record
 from benchmarks.rows import LSE_KEPT
-from models import HycloraConfig, apply_hyclora, remove_hyclora
-from utils.args import LINEARS, DataArguments
-from utils.data.gsm8k import Collator, load_rows, tokenize_rows
+from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+from hyclora.utils.args import LINEARS, DataArguments
+from hyclora.utils.data.gsm8k import Collator, load_rows, tokenize_rows
 
 SETTINGS = [
     *({"q_bit": bits} for bits in (8, 4, 3, 2)),

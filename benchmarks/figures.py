@@ -4,7 +4,7 @@ import matplotlib
 
 from benchmarks.record import RESULTS
 from benchmarks.rows import CELL, describe_batch, describe_device, describe_model, load, load_7b, memory_cells, name_of
-from models.config import SLOTS
+from hyclora.models.config import SLOTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the backend is chosen

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.fidelity import load_batches, load_model
 from benchmarks.record import record
-from models import HycloraConfig, apply_hyclora, remove_hyclora
+from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 
 SETTINGS = [None, *({"q_bit": bits} for bits in (8, 4, 3, 2))]
 SETTINGS += [{"q_bit": "auto", "average_bits": bits} for bits in (3.0, 2.5)]

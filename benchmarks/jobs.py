@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.record import RESULTS
-from utils.errors import UserError
+from hyclora.utils.errors import UserError
 
 SHAPES = Path(__file__).parent / "shapes"
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import record
-from operators.activation import silu_mul_bwd, silu_mul_fwd
-from operators.codebook import CODEBOOKS
-from operators.low_rank_grad import low_rank_grads
-from operators.nf4 import bnb, dequantize_4bit
-from operators.norm import rms_norm_bwd, rms_norm_fwd, rms_norm_pack, rms_norm_unpack_bwd
-from operators.quantize import dequantize, quantize
-from operators.residual import add_residual
-from operators.rope import rope, rope_bwd
-from operators.savers import ChannelQuant, Step
-from utils.errors import UserError, entry_point
+from hyclora.operators.attention.rope import rope, rope_bwd
+from hyclora.operators.linear.low_rank_grad import low_rank_grads
+from hyclora.operators.linear.nf4 import bnb, dequantize_4bit
+from hyclora.operators.linear.residual import add_residual
+from hyclora.operators.mlp.activation import silu_mul_bwd, silu_mul_fwd
+from hyclora.operators.norm import rms_norm_bwd, rms_norm_fwd, rms_norm_pack, rms_norm_unpack_bwd
+from hyclora.operators.packing.codebook import CODEBOOKS
+from hyclora.operators.packing.quantize import dequantize, quantize
+from hyclora.operators.savers import ChannelQuant, Step
+from hyclora.utils.errors import UserError, entry_point
 
 RANK = 16
 

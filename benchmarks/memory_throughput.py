@@ -20,10 +20,10 @@ from benchmarks.jobs import Job, add_arguments, cell, make_job
 from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS, run
 from benchmarks.record import read, record
 from benchmarks.rows import LSE_KEPT, name_of
-from models.config import HycloraConfig
-from utils.disk import check_output
-from utils.errors import Interrupted, entry_point
-from utils.results import environment
+from hyclora.models.config import HycloraConfig
+from hyclora.utils.disk import check_output
+from hyclora.utils.errors import Interrupted, entry_point
+from hyclora.utils.results import environment
 
 NAME = "memory_throughput"
 OURS = [

@@ -19,9 +19,9 @@ import torch
 from benchmarks.peers import OFFLINE, micro_step
 from benchmarks.profile_step import one_job
 from benchmarks.record import record
-from utils.args import ROOT
-from utils.errors import UserError, entry_point
-from utils.profiling import graphs_of
+from hyclora.utils.args import ROOT
+from hyclora.utils.errors import UserError, entry_point
+from hyclora.utils.profiling import graphs_of
 
 MIB = 2**20
 PROJECT = tuple(str(ROOT / folder) for folder in ("models", "operators", "utils"))

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.jobs import Job
-from utils.errors import UserError, is_out_of_memory
+from hyclora.utils.errors import UserError, is_out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "RESULT "
@@ -41,8 +41,8 @@ def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None
     """Stock PEFT on a model with random weights; checkpointing: options of Hugging Face's, None for none."""
     import torch
 
-    from models.loading import load_model
-    from utils.args import LoraArguments, ModelArguments
+    from hyclora.utils.args import LoraArguments, ModelArguments
+    from hyclora.utils.loading import load_model
 
     folder = job.folder.resolve()
     in_4bit = (base or job.base) == "nf4"
@@ -86,7 +86,7 @@ def unsloth(job: Job, checkpointing: bool | str):
     from unsloth import FastLanguageModel  # isort: skip
     import torch
 
-    from utils.args import LINEARS
+    from hyclora.utils.args import LINEARS
 
     model, _ = FastLanguageModel.from_pretrained(
         str(folder),
@@ -134,7 +134,7 @@ PEERS = {
 def hyclora(job: Job):
     """This project: PEFT's model, patched."""
     model = lora(job)
-    from models import HycloraConfig, apply_hyclora
+    from hyclora import HycloraConfig, apply_hyclora
 
     apply_hyclora(model, HycloraConfig(**job.setting))
     return model
@@ -145,7 +145,7 @@ def micro_step(job: Job):
     if needed := missing(job):
         raise UserError(f"{job.setting} needs the module {needed}, which is not installed")
     model = hyclora(job) if isinstance(job.setting, dict) else PEERS[job.setting].build(job)
-    from utils.profiling import random_micro_step
+    from hyclora.utils.profiling import random_micro_step
 
     return random_micro_step(model, job.batch_size, job.seq_len, job.warm_up_seq_len, job.device)
 

@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.jobs import Job, add_arguments, cell, make_job
 from benchmarks.peers import OFFLINE, PEERS, micro_step
 from benchmarks.record import record
-from utils.disk import check_output
-from utils.errors import entry_point
+from hyclora.utils.disk import check_output
+from hyclora.utils.errors import entry_point
 
 COPIES = ("Memcpy", "Memset")
 NOISE = ("void ", "at::native::", "(anonymous namespace)::", "c10::", "cutlass::", "std::")

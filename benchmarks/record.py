@@ -4,7 +4,7 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
-from utils.errors import UserError
+from hyclora.utils.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -22,7 +22,7 @@ def read(file: Path) -> list[dict]:
 
 def record(name: str, result: dict, folder: Path = RESULTS) -> dict:
     """Append result to folder/name.jsonl and return the whole line."""
-    from utils.results import environment  # it imports Transformers, which some peers have to patch first
+    from hyclora.utils.results import environment  # it imports Transformers, which some peers have to patch first
 
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     line = {"benchmark": name, "time": now, **environment(), **result}

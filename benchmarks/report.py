@@ -22,7 +22,7 @@ from benchmarks.rows import (
     memory_cells,
     name_of,
 )
-from models.config import SLOTS, HycloraConfig
+from hyclora.models.config import SLOTS, HycloraConfig
 
 ROOT = RESULTS.parent.parent
 README, FIGURES = ROOT / "README.md", ROOT / "figures"

@@ -3,7 +3,7 @@
 import json
 
 from benchmarks.record import RESULTS, read
-from models.config import HycloraConfig
+from hyclora.models.config import HycloraConfig
 
 CELL = ("device", "shape", "base", "lora_rank", "batch_size", "seq_len")
 LSE_KEPT = {"lse": "exact"}

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm, trange
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from utils.data.pretrain_text import CUES, LEADS, pretrain_documents
-from utils.data.word_problems import word_problems
+from hyclora.utils.data.pretrain_text import CUES, LEADS, pretrain_documents
+from hyclora.utils.data.word_problems import word_problems
 
 SHAPES = {
     "tiny": {

@@ -1,11 +1,12 @@
-"""HyC-LoRA's public API: patch a PEFT model so that its buffered activations are kept compressed."""
+"""How a Hugging Face model is patched: the public API's config.py and patch.py, and what they put in place.
+
+blocks.py      a norm, an attention and an MLP module of a layer        layers.py   a whole layer, and checkpointing
+head.py        LM head and loss                                         masks.py    which tokens see which
+bits.py        q_bit=auto                                               state.py    calibration on disk
+families/      the attribute names of LLaMA, Mistral, ...               graphs/     all layers as CUDA graphs
+"""
 
 import logging
 
 # PEFT imports bitsandbytes, which warns on every CPU machine that an optional kernel package is missing
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-from models.config import HycloraConfig  # noqa: E402
-from models.patch import PatchReport, apply_hyclora, remove_hyclora  # noqa: E402
-
-__all__ = ["HycloraConfig", "PatchReport", "apply_hyclora", "remove_hyclora"]

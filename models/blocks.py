@@ -13,17 +13,18 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from operators import reference
-from operators.attention import CORES, AttentionFunction, AttentionSpec
-from operators.flash import is_bounds
-from operators.fused_qkv import fits
-from operators.lora import Projection, ProjectionGroup
-from operators.mlp import MlpFunction, MlpSpec
-from operators.nf4 import is_4bit
-from operators.norm import RMSNormFunction
-from operators.rope import rope
-from operators.savers import Derived, Keeper, Saver, Step, Store
-from operators.token_tiles import place, token_tiles
+from hyclora.operators import reference
+from hyclora.operators.attention.attention import CORES, AttentionFunction, AttentionSpec
+from hyclora.operators.attention.flash import is_bounds
+from hyclora.operators.attention.fused_qkv import fits
+from hyclora.operators.attention.rope import rope
+from hyclora.operators.linear.lora import Projection, ProjectionGroup
+from hyclora.operators.linear.nf4 import is_4bit
+from hyclora.operators.mlp.mlp import MlpFunction, MlpSpec
+from hyclora.operators.norm import RMSNormFunction
+from hyclora.operators.savers import Derived, Keeper, Saver, Step
+from hyclora.operators.store import Store
+from hyclora.operators.token_tiles import place, token_tiles
 
 SOURCE = "_hyclora_source"
 BLOCK = "_hyclora_block"
@@ -171,7 +172,7 @@ class AttentionBlock(Block):
         self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim)
 
     def takes_bounds(self) -> bool:
-        """Whether operators/flash.py can run here, so that bounds may stand in for HF's mask."""
+        """Whether operators/attention/flash.py can run here, so that bounds may stand in for HF's mask."""
         return self.own_flash and getattr(self.module, BLOCK, None) is self and self.module.training
 
     def applies(

@@ -7,10 +7,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from models.blocks import Block, autocast_dtype, projection
-from operators.cross_entropy import Targets, linear_cross_entropy
-from operators.lora import Projection
-from operators.savers import Step
+from hyclora.models.blocks import Block, autocast_dtype, projection
+from hyclora.operators.cross_entropy import Targets, linear_cross_entropy
+from hyclora.operators.linear.lora import Projection
+from hyclora.operators.savers import Step
 
 
 class HeadBlock(Block):

@@ -5,9 +5,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import output_capturing
 
-from models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
-from operators.checkpoint import CheckpointFunction
-from operators.savers import UNITS_A_LAYER, Exact, Step
+from hyclora.models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.operators.checkpoint import CheckpointFunction
+from hyclora.operators.savers import Exact, Step
+from hyclora.operators.store import UNITS_A_LAYER
 
 # on the output of a layer that nobody else looks at: the next layer may overwrite it
 OURS = "_hyclora_ours"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def causal_bounds(attention_mask, position_ids: Tensor | None, batch: int, seq_len: int) -> Tensor | None:
-    """The bounds (operators/flash.py) of a training batch by HF's rules; None where only a mask of HF's will do.
+    """The bounds (attention/flash.py) of a training batch by HF's rules; None where only a mask of HF's will do.
 
     With a 2-D mask the real tokens of a row are a run, and the padding in front is one that sees nothing. Padding
     behind belongs to the run: real tokens do not see what is later. It sees itself, unlike in HF, so its outputs are

@@ -6,18 +6,19 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from models.bits import allocate_bits
-from models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
-from models.config import SLOTS, HycloraConfig
-from models.foresight import foretell, is_stock
-from models.graphs import LayerGraphs
-from models.head import HeadBlock
-from models.layers import CheckpointBlock, LayerBlock
-from models.llama import LLAMA
-from models.masks import causal_bounds
-from models.mistral import MISTRAL
-from models.recording import CudaRecorder
-from operators.savers import ChannelQuant, CudaCopies, Saver, Step, Store, make_saver
+from hyclora.models.bits import allocate_bits
+from hyclora.models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
+from hyclora.models.config import SLOTS, HycloraConfig
+from hyclora.models.families.llama import LLAMA
+from hyclora.models.families.mistral import MISTRAL
+from hyclora.models.graphs.foresight import foretell, is_stock
+from hyclora.models.graphs.layer_graphs import LayerGraphs
+from hyclora.models.graphs.recording import CudaRecorder
+from hyclora.models.head import HeadBlock
+from hyclora.models.layers import CheckpointBlock, LayerBlock
+from hyclora.models.masks import causal_bounds
+from hyclora.operators.savers import ChannelQuant, Saver, Step, make_saver
+from hyclora.operators.store import CudaCopies, Store
 
 FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL}
 PATCH = "_hyclora_patch"

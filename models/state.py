@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from models.patch import find_patch
+from hyclora.models.patch import find_patch
 
 FILE_NAME = "hyclora_calibration.safetensors"
 FORMAT = "1"

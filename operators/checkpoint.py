@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from operators.lora import get_rng_state, replayed_rng
-from operators.savers import Keeper
+from hyclora.operators.linear.lora import get_rng_state, replayed_rng
+from hyclora.operators.savers import Keeper
 
 
 class CheckpointFunction(torch.autograd.Function):

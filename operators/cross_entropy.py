@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from operators import reference
-from operators.dispatch import as_rows, device_guard, next_power_of_2, use_triton
-from operators.lora import Projection
-from operators.reference import IGNORED
+from hyclora.operators import reference
+from hyclora.operators.dispatch import as_rows, device_guard, next_power_of_2, use_triton
+from hyclora.operators.linear.lora import Projection
+from hyclora.operators.reference import IGNORED
 
 # large enough that reading W once a chunk hides behind the chunk's GEMM, small beside one layer's activations
 CHUNK_BYTES = 64 * 2**20
@@ -115,7 +115,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """Sum of cross-entropies (fp32 scalar) of hidden[rows] W^T + LoRA against labels.
 
     hidden [T, C] in compute dtype, rows and labels int64 [N], p the head, parameters as p.parameters(). Gradients of
-    the sum are computed in forward (operators/lora.py has the formulas; those of parameters are summed in fp32) and
+    the sum are computed in forward (linear/lora.py has the formulas; those of parameters are summed in fp32) and
     kept: dh of the N rows, in hidden's dtype, and those of parameters. Backward multiplies them by the scalar it gets.
     """
 

@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from operators import reference
-from operators.codebook import book_constants
-from operators.dispatch import as_rows, cdiv, device_guard, next_power_of_2, use_triton
-from operators.packed_layout import carve, packed_shapes
-from operators.quantize import (
+from hyclora.operators import reference
+from hyclora.operators.dispatch import as_rows, cdiv, device_guard, next_power_of_2, use_triton
+from hyclora.operators.packing.codebook import book_constants
+from hyclora.operators.packing.layout import carve, packed_shapes
+from hyclora.operators.packing.quantize import (
     ROWS_A_PROGRAM,
     dequantize_tile,
     load_channels,
@@ -23,7 +23,7 @@ from operators.quantize import (
     to_words,
     unpack_words,
 )
-from operators.savers import ChannelQuant, Keeper
+from hyclora.operators.savers import ChannelQuant, Keeper
 
 # of the backward from packed rows, so that three of them fit into a multiprocessor; longer ones would spill
 REGISTERS, CHANNELS_IN_REGISTERS = 40, 4096

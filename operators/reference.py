@@ -7,7 +7,7 @@ and benchmarks compare against it. Shapes: T tokens, C channels, G channels a gr
 import torch
 from torch import Tensor
 
-from operators.codebook import Codebook
+from hyclora.operators.packing.codebook import Codebook
 
 LOG_SCALE_STEPS = 8
 MIDDLE_STEPS = 127

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from operators import dispatch
-from tests.replaying import record
-from utils.data.gsm8k import prompt_of, target_of
-from utils.data.word_problems import word_problems
+from hyclora.operators import dispatch
+from hyclora.utils.data.gsm8k import prompt_of, target_of
+from hyclora.utils.data.word_problems import word_problems
+from tests.helpers.replaying import record
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def deterministic_attention():
 
 @pytest.fixture
 def recorded():
-    """tests.replaying.record()."""
+    """tests.helpers.replaying.record()."""
     return record()
 
 

@@ -15,8 +15,8 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from models.config import HycloraConfig
-from utils.errors import UserError
+from hyclora.models.config import HycloraConfig
+from hyclora.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

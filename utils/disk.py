@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from utils.errors import UserError
+from hyclora.utils.errors import UserError
 
 
 def check_output(root: Path, needed: int = 2**26) -> None:

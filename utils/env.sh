@@ -5,33 +5,48 @@
 
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Silent if the interpreter $1 qualifies, else one line that says why not. What is needed for some uses only (the hub,
-# 4 bit, figures, lint; pytest unless `developing` is set) may be missing: that use says so.
+# Silent if the interpreter $1 qualifies, else one line that says why not. pyproject.toml says what is needed; the extras
+# 4bit and dev (but for `developing`), datasets and the tokenizers of bare SentencePiece files are for some uses only,
+# which say so themselves.
 _lacks() {
-    "$1" - "$_root/requirements.txt" "${developing:-}" <<'PY'
+    "$1" - "$_root/pyproject.toml" "${developing:-}" <<'PY'
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-MINIMUM = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "peft": (0, 21), "accelerate": (1, 15)}
-OPTIONAL = {"datasets", "bitsandbytes", "matplotlib", "ruff"}
-if not sys.argv[2]:
-    OPTIONAL |= {"pytest", "pytest-timeout", "pytest-xdist"}
-
 if sys.version_info < (3, 10):
     sys.exit("needs Python 3.10")
-for line in open(sys.argv[1]):
-    name = line.partition("==")[0].strip()
-    if not name or name in OPTIONAL:
+optional = {"bitsandbytes", "datasets", "matplotlib", "ruff"}
+if not sys.argv[2]:
+    optional |= {"pytest", "pytest-timeout", "pytest-xdist"}
+for name, least in re.findall(r'"([\w-]+)>=([\d.]+)"', open(sys.argv[1]).read()):
+    if name in optional or name == "setuptools":
         continue
     try:
         found = version(name)
     except PackageNotFoundError:
         sys.exit(f"lacks {name}")
-    least = MINIMUM.get(name, (0,))
-    if tuple(int(n) for n in re.findall(r"\d+", found)[:2]) < least:
-        sys.exit(f"has {name} {found}, needs {'.'.join(map(str, least))}")
+    if [int(n) for n in re.findall(r"\d+", found)[:2]] < [int(n) for n in least.split(".")]:
+        sys.exit(f"has {name} {found}, needs {least}")
 PY
+}
+
+# Install the pinned packages into the environment $1. Without a GPU torch's CPU build does, where pip's index has it.
+_install() {
+    local pip=("$1/bin/python" -m pip) torch
+    torch=$(grep '^torch==' "$_root/requirements.txt")
+    echo "env: making .venv with the packages of requirements.txt, once"
+    if command -v nvidia-smi > /dev/null; then
+        echo "env: about 5.5 GB to fetch, nearly all of it torch and CUDA: minutes on a fast line"
+    elif "${pip[@]}" install --quiet --no-deps --dry-run "$torch+cpu" 2> /dev/null; then
+        echo "env: no GPU here, so torch's CPU build: about 0.5 GB to fetch, a minute or two"
+        "${pip[@]}" install --no-deps "$torch+cpu" || return
+    else
+        echo "env: no GPU here, but pip's index has torch with CUDA only: about 5.5 GB to fetch, minutes on a fast line"
+        echo "env: for 0.5 GB stop it, and start again with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
+    fi
+    "${pip[@]}" install -r "$_root/requirements.txt" || return
+    echo "env: for your own shell: source .venv/bin/activate"
 }
 
 _make_venv() {
@@ -40,10 +55,9 @@ _make_venv() {
     exec 9> "$_root/.venv.lock"
     flock 9
     if [[ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]] || ! "$venv/bin/python" -c '' 2> /dev/null; then
-        echo "env: making .venv with the packages of requirements.txt (once)"
         rm -rf "$venv"
         "$base" -m venv "$venv" || return
-        "$venv/bin/python" -m pip install --quiet -r "$_root/requirements.txt" || return
+        _install "$venv" || return
         echo "$wanted" > "$stamp"
     fi
     exec 9>&-

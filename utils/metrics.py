@@ -7,9 +7,9 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.args import EvalArguments
-from utils.data.gsm8k import FINAL_ANSWER, prompt_of, target_of
-from utils.profiling import undisturbed
+from hyclora.utils.args import EvalArguments
+from hyclora.utils.data.gsm8k import FINAL_ANSWER, prompt_of, target_of
+from hyclora.utils.profiling import undisturbed
 
 _NUMBER = re.compile(
     r"""(?P<sign> (?<![\w.)]) - )?  # a minus that follows a number or a word is not a sign

@@ -8,8 +8,8 @@ import time
 import torch
 from torch import Tensor, nn
 
-from models.config import HycloraConfig
-from models.patch import PATCH
+from hyclora.models.config import HycloraConfig
+from hyclora.models.patch import PATCH
 
 MIB = 2**20
 AFTER_CALIBRATION = 2  # forwards: a kind of input is recorded as CUDA graphs the second time that it comes

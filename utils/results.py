@@ -25,7 +25,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from termcolor import colored
 
-from utils.args import ROOT, TrainingArguments
+from hyclora.utils.args import ROOT, TrainingArguments
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from models.state import load_calibration, save_calibration
-from utils.errors import Interrupted, RunStopped, UserError
+from hyclora.models.state import load_calibration, save_calibration
+from hyclora.utils.errors import Interrupted, RunStopped, UserError
 
 _WHOLE = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json")
 

@@ -1,19 +1,16 @@
-"""How one buffered activation (a slot) is kept between forward and backward.
+"""How one buffered activation (a slot) is kept between forward and backward: one file a way of keeping.
 
-One file a way of keeping; store.py, buffers.py and host.py are where the packed bytes wait, if not on the GPU.
+Where the packed bytes wait, if not on the GPU, is operators/store.
 """
 
-from operators.savers.base import Derived, Keeper, Recompute, Saver, Step
-from operators.savers.channel_quant import ChannelQuant
-from operators.savers.exact import Exact
-from operators.savers.host import CudaCopies
-from operators.savers.observer import Observer
-from operators.savers.sparse import Sparse
-from operators.savers.store import UNITS_A_LAYER, Store
+from hyclora.operators.savers.base import Derived, Keeper, Recompute, Saver, Step
+from hyclora.operators.savers.channel_quant import ChannelQuant
+from hyclora.operators.savers.exact import Exact
+from hyclora.operators.savers.observer import Observer
+from hyclora.operators.savers.sparse import Sparse
 
 __all__ = [
-    "UNITS_A_LAYER", "ChannelQuant", "CudaCopies", "Derived", "Exact", "Keeper", "Observer", "Recompute", "Saver",
-    "Sparse", "Step", "Store", "make_saver",
+    "ChannelQuant", "Derived", "Exact", "Keeper", "Observer", "Recompute", "Saver", "Sparse", "Step", "make_saver",
 ]  # fmt: skip
 
 

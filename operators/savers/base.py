@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from operators.savers.store import Home, Store, redeem, ticket
+from hyclora.operators.store.store import Home, Store, redeem, ticket
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Activations of a transformer have a mean and a spread a channel; a scale a token or a rotation destroys that structure.
 So the first training forwards calibrate mean and std of each channel, which are then frozen; a token's group of
-channels is moved and scaled into [-1, 1], and a code book rounds it (operators/codebook.py). The range of the group is
+channels is moved and scaled into [-1, 1], and a code book rounds it (packing/codebook.py). The range of the group is
 what decides, not its rms: MLP activations have lone spikes that carry much of the gradient, and clipping them costs
 more than coarser steps elsewhere. The channels of largest energy are kept exactly beside the codes.
 """
@@ -13,10 +13,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from operators.codebook import CODEBOOKS
-from operators.quantize import dequantize, dequantize_rows, quantize
-from operators.savers.base import Step, StoringSaver
-from operators.token_tiles import token_tiles
+from hyclora.operators.packing.codebook import CODEBOOKS
+from hyclora.operators.packing.quantize import dequantize, dequantize_rows, quantize
+from hyclora.operators.savers.base import Step, StoringSaver
+from hyclora.operators.token_tiles import token_tiles
 
 MERGED_BY = {"low": torch.minimum, "high": torch.maximum}  # all other measures are sums
 

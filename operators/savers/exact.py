@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from operators.savers.base import Step, StoringSaver
+from hyclora.operators.savers.base import Step, StoringSaver
 
 
 class Exact(StoringSaver):

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from operators.savers.base import Keeper
-from operators.savers.channel_quant import measure, merge
+from hyclora.operators.savers.base import Keeper
+from hyclora.operators.savers.channel_quant import measure, merge
 
 
 class Observer(Keeper):

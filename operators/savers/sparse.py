@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from operators.savers.base import Step, StoringSaver
+from hyclora.operators.savers.base import Step, StoringSaver
 
 
 class Sparse(StoringSaver):

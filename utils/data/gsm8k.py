@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from utils.args import DataArguments
-from utils.data.word_problems import word_problems
-from utils.errors import UserError
+from hyclora.utils.args import DataArguments
+from hyclora.utils.data.word_problems import word_problems
+from hyclora.utils.errors import UserError
 
 INSTRUCTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"
 FINAL_ANSWER = "The final answer is: "

@@ -7,7 +7,7 @@ instruction above all, the text goes on with talk, stories and other questions.
 
 import random
 
-from utils.data.word_problems import LARGEST_RESULT, cast, word_problems
+from hyclora.utils.data.word_problems import LARGEST_RESULT, cast, word_problems
 
 LEADS = ("Problem: ", "Puzzle: ", "Exercise: ", "")
 CUES = ("Worked solution:", "Working:", "Solution in steps:", "Here is how it goes:")

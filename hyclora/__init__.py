@@ -1,0 +1,32 @@
+"""HyC-LoRA: patch a PEFT model so that the activations buffered for backward are kept compressed.
+
+    from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+
+The parts of the package are the folders models, operators and utils. In a checkout they lie beside this one, in an
+installed package inside it; they are hyclora.models, hyclora.operators and hyclora.utils in both.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+if not (Path(__file__).parent / "models").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+_PUBLIC = {
+    "HycloraConfig": "hyclora.models.config",
+    "PatchReport": "hyclora.models.patch",
+    "apply_hyclora": "hyclora.models.patch",
+    "remove_hyclora": "hyclora.models.patch",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """The public names, imported when they are asked for: a part that needs no torch does not load it."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

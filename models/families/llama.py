@@ -1,0 +1,17 @@
+"""LLaMA: attribute names of one family."""
+
+from hyclora.models.blocks import Family
+
+LLAMA = Family(
+    layers="layers",
+    final_norm="norm",
+    attention="self_attn",
+    attention_norm="input_layernorm",
+    qkv=("q_proj", "k_proj", "v_proj"),
+    out="o_proj",
+    mlp="mlp",
+    mlp_norm="post_attention_layernorm",
+    gate_up=("gate_proj", "up_proj"),
+    down="down_proj",
+    head="lm_head",
+)

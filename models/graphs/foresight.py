@@ -1,0 +1,53 @@
+"""What a decoder's first layer is going to get, told from the decoder's own arguments.
+
+Between the two Hugging Face's code looks embeddings up and makes position ids, cos and sin, at the host's pace. Graphs
+(layer_graphs.py) start before that where nobody can come in between and all of it follows from what is looked at here.
+"""
+
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+
+from hyclora.operators.attention.flash import is_bounds
+
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # of others inv_freq changes with the lengths that were seen
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a module's forward is Hugging Face's."""
+    defined = type(module).__module__, type(module).forward.__module__
+    return all(name.startswith("transformers.") for name in defined) and "forward" not in module.__dict__
+
+
+def foretell(decoder: nn.Module, hook: int, input_ids=None, *args, attention_mask=None, **kwargs) -> tuple | None:
+    """What, beside the token ids, decides what the first layer gets: alike twice, it is the same; None if not known.
+
+    hook: id of the decoder's pre-hook that asks, with the arguments that it returns.
+    """
+    embedding, angles = decoder.get_input_embeddings(), getattr(decoder, "rotary_emb", None)
+    if not isinstance(input_ids, Tensor) or args or angles is None or not _alone(decoder, hook):
+        return None
+    if not (attention_mask is None or is_bounds(attention_mask)):
+        return None
+    if not all(value is None or isinstance(value, (bool, int, float, str)) for value in kwargs.values()):
+        return None
+    if not (_is_lookup(embedding) and _is_plain(angles) and angles.rope_type in FIXED_ANGLES):
+        return None
+    bounds = None if attention_mask is None else attention_mask.flatten().tolist()
+    state = angles.inv_freq.data_ptr(), angles.inv_freq._version, angles.attention_scaling
+    return input_ids.shape, bounds, kwargs, state
+
+
+def _alone(decoder: nn.Module, hook: int) -> bool:
+    """Whether no hook runs after this one and before the first layer."""
+    last = next(reversed(decoder._forward_pre_hooks)) == hook
+    return last and not (every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return is_stock(module) and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_lookup(embedding: nn.Module) -> bool:
+    """Whether an embedding gives the rows of its frozen weight and does nothing else."""
+    own = "forward" not in embedding.__dict__ and not (embedding._forward_hooks or embedding._forward_pre_hooks)
+    return type(embedding) is nn.Embedding and own and embedding.max_norm is None and not embedding.weight.requires_grad

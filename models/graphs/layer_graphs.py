@@ -1,0 +1,352 @@
+"""The decoder layers of a training step as CUDA graphs, for kinds of input that come again.
+
+At a few thousand tokens a layer's kernels are shorter than the time the host needs to launch them. So the second time
+that a kind of input (shapes, padding, adapters) comes after calibration, the forward of all layers is captured as one
+graph and their backward as another; from then on both are replayed. Inputs are copied to fixed places; activations live
+in a memory pool that all graphs share; the backward adds to fixed buffers, which are the parameters' .grad.
+
+Whatever a graph cannot do or would hide runs layer by layer: dropout, hooks on modules or parameters, gradient
+checkpointing, several processes, inputs that differ from layer to layer, a forward before the backward of another one.
+"""
+
+import weakref
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hyclora.models.blocks import Block, NormBlock, autocast_dtype
+from hyclora.models.graphs.gradients import GradientBuffers, add_gradients
+from hyclora.models.graphs.recording import Recording
+from hyclora.models.layers import HOOKS, OURS, LayerBlock, look
+from hyclora.operators.attention.flash import is_bounds
+from hyclora.operators.pausable import Pausable
+
+# each has graphs and fixed inputs for good; other kinds of input run layer by layer
+MAX_RECORDINGS = 8
+
+
+class LayerGraphs(Pausable):
+    """The recordings of one patched model, and when they may run.
+
+    patch: whose Step and Store the layers use; layers: of the decoder, in order; blocks: all that run inside.
+    While it is paused the layers run one by one.
+    """
+
+    def __init__(self, recorder, patch, layers: list[LayerBlock], blocks: list[Block]):
+        self.recorder, self.patch, self.step = recorder, patch, patch.step
+        self.layers = layers
+        self.norms = [block.module for block in blocks if isinstance(block, NormBlock)]
+        modules = [*self.norms, *(m for layer in layers for m in layer.module.modules())]
+        # the dictionaries themselves, which modules fill later: looked at once a step
+        self._hooks = [m.__dict__[name] for m in modules for name in HOOKS]
+        inside = [block for layer in layers for block in layer.blocks]
+        self.projections = list({id(p): p for block in inside for p in block.projections}.values())
+        self._drops = any(getattr(m, "attention_dropout", 0.0) > 0 for m in modules)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all recordings, and with them the memory that they hold."""
+        self.__dict__.update(self._fresh())
+        self.recorder = copy(self.recorder)  # a pool without graphs cannot be used again
+
+    def __getstate__(self) -> dict:
+        """A copy of a model records for itself."""
+        return self.__dict__ | self._fresh()
+
+    @staticmethod
+    def _fresh() -> dict:
+        return {
+            "recordings": {},
+            "_seen": Counter(),
+            "_refused": set(),
+            "gradients": GradientBuffers(),
+            "_store": None,
+            "_pending": _nothing,
+            "_arguments": [],
+            "_kind": None,
+            "_latest": None,
+            "_asked": None,
+            "_early": None,
+            "_passing": False,
+        }
+
+    def foresee(self, asked, embedding: nn.Module, ids: Tensor | None) -> None:
+        """Start the forward of token ids before Hugging Face's code comes to the first layer: the GPU waits for it.
+
+        asked: what foretell() says, to be compared with that of the step before. At worst the work is in vain, as
+        replay() makes sure of the rest.
+        """
+        self._asked, self._early = asked, None
+        if asked is None or self._latest is None or not self._possible():
+            return
+        kind, weights, recording, before = self._latest
+        if asked == before and kind[1] == _places(weights) and recording.start_from(embedding.weight, ids):
+            self._early = recording
+
+    def replay(self, layer: LayerBlock, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
+        """What a layer returns if all layers are replayed as one; None if it has to run by itself."""
+        if layer is not self.layers[0]:
+            if self._passing:
+                self._passing = layer is not self.layers[-1]
+                return hidden
+            self._compare(args, kwargs)
+            return None
+        self._passing, self._kind = False, None
+        asked, early, self._asked, self._early = self._asked, self._early, None, None
+        self._arguments = []
+        if not self._possible():
+            return None
+        self._arguments, spec = tree_flatten((args, kwargs))
+        inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]
+        given = self._given(hidden, self._arguments, spec)
+        # PEFT's state takes a while to read: if the rest is as last time the GPU starts meanwhile, at worst in vain
+        started = self._likely(given)
+        if started is not None and started is not early:
+            started.start(inputs)
+        self._latest = None
+        weights = self._weights()
+        if weights is None:
+            return None
+        self._kind = self._kind_of(given, weights)
+        if self._kind in self._refused:
+            return None
+        recording = self.recordings.get(self._kind) or self._record(hidden, self._arguments, spec)
+        if recording is None:
+            return None
+        if recording is not started:
+            recording.start(inputs)
+        self._latest = self._kind, weights, recording, asked
+        self._passing = len(self.layers) > 1
+        return ReplayFunction.apply(hidden, recording.anchor, self, recording)
+
+    def begin(self) -> "Ticket":
+        """A forward has been replayed: its activations are in the pool as long as the ticket lives."""
+        ticket = Ticket()
+        self._pending = weakref.ref(ticket)
+        return ticket
+
+    def _possible(self) -> bool:
+        """Whether a replay could start now: nothing is in its memory, and savers do not change."""
+        return self.active and torch.is_grad_enabled() and not self.step.calibrating and self._pending() is None
+
+    def _given(self, hidden: Tensor, leaves: list, spec) -> tuple:
+        """What the inputs of two steps must have in common to be replayed alike."""
+        return (
+            spec,
+            autocast_dtype(hidden.device.type),
+            *((t.shape, t.dtype, t.requires_grad) if _varies(t, hidden) else _value(t) for t in (hidden, *leaves)),
+        )
+
+    def _likely(self, given: tuple) -> Recording | None:
+        """The latest recording, if the inputs are alike and what it reads is where it was.
+
+        The tensors are those of last time: as they are held here, nothing that a replay reads has been freed, even if
+        the modules have other ones by now.
+        """
+        if self._latest is None:
+            return None
+        kind, weights, recording, _ = self._latest
+        return recording if kind[:2] == (given, _places(weights)) else None
+
+    def _weights(self) -> list[Tensor] | None:
+        """What a replay reads of the blocks' modules; None if these are in a state that is not to be replayed."""
+        modules = [layer.module for layer in self.layers]
+        if any(getattr(m, "gradient_checkpointing", False) or not m.training for m in modules):
+            return None
+        if (
+            self._drops
+            or any(look(hooks) for hooks in self._hooks)
+            or torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
+            return None
+        if not all([p.refresh(self.step.index) for p in self.projections]) or any(p.dropout for p in self.projections):
+            return None
+        trainable = [t for p in self.projections for t in p.parameters() if t is not None]
+        trainable += [norm.weight for norm in self.norms]
+        if any(t._backward_hooks or t._post_accumulate_grad_hooks for t in trainable):
+            return None
+        if not any(t.requires_grad for t in trainable):
+            return None
+        return [p.base.weight for p in self.projections] + trainable
+
+    def _kind_of(self, given: tuple, weights: list[Tensor]) -> tuple:
+        """What a recording is found by: the inputs, where the weights are and the adapters' state."""
+        trained = tuple(t.requires_grad for t in weights)
+        return given, _places(weights), trained, *((p.adapter, p.scaling) for p in self.projections)
+
+    def _compare(self, args: tuple, kwargs: dict) -> None:
+        """A later layer runs by itself: unless its arguments are those of the first one, this kind stays so."""
+        leaves = tree_flatten((args, kwargs))[0]
+        if len(leaves) != len(self._arguments) or any(a is not b for a, b in zip(leaves, self._arguments, strict=True)):
+            self._refused.add(self._kind)
+
+    def _record(self, hidden: Tensor, leaves: list, spec) -> Recording | None:
+        """Record a kind of input that came before; None while it should still run layer by layer."""
+        seen = hash(self._kind)  # a kind is long, and with padding to the longest row there are many
+        self._seen[seen] += 1
+        if self._seen[seen] == 1 or len(self.recordings) == MAX_RECORDINGS:
+            return None
+        eager = self.patch.store
+        if eager is not None and self._store is None:
+            if not eager.empty:
+                return None
+            # graphs copy to fixed host bytes, so the store that has them is theirs from now on
+            self._store, eager = eager, copy(eager)
+        cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        self.patch.use(self._store)
+        try:
+            self.recordings[self._kind] = self._capture(hidden, leaves, spec)
+        finally:
+            self.patch.use(eager)
+            torch.set_autocast_cache_enabled(cache)
+        return self.recordings[self._kind]
+
+    def _capture(self, hidden: Tensor, leaves: list, spec) -> Recording:
+        # embeddings that nobody else looks at become the fixed input, as they would live beside a copy until the end
+        first = hidden.detach() if self.step.embeds else hidden.detach().clone(memory_format=torch.contiguous_format)
+        first.requires_grad_(hidden.requires_grad)
+        setattr(first, OURS, True)
+        leaves = [t.detach().clone() if _varies(t, hidden) else t for t in leaves]
+        args, kwargs = tree_unflatten(leaves, spec)
+        trained = [_trained(layer.module) for layer in self.layers]
+        anchor = next(p for layer in trained for _, _, p in layer)
+        buffers = {p: self.gradients.of(p) for layer in trained for _, _, p in layer}
+        reached: dict[nn.Parameter, Tensor] = {}
+        # edges, not tensors: between two layers nothing but the sum of both is kept, and not for backward
+        edges: list[tuple[GradientEdge | None, list[Tensor]]] = []
+
+        def forward() -> Tensor:
+            edges.clear()
+            x, edge = first, get_gradient_edge(first) if first.requires_grad else None
+            with self._aliased(trained) as aliases:
+                for layer, parameters in zip(self.layers, aliases, strict=True):
+                    with self._held(layer):
+                        x = layer.run_layer(x, *args, **kwargs)
+                    edges.append((edge, parameters))
+                    edge = get_gradient_edge(x) if x.requires_grad else None
+            edges.append((edge, []))
+            self._settle()
+            return x.detach()
+
+        def backward() -> Tensor | None:
+            dx, (edge, _) = dy, edges.pop()
+            for places in reversed(trained):
+                below, parameters = edges.pop()
+                if edge is None:  # nothing is trained from here on
+                    break
+                inputs = [*parameters, *([] if below is None else [below])]
+                found = list(torch.autograd.grad(edge, inputs, dx, allow_unused=True))
+                dx, edge = None if below is None else found.pop(), below
+                pairs = [(p, g) for (_, _, p), g in zip(places, found, strict=True) if g is not None]
+                reached.update((p, buffers[p]) for p, _ in pairs)
+                add_gradients([(buffers[p], g) for p, g in pairs])
+            self._settle()
+            return dx
+
+        output, replay_forward = self.recorder.record(forward)
+        # whoever reads the output has done so by then; autograd would tell if not
+        dy = output.detach()
+        # in this thread: another one would bring GEMM workspaces of its own
+        with torch.autograd.set_multithreading_enabled(False):
+            dx, replay_backward = self.recorder.record(backward)
+        inputs = [first, *(t for t in leaves if _varies(t, hidden))]
+        return Recording(anchor, inputs, output, dy, dx, reached, replay_forward, replay_backward)
+
+    @contextmanager
+    def _aliased(self, trained: list[list[tuple[nn.Module, str, nn.Parameter]]]):
+        """Other parameters of the same memory in the place of these, layer by layer.
+
+        Autograd ties a parameter to the stream on which a graph that is still alive first used it. Usually that is the
+        default stream, on which a capture must not depend.
+        """
+        aliases = [[nn.Parameter(parameter.detach()) for _, _, parameter in layer] for layer in trained]
+        self._put(trained, aliases)
+        try:
+            yield aliases
+        finally:
+            self._put(trained, [[parameter for _, _, parameter in layer] for layer in trained])
+
+    def _put(self, trained, parameters: list[list[nn.Parameter]]) -> None:
+        for places, layer in zip(trained, parameters, strict=True):
+            for (owner, name, _), parameter in zip(places, layer, strict=True):
+                owner._parameters[name] = parameter
+        for p in self.projections:
+            p.refresh()
+
+    def _held(self, layer: LayerBlock):
+        """A graph ends when its copies do: those of the last layer would be waited for, only to be fetched again."""
+        hold = self._store is not None and layer is self.layers[-1]
+        return self._store.holding() if hold else nullcontext()
+
+    def _settle(self) -> None:
+        if self._store is not None:
+            self._store.settle()
+
+
+class Ticket:
+    """Lives until the backward of a replayed forward has run, or its graph is dropped."""
+
+
+def _varies(leaf, hidden: Tensor) -> bool:
+    """Whether an argument is data that kernels read; what the host reads is part of what is recorded."""
+    return isinstance(leaf, Tensor) and leaf.device == hidden.device and not is_bounds(leaf)
+
+
+def _places(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Where in memory tensors are."""
+    return tuple([t.data_ptr() for t in tensors])
+
+
+def _value(leaf):
+    return (leaf.shape, *leaf.flatten().tolist()) if isinstance(leaf, Tensor) else leaf
+
+
+def _trained(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The parameters that get a gradient, with the modules and names that they have them under."""
+    named = [(m, name, p) for m in module.modules() for name, p in m._parameters.items()]
+    return [(m, name, p) for m, name, p in named if p is not None and p.requires_grad]
+
+
+def _nothing() -> None:
+    """A weak reference to nothing."""
+
+
+class ReplayFunction(torch.autograd.Function):
+    """All layers, started already, as one Function: the output for hidden, and its gradient.
+
+    anchor: some trained parameter, so that there is a backward although hidden may need no gradient. The gradients of
+    parameters do not pass through autograd; the graph adds them to .grad.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, anchor, graphs: LayerGraphs, recording: Recording):
+        ctx.graphs, ctx.recording, ctx.ticket = graphs, recording, graphs.begin()
+        return recording.output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        if ctx.ticket is None:
+            raise RuntimeError(
+                "cuda_graphs: a second backward through the layers, whose activations the first one has used up; "
+                "retain_graph needs cuda_graphs=False"
+            )
+        if not torch._C._will_engine_execute_node(get_gradient_edge(ctx.recording.anchor).node):
+            raise RuntimeError(
+                "cuda_graphs: gradients of single tensors were asked for, but graphs add those of all adapters to "
+                ".grad; use cuda_graphs=False"
+            )
+        ctx.graphs.gradients.attach(ctx.recording.gradients)
+        ctx.recording.dy.copy_(dy)
+        ctx.recording.backward()
+        ctx.ticket = None
+        dx = ctx.recording.dx
+        return None if dx is None else dx.clone(), None, None, None

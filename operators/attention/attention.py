@@ -1,0 +1,262 @@
+"""Attention block: q/k/v projections, RoPE, softmax attention, output projection, in one autograd Function.
+
+Two cores. FlashCore runs flash attention (flash.py, or the model's own FlashAttention), and no S x S tensor
+exists unless the caller brings a mask of that size. It runs it again in backward on the restored q, k, v, so that
+probabilities stay normalised and attn_out comes for free; or it keeps lse, where q, k, v and attn_out are restored so
+nearly that probabilities add up by themselves. EagerCore is the paper's: it keeps the softmax map through its saver.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hyclora.operators.attention.flash import flash_attention, is_bounds
+from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore
+from hyclora.operators.attention.hollow_graph import HollowGraph, record
+from hyclora.operators.attention.rope import rope, rope_bwd
+from hyclora.operators.attention.softmax import softmax_bwd
+from hyclora.operators.dispatch import use_triton
+from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
+from hyclora.operators.linear.residual import overwritable
+from hyclora.operators.savers import Keeper
+
+
+class FlashCore:
+    """o = softmax(scaling q k^T + mask) v; gradients by torch's own, run again under autograd or from a kept lse.
+
+    q [B, S, H, D], k, v [B, S, H_kv, D] to o [B, S, H, D]. mask: bounds, for flash_attention; or what HF made for
+    interface, an attention function of its own. window: keys that a query sees, itself included; None: all before it.
+    """
+
+    def __init__(self, module, interface, window: int | None):
+        self.module, self.interface, self.window = module, interface, window
+
+    def run(self, q, k, v, mask, kwargs) -> Tensor:
+        """o, and what autograd needs if it is on."""
+        dropout = self.module.attention_dropout if self.module.training else 0.0
+        if is_bounds(mask):
+            return flash_attention(q, k, v, mask, self.window, self.module.scaling, dropout)
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        if self.window is not None:
+            kwargs = kwargs | {"sliding_window": self.window}
+        return self.interface(
+            self.module, *heads_first, mask, dropout=dropout, scaling=self.module.scaling, **kwargs
+        )[0]  # fmt: skip
+
+    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, HollowGraph | None]:
+        """o, and its graph if lse is kept."""
+        if self.module.attention_dropout > 0:
+            rng["attention"] = get_rng_state(q.device)
+        if not keeper.keeps("lse"):
+            return self.run(q, k, v, mask, kwargs), None
+        o, graph, rest = record(partial(self.run, mask=mask, kwargs=kwargs), q, k, v)
+        for i, t in enumerate(rest):
+            keeper.keep("lse", t) if t.is_floating_point() else keeper.keep_exact(f"rest{i}", t)
+        return o, graph
+
+    def backward(
+        self, do_fn, heads, attn_out, mask, kwargs, keeper: Keeper, rng: dict, graph: HollowGraph | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv; heads is q, k, v, emptied on the way; do_fn maps o (attn_out if that is kept) to its gradient."""
+        if graph is not None:
+            rest = [keeper.exact(f"rest{i}") for i in range(len(graph.others))]
+            rest = [keeper.restore("lse") if t is None else t for t in rest]
+            restored = [*heads, attn_out.view_as(heads[0])]
+            heads.clear()
+            return graph.backward(restored, rest, do_fn(attn_out).view_as(restored[-1]))
+        with torch.enable_grad():
+            q, k, v = (t.detach().requires_grad_() for t in heads)
+            heads.clear()
+            with replayed_rng(q.device, rng["attention"]) if "attention" in rng else nullcontext():
+                o = self.run(q, k, v, mask, kwargs)
+        do = do_fn(o.detach() if attn_out is None else attn_out).view_as(o)
+        return torch.autograd.grad(o, (q, k, v), do)
+
+
+class EagerCore:
+    """The paper's attention: prob = softmax(scaling q k^T + mask) is kept (sparse), o = prob v.
+
+    dv = prob^T do, dprob = do v^T, dscore = softmax_bwd(dprob, prob), dq = scaling dscore k, dk = scaling dscore^T q;
+    q, o [B, S, H, D]; k, v [B, S, H_kv, D], repeated for grouped queries only while used; prob
+    [B, H_kv, H / H_kv, S, S] in q's dtype, softmax in fp32; mask None (causal), or HF's, bool or additive [B, 1, S, S].
+    """
+
+    def __init__(self, module, interface, window: int | None):
+        self.module = module
+
+    def _grouped(self, t: Tensor, groups: int) -> Tensor:
+        """[B, S, H, D] to [B, H_kv, H / H_kv, S, D]; H_kv = H / groups."""
+        batch, seq_len, n_heads, head_dim = t.shape
+        return t.view(batch, seq_len, n_heads // groups, groups, head_dim).permute(0, 2, 3, 1, 4)
+
+    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, None]:
+        groups = q.shape[2] // k.shape[2]
+        scores = self._grouped(q, groups) @ self._grouped(k, 1).transpose(-1, -2) * self.module.scaling
+        prob = torch.softmax(self._masked(scores, mask).float(), dim=-1).to(q.dtype)
+        if mask is not None and mask.dtype == torch.bool:
+            prob *= mask.any(-1, keepdim=True).unsqueeze(2)  # as from SDPA, 0 where padding sees nothing
+        keeper.keep("prob", prob)
+        o = prob @ self._grouped(v, 1)
+        return o.permute(0, 3, 1, 2, 4).reshape(q.shape), None
+
+    def backward(
+        self, do_fn, heads, attn_out, mask, kwargs, keeper: Keeper, rng: dict, graph: None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = heads
+        groups = q.shape[2] // k.shape[2]
+        prob = keeper.restore("prob")
+        value = self._grouped(v, 1)
+        o = (prob @ value).permute(0, 3, 1, 2, 4).reshape(q.shape) if attn_out is None else attn_out
+        do = self._grouped(do_fn(o).view_as(q), groups)
+        dv = (prob.transpose(-1, -2) @ do).sum(dim=2)
+        dscore = softmax_bwd(do @ value.transpose(-1, -2), prob)
+        dq = (dscore @ self._grouped(k, 1)).mul_(self.module.scaling)
+        dk = (dscore.transpose(-1, -2) @ self._grouped(q, groups)).sum(dim=2).mul_(self.module.scaling)
+        return dq.permute(0, 3, 1, 2, 4).reshape(q.shape), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    @staticmethod
+    def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+        """Apply HF's mask: None (causal), bool (True keeps) or additive, [B, 1, S, S], to [B, H_kv, groups, S, S]."""
+        lowest = torch.finfo(scores.dtype).min
+        if mask is None:
+            seq_len = scores.shape[-1]
+            causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=scores.device).tril()
+            return scores.masked_fill(~causal, lowest)
+        mask = mask.unsqueeze(2)
+        return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+
+
+CORES = {"flash": FlashCore, "eager": EagerCore}
+
+
+@dataclass
+class AttentionSpec:
+    """The frozen description of one attention block.
+
+    qkv and out: projection groups; core: FlashCore or EagerCore; compensate: keep the frozen paths of q, k, v before
+    RoPE and add the LoRA part back (else q, k, v are kept after RoPE); fused: LoRA add, RoPE and packing in one kernel
+    each way; head_dim.
+    """
+
+    qkv: ProjectionGroup
+    out: ProjectionGroup
+    core: FlashCore | EagerCore
+    compensate: bool
+    fused: bool
+    head_dim: int
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.qkv.parameters() + self.out.parameters()
+
+    def to_heads(self, x: Tensor, batch: int) -> Tensor:
+        """[T, H D] to [B, S, H, D]."""
+        return x.view(batch, x.shape[0] // batch, -1, self.head_dim)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """y = o W_o^T + LoRA (+ residual), o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA.
+
+    x, y [B, S, C]; residual: of y's shape, or None; overwrite: y may take its memory; cos, sin [B or 1, S, D]; mask and
+    kwargs as the core takes them; source: where the norm keeps x_hat, if attn_in is derived; parameters as
+    spec.parameters(). Slots: attn_in, q, k, v, prob, lse, attn_out. Gradients: those of linear/lora.py for the
+    projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, residual, overwrite, cos, sin, mask, spec: AttentionSpec, kwargs, keeper: Keeper, source, *parameters
+    ):
+        batch = x.shape[0]
+        rows = x.reshape(-1, x.shape[-1])
+        n_qkv = len(spec.qkv.parameters())
+        rng: dict = {}
+        if spec.qkv.needs_input:
+            keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
+        y, low_rank = spec.qkv.project(rows, parameters[:n_qkv], keeper, rng)
+        fused = spec.fused and use_triton(y)
+        if fused:
+            y = fused_qkv_fwd(spec, y, cos, sin, batch, low_rank, keeper)
+            heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
+        else:
+            heads = _rotate_fwd(spec, y, cos, sin, batch, low_rank, keeper)
+        del y, low_rank
+        o, ctx.graph = spec.core.forward(*heads, mask, kwargs, keeper, rng)
+        del heads
+        o = o.reshape(rows.shape[0], -1)
+        if spec.out.needs_input or ctx.graph is not None:
+            keeper.keep("attn_out", o)
+        branch = None if residual is None else residual.reshape(len(rows), -1)
+        y = spec.out.forward(o, parameters[n_qkv:], keeper, rng, branch, overwrite and overwritable(branch, o.dtype))
+        for name, tensor in (("cos", cos), ("sin", sin), ("mask", mask)):
+            keeper.keep_exact(name, tensor)
+        keeper.save(ctx)
+        ctx.spec, ctx.kwargs, ctx.rng, ctx.shape, ctx.fused, ctx.dtype = spec, kwargs, rng, x.shape, fused, x.dtype
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        spec, rng, keeper = ctx.spec, ctx.rng, Keeper.load(ctx)
+        batch = ctx.shape[0]
+        cos, sin, mask = (keeper.exact(name) for name in ("cos", "sin", "mask"))
+        n_qkv = len(spec.qkv.parameters())
+        needs = ctx.needs_input_grad[10:]
+        dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
+        out_grads = []
+
+        def do_fn(o):
+            o = o.reshape(dy.shape[0], -1)
+            low_rank = spec.out.kept_low_rank(keeper, dy.dtype)
+            g, dB = spec.out.backward_low_rank(dy, low_rank, keeper)
+            do = spec.out.backward_input(dy, g, low_rank, rng)
+            out_grads.extend(spec.out.backward_parameters(dy, g, dB, o, keeper, rng, needs[n_qkv:]))
+            return do
+
+        low_rank = spec.qkv.kept_low_rank(keeper, dy.dtype)
+        if ctx.fused:
+            y = fused_qkv_restore(spec, cos, sin, batch, dy.dtype, low_rank, keeper)
+            heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
+            del y
+        else:
+            heads = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
+        attn_out = keeper.restore("attn_out")
+        dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, rng, ctx.graph)
+        del attn_out
+        dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy))
+        del dheads
+        g, dB = spec.qkv.backward_low_rank(dqkv, low_rank, keeper)
+        dx = spec.qkv.backward_input(dqkv, g, low_rank, rng) if ctx.needs_input_grad[0] else None
+        x = keeper.restore("attn_in", dy.dtype)
+        grads = spec.qkv.backward_parameters(dqkv, g, dB, x, keeper, rng, needs[:n_qkv])
+        dx = None if dx is None else dx.view(ctx.shape)
+        return dx, dresidual, *[None] * 8, *grads, *out_grads
+
+
+def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, keeper: Keeper) -> list[Tensor]:
+    """Heads q, k (rotated), v [B, S, H, D] from the frozen paths y [T, N]; keeps the slots q, k, v."""
+    if spec.compensate:
+        for name, columns in zip("qkv", spec.qkv.columns, strict=True):
+            keeper.keep(name, y[:, columns])
+    y = spec.qkv.add(y, low_rank, keeper, in_place=not (spec.compensate and keeper.aliases(*"qkv")))
+    heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
+    heads = [heads[2] if name == "v" else rope(heads[i], cos, sin) for i, name in enumerate("qkv")]
+    if not spec.compensate:
+        for name, head in zip("qkv", heads, strict=True):
+            keeper.keep(name, head.flatten(0, 1).flatten(1))
+    return heads
+
+
+def _rotate_restored(spec: AttentionSpec, cos, sin, batch: int, low_rank, keeper: Keeper) -> list[Tensor]:
+    """The heads of _rotate_fwd from the restored slots."""
+    heads = []
+    for i, name in enumerate("qkv"):
+        y = keeper.restore(name)
+        if spec.compensate:
+            y = spec.qkv.add(y, low_rank, keeper, i, in_place=False)
+        y = spec.to_heads(y, batch)
+        heads.append(rope(y, cos, sin) if spec.compensate and name != "v" else y)
+    return heads

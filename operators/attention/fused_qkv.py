@@ -1,0 +1,181 @@
+"""Between the q/k/v projections and attention in one kernel each way: LoRA add, RoPE and packing.
+
+Forward reads the frozen paths [q, k, v] once, packs them, and leaves the rotated q and k and the sum v in their place;
+backward restores the same from the packed slots. A program takes a group of channels (64) of one half of a head and
+the group of the other half that RoPE mixes it with, so half a head must be whole groups; other heads take the unfused
+path. The packed bytes are those of operators/packing/quantize.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hyclora.operators.dispatch import cdiv, device_guard
+from hyclora.operators.linear.low_rank import LowRank
+from hyclora.operators.packing.fused_tiles import (
+    ROWS_A_WARP,
+    PackedSlot,
+    add_lora,
+    load_strips,
+    pack_tile,
+    prepare_slots,
+    rounded,
+    shared_constants,
+    store_strips,
+    tile_columns,
+    tile_rows,
+    unpack_tile,
+)
+from hyclora.operators.savers import Keeper
+
+BLOCK_ROWS = 64
+
+
+@triton.jit
+def _group_tile(
+    y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, last, group, n_cols,
+    stride_y, stride_rank,
+    PACK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A group of one slot: packed from y or restored, the LoRA part added, rounded to y's dtype; and its channels."""
+    n_groups = n_cols // GROUP
+    col, inside = tile_columns(group, n_cols, GROUP, True, ROWS)
+    if PACK:
+        x = load_strips(y_ptr, row, col, stride_y, inside, ROWS)
+        pack_tile(
+            x, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, group, n_cols, n_groups,
+            BITS, STEP, CENTRE, GROUPED, GROUP, True,
+        )  # fmt: skip
+    else:
+        x = unpack_tile(
+            codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, n_cols, n_groups,
+            BITS, STEP, CENTRE, GROUPED, GROUP, True, ROWS,
+        )  # fmt: skip
+        # a slot comes back in the dtype that it was packed in
+        x = rounded(x, y_ptr)
+    x = add_lora(
+        x, xa_ptr, b_ptr, group, last, n_cols, stride_rank, stride_rank, 1, GROUP, True, RANK, RANK_BLOCK,
+    )  # fmt: skip
+    return rounded(x, y_ptr), col, inside
+
+
+@triton.jit
+def _head_tile(
+    y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, pair, n_heads, n_rows,
+    seq_len, stride_y, stride_rank, stride_cos,
+    PACK: tl.constexpr, ROTATE: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """A pair of groups of one slot, from either half of a head, rotated if ROTATE, into y [T, ...] at their columns."""
+    PAIRS: tl.constexpr = HALF // GROUP
+    first, row, live = tile_rows(n_rows, GROUP, ROWS)
+    last = (n_rows - first - 1).to(tl.int32)
+    y_ptr += first * stride_y
+    xa_ptr += first * stride_rank
+    group = pair // PAIRS * (2 * PAIRS) + pair % PAIRS
+    n_cols = n_heads * 2 * HALF
+    x1, col1, inside = _group_tile(
+        y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, last, group, n_cols,
+        stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, ROWS,
+    )  # fmt: skip
+    x2, col2, inside = _group_tile(
+        y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, last, group + PAIRS, n_cols,
+        stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, ROWS,
+    )  # fmt: skip
+    if ROTATE:
+        token = first.to(tl.int32) + row
+        place = token // seq_len * stride_cos + token % seq_len * (2 * HALF)
+        angle, inside = tile_columns(pair % PAIRS, HALF, GROUP, True, ROWS)
+        cos = load_strips(cos_ptr, place, angle, 1, inside, ROWS)
+        sin = load_strips(sin_ptr, place, angle, 1, inside, ROWS)
+        y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    else:
+        y1, y2 = x1, x2
+    store_strips(y_ptr, y1, row, col1, stride_y, live, inside)
+    store_strips(y_ptr, y2, row, col2, stride_y, live, inside)
+
+
+@triton.jit(do_not_specialize=["n_rows", "seq_len"])
+def _fused_qkv_kernel(
+    y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr,
+    q_codes_ptr, q_scale_ptr, q_mean_ptr, q_std_ptr,
+    k_codes_ptr, k_scale_ptr, k_mean_ptr, k_std_ptr,
+    v_codes_ptr, v_scale_ptr, v_mean_ptr, v_std_ptr,
+    n_rows, seq_len, q_heads, k_heads, stride_y, stride_rank, stride_cos,
+    PACK: tl.constexpr, HALF: tl.constexpr,
+    Q_BITS: tl.constexpr, Q_STEP: tl.constexpr, Q_CENTRE: tl.constexpr,
+    K_BITS: tl.constexpr, K_STEP: tl.constexpr, K_CENTRE: tl.constexpr,
+    V_BITS: tl.constexpr, V_STEP: tl.constexpr, V_CENTRE: tl.constexpr,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr, Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    q_cols, k_cols = q_heads * 2 * HALF, k_heads * 2 * HALF
+    q_pairs, k_pairs = q_heads * (HALF // GROUP), k_heads * (HALF // GROUP)
+    if pair < q_pairs:
+        _head_tile(
+            y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, q_codes_ptr, q_scale_ptr, q_mean_ptr, q_std_ptr, pair, q_heads,
+            n_rows, seq_len, stride_y, stride_rank, stride_cos, PACK, True, Q_BITS, Q_STEP, Q_CENTRE,
+            GROUPED, GROUP, Q_RANK, RANK_BLOCK, HALF, BLOCK_ROWS,
+        )  # fmt: skip
+    elif pair < q_pairs + k_pairs:
+        _head_tile(
+            y_ptr + q_cols, xa_ptr + Q_RANK, b_ptr + q_cols * stride_rank + Q_RANK, cos_ptr, sin_ptr, k_codes_ptr,
+            k_scale_ptr, k_mean_ptr, k_std_ptr, pair - q_pairs, k_heads, n_rows, seq_len, stride_y, stride_rank,
+            stride_cos, PACK, True, K_BITS, K_STEP, K_CENTRE, GROUPED, GROUP, K_RANK, RANK_BLOCK, HALF, BLOCK_ROWS,
+        )  # fmt: skip
+    else:
+        _head_tile(
+            y_ptr + q_cols + k_cols, xa_ptr + Q_RANK + K_RANK,
+            b_ptr + (q_cols + k_cols) * stride_rank + Q_RANK + K_RANK, cos_ptr, sin_ptr, v_codes_ptr, v_scale_ptr,
+            v_mean_ptr, v_std_ptr, pair - q_pairs - k_pairs, k_heads, n_rows, seq_len, stride_y, stride_rank,
+            stride_cos, PACK, False, V_BITS, V_STEP, V_CENTRE, GROUPED, GROUP, V_RANK, RANK_BLOCK, HALF, BLOCK_ROWS,
+        )  # fmt: skip
+
+
+def fits(head_dim: int, savers: dict) -> bool:
+    """Whether the kernel takes these heads and savers: all quantized, half a head 64 channels times a power of two."""
+    books = [getattr(savers[name], "book", None) for name in "qkv"]
+    if None in books:
+        return False
+    half, group = head_dim // 2, books[0].group
+    return half % group == 0 and (half // group).bit_count() == 1
+
+
+def _launch(
+    spec, y: Tensor, cos, sin, batch: int, slots: list[PackedSlot], low_rank: LowRank | None, keeper, pack: bool
+):
+    group = spec.qkv
+    ranks = [p.rank for p in group.projections]
+    heads = [p.width // spec.head_dim for p in group.projections]
+    xa, B = (slots[0].mean, slots[0].mean) if low_rank is None else (keeper.exact(group.xa_name), low_rank.B)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    constants = shared_constants(slots, ranks)
+    for name, slot, rank in zip("QKV", slots, ranks, strict=True):
+        constants |= slot.constants(f"{name}_") | {f"{name}_RANK": rank}
+    with device_guard(y):
+        _fused_qkv_kernel[(y.shape[1] // (2 * constants["GROUP"]), cdiv(y.shape[0], BLOCK_ROWS))](
+            y, xa, B, cos, sin, *(t for slot in slots for t in slot.arguments()),
+            y.shape[0], y.shape[0] // batch, *heads[:2], y.stride(0), B.stride(0),
+            cos.stride(0) if cos.shape[0] > 1 else 0,
+            PACK=pack, HALF=spec.head_dim // 2, BLOCK_ROWS=BLOCK_ROWS,
+            num_warps=BLOCK_ROWS // ROWS_A_WARP, **constants,
+        )  # fmt: skip
+
+
+def fused_qkv_fwd(spec, y: Tensor, cos, sin, batch: int, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
+    """[rope(q + LoRA), rope(k + LoRA), v + LoRA] in place of the frozen paths y [T, N], which are packed on the way."""
+    slots = prepare_slots("qkv", spec.qkv.columns, y, keeper)
+    _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=True)
+    return y
+
+
+def fused_qkv_restore(spec, cos, sin, batch: int, dtype, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
+    """The same [T, N] again from the packed slots."""
+    slots = [PackedSlot.kept(name, keeper) for name in "qkv"]
+    y = torch.empty(slots[0].codes.shape[0], spec.qkv.width, dtype=dtype, device=slots[0].codes.device)
+    _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=False)
+    return y

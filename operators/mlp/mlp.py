@@ -1,0 +1,158 @@
+"""Gated MLP block: gate, up, SiLU-Hadamard, down, in one autograd Function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hyclora.operators.dispatch import use_triton
+from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
+from hyclora.operators.linear.residual import overwritable
+from hyclora.operators.mlp.activation import silu_mul_bwd, silu_mul_fwd
+from hyclora.operators.mlp.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
+from hyclora.operators.savers import Keeper, Observer
+from hyclora.operators.token_tiles import place, token_tiles
+
+
+@dataclass
+class MlpSpec:
+    """The frozen description of one MLP block.
+
+    gate_up and down: projection groups. compensate: keep the frozen paths of gate and up and add the LoRA part back
+    (else the sums are kept). fused: LoRA add, activation, product and packing in one kernel each way.
+    """
+
+    gate_up: ProjectionGroup
+    down: ProjectionGroup
+    compensate: bool
+    fused: bool
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.gate_up.parameters() + self.down.parameters()
+
+
+class MlpFunction(torch.autograd.Function):
+    """y = hidden W_d^T + LoRA (+ residual), hidden = silu(gate) * up, gate/up = x W^T + LoRA; in tiles when x is long.
+
+    x [..., C]; residual: of y's shape, or None; y takes its memory if it fits; parameters as spec.parameters(). Slots:
+    mlp_in, gate, up, act, hidden. Gradients: linear/lora.py for the projections, reference.silu_mul_bwd for the
+    product (a kept act, silu(gate), replaces its recomputation), dy for the residual.
+    """
+
+    @staticmethod
+    def forward(ctx, x, residual, spec: MlpSpec, keeper: Keeper, source, *parameters):
+        rows = x.reshape(-1, x.shape[-1])
+        if spec.gate_up.needs_input:
+            keeper.derive("mlp_in", source) if source else keeper.keep("mlp_in", rows)
+        ctx.tiles = [(tile, {}) for tile in token_tiles(len(rows))]
+        if len(ctx.tiles) > 1:
+            _calibrate(spec, rows, parameters, keeper)
+        branch = None if residual is None else residual.reshape(len(rows), -1)
+        overwrite = overwritable(branch, x.dtype)
+        y = None
+        for i, (tile, rng) in enumerate(ctx.tiles):
+            around = None if branch is None else branch[tile]
+            part = _forward_tile(spec, rows[tile], parameters, keeper.part(i), rng, around, overwrite)
+            y = branch.detach() if overwrite else place(y, part, tile, len(rows))
+        keeper.save(ctx)
+        ctx.spec, ctx.shape, ctx.dtype = spec, x.shape, x.dtype
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+        dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
+        dx = grads = None
+        for i, (tile, rng) in enumerate(ctx.tiles):
+            # of a single tile the slot is freed as it is read
+            restore_x = partial(keeper.restore_rows, rows=tile) if len(ctx.tiles) > 1 else keeper.restore
+            part_dx, part = _backward_tile(ctx.spec, dy[tile], keeper.part(i), rng, needs, restore_x)
+            dx = place(dx, part_dx, tile, len(dy))
+            del part_dx
+            grads = part if i == 0 else [g if g is None else t.add_(g) for t, g in zip(grads, part, strict=True)]
+        return None if dx is None else dx.view(ctx.shape), dresidual, *[None] * 3, *grads
+
+
+def _forward_tile(
+    spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper, rng: dict,
+    residual: Tensor | None = None, overwrite: bool = False,
+) -> Tensor:  # fmt: skip
+    """y [T, C] of x [T, C], residual included; keeps all slots but mlp_in."""
+    n_gate_up = len(spec.gate_up.parameters())
+    y, low_rank = spec.gate_up.project(x, parameters[:n_gate_up], keeper, rng)
+    hidden = (fused_mlp_fwd if spec.fused and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
+    del y, low_rank
+    if spec.down.needs_input:
+        keeper.keep("hidden", hidden)
+    return spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng, residual, overwrite)
+
+
+def _backward_tile(
+    spec: MlpSpec, dy: Tensor, keeper: Keeper, rng: dict, needs: tuple[bool, ...], restore_x: Callable
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx [T, C] and the gradients of spec.parameters() from dy [T, C]; needs: of x and these; restore_x: of mlp_in."""
+    n_gate_up = len(spec.gate_up.parameters())
+    need_dx, *needs = needs
+    fused = spec.fused and use_triton(dy)
+    down = spec.down.kept_low_rank(keeper, dy.dtype)
+    # the fused kernel adds g A where it reads dhidden, dropout's factors apart
+    in_kernel = fused and down is not None and not spec.down.dropout
+    g, dB = spec.down.backward_low_rank(dy, down, keeper)
+    dhidden = spec.down.backward_input(dy, g, down, rng, add_low_rank=not in_kernel)
+    low_rank = spec.gate_up.kept_low_rank(keeper, dy.dtype)
+    if fused:
+        dgate_up, hidden = fused_mlp_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
+    else:
+        dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
+    del dhidden, down
+    down_grads = spec.down.backward_parameters(dy, g, dB, hidden, keeper, rng, needs[n_gate_up:])
+    del hidden
+    g, dB = spec.gate_up.backward_low_rank(dgate_up, low_rank, keeper)
+    dx = spec.gate_up.backward_input(dgate_up, g, low_rank, rng) if need_dx else None
+    x = restore_x("mlp_in", dtype=dy.dtype)
+    grads = spec.gate_up.backward_parameters(dgate_up, g, dB, x, keeper, rng, needs[:n_gate_up])
+    return dx, grads + down_grads
+
+
+def _calibrate(spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper) -> None:
+    """Calibrate on all tiles before the first is packed, by a forward of its own that draws the same dropout."""
+    observer = Observer(keeper, len(x))
+    if not observer.due:
+        return
+    with replayed_rng(x.device, get_rng_state(x.device)):
+        for tile in token_tiles(len(x)):
+            observer.rows = tile
+            _forward_tile(replace(spec, fused=False), x[tile], parameters, observer, {})
+    observer.calibrate()
+
+
+def _activate_fwd(spec: MlpSpec, y: Tensor, low_rank, keeper: Keeper) -> Tensor:
+    """hidden [T, F] from the frozen paths y [T, 2F]; keeps gate, up and act."""
+    names = ("gate", "up")
+    if spec.compensate:
+        for name, columns in zip(names, spec.gate_up.columns, strict=True):
+            keeper.keep(name, y[:, columns])
+    y = spec.gate_up.add(y, low_rank, keeper, in_place=not (spec.compensate and keeper.aliases(*names)))
+    gate, up = (y[:, columns] for columns in spec.gate_up.columns)
+    if not spec.compensate:
+        keeper.keep("gate", gate)
+        keeper.keep("up", up)
+    if keeper.keeps("act"):
+        keeper.keep("act", torch.nn.functional.silu(gate))
+    return silu_mul_fwd(gate, up)
+
+
+def _activate_bwd(spec: MlpSpec, dhidden: Tensor, low_rank, keeper: Keeper) -> tuple[Tensor, Tensor]:
+    """[dgate, dup] [T, 2F] and hidden [T, F] from the restored slots."""
+    gate, up = keeper.restore("gate"), keeper.restore("up")
+    if spec.compensate:
+        gate, up = (spec.gate_up.add(t, low_rank, keeper, i, in_place=False) for i, t in enumerate((gate, up)))
+    dy, hidden = silu_mul_bwd(dhidden, gate, up)
+    act, kept = keeper.restore("act"), keeper.restore("hidden")
+    if act is not None:
+        torch.mul(dhidden, act, out=dy[:, spec.gate_up.columns[1]])
+    return dy, hidden if kept is None else kept

@@ -1,0 +1,5 @@
+"""From activations to packed bits and back.
+
+codebook.py     how a normalised number becomes a code of b bits        layout.py   where codes and scales lie
+quantize.py     the kernels that pack and unpack a tensor               fused_tiles.py   the same inside other kernels
+"""

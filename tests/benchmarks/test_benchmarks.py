@@ -1,0 +1,115 @@
+"""The benchmarks run end to end on a small model and write one whole line a setting."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import buffered, cross_entropy, fidelity, finetune, profile_step, record
+from hyclora.operators.reference import IGNORED
+
+COPY = "Memcpy HtoD (Pinned -> Device)"
+KEYS = {"benchmark", "time", "commit", "device", "versions", "setting", "arguments"}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The folder that results go to."""
+    write = record.record
+    for module in (fidelity, finetune):
+        monkeypatch.setattr(module, "record", lambda name, result: write(name, result, tmp_path))
+    return tmp_path
+
+
+def lines(results, name):
+    found = [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
+    assert all(line.keys() >= KEYS for line in found)
+    return found
+
+
+def test_fidelity(results, tiny_llama_folder):
+    settings = [{"layer_type": "baseline"}, {"q_bit": 8}, {"q_bit": 2}]
+    common = ["--model", str(tiny_llama_folder), "--device", "cpu", "--exact_steps", "2", "--batches", "1"]
+    fidelity.main([*common, "--settings", json.dumps(settings)])
+    exact, eight, two = lines(results, "fidelity")
+    assert exact["cosine"] > 0.99999 and exact["bits"] == 16
+    assert 1 > eight["cosine"] > two["cosine"] > 0.5 and two["bits"] < 3
+    fidelity.main([*common, "--slots", "4"])
+    assert {line["label"] for line in lines(results, "fidelity")[3:]} == {f"{n} at 4 bit" for n in fidelity.SLOT_GROUPS}
+
+
+def test_finetune(results, tiny_llama_folder):
+    common = ["--model", str(tiny_llama_folder), "--device", "cpu", "--steps", "3", "--batch_size", "4"]
+    finetune.main([*common, "--test_rows", "8", "--settings", '[null, {"layer_type": "baseline"}, {"q_bit": 4}]'])
+    exact, baseline, four = lines(results, "finetune")
+    assert len(exact["train_losses"]) == 3 and exact["gap"] == 0
+    assert abs(baseline["gap"]) < 1e-4 and abs(four["gap"]) < 0.05
+
+
+def test_buffered(results):
+    shape = [
+        "--hidden",
+        "256",
+        "--ffn",
+        "384",
+        "--heads",
+        "4",
+        "--kv_heads",
+        "2",
+        "--batch_size",
+        "2",
+        "--seq_len",
+        "64",
+    ]
+    buffered.main([*shape, "--vocab", "100", "--base", "bf16", "--device", "cpu", "--output_dir", str(results)])
+    found = lines(results, "buffered")
+    sizes = {json.dumps(line["setting"]): line["layer_bytes"] for line in found}
+    assert sizes['{"q_bit": 2}'] < sizes['{"q_bit": 4}'] < sizes['{"q_bit": 8}'] < sizes["null"]
+    for line in found[1:]:
+        assert sum(line["slots"].values()) <= line["layer_bytes"]
+
+
+TORCH_CHUNKED = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch 2.13 brought it")
+
+
+@pytest.mark.parametrize("name", ["ours", pytest.param("torch chunked", marks=TORCH_CHUNKED)])
+def test_cross_entropy(name):
+    """All versions compute one gradient."""
+    hidden, head = torch.randn(64, 32, requires_grad=True), torch.nn.Linear(32, 500, bias=False).requires_grad_(False)
+    labels = torch.randint(0, 500, (64,))
+    labels[:20] = IGNORED
+    expected = cross_entropy.gradient(cross_entropy.stock, hidden, head, labels)
+    loss_of = cross_entropy.IMPLEMENTATIONS[name]()
+    assert torch.allclose(cross_entropy.gradient(loss_of, hidden, head, labels), expected, atol=1e-6)
+
+
+def test_cross_entropy_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        cross_entropy.main([])
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_profile_step_on_a_cpu(tmp_path, tiny_llama_folder, capsys):
+    common = ["--shape", str(tiny_llama_folder), "--cell", "2x16", "--base", "bf16", "--device", "cpu", "--steps", "2"]
+    profile_step.main([*common, "--output_dir", str(tmp_path), "--setting", '{"q_bit": 2}', "--host"])
+    (line,) = lines(tmp_path, "profile_step")
+    assert line["setting"] == {"q_bit": 2} and line["arguments"]["seq_len"] == 16 and "gpu_ms" not in line
+    assert 0 < line["forward_ms"] < 2 * line["ms"] and 0 < line["backward_ms"] < 2 * line["ms"]
+    printed = capsys.readouterr().out
+    assert "backward_ms" in printed and "run_backward" in printed and "tottime" in printed
+    with pytest.raises(SystemExit):
+        profile_step.main(["--setting", "Nobody"])
+    assert "Nobody is neither" in capsys.readouterr().err
+
+
+def test_profile_step_counts_overlapping_kernels_once():
+    add = "void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor<float> >(int, float)"
+    spans = [(add, 0, 1000), ("gemm", 500, 2000), (add, 1200, 1400), (COPY, 0, 4000), (add, 5000, 6000)]
+    found = profile_step.device_times(spans, steps=2, layers=2)
+    assert found["gpu_ms"] == 1.5 and found["copy_ms"] == 2
+    assert found["kernels"] == 2 and found["kernels_a_layer"] == 1
+    copy, adds, gemm = found["top_kernels"]
+    assert copy["name"] == COPY and gemm["us"] == 750
+    assert adds["name"] == "vectorized_elementwise_kernel<4, AddFunctor<float> >"
+    assert (adds["count"], adds["us"], adds["mean_us"]) == (1.5, 1100, 733.33)

@@ -1,0 +1,283 @@
+"""The sweep against the peers on a small shape on the CPU, and the tables and figures of its lines."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import figures, memory_throughput, peers, random_checkpoint, report, rows
+from benchmarks.jobs import SHAPES, Job
+from benchmarks.memory_throughput import NAME
+from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS
+from hyclora.models.config import HycloraConfig
+from hyclora.utils.args import ROOT
+
+
+@pytest.fixture
+def job(tiny_llama_folder):
+    common = {"base": "bf16", "lora_rank": 4, "batch_size": 2, "seq_len": 16, "steps": 1, "warm_up_seq_len": 8}
+    return Job({"q_bit": 2}, str(tiny_llama_folder), **common, device="cpu", checkpoints="ckpt")
+
+
+def test_peers_keep_what_they_say(job):
+    names = [name for name in PEERS if "PEFT" in name and "offloaded" not in name]
+    full, every, second = (peers.measure(replace(job, setting=name))["buffered_mib"] for name in names)
+    assert full > second > every
+    assert full > peers.measure(job)["buffered_mib"]
+
+
+@pytest.mark.parametrize("name, mode", [("Unsloth", False), ("Unsloth, offloaded checkpointing", "unsloth")])
+def test_unsloth_loads_a_checkpoint_that_is_written_once(job, tmp_path, monkeypatch, name, mode):
+    """With a stand-in for the package: it needs a GPU."""
+    calls = []
+
+    class FastLanguageModel:
+        from_pretrained = staticmethod(lambda folder, **options: (calls.append((folder, options)), None))
+        get_peft_model = staticmethod(lambda model, **options: calls.append((model, options)) or "adapted")
+
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
+    monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: random_checkpoint.main(command[3:]))
+    long = replace(job, seq_len=8192, checkpoints=str(tmp_path))
+    assert PEERS[name].build(long) == "adapted"
+    (folder, loading), (_, adapters) = calls
+    config = json.loads(Path(folder, "config.json").read_text())
+    assert config["max_position_embeddings"] == loading["max_seq_length"] == 8192 and not loading["load_in_4bit"]
+    assert loading["use_gradient_checkpointing"] is adapters["use_gradient_checkpointing"] is mode
+    assert adapters["r"] == adapters["lora_alpha"] == 4 and len(adapters["target_modules"]) == 7
+    monkeypatch.setattr(peers.subprocess, "run", lambda *_, **__: pytest.fail("written again"))
+    PEERS[name].build(replace(long, seq_len=16))
+    assert json.loads(Path(folder, "config.json").read_text()) == config and calls[2][1]["max_seq_length"] == 2048
+
+
+def test_sweep_keeps_failures_and_continues_where_it_stopped(tiny_llama_folder, tmp_path, capsys, monkeypatch):
+    settings = ["PEFT LoRA", {"q_bit": 2}, {"q_bit": "auto", "average_bits": 0.5}, "Unsloth"]
+    common = ["--shapes", str(tiny_llama_folder), "--cells", "2x16", "--steps", "1", "--device", "cpu"]
+    options = [*common, "--base", "bf16", "--output_dir", str(tmp_path), "--settings", json.dumps(settings)]
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # or the processes that measure would interpret their kernels
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "unsloth" else 1)
+    memory_throughput.main(options)
+    file = tmp_path / f"{NAME}.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["setting"] for line in lines] == settings
+    assert lines[0]["buffered_mib"] > lines[1]["buffered_mib"] and lines[1]["tokens_per_second"] > 0
+    assert lines[2]["error"].startswith("ValueError: average_bits=0.5") and lines[3]["error"] == NOT_INSTALLED
+
+    capsys.readouterr()
+    memory_throughput.main(options)
+    assert capsys.readouterr().out.count("measured already") == 3, "a peer may have been installed since"
+    assert len(file.read_text().splitlines()) == 5
+
+    file.write_text(file.read_text() + '{"cut o')
+    with pytest.raises(SystemExit):
+        memory_throughput.main(options)
+    assert f"{file}, line 6 is not JSON" in capsys.readouterr().err
+
+
+def test_a_job_that_was_not_done_in_time_gets_more_of_it(job):
+    now = {"commit": "c", "device": "d"}
+    line = now | {"setting": job.setting, "arguments": job.arguments, "error": f"{NOT_DONE} 112 s"}
+    assert memory_throughput.measured(job, [line], now, timeout=112)
+    assert not memory_throughput.measured(job, [line], now, timeout=300)
+    assert not memory_throughput.measured(job, [line], now | {"commit": "c-1234abcd"}, timeout=112)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_sweep_that_is_stopped_leaves_no_process_behind(tiny_llama_folder, tmp_path, number, code):
+    common = ["--shapes", str(tiny_llama_folder), "--cells", "2x16", "--steps", "1000000", "--device", "cpu"]
+    options = [*common, "--base", "bf16", "--output_dir", str(tmp_path), "--settings", '["PEFT LoRA"]']
+    command = [sys.executable, "-m", "benchmarks.memory_throughput", *options]
+    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    def measuring():
+        """The child of the sweep that has come to load torch."""
+        for pid in Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                own = b"benchmarks.peers" in Path(f"/proc/{pid}/cmdline").read_bytes()
+                if own and "libtorch" in Path(f"/proc/{pid}/maps").read_text():
+                    return pid
+        return None
+
+    while not (child := measuring()):
+        assert sweep.poll() is None
+        time.sleep(0.1)
+    sweep.send_signal(number)
+    assert sweep.wait(30) == code
+    assert number != signal.SIGINT or "goes on where it stopped" in sweep.stderr.read()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_process_whose_sweep_has_ended_does_not_measure(monkeypatch):
+    """The sweep may end while it starts one."""
+    monkeypatch.setenv(peers.PARENT, "0")
+    monkeypatch.setattr(peers.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *_: None))
+    with pytest.raises(SystemExit, match="has ended"):
+        peers.main(["{}"])
+
+
+def test_a_process_that_dies_or_hangs_is_a_cause(job, monkeypatch):
+    monkeypatch.setattr(peers.sys, "executable", "/bin/false")
+    assert peers.run(job, 10)["error"] == "RuntimeError: exit code 1, nothing said"
+    monkeypatch.undo()
+    assert peers.run(job, 0.01)["error"] == "not done after 0.01 s"
+    assert peers.cause(torch.OutOfMemoryError("CUDA")) == peers.cause(RuntimeError("Out of memory!")) == "out of memory"
+
+
+def test_the_sweep_refuses(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        memory_throughput.main([])
+    assert "needs a GPU" in capsys.readouterr().err
+    mistakes = {"--cells": ("4", "0x16", "4x1"), "--steps": ("0",), "--lora_rank": ("-1",), "--warm_up_seq_len": ("1",),
+                "--settings": ('["Nobody"]', '{"q_bit": 3}', '[{"qbit": 2}]', '[{"q_bit": 5}]', "[3]"),
+                "--device": ("cuda:0",)}  # fmt: skip
+    for option, value in ((option, value) for option, values in mistakes.items() for value in values):
+        with pytest.raises(SystemExit):
+            memory_throughput.main(["--device", "cpu", option, value])
+        assert value.strip('"[]') in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        memory_throughput.main(["--device", "cpu", "--output_dir", "/proc/nowhere"])
+    assert "/proc/nowhere cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        memory_throughput.main(["--shapes", "nowhere", "--device", "cpu"])
+    assert "nowhere has no config.json" in capsys.readouterr().err
+
+
+def test_settings_stand_for_lists():
+    assert memory_throughput.settings('["peers", {"q_bit": 2}]') == [*PEERS, {"q_bit": 2}]
+    assert len({rows.name_of(setting) for setting in memory_throughput.OURS}) == len(memory_throughput.OURS)
+    assert memory_throughput.cell("1x131072") == (1, 131072)
+
+
+def test_random_checkpoint(tiny_llama_folder, tmp_path):
+    random_checkpoint.main([str(tiny_llama_folder), str(tmp_path / "random")])
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "random").iterdir()}
+
+
+def test_shapes_are_configurations():
+    from transformers import AutoConfig
+
+    sizes = {folder.name: AutoConfig.from_pretrained(folder).hidden_size for folder in SHAPES.iterdir()}
+    assert sizes == {"llama-2-7b": 4096, "llama-2-13b": 5120, "llama-3-8b": 4096, "mistral-7b": 4096}
+
+
+def test_a_setting_has_one_name():
+    assert rows.name_of({}) == rows.name_of({"q_bit": 4}) == rows.name_of(HycloraConfig().to_dict())
+    assert rows.name_of({"q_bit": 2, "offload": True}) == "intra_inter, 2 bit, offloaded"
+    assert rows.name_of({"attention": "eager"}) == "intra_inter, 4 bit, attention eager"
+    assert rows.name_of(None) == "PEFT LoRA"
+
+
+def line(setting, dyn=None, seq_len=512, batch_size=4, **more):
+    """A line as the sweep writes it on a GPU; no dyn is a failure."""
+    sizes = {"static_mib": 4400, "trained_mib": 640, "buffered_mib": dyn and dyn / 2, "dyn_mib": dyn, "host_mib": 7}
+    speed = {"peak_mib": dyn and 4400 + dyn, "ms": 200.4, "ms_range": [190, 210.0], "tokens_per_second": dyn}
+    arguments = {"shape": "llama-2-7b", "base": "nf4", "lora_rank": 16, "batch_size": batch_size, "seq_len": seq_len}
+    return {
+        **{
+            "benchmark": NAME,
+            "time": "2026",
+            "device": "GPU",
+            "commit": "0123456789",
+            "setting": setting,
+            "versions": VERSIONS,
+        },
+        **({"error": "out of memory"} if dyn is None else sizes | speed),
+        "arguments": {**arguments, "device": "cuda"},
+        **more,
+    }
+
+
+VERSIONS = dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")
+
+
+@pytest.fixture
+def reported(tmp_path, monkeypatch):
+    """Write lines; the README part and the names of the figures that they make."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    for module in (figures, report):
+        monkeypatch.setattr(module, "FIGURES", tmp_path)
+
+    def write(*lines):
+        (tmp_path / f"{NAME}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for figure in (figures.memory_speed, figures.memory_breakdown, figures.memory_length):
+            if drawn := figure():
+                drawn.savefig(tmp_path / f"{figure.__name__}.png")
+        return report.memory_throughput(), {file.stem for file in tmp_path.glob("*.png")}
+
+    return write
+
+
+def test_tables_are_sorted_and_keep_failures(reported):
+    fillers = [line({"q_bit": 4, "slot_savers": {"q": f"quant{n}"}}, 10000 + n) for n in range(report.FEW)]
+    text, drawn = reported(
+        line("PEFT LoRA", 9000), line("Liger"), line({"q_bit": 2}, 900), line("Liger", 8000, seq_len=64),
+        line({"q_bit": 2}, 800), line({"q_bit": 2, "layer_type": "intra_inter"}, 700), *fillers,
+        line("Liger", 90, 2048, 1), line("PEFT LoRA", 80, 2048, 1),
+    )  # fmt: skip
+    whole, shared = (part.splitlines() for part in text.split("\n\n") if part.startswith("| "))
+    names = [row.split(" | ")[0].strip("| ") for row in whole]
+    assert names[0] == "GPU, llama-2-7b, NF4, 4 x 512 tokens"
+    assert names[2:4] == ["intra_inter, 2 bit", "PEFT LoRA"] and names[-1] == "Liger"
+    assert "| 700 |" in whole[2] and "out of memory" in whole[-1]
+    assert shared[0].startswith("| GPU, llama-2-7b, NF4 | static") and len(shared) == 5
+    assert shared[2] == "| 4 x 64 tokens: Liger | 4400 | 8000 |  | 4000 (7) | 200 (190 to 210) | 8000 |"
+    assert shared[3].startswith("| 1 x 2048 tokens: PEFT LoRA | 4400 | 80 ")
+    assert drawn == {"memory_speed", "memory_breakdown", "memory_length"} and "(figures/memory_breakdown.png)" in text
+
+
+def test_models_do_not_share_tables(reported):
+    other = line("Liger", 70)
+    other["arguments"]["shape"] = "mistral-7b"
+    text, _ = reported(other, line("Liger", 80))
+    assert "| GPU, llama-2-7b, NF4 |" in text and "| GPU, mistral-7b, NF4 |" in text
+
+
+def test_gpus_do_not_share_tables(reported):
+    """The one measured last is first, with all of its tables, and what is drawn."""
+    old = [line("Liger", 80), line("Liger", 90, 64), line("PEFT LoRA", 70)]
+    new = [line("Liger", 60, device="NVIDIA H9 80GB", time="2027"), line("Liger", 50, 64, device="NVIDIA H9 80GB")]
+    text, _ = reported(*old, *new)
+    titles = [row.split(" | ")[0] for row in text.splitlines() if "static MiB" in row]
+    assert titles == ["| H9, llama-2-7b, NF4", "| GPU, llama-2-7b, NF4"]
+    drawn = {line["dyn_mib"] for _, lines in figures._whole_cells("dyn_mib") for line in lines}
+    assert drawn == {60, 50}
+
+
+def test_the_headline_is_of_settings_that_need_no_more_than_the_most_frugal_peer(reported):
+    """And of the GPU measured last; a batch without such a setting, or without peers, is left out."""
+    reported(
+        line("Liger", 500, ms=300), line("PEFT LoRA", 9000, ms=200), line({"q_bit": 4}, 450, ms=150),
+        line({"q_bit": 2}, 400, ms=160), line({"q_bit": 8}, 700, ms=100), line({"q_bit": 4}, 90, 64),
+        line("Liger", 50, 2048), line({"q_bit": 4}, 60, 2048), line("Liger", 1, 128, device="old", time="2025"),
+    )  # fmt: skip
+    (row,) = [row for row in report.headline().splitlines()[2:] if row.startswith("|")]
+    assert row.split(" | ")[1:] == [
+        "Liger: 500 MiB, 300 ms",
+        "PEFT LoRA: 9000 MiB, 200 ms",
+        "intra_inter, 4 bit: 450 MiB, 150 ms |",
+    ]
+
+
+def test_few_or_no_lines_draw_what_there_is(reported):
+    assert reported() == ("", set())
+    assert reported(line("PEFT LoRA"))[1] == set()
+    assert reported(line("PEFT LoRA", 900), line("PEFT LoRA", 9000, 8192, 1))[1] == {
+        "memory_speed", "memory_breakdown", "memory_length",
+    }  # fmt: skip
+
+
+def test_pareto_front():
+    points = [(1, 5), (2, 4), (3, 7), (3, 9), (4, 9)]
+    assert figures.pareto(points) == [(1, 5), (3, 9)]

@@ -1,0 +1,146 @@
+"""Compile every kernel for a GPU, without one: the interpreter accepts Python that the compiler does not.
+
+python -m tests.helpers.compile_kernels    # prints the names of the kernels
+
+Host functions run on CPU tensors; each launch is compiled for sm_90 with the types it was given, and not run.
+"""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from hyclora.operators import cross_entropy, norm
+from hyclora.operators.attention import attention, fused_qkv, rope, softmax
+from hyclora.operators.linear import low_rank, low_rank_grad, nf4, residual
+from hyclora.operators.mlp import activation, fused_mlp
+from hyclora.operators.packing import quantize
+from hyclora.operators.packing.codebook import CODEBOOKS
+from hyclora.operators.savers import ChannelQuant, Step
+from tests.operators.attention.test_fused_qkv import BATCH
+from tests.operators.attention.test_fused_qkv import prepare as prepare_qkv
+from tests.operators.mlp.test_fused_mlp import prepare as prepare_mlp
+
+MODULES = (
+    activation, attention, cross_entropy, fused_mlp, fused_qkv, low_rank, low_rank_grad, nf4, norm, quantize, residual,
+    rope, softmax,
+)  # fmt: skip
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+BF16 = torch.bfloat16
+
+
+def compile_launch(kernel, args, kwargs) -> None:
+    """What a launch on a GPU would compile: integers that are 1 or divisible by 16 are specialised, as Triton does."""
+    names = [p.name for p in kernel.params]
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value, fixed = values[parameter.name], parameter.do_not_specialize
+        aligned = False
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not fixed):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], aligned = TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name], aligned = "i32", value % 16 == 0 and not fixed
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def rand(*shape, dtype=BF16):
+    return torch.randn(*shape).to(dtype)
+
+
+def saver(bits, x, outliers=0.0):
+    """A calibrated quantizer."""
+    saver = ChannelQuant(bits, "channel_group", outliers)
+    saver.prepare(x, Step(1, 1))
+    return saver, Step(threshold=0, index=1)
+
+
+def elementwise():
+    x = rand(32, 256)
+    activation.silu_mul_bwd(x, activation.silu_mul_fwd(x, x), x)
+    softmax.softmax_bwd(rand(2, 2, 16, 16), rand(2, 2, 16, 16))
+    q, k, cos = rand(2, 16, 4, 64), rand(2, 16, 2, 64), rand(1, 16, 64)
+    rope.rope(q, cos, cos)
+    rope.rope_bwd(q, k, k, cos, cos)
+    cross_entropy.cross_entropy_(rand(4, 1000), torch.zeros(4, dtype=torch.int64))
+    for xa, B in ((rand(16, 16), rand(256, 16)), (None, None)):
+        residual.add_residual(rand(16, 256), xa, B, rand(16, 256), overwrite=True)
+    for dtype in (BF16, torch.float32):
+        dy, xa, B = (rand(*shape, dtype=dtype) for shape in ((32, 304), (32, 48), (304, 48)))
+        low_rank_grad.low_rank_grads(dy, xa, B, [256, 32, 16], [16, 16, 16], xa)
+    adapters = [(rand(8, 64, dtype=torch.float32), rand(96, 8, dtype=torch.float32)), None]
+    low_rank.stack_adapters(adapters, [1.0, 2.0], [96, 32], BF16)
+    weight = nf4.bnb.nn.Params4bit(rand(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    nf4.dequantize_4bit(weight, torch.empty(64, 64, dtype=BF16))
+
+
+def quantizers(rule, bits):
+    x, book = rand(32, 300), CODEBOOKS[rule][bits]
+    mean, std = torch.zeros(300), torch.ones(300)
+    quantize.dequantize(*quantize.quantize(x, mean, std, book), mean, std, book, BF16)
+
+
+def norms(bits):
+    x, weight = rand(16, 512), rand(512)
+    _, x_hat, rstd = norm.rms_norm_fwd(x, weight, 1e-5)
+    norm.rms_norm_bwd(x, x_hat, rstd, weight)
+    norm.rms_norm_bwd(x, x_hat, rstd, weight, x)
+    quantizer, step = saver(bits, x, 0.01)
+    packed = norm.rms_norm_pack(x, weight, 1e-5, quantizer, step)[-1]
+    norm.rms_norm_unpack_bwd(x, rstd, weight, packed, quantizer.book)
+    for dtype in (BF16, torch.float32):
+        norm.rms_norm_unpack_bwd(x, rstd, weight, packed, quantizer.book, x.to(dtype))
+    quantizer.unpack(quantizer.pack(x, step), x.shape, BF16, weight)
+
+
+def mlp(bits):
+    spec, frozen, adapters, keeper = prepare_mlp(32, 256, bits, 8, BF16)
+    kept = keeper()
+    fused_mlp.fused_mlp_fwd(spec, frozen, adapters, kept)
+    fused_mlp.fused_mlp_bwd(spec, rand(32, 256), (rand(32, 16), rand(16, 256)), adapters, kept)
+
+
+def qkv(bits):
+    spec, y, adapters, cos, sin, keeper = prepare_qkv(bits, BF16)
+    kept = keeper()
+    fused_qkv.fused_qkv_fwd(spec, y, cos, sin, BATCH, adapters, kept)
+    fused_qkv.fused_qkv_restore(spec, cos, sin, BATCH, BF16, adapters, kept)
+
+
+def main():
+    names = set()
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        compile_launch(kernel, args, kwargs)
+        names.add(kernel.fn.__name__)
+
+    JITFunction.run = run
+    for module in MODULES:
+        if hasattr(module, "use_triton"):
+            module.use_triton = lambda x: True
+    elementwise()
+    for bits in (2, 3, 4, 8):
+        quantizers("channel_group", bits)
+        mlp(bits)
+    quantizers("paper", 4)
+    norms(3)
+    norms(4)
+    qkv((4, 4, 4))
+    qkv((3, 8, 2))
+    print(*sorted(names))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Small PEFT models and batches that the block tests share."""
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from hyclora.utils.args import LINEARS
+from hyclora.utils.loading import quantize_linears
+from tests.helpers.kernel_checks import DEVICE
+
+
+def llama(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+    """A two-layer LLaMA with grouped queries, odd widths, and LoRA whose B is not zero; alpha != r; base may be nf4."""
+    return _small(LlamaForCausalLM, LlamaConfig, lora, base, config)
+
+
+def mistral(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+    """The same as a Mistral whose queries see 8 keys."""
+    return _small(MistralForCausalLM, MistralConfig, lora, base, {"sliding_window": 8} | config)
+
+
+def _small(model_class, config_class, lora: dict | None, base: str, config: dict) -> torch.nn.Module:
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 128, "hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    model = model_class(config_class(**shape | config)).to(DEVICE)
+    if base == "nf4":
+        quantize_linears(model, torch.float32)
+    model = get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 12, "target_modules": LINEARS} | (lora or {})))
+    for name, p in model.named_parameters():
+        if "lora_B" in name or name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.05)
+        elif "norm" in name:
+            torch.nn.init.normal_(p, 1.0, 0.2)
+    return model.to(DEVICE).train()
+
+
+def padded_batch(rows=3, width=21, vocab=128, seed=0) -> dict:
+    """Right-padded rows of different lengths; the padding is not in the loss."""
+    ids = torch.randint(0, vocab, (rows, width), generator=torch.Generator().manual_seed(seed))
+    lengths = torch.tensor([max(1, width - 5 * i) for i in range(rows)])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return {name: t.to(DEVICE) for name, t in batch.items()}
+
+
+def gradients(model, batch, seed=1) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and all gradients of one batch, with a fixed dropout seed."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def largest_error(ours: dict, theirs: dict) -> float:
+    """Largest relative error over all gradients; both sides must have the same ones."""
+    assert ours.keys() == theirs.keys()
+    return max(((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp_min(1e-12)).item() for n in theirs)
+
+
+def mean_cosine(ours: dict, theirs: dict) -> float:
+    cosines = [torch.cosine_similarity(ours[n].flatten(), theirs[n].flatten(), dim=0).item() for n in theirs]
+    return sum(cosines) / len(cosines)

@@ -1,0 +1,278 @@
+"""Layers replayed as graphs: CUDA graphs on a GPU, on a CPU a stand-in that repeats what was recorded."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+from hyclora.models.graphs.recording import CudaRecorder
+from hyclora.models.patch import find_patch
+from tests.helpers.kernel_checks import DEVICE
+from tests.helpers.offloading import equal
+from tests.helpers.replaying import CALIBRATION, batches, config, graphed, replayed, starts, train
+from tests.helpers.small_models import largest_error, llama, padded_batch
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("layer_type", ["baseline", "intra_inter", "intra_inter_full_fuse"])
+def test_replayed_steps_are_the_same(layer_type, offload, set_to_none):
+    """Losses and gradients bit for bit, with new inputs each step, gradient accumulation and weights that move."""
+    stock = llama()
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(layer_type=layer_type))
+    graphs = graphed(ours, {"layer_type": layer_type}, offload)
+    steps = batches(CALIBRATION + 6)
+    theirs = train(stock, steps, zero_every=3, set_to_none=set_to_none)
+    found = train(ours, steps, zero_every=3, set_to_none=set_to_none)
+    assert len(graphs.recordings) == 1
+    assert all(equal(a, b) for a, b in zip(found, theirs, strict=True))
+
+
+def test_embeddings_become_the_fixed_input(monkeypatch):
+    """Those that the decoder makes itself: a copy would be one more hidden state at the peak. A caller keeps hers."""
+    model = llama()
+    graphs, embedding = graphed(model, {}), model.get_input_embeddings()
+    lookup, made = embedding.forward, []
+
+    def forward(ids):
+        made.append(lookup(ids))
+        return made[-1]
+
+    monkeypatch.setattr(embedding, "forward", forward)
+    steps = batches(CALIBRATION + 2)
+    train(model, steps)
+    (recording,) = graphs.recordings.values()
+    assert recording.inputs[0].data_ptr() == made[-1].data_ptr()
+
+    graphs.clear()
+    given = [{"inputs_embeds": lookup(batch.pop("input_ids")).detach()} | batch for batch in steps[:2]]
+    kept = [batch["inputs_embeds"].clone() for batch in given]
+    train(model, given)
+    assert len(graphs.recordings) == 1
+    assert all(torch.equal(batch["inputs_embeds"], value) for batch, value in zip(given, kept, strict=True))
+
+
+def test_in_hugging_faces_trainer(tmp_path):
+    """Accumulation, clipping and zeroed gradients are the Trainer's; the weights end up the same, bit for bit."""
+    stock = llama()
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config())
+    graphs = graphed(ours, {})
+    ids = torch.randint(0, 128, (24, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": row, "attention_mask": [1] * 16, "labels": row} for row in ids]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6, max_grad_norm=0.1,
+        learning_rate=1e-2, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=DEVICE == "cpu",
+    )  # fmt: skip
+    for model in (stock, ours):
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator).train()
+    assert len(graphs.recordings) == 1
+    for (name, p), q in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_a_replay_follows_the_weights():
+    """An optimizer step between replays is seen, though nothing is recorded anew."""
+    stock = llama()
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config())
+    graphs = graphed(ours, {})
+    for model in (stock, ours):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for batch in batches(CALIBRATION + 4):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.last = loss.item()
+    assert len(graphs.recordings) == 1
+    assert ours.last == stock.last
+
+
+def test_kinds_of_input():
+    """Each shape is recorded the second time that it comes; so is each padding in front, which kernels do not read."""
+    model, reference = llama(), llama()
+    graphs = graphed(model, {})
+    apply_hyclora(reference, config())
+    for m in (model, reference):
+        train(m, batches(CALIBRATION))
+    wide, narrow = batches(1)[0], {name: t[:, :9] for name, t in batches(1)[0].items()}
+    padded, front = padded_batch(), padded_batch()
+    front["attention_mask"] = front["attention_mask"].flip(1)
+    order = [(wide, 0), (narrow, 0), (wide, 1), (narrow, 2), (wide, 2), (padded, 2), (padded_batch(seed=1), 3)]
+    for batch, recorded in [*order, (front, 3), (front, 4), (padded, 4), (narrow, 4), (front, 4)]:
+        assert equal(train(model, [batch])[0], train(reference, [batch])[0])
+        assert len(graphs.recordings) == recorded
+
+
+def hook_a_module(model):
+    return model.get_submodule("base_model.model.model.layers.0.mlp").register_forward_hook(lambda *_: None)
+
+
+def hook_a_parameter(model):
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    return parameter.register_post_accumulate_grad_hook(lambda _: None)
+
+
+@pytest.mark.parametrize("hook", [hook_a_module, hook_a_parameter])
+def test_hooks_run(recorded, hook):
+    """A replay that was started before the hook was seen is in vain, and the next one is not started early."""
+    model, graphs, batch = recorded
+    started, (found,) = starts(graphs), train(model, [batch])
+    found.pop("loss")
+    handle = hook(model)
+    for n in (2, 2):
+        model.zero_grad()
+        assert not replayed(model, graphs, batch)
+        assert len(started) == n
+        # the residual branch of a layer with a hook is added in another place
+        assert largest_error({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, found) < 1e-5
+    handle.remove()
+    for n in (3, 4):
+        assert replayed(model, graphs, batch)
+        assert len(started) == n
+
+
+def move(linear):
+    linear.weight.data = linear.weight.data * 2
+
+
+def replace(linear):
+    linear.weight = nn.Parameter(linear.weight.detach() * 2, linear.weight.requires_grad)
+
+
+@pytest.mark.parametrize("change, early", [(move, []), (replace, [True])])
+@pytest.mark.parametrize("name", ["base_layer", "lora_A.default"])
+def test_weights_in_other_memory(recorded, name, change, early):
+    """Nothing is started that would read freed memory, and a start with the former weights is in vain."""
+    model, graphs, batch = recorded
+    linear = model.get_submodule(f"base_model.model.model.layers.1.mlp.up_proj.{name}")
+    former, started = StorageWeakRef(linear.weight.untyped_storage()), []
+    (recording,) = graphs.recordings.values()
+    recording.forward = lambda: started.append(not former.expired())
+    change(linear)
+    found = train(model, [batch])[0]
+    assert started == early
+    with graphs.paused():
+        expected = train(model, [batch])[0]
+    assert equal(found, expected)
+    assert equal(train(model, [batch] * 2)[1], expected) and len(graphs.recordings) == 2
+
+
+def test_layers_run_by_themselves_where_a_graph_cannot(recorded):
+    model, graphs, batch = recorded
+    with graphs.paused():
+        assert not replayed(model, graphs, batch)
+    model.gradient_checkpointing_enable()
+    assert not replayed(model, graphs, batch)
+    model.gradient_checkpointing_disable()
+    with model.disable_adapter():
+        model(**batch)
+        assert graphs._pending() is None
+    model.eval()
+    with torch.no_grad():
+        logits = model(**batch).logits
+    assert graphs._pending() is None
+    model.train()
+    # checkpointing has made the embeddings' output require a gradient, which is another kind of input
+    train(model, [batch] * 2)
+    assert replayed(model, graphs, batch)
+    remove_hyclora(model)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("layers", [[1], [0], None], ids=str)
+def test_layers_that_train_nothing(layers):
+    """Below the lowest adapter there is no backward; with an adapter on the head alone there is no recording."""
+    lora = {"layers_to_transform": layers} if layers else {"target_modules": ["lm_head"]}
+    model, reference = llama(lora), llama(lora)
+    graphs = graphed(model, {})
+    apply_hyclora(reference, config())
+    steps = batches(CALIBRATION + 4)
+    assert all(equal(a, b) for a, b in zip(train(model, steps), train(reference, steps), strict=True))
+    assert len(graphs.recordings) == (1 if layers else 0)
+
+
+def test_a_hook_on_the_final_norm_keeps_what_it_gets(recorded):
+    model, graphs, batch = recorded
+    seen = []
+    model.get_base_model().model.norm.register_forward_pre_hook(
+        lambda module, args: seen.append((args[0], args[0].clone()))
+    )
+    train(model, [batch] * 2)
+    assert all(torch.equal(kept, value) for kept, value in seen)
+
+
+def test_dropout_is_not_recorded():
+    model = llama({"lora_dropout": 0.1})
+    graphs = graphed(model, {})
+    train(model, batches(CALIBRATION + 4))
+    assert not graphs.recordings
+
+
+def test_two_forwards_before_their_backwards(recorded):
+    """The second runs layer by layer, as the first one's activations are in the pool; both gradients count."""
+    model, graphs, batch = recorded
+    other = batches(1)[0]
+    model.zero_grad()
+    apart = [train(model, [b])[0] for b in (batch, other)]
+    model.zero_grad()
+    first, second = model(**batch).loss, model(**other).loss
+    second.backward()
+    first.backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, apart[0][name] + apart[1][name])
+
+
+def test_a_dropped_forward_frees_the_pool(recorded):
+    model, graphs, batch = recorded
+    model(**batch)
+    assert replayed(model, graphs, batch)
+
+
+def test_layers_with_arguments_of_their_own(recorded):
+    """A decoder that gives its layers different arguments is never recorded."""
+    model, graphs, batch = recorded
+    graphs.clear()
+    layer = graphs.layers[1].module
+    bound = layer.forward
+    layer.forward = lambda x, **kwargs: bound(x, **kwargs | {"position_ids": kwargs["position_ids"].clone()})
+    train(model, [batch] * 3)
+    assert not graphs.recordings
+
+
+def test_a_copy_records_for_itself(recorded):
+    model, graphs, batch = recorded
+    twin = copy.deepcopy(model)
+    twins = find_patch(twin).graphs
+    assert graphs.recordings and not twins.recordings
+    if DEVICE != "cuda":
+        twins.recorder.graphs = twins
+    found = train(twin, [batch] * 3)
+    assert twins.recordings
+    assert equal(found[-1], train(model, [batch])[0])
+
+
+def test_a_stream_outlives_its_recordings(monkeypatch):
+    """As its GEMM workspaces do; a pool does not, and a copied model has both for itself."""
+    for name in ("Stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: object())
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    cleared, copied = copy.copy(recorder), copy.deepcopy(recorder)
+    assert cleared.stream is recorder.stream and cleared.pool is not recorder.pool
+    assert copied.stream is not recorder.stream and copied.pool is not recorder.pool
+    assert cleared.device == copied.device == recorder.device
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU it is supported")
+def test_needs_a_gpu():
+    with pytest.raises(ValueError, match="cuda_graphs=True needs all layers on one GPU"):
+        apply_hyclora(llama(), HycloraConfig(cuda_graphs=True))

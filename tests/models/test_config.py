@@ -1,0 +1,189 @@
+"""HycloraConfig, the slot table, and bits within an average."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+from hyclora.models.bits import allocate_bits
+from hyclora.models.config import POLICIES, SLOTS
+from hyclora.models.patch import find_patch
+from hyclora.utils.args import LINEARS
+from tests.helpers.small_models import gradients, llama, padded_batch
+
+BAD = {
+    "q_bit=5": {"q_bit": 5},
+    "layer_type='none'": {"layer_type": "none"},
+    "softmax_outlier_ratio=1.5": {"softmax_outlier_ratio": 1.5},
+    "layernorm_outlier_ratio=-0.1": {"layernorm_outlier_ratio": -0.1},
+    "iteration_threshold=0": {"iteration_threshold": 0},
+    "attention='sdpa'": {"attention": "sdpa"},
+    "scale_rule='best'": {"scale_rule": "best"},
+    "slot_savers slot='gates'": {"slot_savers": {"gates": "exact"}},
+    "slot_savers['gate']='quant5'": {"slot_savers": {"gate": "quant5"}},
+    "slot_savers['gate']='recompute'": {"slot_savers": {"gate": "recompute"}},
+    "slot_savers['prob']='quant4'": {"slot_savers": {"prob": "quant4"}},
+    "slot_savers['up']='exact'": {"layer_type": "intra_inter_full_fuse", "slot_savers": {"up": "exact"}},
+    "slot_savers['hidden']='quant8'": {"layer_type": "intra_inter_full_fuse", "slot_savers": {"hidden": "quant8"}},
+    "slot_savers['lse']='quant4'": {"slot_savers": {"lse": "quant4"}},
+    "slot_savers['lse']='exact'": {"slot_savers": {"lse": "exact"}, "attention": "eager"},
+    "slot_savers['attn_out']='recompute'": {"slot_savers": {"attn_out": "recompute", "lse": "exact"}},
+    "q_bit=auto": {"q_bit": "auto", "scale_rule": "paper"},
+}
+
+
+@pytest.mark.parametrize("named, setting", BAD.items(), ids=BAD)
+def test_impossible_settings_are_refused_by_name(named, setting):
+    with pytest.raises(ValueError, match="^" + named.replace("[", r"\[").replace("]", r"\]")):
+        HycloraConfig(**setting)
+
+
+def test_q_bit_from_a_command_line():
+    assert HycloraConfig(q_bit="2").q_bit == 2 and HycloraConfig(q_bit="auto").q_bit == "auto"
+
+
+@pytest.mark.parametrize("layer_type", list(POLICIES))
+@pytest.mark.parametrize("attention", ["flash", "eager"])
+def test_the_slot_table(layer_type, attention):
+    """What each layer type stores: all exact, all packed, or derived and recomputed where that is free."""
+    config = HycloraConfig(layer_type=layer_type, attention=attention)
+    names = {slot: config.saver_name(slot, 4) for slot in SLOTS}
+    flash_in_baseline = attention == "flash" and layer_type == "baseline"
+    assert names.pop("lse") == ("exact" if flash_in_baseline else "recompute")
+    if layer_type == "baseline":
+        assert set(names.values()) == {"exact"}
+    elif layer_type == "intra":
+        assert {slot for slot, name in names.items() if name != "quant4"} == {"prob", "layer_in"}
+    else:
+        assert names["attn_in"] == names["mlp_in"] == "derived"
+        assert names["act"] == names["hidden"] == "recompute"
+        assert names["attn_out"] == ("recompute" if attention == "flash" else "quant4")
+
+
+def test_a_kept_lse_brings_8_bit_with_it():
+    """For what has to fit to it, unless something else is said."""
+    config = HycloraConfig(q_bit=2, slot_savers={"lse": "exact", "v": "exact"})
+    names = {slot: config.saver_name(slot, 2) for slot in SLOTS}
+    assert [names[slot] for slot in ("q", "k", "v", "attn_out")] == ["quant8", "quant8", "exact", "quant8"]
+    assert names["gate"] == names["norm_in"] == "quant2"
+
+
+def test_slot_savers_override_single_slots():
+    model = llama()
+    report = apply_hyclora(model, HycloraConfig(slot_savers={"gate": "exact", "mlp_in": "quant2", "hidden": "quant8"}))
+    assert set(report.savers["gate"]) == {"exact"}
+    assert set(report.savers["mlp_in"]) == {"2 bit"} and set(report.savers["hidden"]) == {"8 bit"}
+    model(**padded_batch()).loss.backward()
+
+
+@pytest.mark.parametrize("average", [2.3, 2.5, 3.0, 3.7, 5.0, 8.0])
+def test_auto_bits_stay_within_the_average(average):
+    """Scales and exact channels are in the average; a larger budget never takes a bit away."""
+    model = llama(hidden_size=128, intermediate_size=256, num_attention_heads=4)
+    report = apply_hyclora(model, HycloraConfig(q_bit="auto", average_bits=average))
+    remove_hyclora(model)
+    assert average - 0.5 < report.average_bits <= average
+    wider = apply_hyclora(model, HycloraConfig(q_bit="auto", average_bits=average + 0.5))
+    assert wider.average_bits > report.average_bits
+
+
+def test_auto_bits_go_to_the_sensitive_slots_first():
+    """With one upgrade affordable for equal sizes, gate gets it before up, up before norm_in."""
+    sizes = dict.fromkeys([(0, "mlp", "gate"), (0, "mlp", "up"), (0, "norm", "norm_in")], 64)
+
+    def plain(key, width):
+        return sizes[key] * width
+
+    upgraded = [allocate_bits(sizes, 2 + n / 3, plain) for n in (1, 2)]
+    assert [b[0, "mlp", "gate"] for b in upgraded] == [3, 3]
+    assert [b[0, "mlp", "up"] for b in upgraded] == [2, 3]
+    with pytest.raises(ValueError, match="average_bits=1.9 is below"):
+        allocate_bits(sizes, 1.9, plain)
+
+
+def test_unsupported_models_are_refused_by_name():
+    from peft import get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    gpt2 = get_peft_model(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=10)), LoraConfig())
+    with pytest.raises(ValueError, match="model type 'gpt2' is not supported; supported: llama, mistral"):
+        apply_hyclora(gpt2)
+    shape = {
+        "vocab_size": 10,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    plain = LlamaForCausalLM(LlamaConfig(**shape))
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        apply_hyclora(plain)
+    with pytest.raises(ValueError, match="layers.0.mlp: activation .* is not supported"):
+        apply_hyclora(llama(hidden_act="gelu"))
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj: LoRA variant Dora.* is not supported"):
+        apply_hyclora(llama({"use_dora": True}))
+    trainable = llama()
+    trainable.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj: the base weight is trainable"):
+        apply_hyclora(trainable)
+    with pytest.raises(ValueError, match="lora_bias is not supported by intra_inter_full_fuse"):
+        apply_hyclora(llama({"lora_bias": True}), HycloraConfig(layer_type="intra_inter_full_fuse"))
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ({}, {"use_dora": True}, "layers.0.self_attn.q_proj: LoRA variant Dora.* is not supported"),
+        ({}, {"lora_bias": True}, "layers.0.self_attn.q_proj: lora_bias is not supported by intra_inter_full_fuse"),
+        ({"target_modules": ["v_proj"]}, {"target_modules": LINEARS}, "layers.0.self_attn.q_proj was replaced"),
+    ],
+)
+def test_adapters_added_later_are_refused_as_well(first, second, message):
+    """When they are active and trained: what the blocks do not compute is not left out in silence."""
+    model, batch = llama(first), padded_batch()
+    apply_hyclora(model, HycloraConfig(layer_type="intra_inter_full_fuse"))
+    gradients(model, batch)
+    model.add_adapter("later", LoraConfig(**{"target_modules": LINEARS} | second))
+    model.set_adapter("later")
+    with pytest.raises(ValueError, match=message):
+        gradients(model, batch)
+    remove_hyclora(model)
+    gradients(model, batch)
+
+
+def test_adapters_that_were_unloaded_are_not_applied():
+    model, batch = llama(), padded_batch()
+    apply_hyclora(model)
+    base = model.unload().train()
+    base.lm_head.weight.requires_grad_()
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj was replaced after apply_hyclora"):
+        base(**batch)
+
+
+def test_patching_twice_or_removing_nothing_is_refused():
+    model = llama()
+    with pytest.raises(ValueError, match="not patched"):
+        remove_hyclora(model)
+    apply_hyclora(model)
+    with pytest.raises(ValueError, match="patched already"):
+        apply_hyclora(model)
+    remove_hyclora(model)
+    apply_hyclora(model)
+
+
+def test_a_refused_model_is_left_untouched():
+    """An error in a late layer leaves no layer patched."""
+    model = llama()
+    model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.requires_grad_()
+    with pytest.raises(ValueError):
+        apply_hyclora(model)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_the_report_names_what_was_patched_and_what_not():
+    model = llama({"target_modules": ["q_proj", "up_proj"]})
+    text = str(apply_hyclora(model, HycloraConfig(q_bit=2)))
+    assert "intra_inter" in text and "patched 2 layers" in text
+    assert "q_proj x2, up_proj x2" in text and "rotary_emb" in text and "lm_head: chunked cross-entropy" in text
+    assert len(find_patch(model).blocks) == 2 * 5 + 2
+    assert torch.is_tensor(model(**padded_batch()).loss)

@@ -1,0 +1,61 @@
+"""Calibration state saved with checkpoints."""
+
+import pytest
+import torch
+
+from hyclora import HycloraConfig, apply_hyclora
+from hyclora.models.patch import find_patch
+from hyclora.models.state import FILE_NAME, load_calibration, save_calibration
+from tests.helpers.small_models import gradients, llama, padded_batch
+
+
+def calibrated(**config):
+    model = llama()
+    apply_hyclora(model, HycloraConfig(iteration_threshold=2, **config))
+    for seed in range(2):
+        gradients(model, padded_batch(seed=seed))
+    return model
+
+
+def test_resumed_gradients_are_bit_equal(tmp_path):
+    """Defect of the original: calibration lost on resume."""
+    model = calibrated(q_bit=2)
+    save_calibration(model, tmp_path)
+    expected = gradients(model, padded_batch(seed=9))[1]
+    resumed = llama()
+    apply_hyclora(resumed, HycloraConfig(iteration_threshold=2, q_bit=2))
+    load_calibration(resumed, tmp_path)
+    assert find_patch(resumed).step.index == 2
+    ours = gradients(resumed, padded_batch(seed=9))[1]
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_missing_or_foreign_state_is_refused(tmp_path):
+    model = calibrated()
+    with pytest.raises(ValueError, match=FILE_NAME):
+        load_calibration(model, tmp_path)
+    save_calibration(model, tmp_path)
+    other = llama()
+    apply_hyclora(other, HycloraConfig(q_bit=8))
+    with pytest.raises(ValueError, match="other settings of q_bit, iteration_threshold"):
+        load_calibration(other, tmp_path)
+
+
+def test_an_uncalibrated_model_saves_and_loads(tmp_path):
+    """A checkpoint before the first step is a valid one."""
+    first, second = llama(), llama()
+    apply_hyclora(first)
+    apply_hyclora(second)
+    save_calibration(first, tmp_path)
+    load_calibration(second, tmp_path)
+    gradients(second, padded_batch())
+    assert find_patch(second).step.index == 1
+
+
+def test_calibration_does_not_depend_on_where_slots_wait(tmp_path):
+    """A run may go on with offload=True, or from a file that was written before there was such an option."""
+    model = calibrated()
+    save_calibration(model, tmp_path)
+    find_patch(model).config.offload = True
+    load_calibration(model, tmp_path)

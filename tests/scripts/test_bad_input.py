@@ -1,0 +1,123 @@
+"""A user's mistake ends the driver with exit code 2 and one sentence on stderr that names the offending thing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import run_gsm8k
+from hyclora.utils.args import ROOT
+from hyclora.utils.data.gsm8k import INSTRUCTION
+
+GOOD = json.dumps({"question": "1 + 1?", "answer": "#### 2"})
+
+
+@pytest.fixture
+def base(tiny_llama_folder, tmp_path):
+    """Options of a run that would work."""
+    checkpoint = ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
+    return [*checkpoint, "--output_dir", str(tmp_path / "results")]
+
+
+@pytest.fixture
+def refused(base, tmp_path, capsys, monkeypatch):
+    """Run the driver with mistaken options; its sentence, after checking that nothing was loaded."""
+    monkeypatch.setattr(run_gsm8k, "load_model", lambda *args: pytest.fail("the model was loaded"))
+
+    def run(*options):
+        with pytest.raises(SystemExit) as exit:
+            run_gsm8k.main([*base, *map(str, options)])
+        captured = capsys.readouterr()
+        assert exit.value.code == 2
+        assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+        assert not list((tmp_path / "results").glob("*"))
+        return captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--q_bit", "5"], "q_bit=5 is not one of"),
+        (["--q_bit", "four"], "q_bit='four' is not one of"),
+        (["--layer_type", "inter"], "layer_type='inter' is not one of baseline, intra, "),
+        (["--softmax_outlier_ratio", "1.5"], "softmax_outlier_ratio=1.5 is outside [0, 1]"),
+        (["--layernorm_outlier_ratio", "-0.1"], "layernorm_outlier_ratio=-0.1 is outside [0, 1]"),
+        (["--no_such_option", "1"], "unknown option --no_such_option"),
+        (["--seq_len", "8"], "no training row has room for an answer within seq_len 8"),
+        (["--resume_from_checkpoint", "True"], "no whole checkpoint"),
+        (["--lora_init_type", "loftq"], "load_in_4bit"),
+    ],
+)
+def test_settings(refused, options, named):
+    assert named in refused(*options)
+
+
+def test_checkpoints(refused, tiny_llama_folder, tmp_path):
+    assert f"{tmp_path / 'nowhere'} does not exist" in refused("--model_dir", tmp_path, "--model_name", "nowhere")
+    copy = shutil.copytree(tiny_llama_folder, tmp_path / "copy")
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert f"{copy} has no tokenizer" in refused("--model_dir", tmp_path, "--model_name", "copy")
+    (copy / "config.json").write_text('{"model_type": "bert"}')
+    assert f"{copy} is a bert model: supported are " in refused("--model_dir", tmp_path, "--model_name", "copy")
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (None, "test.jsonl does not exist"),
+        ("\n", "test.jsonl is empty"),
+        (f"{GOOD}\n\n{{'question'\n", "test.jsonl:3: not a JSON object"),
+        (f'{GOOD}\n{{"question": "1?"}}', 'test.jsonl:2: the text under key "answer" is missing'),
+        (f"{GOOD}\n[1]", 'test.jsonl:2: the text under key "question" is missing'),
+    ],
+)
+def test_data_files(refused, tmp_path, text, named):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(GOOD)
+    if text is not None:
+        (folder / "test.jsonl").write_text(text)
+    assert str(folder / named) in refused("--data_name", "gsm8k", "--data_dir", folder)
+
+
+def test_data_folder(refused, tmp_path):
+    assert f"{tmp_path / 'none'} does not exist" in refused("--data_name", "gsm8k", "--data_dir", tmp_path / "none")
+
+
+def test_no_row_with_a_target(refused, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": INSTRUCTION * 50, "answer": "#### 1"}))
+    assert "raise --seq_len" in refused("--data_name", "gsm8k", "--data_dir", tmp_path, "--seq_len", "64")
+
+
+def test_unreachable_hub(refused, monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    sentence = refused("--data_name", "gsm8k")
+    assert all(word in sentence for word in ("openai/gsm8k", "train.jsonl and test.jsonl", "--data_dir"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in refused("--data_name", "gsm8k")
+
+
+def test_output_folder_that_cannot_be_written(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_gsm8k, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        run_gsm8k.main([*base, "--output_dir", str(tmp_path / "file" / "results")])
+    assert f"output folder {tmp_path / 'file' / 'results'} cannot be written" in capsys.readouterr().err
+
+
+def test_the_script_itself_exits_with_2_and_without_a_traceback():
+    command = [sys.executable, ROOT / "run_gsm8k.py", "--q_bit", "5"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: q_bit=5 is not one of 2, 3, 4, 8, auto"
+    assert "Traceback" not in result.stderr and result.stdout == ""

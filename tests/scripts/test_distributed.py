@@ -1,0 +1,36 @@
+"""Two ranks calibrate alike, whatever each of them sees, and whether or not it sees it in tiles."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hyclora.operators.savers import ChannelQuant, Keeper, Observer, Step
+
+
+def calibrate(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(rank)) * (1 + 3 * rank) + rank
+    for rule in ("channel_group", "paper"):
+        saver = ChannelQuant(4, rule, 0.1)
+        step = Step(threshold=1, index=1)
+        if rank:
+            observer = Observer(Keeper({"a": saver}, step), len(x))
+            for observer.rows in (slice(0, 30), slice(30, 50)):
+                observer.keep("a", x[observer.rows])
+            observer.calibrate()
+        saver.pack(x, step)
+        torch.save((x, saver.mean, saver.std, saver.outliers), f"{folder}/{rule}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_statistics_are_those_of_all_ranks(tmp_path):
+    mp.spawn(calibrate, args=(str(tmp_path),), nprocs=2)
+    for rule in ("channel_group", "paper"):
+        (x0, *first), (x1, *second) = (torch.load(tmp_path / f"{rule}{rank}.pt") for rank in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        x = torch.cat((x0, x1))
+        if rule == "paper":
+            assert torch.allclose(first[1], (x.amax(dim=0) - x.amin(dim=0)) / 15, rtol=1e-5)
+        else:
+            assert torch.allclose(first[0], x.mean(dim=0), atol=1e-5)
+            assert torch.allclose(first[1], x.std(dim=0, correction=0), rtol=1e-4)

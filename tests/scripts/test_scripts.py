@@ -1,0 +1,121 @@
+"""The shell scripts: they parse, pass only options that exist, and work from any folder."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import run_memory_throughput
+from hyclora.utils.args import GROUPS, ROOT, Parser
+
+SCRIPTS = [ROOT / "utils/env.sh", ROOT / ".ci/run", *sorted(ROOT.glob("*.sh"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses_and_hides_no_failure(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    assert "set -euo pipefail" in text or script.name == "env.sh"
+    assert "| tee" not in text
+
+
+DRIVERS = {"run_gsm8k": GROUPS, "run_memory_throughput": run_memory_throughput.GROUPS}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_every_option_that_is_passed_is_known_and_set(driver):
+    text = (ROOT / f"{driver}.sh").read_text()
+    passed = dict(re.findall(r'--(\w+) "\$(\w+)"', text))
+    known = {name for action in Parser(DRIVERS[driver])._actions for name in action.option_strings}
+    assert passed and {f"--{name}" for name in passed} <= known
+    for variable in passed.values():
+        assert re.search(rf"^\s*{variable}=\$\{{{variable}:?-", text, re.MULTILINE), variable
+
+
+@pytest.mark.parametrize("developing", ["", "1"])
+def test_a_user_needs_no_test_runner(developing, tmp_path):
+    """What env.sh asks an interpreter: here one whose packages are those of the requirements but for pytest."""
+    question = re.search(r"<<'PY'\n(.*?)\nPY\n", (ROOT / "utils/env.sh").read_text(), re.DOTALL)[1]
+    program = (
+        "import importlib.metadata as metadata\n"
+        "def version(name):\n"
+        "    if name.startswith('pytest'):\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return '99.0'\n"
+        "metadata.version = version\n" + question
+    )
+    command = [sys.executable, "-c", program, ROOT / "pyproject.toml", developing]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert (found.returncode, found.stderr.strip()) == ((1, "lacks pytest") if developing else (0, ""))
+
+
+def stub_interpreter(folder, qualifies):
+    """A `python` that answers env.sh's question as told and otherwise prints its arguments."""
+    python = folder / "python"
+    answer = "exit 0" if qualifies else "echo lacks torch; exit 1"
+    python.write_text(f'#!/bin/bash\n[[ "$1" == - ]] && {{ {answer}; }}\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def run_script(folder, *options, **variables):
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    environment.pop("PYTHON", None)
+    return subprocess.run(
+        ["bash", ROOT / "run_gsm8k.sh", *options], cwd="/", env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def test_settings_come_from_outside_and_options_are_forwarded_last(tmp_path):
+    stub_interpreter(tmp_path, qualifies=True)
+    first, script, *argv = run_script(tmp_path, "--max_steps", "3", q_bit="2", data_name="gsm8k")
+    assert first == f"env: using {tmp_path / 'python'}" and script == str(ROOT / "run_gsm8k.py")
+    given = dict(zip(argv[::2], argv[1::2], strict=True))
+    assert argv[-2:] == ["--max_steps", "3"]
+    assert (given["--q_bit"], given["--data_name"], given["--layer_type"]) == ("2", "gsm8k", "intra_inter")
+    assert (given["--num_train_epochs"], given["--gradient_accumulation_steps"]) == ("6", "4")
+
+
+def test_the_demo_is_small(tmp_path):
+    stub_interpreter(tmp_path, qualifies=True)
+    _, _, *argv = run_script(tmp_path)
+    given = dict(zip(argv[::2], argv[1::2], strict=True))
+    assert (given["--model_name"], given["--data_name"], given["--evaluate_before"]) == ("tiny-llama", "demo", "True")
+    assert (given["--num_train_epochs"], given["--per_device_train_batch_size"]) == ("1", "16")
+
+
+def test_environment_is_made_once_and_a_half_made_one_again(tmp_path):
+    """env.sh in a copy of the repository, with a stub for the interpreter that makes environments."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils/env.sh").write_text((ROOT / "utils/env.sh").read_text())
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "requirements.txt").write_text("torch==1\n")
+    python = tmp_path / "bin/python"
+    python.write_text(
+        "#!/bin/bash\n"
+        '[[ "$1" == - ]] && { echo lacks torch >&2; exit 1; }\n'
+        '[[ "$1 $2" == "-m venv" ]] && { echo made >> made; mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }\n'
+        '[[ "$1 $2" == "-m pip" && -e no-network ]] && exit 1\n'
+        "exit 0\n"
+    )
+    python.chmod(0o755)
+    (tmp_path / "bin/python3").symlink_to(python)
+
+    def source():
+        environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+        command = ["bash", "-c", "set -euo pipefail; source utils/env.sh; echo $PYTHON"]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return result, (tmp_path / "made").read_text().count("made")
+
+    (tmp_path / "no-network").touch()
+    result, made = source()
+    assert result.returncode != 0 and made == 1
+    (tmp_path / "no-network").unlink()
+    result, made = source()
+    assert result.stdout.splitlines()[-1] == str(tmp_path / ".venv/bin/python") and made == 2
+    assert source()[1] == 2
+    (tmp_path / "requirements.txt").write_text("torch==2\n")
+    assert source()[1] == 3

@@ -1,0 +1,86 @@
+"""The command line: names, defaults and types of the options, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from hyclora.models.config import HycloraConfig
+from hyclora.utils.args import GROUPS, HycloraArguments, TrainingArguments, parse_arguments
+from hyclora.utils.errors import UserError
+
+
+def parse(*argv):
+    return dict(zip([group.__name__ for group in GROUPS], parse_arguments(list(argv)), strict=True))
+
+
+def test_every_field_of_the_core_is_an_option_with_its_default_and_help():
+    assert parse()["HycloraArguments"].config() == HycloraConfig()
+    options = {f.name: f for f in dataclasses.fields(HycloraArguments)}
+    for f in dataclasses.fields(HycloraConfig):
+        assert options[f.name].metadata["help"] == f.metadata["help"]
+
+
+def test_every_own_option_has_help():
+    for group in GROUPS:
+        for f in dataclasses.fields(group):
+            assert f.metadata.get("help") or group is TrainingArguments, f"{group.__name__}.{f.name}"
+
+
+@pytest.mark.parametrize("text, value", [("2", 2), ("3", 3), ("4", 4), ("8", 8), ("auto", "auto")])
+def test_q_bit_is_a_number_or_auto(text, value):
+    assert parse("--q_bit", text)["HycloraArguments"].config().q_bit == value
+
+
+def test_slot_savers_are_written_as_json():
+    arguments = parse("--slot_savers", '{"gate": "exact"}')["HycloraArguments"]
+    assert arguments.config().slot_savers == {"gate": "exact"}
+
+
+def test_training_defaults_are_the_papers():
+    training = parse()["TrainingArguments"]
+    assert training.learning_rate == 3e-4
+    assert training.num_train_epochs == 6
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 16
+    assert training.seed == 11
+    # 6 epochs of 467 steps warm up for 85, as in the paper's logs.
+    assert training.get_warmup_steps(2802) == 85
+    assert training.report_to == []
+    assert training.ddp_find_unused_parameters is False
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 1, raising=False)
+    assert TrainingArguments().bf16 is available
+    assert TrainingArguments(bf16=False).bf16 is False
+    assert TrainingArguments(use_cpu=True).bf16 is False
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--q_bits", "4"], "--q_bits: did you mean --q_bit"),
+        (["--learning_rte", "1"], "did you mean --learning_rate"),
+        (["surplus"], "surplus"),
+        (["--lora_rank", "0"], "lora_rank"),
+        (["--lora_rank", "many"], "lora_rank"),
+        (["--lora_dropout", "1"], "lora_dropout"),
+        (["--lora_init_type", "zeros"], "zeros"),
+        (["--temperature", "0"], "--greedy"),
+        (["--data_dir", "somewhere"], "--data_name gsm8k"),
+        (["--seq_len", "1"], "seq_len"),
+        (["--slot_savers", "[1]"], "slot_savers must be a JSON object"),
+        (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
+    ],
+)
+def test_mistakes_are_refused_by_name(argv, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        parse(*argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_is_not_guessed_from_its_beginning():
+    with pytest.raises(UserError, match="unknown option --lora_ra"):
+        parse("--lora_ra", "4")

@@ -1,0 +1,182 @@
+"""Base model, tokenizer and adapters: every way to load them, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hyclora.utils.args import LoraArguments, ModelArguments
+from hyclora.utils.errors import UserError
+from hyclora.utils.loading import find_base, keep_initial_adapters, load_model, load_tokenizer
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PEFT computes LoftQ on a GPU")
+IDS = torch.arange(40).view(2, 20)
+
+
+def load(folder, lora=None, seed=0, device=CPU, **settings):
+    arguments = ModelArguments(model_name=folder.name, model_dir=str(folder.parent), **settings)
+    lora = lora or LoraArguments(lora_rank=4, lora_alpha=4)
+    return load_model(arguments, lora, find_base(arguments, lora), device, seed)
+
+
+def stock(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def weight_error(model, reference):
+    """Mean squared distance of the weights that the model applies (base and adapters) from the reference's."""
+    wanted = dict(reference.named_modules())
+    errors = []
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            identity = torch.eye(layer.in_features, device=model.device)
+            errors.append((layer(identity).T.cpu() - wanted[name].weight).square().mean())
+    assert len(errors) == 14
+    return torch.stack(errors).mean().item()
+
+
+@pytest.mark.parametrize("init", ["qlora", "gaussian", "pissa"])
+def test_float_model_starts_as_the_stock_one(tiny_llama_folder, init):
+    model = load(tiny_llama_folder, LoraArguments(lora_rank=4, lora_alpha=8, lora_init_type=init))
+    assert isinstance(model, PeftModel) and model.config.use_cache is False
+    assert torch.allclose(model(IDS).logits, stock(tiny_llama_folder)(IDS).logits, atol=1e-4)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 28 and all("lora_" in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+
+
+def test_adapters_follow_the_seed(tiny_llama_folder):
+    def adapters(seed):
+        return torch.cat(
+            [p.flatten() for n, p in load(tiny_llama_folder, seed=seed).named_parameters() if "lora_A" in n]
+        )
+
+    assert torch.equal(adapters(1), adapters(1)) and not torch.equal(adapters(1), adapters(2))
+
+
+def test_base_dtype_is_as_asked_and_adapters_stay_float32(tiny_llama_folder):
+    model = load(tiny_llama_folder, dtype="bfloat16")
+    dtypes = {("lora_" in name, p.dtype) for name, p in model.named_parameters()}
+    assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
+
+
+@pytest.mark.parametrize("init", ["qlora", "gaussian", "pissa"])
+def test_nf4_base_trains(tiny_llama_folder, init):
+    lora = LoraArguments(lora_rank=4, lora_alpha=8, lora_init_type=init)
+    model = load(tiny_llama_folder, lora, load_in_4bit=True)
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    assert weight.quant_state.quant_type == "nf4" and weight.quant_state.nested
+    assert type(model.get_base_model().lm_head) is torch.nn.Linear
+    packed = weight.clone()
+    with torch.no_grad():
+        model.eval()(IDS)
+    assert torch.equal(weight, packed) and weight.quant_state.nested
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("init", ["pissa", pytest.param("loftq", marks=needs_gpu)])
+def test_the_start_is_closer_than_plain_quantization(tiny_llama_folder, init):
+    device = torch.device("cuda" if init == "loftq" else "cpu")
+
+    def error(init):
+        lora = LoraArguments(lora_rank=8, lora_alpha=16, lora_init_type=init)
+        model = load(tiny_llama_folder, lora, device=device, load_in_4bit=True, dtype="float32")
+        return weight_error(model, stock(tiny_llama_folder))
+
+    assert error(init) < 0.9 * error("qlora")
+
+
+def test_random_weights_need_a_configuration_only(tiny_llama_folder, tmp_path):
+    shutil.copytree(tiny_llama_folder, tmp_path / "shape", ignore=shutil.ignore_patterns("*.safetensors"))
+    model = load(tmp_path / "shape", random_weights=True, load_in_4bit=True)
+    layers = model.get_base_model().model.layers
+    assert layers[0].self_attn.k_proj.base_layer.weight.quant_state.shape == (32, 64)
+    assert model(IDS, labels=IDS).loss.isfinite()
+
+
+def test_saved_adapters_load_into_the_stock_model(tiny_llama_folder, tmp_path):
+    for init in ("qlora", "pissa"):
+        model = load(tiny_llama_folder, LoraArguments(lora_rank=4, lora_alpha=4, lora_init_type=init))
+        initial = keep_initial_adapters(model, tmp_path / "initial")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        trained = model(IDS).logits
+        model.save_pretrained(tmp_path / init, path_initial_model_for_weight_conversion=initial)
+        again = PeftModel.from_pretrained(stock(tiny_llama_folder), tmp_path / init)
+        assert torch.allclose(again(IDS).logits, trained, atol=1e-4)
+
+
+def test_a_bare_sentencepiece_file_tokenizes_as_llama_does(tmp_path):
+    folder = tmp_path / "llama-2"
+    LlamaConfig(vocab_size=400, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    (tmp_path / "text").write_text("one two three four five six seven eight nine ten\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        split_digits=True, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(str(folder))
+    text = "two three\nfour 12"
+    reference = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    assert tokenizer(text).input_ids == [reference.bos_id(), *reference.encode(text)]
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("<unk>", "right")
+
+
+def write_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def remove(folder, pattern):
+    for file in folder.glob(pattern):
+        file.unlink()
+
+
+BROKEN = {
+    "no config.json": lambda folder: remove(folder, "config.json"),
+    "not the configuration of a model": lambda folder: (folder / "config.json").write_text("{"),
+    "is not the configuration of a model: copy": lambda folder: (folder / "config.json").write_text("[]"),
+    "cannot work: .*hidden size .* not a multiple": lambda folder: write_config(folder, num_attention_heads=7),
+    "is a gpt2 model": lambda folder: write_config(folder, model_type="gpt2"),
+    "no tokenizer": lambda folder: remove(folder, "tokenizer*"),
+    "no weights": lambda folder: remove(folder, "model.safetensors"),
+    "only PyTorch .bin weights": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+    "500 tokens, the model only 400": lambda folder: write_config(folder, vocab_size=400),
+}
+
+
+@pytest.mark.parametrize("named", BROKEN)
+def test_a_broken_checkpoint_is_named(tiny_llama_folder, tmp_path, named):
+    folder = Path(shutil.copytree(tiny_llama_folder, tmp_path / "copy"))
+    BROKEN[named](folder)
+    with pytest.raises(UserError, match=named) as caught:
+        load_tokenizer(find_base(ModelArguments(model_name="copy", model_dir=str(tmp_path)), LoraArguments()))
+    assert str(folder) in str(caught.value)
+
+
+def test_missing_packages_and_layers_are_named(tiny_llama_folder, monkeypatch):
+    with pytest.raises(UserError, match="z_proj"):
+        load(tiny_llama_folder, LoraArguments(target_modules=["q_proj", "z_proj"]))
+    with pytest.raises(UserError, match="loftq"):
+        load(tiny_llama_folder, LoraArguments(lora_init_type="loftq"))
+    with pytest.raises(UserError, match="not on cpu"):
+        load(tiny_llama_folder, LoraArguments(lora_init_type="loftq"), load_in_4bit=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="bitsandbytes"):
+        load(tiny_llama_folder, load_in_4bit=True)
+
+
+def test_an_unreachable_hub_says_where_to_put_the_files(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = ModelArguments(model_name="nobody/nothing", model_dir="")
+    with pytest.raises(UserError, match="nobody/nothing .* --model_dir"):
+        load_tokenizer(find_base(arguments, LoraArguments()))

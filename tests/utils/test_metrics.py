@@ -1,0 +1,91 @@
+"""Reading numbers out of answers, and the evaluation by generation."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hyclora.utils.args import EvalArguments
+from hyclora.utils.metrics import evaluate_generation, extract_number, is_correct
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("The final answer is: 1,234.50", "1234.5"),
+        ("The final answer is: $18", "18"),
+        ("The final answer is: 18.", "18"),
+        ("The final answer is: -3", "-3"),
+        ("The final answer is: -$3", "-3"),
+        ("The final answer is: $-3", "-3"),
+        ("The final answer is: \u22125 degrees", "-5"),
+        ("The final answer is: 3/4", "0.75"),
+        ("The final answer is: .5", "0.5"),
+        ("The final answer is: 50%", "50"),
+        ("2 + 3 = 5\nThe final answer is: 7 apples, not 9", "7"),
+        ("He has 12 - 4 = 8 left", "8"),
+        ("so 10-3", "3"),
+        ("1, 2, 3", "3"),
+        ("a total of 1,000,000 people", "1000000"),
+        ("The final answer is: unknown, maybe 4", "4"),
+        ("it is 6. The final answer is: none", "6"),
+        ("7/0", "0"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_extract_number(text, number):
+    assert extract_number(text) == (None if number is None else Fraction(number))
+
+
+def test_numbers_compare_by_value():
+    assert is_correct("The final answer is: 1,200.0", "6 * 200\n#### 1200")
+    assert not is_correct("The final answer is: 1200.1", "#### 1,200")
+    assert not is_correct("I do not know", "#### 0")
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(tiny_llama_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_folder), tokenizer
+
+
+ROWS = [{"question": "What is 1 + 1?" + " Think." * i, "answer": "#### 2"} for i in (0, 7, 3)]
+
+
+def test_generation_leaves_everything_as_it_was(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    model.train()
+    state = torch.get_rng_state()
+    evaluate_generation(model, tokenizer, ROWS, EvalArguments(max_new_tokens=4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and tokenizer.padding_side == "right"
+
+
+def test_a_batch_gives_what_single_questions_give(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    single = EvalArguments(greedy=True, max_new_tokens=6, eval_batch_size=1)
+    batched = EvalArguments(greedy=True, max_new_tokens=6, eval_batch_size=3)
+    accuracy, one_by_one = evaluate_generation(model, tokenizer, ROWS, single)
+    assert [p["question"] for p in one_by_one] == [row["question"] for row in ROWS]
+    assert accuracy == sum(p["correct"] for p in one_by_one) / 3
+    assert evaluate_generation(model, tokenizer, ROWS, batched)[1] == one_by_one
+
+
+def test_sampling_follows_its_seed(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+
+    def texts(seed):
+        arguments = EvalArguments(temperature=5.0, max_new_tokens=8, generation_seed=seed)
+        return [p["prediction"] for p in evaluate_generation(model, tokenizer, ROWS, arguments)[1]]
+
+    assert texts(42) == texts(42) != texts(43)
+
+
+def test_accuracy_counts_right_answers(model_and_tokenizer, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda ids, **_: ["The final answer is: 2"] * len(ids))
+    rows = [*ROWS, {"question": "And 2 + 2?", "answer": "#### 4"}]
+    assert evaluate_generation(model, tokenizer, rows, EvalArguments(max_new_tokens=2))[0] == 0.75

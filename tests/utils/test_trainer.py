@@ -1,0 +1,143 @@
+"""The training loop: batches without targets, resuming, Ctrl-C, and a loss that is not finite."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hyclora.utils.args import LoraArguments, ModelArguments, TrainingArguments
+from hyclora.utils.data.gsm8k import IGNORED, Collator
+from hyclora.utils.errors import Interrupted, RunStopped, UserError
+from hyclora.utils.loading import load_model
+from hyclora.utils.trainer import HycloraTrainer, find_checkpoint
+
+ROWS = [
+    {"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]}
+    for ids in torch.randint(2, 500, (24, 12), generator=torch.Generator().manual_seed(0)).tolist()
+]
+
+
+@pytest.fixture
+def make_trainer(tiny_llama_folder, tmp_path):
+    def make(rows=ROWS, callbacks=None, **settings):
+        settings = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} | settings
+        training = TrainingArguments(
+            output_dir=str(tmp_path), logging_steps=1, save_steps=100, use_cpu=True, disable_tqdm=True, **settings
+        )
+        lora = LoraArguments(lora_rank=4, lora_alpha=4, lora_dropout=0.1)
+        model = load_model(ModelArguments(), lora, str(tiny_llama_folder), torch.device("cpu"), seed=0)
+        return HycloraTrainer(
+            model=model,
+            args=training,
+            train_dataset=rows,
+            data_collator=Collator(0),
+            callbacks=callbacks,
+            compressed=False,
+        )
+
+    return make
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class At(TrainerCallback):
+    """Do something at the end of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def masked(rows):
+    return [{**row, "labels": [IGNORED] * len(row["labels"])} for row in rows]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_batches_without_targets_count_and_add_nothing(make_trainer, accumulation):
+    trainer = make_trainer(masked(ROWS), gradient_accumulation_steps=accumulation, max_steps=2)
+    before = [p.clone() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    assert losses(trainer) == [0, 0]
+    assert trainer.masked_batches == 2 * accumulation
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_masked_batch_does_not_change_the_others_gradient(make_trainer):
+    trainer = make_trainer()
+    trainer.model.train()
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batches = [trainer.data_collator(ROWS[:2]), trainer.data_collator(masked(ROWS[2:4]))]
+    count = trainer._get_num_items_in_batch(batches, "cpu")
+    total = sum(trainer.compute_loss(trainer.model, batch, num_items_in_batch=count) for batch in batches)
+    alone = trainer.model(**batches[0]).loss
+    assert torch.allclose(total, alone)
+    assert trainer.compute_loss(trainer.model, batches[1]) == 0
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, tmp_path):
+    whole = make_trainer()
+    whole.train()
+    first = make_trainer(callbacks=[At(4, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    with pytest.raises(Interrupted, match=r"step 4 of 6: .*--resume_from_checkpoint .*checkpoint-4"):
+        first.train()
+    resumed = make_trainer()
+    resumed.train(find_checkpoint("True", [tmp_path]))
+    assert losses(resumed) == losses(whole)
+    assert losses(resumed)[:4] == losses(first)
+    for (name, p), q in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_the_second_ctrl_c_stops_at_once_and_handlers_come_back(make_trainer):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(callbacks=[At(1, twice)]).train()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(make_trainer, tmp_path):
+    trainer = make_trainer()
+
+    def poison():
+        next(p for p in trainer.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    trainer.add_callback(At(3, poison))
+    with pytest.raises(RunStopped, match="step 4"):
+        trainer.train()
+    assert len(losses(trainer)) == 3
+
+
+def test_only_whole_checkpoints_are_found(tmp_path):
+    assert find_checkpoint(None, [tmp_path]) is None
+    assert find_checkpoint("False", [tmp_path]) is None
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        find_checkpoint("True", [tmp_path])
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        find_checkpoint("nowhere", [])
+    for step, names in (
+        (1, ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json")),
+        (2, ("optimizer.pt",)),
+    ):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    assert find_checkpoint("True", [tmp_path]) == tmp_path / "checkpoint-1"
+    assert find_checkpoint(str(tmp_path), []) == tmp_path / "checkpoint-1"
+    with pytest.raises(UserError, match="checkpoint-2"):
+        find_checkpoint(str(Path(tmp_path) / "checkpoint-2"), [])

@@ -1,0 +1,238 @@
+"""From a folder to a model that is ready to train: base weights (float or NF4), tokenizer, LoRA adapters.
+
+The base comes from `model_dir/model_name`; the hub is asked only if `model_dir` is ''. Base weights are bfloat16 on a
+GPU and float32 on a CPU unless told otherwise; adapters are float32, as PEFT makes them, and autocast casts them.
+"""
+
+import contextlib
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.quantizers import AutoHfQuantizer
+
+from hyclora.utils.args import LoraArguments, ModelArguments
+from hyclora.utils.errors import UserError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_INIT = {"qlora": True, "loftq": True, "gaussian": "gaussian", "pissa": "pissa_niter_16"}
+_NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True) -> str:
+    """Where to load from (a folder or a hub id); settings and files are checked before anything is loaded.
+
+    tokenizer: whether the run reads text and needs one.
+    """
+    if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")
+    if lora.lora_init_type == "loftq" and (args.random_weights or not (args.load_in_4bit and args.model_dir)):
+        raise UserError("lora_init_type loftq corrects quantization: it needs load_in_4bit and a local checkpoint")
+    if not args.model_dir:
+        return args.model_name
+    folder = Path(args.model_dir) / args.model_name
+    if not folder.is_dir():
+        raise UserError(
+            f"checkpoint folder {folder} does not exist: put the model there or set --model_dir, --model_name"
+        )
+    try:
+        family = json.loads((folder / "config.json").read_text())["model_type"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no config.json: it is not a Hugging Face checkpoint") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{folder / 'config.json'} is not the configuration of a model: copy the file again") from None
+    _check_family(family, folder)
+    try:
+        AutoConfig.from_pretrained(folder)
+    except StrictDataclassError as error:
+        raise UserError(f"{folder / 'config.json'} cannot work: {error.__cause__ or error}") from None
+    if tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"{folder} has no tokenizer: it needs tokenizer.json or tokenizer.model")
+    if not args.random_weights and not list(folder.glob("*.safetensors")):
+        if list(folder.glob("*.bin")):
+            raise UserError(f"{folder} has only PyTorch .bin weights: convert them to safetensors")
+        raise UserError(f"{folder} has no weights: it needs *.safetensors (or --random_weights True for a benchmark)")
+    return str(folder)
+
+
+def _check_family(family: str, place):
+    from hyclora.models.patch import FAMILIES
+
+    if family not in FAMILIES:
+        raise UserError(f"{place} is a {family} model: supported are {', '.join(sorted(FAMILIES))}")
+
+
+@contextlib.contextmanager
+def _reading(source: str):
+    """A hub that cannot be read is a mistake with a remedy; a local file that cannot be read is an error."""
+    try:
+        yield
+    except OSError as error:
+        if Path(source).is_dir():
+            raise
+        raise UserError(
+            f"{source} cannot be read from the hub ({type(error).__name__}): put config.json, the tokenizer and the "
+            "*.safetensors files into a folder and name it with --model_dir and --model_name"
+        ) from error
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right with an existing token: the embedding is never resized."""
+    folder = Path(source)
+    with _reading(source):
+        config = AutoConfig.from_pretrained(source)
+        if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES[:2]):
+            # AutoTokenizer would drop bos and the leading space that a bare SentencePiece file stands for.
+            tokenizer = LlamaTokenizer.from_pretrained(source, add_bos_token=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    _check_family(config.model_type, source)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, the model only {config.vocab_size}: "
+            "they do not belong together"
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {source} has no eos token: name it in tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_base(args: ModelArguments, source: str, device: torch.device) -> PreTrainedModel:
+    """The frozen model on its device; NF4 if asked for."""
+    dtype = _dtype_of(args, device)
+    if args.random_weights:
+        return _random_base(args, source, device, dtype)
+    quantization = None
+    if args.load_in_4bit:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **_NF4)
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+        use_safetensors=True,
+    )
+
+
+def _dtype_of(args: ModelArguments, device: torch.device) -> torch.dtype:
+    if args.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, args.dtype)
+
+
+def _random_base(args: ModelArguments, source: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if args.load_in_4bit:
+        quantize_linears(model, dtype)
+    return model
+
+
+def quantize_linears(model: PreTrainedModel, compute_dtype: torch.dtype):
+    """Replace the linear layers of the decoder by NF4 ones, one after the other; the head stays as it is."""
+    import bitsandbytes as bnb
+
+    # Names only: a list of the modules would keep the float weights alive.
+    for name in [name for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)]:
+        linear = model.base_model.get_submodule(name)
+        device, bias = linear.weight.device, linear.bias
+        packed = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias is not None, compute_dtype, quant_type="nf4", device="meta"
+        )
+        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(device)
+        packed.bias = bias
+        model.base_model.set_submodule(name, packed)
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, **_NF4
+    )
+    # What PEFT and the Trainer ask a model that was quantized while loading.
+    model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config)
+    model.is_loaded_in_4bit = model.is_quantized = True
+
+
+def load_model(args: ModelArguments, lora: LoraArguments, source: str, device: torch.device, seed: int) -> PeftModel:
+    """The base of `find_base` with fresh adapters drawn from `seed`."""
+    if lora.lora_init_type == "loftq" and device.type != "cuda":
+        raise UserError(f"lora_init_type loftq is computed by PEFT on a GPU only, not on {device.type}: choose another")
+    # PiSSA splits the float weights; what is left of them is quantized afterwards.
+    float_first = args.load_in_4bit and lora.lora_init_type == "pissa"
+    set_seed(seed)
+    with _reading(source):
+        base = load_base(replace(args, load_in_4bit=False) if float_first else args, source, device)
+    base.config.use_cache = False
+    set_seed(seed)
+    model = add_lora(base, lora, quantize_after=float_first)
+    if lora.lora_init_type == "loftq":
+        _compensate_quantization(model, source)
+    for module in model.modules():
+        # On some CPUs an evaluation would repack NF4 weights into a rounded format that is for inference only.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def add_lora(base: PreTrainedModel, lora: LoraArguments, quantize_after: bool = False) -> PeftModel:
+    """PEFT adapters on the target modules, started as `lora_init_type` says (loftq: as qlora)."""
+    present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    if absent := [name for name in lora.target_modules if name not in present]:
+        raise UserError(f"target_modules: the model has no layer named {', '.join(absent)}")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        target_modules=list(lora.target_modules),
+        init_lora_weights=_INIT[lora.lora_init_type],
+    )
+    model = get_peft_model(base, config)
+    if not quantize_after:
+        return model
+    adapters = get_peft_model_state_dict(model)
+    residual = model.unload()
+    quantize_linears(residual, residual.dtype)
+    model = get_peft_model(residual, replace(config, init_lora_weights=True))
+    set_peft_model_state_dict(model, adapters)
+    # The saved adapters name the initialisation they need on the original weights.
+    model.peft_config["default"].init_lora_weights = config.init_lora_weights
+    return model
+
+
+def keep_initial_adapters(model: PeftModel, folder: Path) -> Path | None:
+    """Save what PEFT needs to write adapters for the original weights, where the start has changed the weights.
+
+    To be given to `save_pretrained(..., path_initial_model_for_weight_conversion=...)`; None where it is not needed.
+    """
+    if not str(model.peft_config["default"].init_lora_weights).startswith("pissa"):
+        return None
+    model.save_pretrained(folder)
+    return folder
+
+
+def _compensate_quantization(model: PeftModel, folder: str):
+    """LoftQ: start the adapters at the low-rank part of what quantization took from the weights in `folder`."""
+    replace_lora_weights_loftq(model, folder)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_B["default"].weight.data /= layer.scaling["default"]
