@@ -16,18 +16,21 @@ data_name=${data_name:-demo}
 data_dir=${data_dir:-}
 seq_len=${seq_len:-512}
 
-# HyC-LoRA
+# HyC-LoRA. preset: fastest, least_memory or longest (GPU), paper (the published method), or default (GPU or CPU).
+# Each setting below that is not empty replaces what the preset has:
+#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False
 use_hyclora=${use_hyclora:-True}
-layer_type=${layer_type:-intra_inter}
-iteration_threshold=${iteration_threshold:-5}
-softmax_outlier_ratio=${softmax_outlier_ratio:-0.05}
-layernorm_outlier_ratio=${layernorm_outlier_ratio:-0.005}
-q_bit=${q_bit:-4}
-average_bits=${average_bits:-3.0}  # with q_bit=auto
-attention=${attention:-flash}      # eager keeps a sparse map: softmax_outlier_ratio of it
-scale_rule=${scale_rule:-channel_group}
-offload=${offload:-False}
-cuda_graphs=${cuda_graphs:-False}
+preset=${preset:-$(has_gpu && echo least_memory || echo default)}
+layer_type=${layer_type:-}                            # baseline, intra, intra_inter, intra_inter_full_fuse
+q_bit=${q_bit:-}
+average_bits=${average_bits:-}                        # with q_bit=auto
+iteration_threshold=${iteration_threshold:-}          # training forwards that calibrate
+softmax_outlier_ratio=${softmax_outlier_ratio:-}      # with attention=eager
+layernorm_outlier_ratio=${layernorm_outlier_ratio:-}
+attention=${attention:-}
+scale_rule=${scale_rule:-}
+offload=${offload:-}
+cuda_graphs=${cuda_graphs:-}
 
 # LoRA
 lora_rank=${lora_rank:-16}
@@ -49,37 +52,15 @@ else
     num_train_epochs=${num_train_epochs:-6}
     per_device_train_batch_size=${per_device_train_batch_size:-4}
     gradient_accu_steps=${gradient_accu_steps:-4}
-    load_in_4bit=${load_in_4bit:-$(command -v nvidia-smi > /dev/null && echo True || echo False)}
+    load_in_4bit=${load_in_4bit:-$(has_gpu && echo True || echo False)}
     evaluate_before=${evaluate_before:-False}
     max_new_tokens=${max_new_tokens:-256}
 fi
 
-exec "$PYTHON" "$root/run_gsm8k.py" \
-    --model_name "$model_name" \
-    --model_dir "$model_dir" \
-    --load_in_4bit "$load_in_4bit" \
-    --data_name "$data_name" \
-    --data_dir "$data_dir" \
-    --seq_len "$seq_len" \
-    --use_hyclora "$use_hyclora" \
-    --layer_type "$layer_type" \
-    --iteration_threshold "$iteration_threshold" \
-    --softmax_outlier_ratio "$softmax_outlier_ratio" \
-    --layernorm_outlier_ratio "$layernorm_outlier_ratio" \
-    --q_bit "$q_bit" \
-    --average_bits "$average_bits" \
-    --attention "$attention" \
-    --scale_rule "$scale_rule" \
-    --offload "$offload" \
-    --cuda_graphs "$cuda_graphs" \
-    --lora_rank "$lora_rank" \
-    --lora_alpha "$lora_alpha" \
-    --lora_init_type "$lora_init_type" \
-    --learning_rate "$learning_rate" \
-    --seed "$seed" \
-    --num_train_epochs "$num_train_epochs" \
-    --per_device_train_batch_size "$per_device_train_batch_size" \
-    --gradient_accumulation_steps "$gradient_accu_steps" \
-    --evaluate_before "$evaluate_before" \
-    --max_new_tokens "$max_new_tokens" \
-    "$@"
+options=(--model_dir "$model_dir" --gradient_accumulation_steps "$gradient_accu_steps")
+add_options model_name load_in_4bit data_name data_dir seq_len
+add_options use_hyclora preset layer_type q_bit average_bits iteration_threshold softmax_outlier_ratio
+add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs
+add_options lora_rank lora_alpha lora_init_type
+add_options seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before max_new_tokens
+exec "$PYTHON" "$root/run_gsm8k.py" "${options[@]}" "$@"

@@ -3,14 +3,17 @@
     bash run_memory_throughput.sh                    # Llama-2-7B's shape on a GPU, the tiny LLaMA on a CPU
     q_bit=2 seq_len=8192 per_device_train_batch_size=1 bash run_memory_throughput.sh
 
-The settings are at the top of run_memory_throughput.sh; `python run_memory_throughput.py --help` lists all of them. One
-JSON line a run is appended to benchmarks/results/run_memory_throughput.jsonl.
+Plain LoRA is measured beside it, without and with checkpointing. The settings are at the top of
+run_memory_throughput.sh; `python run_memory_throughput.py --help` lists all of them. One JSON line a run is appended to
+benchmarks/results/run_memory_throughput.jsonl.
 """
 
 from pathlib import Path
 
 import torch
 
+from benchmarks.jobs import Job
+from benchmarks.peers import run as run_alone
 from benchmarks.record import record
 from hyclora import apply_hyclora
 from hyclora.models.patch import find_patch
@@ -22,6 +25,24 @@ from hyclora.utils.errors import RunStopped, UserError, entry_point, is_out_of_m
 from hyclora.utils.loading import find_base, load_model
 from hyclora.utils.profiling import random_micro_step
 
+PLAIN = ("PEFT LoRA", "PEFT LoRA, checkpointing")
+PLAIN_TIMEOUT = 900  # seconds
+MEMORY = (
+    ("static: weights, adapters, gradients, optimizer", "static_mib", "{:.1f} MiB"),
+    ("  of it trained: adapters, gradients, optimizer", "trained_mib", "{:.1f} MiB"),
+    ("kept for backward after the forward", "buffered_mib", "{:.2f} MiB"),
+    ("  beside it in host memory", "host_mib", "{:.2f} MiB"),
+    ("peak, torch.cuda.max_memory_allocated", "peak_mib", "{:.1f} MiB"),
+    ("dyn: peak over static", "dyn_mib", "{:.1f} MiB"),
+    ("held: taken of the GPU over static", "held_mib", "{:.1f} MiB"),
+)
+THROUGHPUT = (
+    ("a micro-step, median", "ms", "{:.1f} ms"),
+    ("  from, to", "ms_range", "{0[0]:.1f}, {0[1]:.1f} ms"),
+    ("micro-steps a second", "steps_per_second", "{:.3f}"),
+    ("sequences a second", "sequences_per_second", "{:.2f}"),
+    ("tokens a second", "tokens_per_second", "{}"),
+)
 GROUPS = (ModelArguments, LoraArguments, HycloraArguments, ProfileArguments)
 
 
@@ -33,7 +54,8 @@ def main(argv=None):
     check_output(Path(profile.output_dir), needed=2**20)
     device = device_of(profile, hyclora_args)
     results.print_settings(groups)
-    report = None
+    report, arguments = None, arguments_of(model_args, lora_args, profile, device)
+    plain = measure_plain(source, arguments) if profile.compare else {}
     try:
         model = load_model(model_args, lora_args, source, device, profile.seed)
         if hyclora_args.use_hyclora:
@@ -51,13 +73,15 @@ def main(argv=None):
         "setting": hyclora_args.config().to_dict() if hyclora_args.use_hyclora else None,
         **found,
         "slot_mib": slot_mib(report, model, profile) if report else {},
-        "arguments": arguments_of(model_args, lora_args, profile, device),
+        "plain": plain,
+        "arguments": arguments,
         "settings": results.settings(*groups),
     }
     record("run_memory_throughput", line, Path(profile.output_dir))
     if "error" in found:
         raise RunStopped("out of memory: lower per_device_train_batch_size or seq_len, or try a smaller q_bit")
-    print(closing_table(line, profile))
+    columns = plain | {f"HyC-LoRA, {hyclora_args.preset}" if hyclora_args.use_hyclora else "this setting": line}
+    print(closing_table(columns, profile))
 
 
 def device_of(profile: ProfileArguments, hyclora_args: HycloraArguments) -> torch.device:
@@ -116,32 +140,31 @@ def arguments_of(model_args, lora_args, profile, device) -> dict:
     }
 
 
-def closing_table(line: dict, profile: ProfileArguments) -> str:
-    rows = []
-    if profile.evaluate_memory and "static_mib" in line:
-        rows = [
-            ("torch.cuda.memory_allocated (static)", f"{line['static_mib']:.2f} MiB"),
-            ("  of it adapters, gradients, optimizer", f"{line['trained_mib']:.2f} MiB"),
-            ("buffered after the forward, on the GPU", f"{line['buffered_mib']:.2f} MiB"),
-            ("buffered after the forward, on the host", f"{line['host_mib']:.2f} MiB"),
-            ("torch.cuda.max_memory_allocated (peak)", f"{line['peak_mib']:.2f} MiB"),
-            ("dyn: peak - static", f"{line['dyn_mib']:.2f} MiB"),
-        ]
-    elif profile.evaluate_memory:
-        rows = [
-            ("kept by autograd after the forward", f"{line['buffered_mib']:.2f} MiB"),
-            ("torch.cuda.memory_allocated, static and peak", "need a GPU"),
-        ]
-    if profile.evaluate_memory:
-        rows += [(f"slot {slot}, a layer", f"{size:.3f} MiB") for slot, size in line["slot_mib"].items()]
-    if profile.evaluate_throughput:
-        low, high = line["ms_range"]
-        rows += [
-            ("micro-step, median and range", f"{line['ms']:.1f} ms ({low:.1f} to {high:.1f})"),
-            ("iterations (micro-steps) a second", f"{line['steps_per_second']:.3f}"),
-            ("sequences a second", f"{line['sequences_per_second']:.2f}"),
-            ("tokens a second", f"{line['tokens_per_second']}"),
-        ]
+def measure_plain(source: str, arguments: dict) -> dict[str, dict]:
+    """What stock LoRA takes with the same arguments and random weights, each in a process of its own."""
+    if not Path(source).is_dir():
+        return dict.fromkeys(PLAIN, {"error": "needs a folder"})
+    found = {}
+    for setting in PLAIN:
+        print(f"measuring {setting} in a process of its own", flush=True)
+        job = Job(setting=setting, checkpoints="", **arguments | {"shape": str(Path(source).resolve())})
+        found[setting] = run_alone(job, PLAIN_TIMEOUT)
+    return found
+
+
+def closing_table(columns: dict[str, dict], profile: ProfileArguments) -> str:
+    """A column a setting, a row a figure that one of them has."""
+    asked = MEMORY * profile.evaluate_memory + THROUGHPUT * profile.evaluate_throughput
+    rows = [("", *columns)]
+    for label, key, form in asked:
+        cells = [form.format(found[key]) if key in found else found.get("error", "") for found in columns.values()]
+        if any(key in found for found in columns.values()):
+            rows.append((label, *cells))
+    if profile.evaluate_memory and not any("static_mib" in found for found in columns.values()):
+        rows.append(("static, peak, dyn, held", *["need a GPU"] * len(columns)))
+    *plain, ours = columns.values()
+    for slot, size in ours["slot_mib"].items() if profile.evaluate_memory else ():
+        rows.append((f"slot {slot}, a layer", *[""] * len(plain), f"{size:.3f} MiB"))
     return results.table(rows)
 
 

@@ -8,7 +8,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/utils/env.sh"
 
 # model: a folder with a config.json in model_dir; random weights need no checkpoint
-if command -v nvidia-smi > /dev/null; then
+if has_gpu; then
     model_name=${model_name:-llama-2-7b}
     model_dir=${model_dir-$root/benchmarks/shapes}
     load_in_4bit=${load_in_4bit:-True}
@@ -27,46 +27,32 @@ per_device_train_batch_size=${per_device_train_batch_size:-4}
 gradient_checkpointing=${gradient_checkpointing:-False}
 evaluate_memory=${evaluate_memory:-True}
 evaluate_throughput=${evaluate_throughput:-True}
+compare=${compare:-True}            # plain LoRA, without and with checkpointing, in the same table
 
-# HyC-LoRA
+# HyC-LoRA. preset: fastest, least_memory or longest (GPU), paper (the published method), or default (GPU or CPU).
+# Each setting below that is not empty replaces what the preset has:
+#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False
 use_hyclora=${use_hyclora:-True}
-layer_type=${layer_type:-intra_inter}
-iteration_threshold=${iteration_threshold:-5}
-softmax_outlier_ratio=${softmax_outlier_ratio:-0.05}
-layernorm_outlier_ratio=${layernorm_outlier_ratio:-0.005}
-q_bit=${q_bit:-4}
-average_bits=${average_bits:-3.0}  # with q_bit=auto
-attention=${attention:-flash}      # eager keeps a sparse map: softmax_outlier_ratio of it
-scale_rule=${scale_rule:-channel_group}
-offload=${offload:-False}
-cuda_graphs=${cuda_graphs:-False}
+preset=${preset:-$(has_gpu && echo least_memory || echo default)}
+layer_type=${layer_type:-}                            # baseline, intra, intra_inter, intra_inter_full_fuse
+q_bit=${q_bit:-}
+average_bits=${average_bits:-}                        # with q_bit=auto
+iteration_threshold=${iteration_threshold:-}          # training forwards that calibrate
+softmax_outlier_ratio=${softmax_outlier_ratio:-}      # with attention=eager
+layernorm_outlier_ratio=${layernorm_outlier_ratio:-}
+attention=${attention:-}
+scale_rule=${scale_rule:-}
+offload=${offload:-}
+cuda_graphs=${cuda_graphs:-}
 
 # LoRA
 lora_rank=${lora_rank:-16}
 lora_alpha=${lora_alpha:-16}
 
-exec "$PYTHON" "$root/run_memory_throughput.py" \
-    --model_name "$model_name" \
-    --model_dir "$model_dir" \
-    --load_in_4bit "$load_in_4bit" \
-    --random_weights "$random_weights" \
-    --device "$device" \
-    --seq_len "$seq_len" \
-    --per_device_train_batch_size "$per_device_train_batch_size" \
-    --gradient_checkpointing "$gradient_checkpointing" \
-    --evaluate_memory "$evaluate_memory" \
-    --evaluate_throughput "$evaluate_throughput" \
-    --use_hyclora "$use_hyclora" \
-    --layer_type "$layer_type" \
-    --iteration_threshold "$iteration_threshold" \
-    --softmax_outlier_ratio "$softmax_outlier_ratio" \
-    --layernorm_outlier_ratio "$layernorm_outlier_ratio" \
-    --q_bit "$q_bit" \
-    --average_bits "$average_bits" \
-    --attention "$attention" \
-    --scale_rule "$scale_rule" \
-    --offload "$offload" \
-    --cuda_graphs "$cuda_graphs" \
-    --lora_rank "$lora_rank" \
-    --lora_alpha "$lora_alpha" \
-    "$@"
+options=(--model_dir "$model_dir")
+add_options model_name load_in_4bit random_weights device
+add_options seq_len per_device_train_batch_size gradient_checkpointing evaluate_memory evaluate_throughput compare
+add_options use_hyclora preset layer_type q_bit average_bits iteration_threshold softmax_outlier_ratio
+add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs
+add_options lora_rank lora_alpha
+exec "$PYTHON" "$root/run_memory_throughput.py" "${options[@]}" "$@"

@@ -26,9 +26,9 @@ from hyclora.utils.profiling import buffered_bytes, random_batch
 SETTINGS = [
     {"layer_type": "baseline"},
     *({"layer_type": "intra", "q_bit": bits} for bits in (8, 4, 2)),
-    *({"q_bit": bits} for bits in (8, 4, 3, 2)),
-    {"q_bit": "auto", "average_bits": 3.0},
-    {"q_bit": "auto", "average_bits": 2.5},
+    *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 3, 2)),
+    {"layer_type": "intra_inter", "q_bit": "auto", "average_bits": 3.0},
+    {"layer_type": "intra_inter", "q_bit": "auto", "average_bits": 2.5},
 ]
 
 

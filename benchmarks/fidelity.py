@@ -26,11 +26,11 @@ from hyclora.utils.args import LINEARS, DataArguments
 from hyclora.utils.data.gsm8k import Collator, load_rows, tokenize_rows
 
 SETTINGS = [
-    *({"q_bit": bits} for bits in (8, 4, 3, 2)),
-    *({"q_bit": "auto", "average_bits": bits} for bits in (4.0, 3.0, 2.5)),
-    *({"q_bit": bits, "scale_rule": "paper"} for bits in (8, 4, 2)),
+    *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 3, 2)),
+    *({"layer_type": "intra_inter", "q_bit": "auto", "average_bits": bits} for bits in (4.0, 3.0, 2.5)),
+    *({"layer_type": "intra_inter", "q_bit": bits, "scale_rule": "paper"} for bits in (8, 4, 2)),
     {"q_bit": 4, "layer_type": "intra"},
-    *({"q_bit": bits, "slot_savers": LSE_KEPT} for bits in (4, 2)),
+    *({"layer_type": "intra_inter", "q_bit": bits, "slot_savers": LSE_KEPT} for bits in (4, 2)),
 ]
 SLOT_GROUPS = {"norm_in": ["norm_in"], "attn_in + mlp_in": ["attn_in", "mlp_in"]} | {
     name: [name] for name in ("q", "k", "v", "gate", "up")
@@ -99,7 +99,11 @@ def slot_settings(bits: int) -> dict[str, dict]:
     settings = {}
     for name, slots in SLOT_GROUPS.items():
         exact = {slot: "exact" for group in SLOT_GROUPS.values() for slot in group}
-        settings[name] = {"q_bit": bits, "slot_savers": exact | {slot: f"quant{bits}" for slot in slots}}
+        settings[name] = {
+            "layer_type": "intra_inter",
+            "q_bit": bits,
+            "slot_savers": exact | {slot: f"quant{bits}" for slot in slots},
+        }
     return settings
 
 

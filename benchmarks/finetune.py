@@ -17,9 +17,9 @@ from benchmarks.fidelity import load_batches, load_model
 from benchmarks.record import record
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 
-SETTINGS = [None, *({"q_bit": bits} for bits in (8, 4, 3, 2))]
-SETTINGS += [{"q_bit": "auto", "average_bits": bits} for bits in (3.0, 2.5)]
-PAPER = [{"q_bit": bits, "scale_rule": "paper"} for bits in (8, 4, 2)]
+SETTINGS = [None, *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 3, 2))]
+SETTINGS += [{"layer_type": "intra_inter", "q_bit": "auto", "average_bits": bits} for bits in (3.0, 2.5)]
+PAPER = [{"layer_type": "intra_inter", "q_bit": bits, "scale_rule": "paper"} for bits in (8, 4, 2)]
 
 
 @torch.no_grad()

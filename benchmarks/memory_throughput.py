@@ -20,22 +20,20 @@ from benchmarks.jobs import Job, add_arguments, cell, make_job
 from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS, run
 from benchmarks.record import read, record
 from benchmarks.rows import LSE_KEPT, name_of
-from hyclora.models.config import HycloraConfig
+from hyclora.models.config import PRESETS, HycloraConfig
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import Interrupted, entry_point
 from hyclora.utils.results import environment
 
 NAME = "memory_throughput"
+GPU_PRESETS = ("fastest", "least_memory", "longest")
 OURS = [
-    {"layer_type": "baseline"},
-    *({"q_bit": bits} for bits in (8, 4, 2)),
-    *({"layer_type": "intra_inter_full_fuse", "q_bit": bits} for bits in (4, 2)),
-    {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True},
-    {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True, "slot_savers": LSE_KEPT},
+    *({"layer_type": "intra_inter_full_fuse", "q_bit": 4} | PRESETS[name].settings for name in GPU_PRESETS),
     {"layer_type": "intra_inter_full_fuse", "q_bit": 2, "cuda_graphs": True},
-    {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True, "cuda_graphs": True},
-    {"q_bit": "auto"},
-    *({"q_bit": bits, "offload": True} for bits in (8, 4, 2)),
+    {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True, "slot_savers": LSE_KEPT},
+    *({"layer_type": "intra_inter_full_fuse", "q_bit": bits} for bits in (4, 2)),
+    *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 2, "auto")),
+    {"layer_type": "baseline"},
 ]
 
 

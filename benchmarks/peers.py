@@ -30,6 +30,8 @@ NOT_INSTALLED = "not installed"
 NOT_DONE = "not done after"
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 PARENT = "HYCLORA_SWEEP"
+# as the scripts set it, for every peer alike (Unsloth does so itself)
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
@@ -153,7 +155,7 @@ def micro_step(job: Job):
 def measure(job: Job) -> dict:
     """Memory and time of the job's micro-step."""
     step = micro_step(job)
-    return step.memory() | step.throughput(job.steps)
+    return step.memory() | step.throughput(job.steps) | {"allocator": os.environ.get("PYTORCH_ALLOC_CONF")}
 
 
 def cause(error: BaseException) -> str:
@@ -178,7 +180,7 @@ def run(job: Job, timeout: float) -> dict:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.peers", json.dumps(asdict(job))],
             cwd=ROOT,
-            env=os.environ | OFFLINE | {PARENT: str(os.getpid())},
+            env=os.environ | ALLOCATOR | OFFLINE | {PARENT: str(os.getpid())},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

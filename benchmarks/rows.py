@@ -46,7 +46,8 @@ def name_of(setting: dict | str | None) -> str:
     """A setting as a reader would say it; a peer's name says it already."""
     if not isinstance(setting, dict):
         return setting or "PEFT LoRA"
-    default = HycloraConfig().to_dict()
+    # lines of before full_fuse became the default do not name the layer type that they had
+    default = HycloraConfig(layer_type="intra_inter").to_dict()
     rest = {name: value for name, value in setting.items() if value != default.get(name)}
     kind, bits = rest.pop("layer_type", "intra_inter"), rest.pop("q_bit", 4)
     average, rule = rest.pop("average_bits", 3.0), rest.pop("scale_rule", "channel_group")

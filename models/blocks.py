@@ -20,6 +20,7 @@ from hyclora.operators.attention.fused_qkv import fits
 from hyclora.operators.attention.rope import rope
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
 from hyclora.operators.linear.nf4 import is_4bit
+from hyclora.operators.mlp import fused_mlp
 from hyclora.operators.mlp.mlp import MlpFunction, MlpSpec
 from hyclora.operators.norm import RMSNormFunction
 from hyclora.operators.savers import Derived, Keeper, Saver, Step
@@ -158,8 +159,6 @@ class AttentionBlock(Block):
         qkv = ProjectionGroup([projection(module, name, n) for n in family.qkv])
         out = ProjectionGroup([projection(module, name, family.out)])
         self.projections = [*qkv.projections, *out.projections]
-        if fused:
-            _refuse_lora_bias(qkv)
         if attention == "eager" and module.attention_dropout > 0:
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
         implementation = module.config._attn_implementation
@@ -213,11 +212,9 @@ class MlpBlock(Block):
         gate_up = ProjectionGroup([projection(module, name, n) for n in family.gate_up])
         down = ProjectionGroup([projection(module, name, family.down)])
         self.projections = [*gate_up.projections, *down.projections]
-        if fused:
-            _refuse_lora_bias(gate_up)
         if not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
             raise ValueError(f"{name}: activation {type(module.act_fn).__name__} is not supported, only SiLU is")
-        self.spec = MlpSpec(gate_up, down, compensate, fused)
+        self.spec = MlpSpec(gate_up, down, compensate, fused and fused_mlp.fits(savers))
 
     def run(self, dtype, hidden_states, residual=None):
         """The MLP's output, added to the residual branch if given: a layer's own tensor, of nobody else."""
@@ -235,12 +232,6 @@ class MlpBlock(Block):
         for tile in tiles:
             y = place(y, super().run_stock(rows[tile]), tile, len(rows))
         return y.view(*x.shape[:-1], -1)
-
-
-def _refuse_lora_bias(group: ProjectionGroup) -> None:
-    for p in group.projections:
-        p.takes_bias_B = False
-        p.refresh()
 
 
 def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projection:

@@ -1,7 +1,7 @@
 """HycloraConfig, and what it means: which saver keeps which slot.
 
 layer_type, q_bit and the ratios choose savers, and layer_type whether LoRA compensates and kernels are fused (Policy).
-Nothing outside of this file decides by layer_type.
+Nothing outside of this file decides by layer_type. PRESETS names the settings that most users should begin with.
 """
 
 import math
@@ -62,6 +62,35 @@ RECOMPUTABLE = ("lse", "attn_out", "act", "hidden")
 WITH_LSE = ("q", "k", "v", "attn_out")
 
 
+@dataclass(frozen=True)
+class Preset:
+    """Settings that belong together: what they are for, in a sentence, and where they differ from the defaults."""
+
+    meaning: str
+    settings: dict[str, Any]
+
+
+PRESETS = {
+    "fastest": Preset(
+        "Kept activations stay on the GPU, all layers replay as CUDA graphs.",
+        {"cuda_graphs": True},
+    ),
+    "least_memory": Preset(
+        "Kept activations wait in host memory; CUDA graphs, so nearly as fast.",
+        {"offload": True, "cuda_graphs": True},
+    ),
+    "longest": Preset(
+        "Host memory without CUDA graphs: least GPU memory a token, slower where rows are short.",
+        {"offload": True},
+    ),
+    "paper": Preset(
+        "The published method: its quantizer, and a sparse attention map.",
+        {"layer_type": "intra_inter", "scale_rule": "paper", "attention": "eager"},
+    ),
+    "default": Preset("4 bit on the device of the model, GPU or CPU.", {}),
+}
+
+
 def _option(default: Any, help: str) -> Any:
     if isinstance(default, dict):
         return field(default_factory=dict, metadata={"help": help})
@@ -75,7 +104,7 @@ class HycloraConfig:
     Raises ValueError, one sentence, for a value that cannot work.
     """
 
-    layer_type: str = _option("intra_inter", f"Compression strategy: {', '.join(POLICIES)}.")
+    layer_type: str = _option("intra_inter_full_fuse", f"Compression strategy: {', '.join(POLICIES)}.")
     q_bit: int | str = _option(4, "Bits of a quantized slot: 2, 3, 4, 8, or auto (chosen a slot within average_bits).")
     average_bits: float = _option(3.0, "With q_bit=auto: average bits per kept element, scales included.")
     iteration_threshold: int = _option(5, "Training forwards that calibrate the channel statistics before they freeze.")
@@ -88,6 +117,12 @@ class HycloraConfig:
         False, "Replay the layers as CUDA graphs for batches of a kind (shape, document bounds) that comes again."
     )
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "HycloraConfig":
+        """The settings of PRESETS[name], with some changed: HycloraConfig.preset("fastest", q_bit=2)."""
+        _one_of("preset", name, tuple(PRESETS))
+        return cls(**PRESETS[name].settings | changes)
 
     def __post_init__(self):
         if isinstance(self.q_bit, str) and self.q_bit.isdecimal():
@@ -120,10 +155,6 @@ class HycloraConfig:
             raise ValueError(f"slot_savers['lse']={saver!r}: attention=flash keeps it exact, or recomputes it")
         if slot == "attn_out" and saver == "recompute" and self.saver_name("lse", 8) == "exact":
             raise ValueError("slot_savers['attn_out']='recompute': with a kept lse the attention is not run again")
-        if self.policy.fused and slot in ("gate", "up") and not saver.startswith("quant"):
-            raise ValueError(f"slot_savers[{slot!r}]={saver!r}: {self.layer_type} packs gate and up inside its kernel")
-        if self.policy.fused and slot in ("act", "hidden") and saver != "recompute":
-            raise ValueError(f"slot_savers[{slot!r}]={saver!r}: {self.layer_type} recomputes it inside its kernel")
 
     @property
     def policy(self) -> Policy:

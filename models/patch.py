@@ -17,48 +17,12 @@ from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
 from hyclora.models.layers import CheckpointBlock, LayerBlock
 from hyclora.models.masks import causal_bounds
+from hyclora.models.report import PatchReport, make_report, tell_of_checkpointing
 from hyclora.operators.savers import ChannelQuant, Saver, Step, make_saver
 from hyclora.operators.store import CudaCopies, Store
 
 FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL}
 PATCH = "_hyclora_patch"
-
-
-@dataclass
-class PatchReport:
-    """What apply_hyclora did; str() is the text for a person.
-
-    average_bits: of an element kept; slot_bits: of a token, by slot, summed over layers (the attention map, whose size
-    depends on the sequence, is left out of both). head: name of the LM head whose loss is computed by chunks, or None;
-    not_patched then says why.
-    """
-
-    config: HycloraConfig
-    n_layers: int
-    average_bits: float
-    slot_bits: dict[str, float]
-    savers: dict[str, list[str]]
-    adapters: dict[str, int]
-    head: str | None
-    not_patched: list[str]
-
-    def __str__(self) -> str:
-        parts = "2 norms, attention, MLP each; and the last norm"
-        lines = [f"HyC-LoRA ({self.config.layer_type}) patched {self.n_layers} layers: {parts}"]
-        lines.append(f"  {self.average_bits:.2f} bits an element kept, scales and exact channels included")
-        for slot, names in self.savers.items():
-            kinds = ", ".join(f"{name} x{names.count(name)}" for name in dict.fromkeys(names))
-            lines.append(f"  {slot:<9}{kinds if len(set(names)) > 1 else names[0]}")
-        if self.head is not None:
-            lines.append(f"  {self.head}: chunked cross-entropy, no logits in training")
-        adapted = ", ".join(f"{name} x{count}" for name, count in self.adapters.items())
-        lines.append(f"  LoRA on  {adapted}")
-        if self.config.offload:
-            lines.append("  packed slots wait in pinned host memory")
-        if self.config.cuda_graphs:
-            lines.append("  all layers are replayed as CUDA graphs for batches of a shape that comes again")
-        lines.append(f"  not patched: {', '.join(self.not_patched)}")
-        return "\n".join(lines)
 
 
 @dataclass
@@ -105,7 +69,10 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     bits = _bits(config, family, layers)
     blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step)]
     head, stock_head = _head(model, family, names, step, blocks)
-    report = _report(config, family, model, layers, blocks, head, stock_head)
+    inside = blocks if head is None else [*blocks, head]
+    not_patched = _others(model, family, decoder, layers) + stock_head
+    head_name = None if head is None else f"{head.name}.{family.head}"
+    report = make_report(config, layers, _slot_widths(family, layers[0]), inside, head_name, not_patched)
     blocks.append(_final_norm(config, getattr(decoder, family.final_norm), names, step, blocks))
     blocks += [] if head is None else [head]
     savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
@@ -154,10 +121,14 @@ class _StepHook:
 
     def __init__(self, patch: Patch, attention: list[AttentionBlock], adapted: list):
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
+        self.told = False
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
         if not (decoder.training and torch.is_grad_enabled()):
             return None
+        if not self.told:
+            self.told = True
+            tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints])
         self.step.index += 1
         for checkpoint in self.patch.checkpoints:
             checkpoint.bind()
@@ -311,34 +282,9 @@ def _savers(config: HycloraConfig, kind: str, bits: dict[str, int]) -> dict[str,
     }
 
 
-def _report(config, family, model, layers, blocks, head, stock_head) -> PatchReport:
-    savers: dict[str, list[str]] = {}
-    slot_bits: dict[str, float] = {}
-    elements = 0
-    widths = _slot_widths(family, layers[0])
-    for block in blocks:
-        for slot, saver in block.savers.items():
-            if slot == "prob" and config.attention != "eager":
-                continue
-            savers.setdefault(slot, []).append(str(saver))
-            if saver.stored and slot != "prob":
-                slot_bits[slot] = slot_bits.get(slot, 0.0) + saver.bits(widths[slot])
-                elements += widths[slot]
-    adapters: dict[str, int] = {}
-    every = blocks if head is None else [*blocks, head]
-    for p in {id(p): p for block in every for p in block.projections if p.has_adapter}.values():
-        adapters[p.name] = adapters.get(p.name, 0) + 1
+def _others(model: nn.Module, family: Family, decoder: nn.Module, layers: list[nn.Module]) -> list[str]:
+    """Names of the modules without children that no block is for."""
     known = {id(m) for layer in layers for m in layer.modules()}
     known |= {id(m) for m in getattr(_base(model), family.head, nn.Module()).modules()}
-    known.add(id(getattr(_decoder(model)[0], family.final_norm)))
-    leaves = [n for n, m in model.named_modules() if not list(m.children()) and id(m) not in known]
-    return PatchReport(
-        config,
-        len(layers),
-        sum(slot_bits.values()) / elements,
-        slot_bits,
-        savers,
-        adapters,
-        None if head is None else f"{head.name}.{family.head}",
-        leaves + stock_head,
-    )
+    known.add(id(getattr(decoder, family.final_norm)))
+    return [n for n, m in model.named_modules() if not list(m.children()) and id(m) not in known]

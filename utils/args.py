@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from hyclora.models.config import HycloraConfig
+from hyclora.models.config import PRESETS, HycloraConfig
 from hyclora.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +106,7 @@ class ProfileArguments:
     per_device_train_batch_size: int = option(4, "Sequences of a micro-step (a forward and a backward).")
     evaluate_memory: bool = option(True, "Measure what a micro-step allocates.")
     evaluate_throughput: bool = option(True, "Measure how fast micro-steps are.")
+    compare: bool = option(True, "Measure plain LoRA too, without and with checkpointing.")
     gradient_checkpointing: bool = option(False, "Keep the layers' inputs alone, and run each layer again in backward.")
     steps: int = option(10, "Timed micro-steps.")
     warm_up_seq_len: int | None = option(None, "Warm up and calibrate on sequences this short; default: seq_len.")
@@ -161,12 +162,12 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def _option_of(config_field, kind) -> tuple[str, type, dataclasses.Field]:
-    """A field of HycloraConfig as a command-line option: what is not a plain number or word is written as JSON."""
-    factory = config_field.default_factory
-    default = config_field.default if factory is dataclasses.MISSING else factory()
-    if kind not in (bool, int, float, str):
-        kind, default = str, default if isinstance(default, str) else json.dumps(default)
-    return config_field.name, kind, option(default, config_field.metadata["help"])
+    """A field of HycloraConfig as a command-line option without a value of its own: the preset has it.
+
+    What is not a plain number or word is written as JSON.
+    """
+    kind = kind if kind in (bool, int, float, str) else str
+    return config_field.name, kind, option(None, config_field.metadata["help"])
 
 
 def _value_of(name: str, text):
@@ -184,22 +185,27 @@ def _value_of(name: str, text):
 
 _HYCLORA_FIELDS = dataclasses.fields(HycloraConfig)
 _KINDS = typing.get_type_hints(HycloraConfig)
+_PRESETS = "Settings to begin with, which the options below change: " + ", ".join(PRESETS) + "."
 
 
 class _Configures:
-    """Turns the options named like HycloraConfig's fields into one, first of all to check them."""
-
-    def config(self) -> HycloraConfig:
-        return HycloraConfig(**{f.name: _value_of(f.name, getattr(self, f.name)) for f in _HYCLORA_FIELDS})
+    """Options named like HycloraConfig's fields: those that are not given get the value that the preset has."""
 
     def __post_init__(self):
-        self.config()
+        names = [f.name for f in _HYCLORA_FIELDS]
+        given = {name: _value_of(name, getattr(self, name)) for name in names if getattr(self, name) is not None}
+        for name, value in HycloraConfig.preset(self.preset, **given).to_dict().items():
+            setattr(self, name, value)
+
+    def config(self) -> HycloraConfig:
+        return HycloraConfig(**{f.name: getattr(self, f.name) for f in _HYCLORA_FIELDS})
 
 
 HycloraArguments = dataclasses.make_dataclass(
     "HycloraArguments",
     [
         ("use_hyclora", bool, option(True, "Keep the activations compressed; False trains stock PEFT LoRA.")),
+        ("preset", str, option("default", _PRESETS)),
         *(_option_of(f, _KINDS[f.name]) for f in _HYCLORA_FIELDS),
     ],
     bases=(_Configures,),

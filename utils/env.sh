@@ -5,6 +5,10 @@
 
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+has_gpu() {
+    command -v nvidia-smi > /dev/null
+}
+
 # Silent if the interpreter $1 qualifies, else one line that says why not. pyproject.toml says what is needed; the extras
 # 4bit and dev (but for `developing`), datasets and the tokenizers of bare SentencePiece files are for some uses only,
 # which say so themselves.
@@ -36,7 +40,7 @@ _install() {
     local pip=("$1/bin/python" -m pip) torch
     torch=$(grep '^torch==' "$_root/requirements.txt")
     echo "env: making .venv with the packages of requirements.txt, once"
-    if command -v nvidia-smi > /dev/null; then
+    if has_gpu; then
         echo "env: about 5.5 GB to fetch, nearly all of it torch and CUDA: minutes on a fast line"
     elif "${pip[@]}" install --quiet --no-deps --dry-run "$torch+cpu" 2> /dev/null; then
         echo "env: no GPU here, so torch's CPU build: about 0.5 GB to fetch, a minute or two"
@@ -83,5 +87,15 @@ _choose_python() {
     echo "env: using $PYTHON, as $found $reason"
 }
 
+# Add --name value to `options` for each of these variables that is not empty; the program knows what the others are.
+add_options() {
+    local name
+    for name; do
+        [[ -z "${!name:-}" ]] || options+=("--$name" "${!name}")
+    done
+}
+
 _choose_python || return
 export PYTHON
+# segments that grow leave fewer gaps between tensors, so that less of the GPU is held
+[[ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}

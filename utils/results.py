@@ -152,9 +152,9 @@ def write_json(file: Path, content: dict | list):
     os.replace(part, file)
 
 
-def table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns between rules."""
-    left = max(len(name) for name, _ in rows)
-    right = max(len(value) for _, value in rows)
-    rule = "-" * (left + 2 + right)
-    return "\n".join([rule, *(f"{name:<{left}}  {value:>{right}}" for name, value in rows), rule])
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns between rules; the first one is of words."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ["  ".join([f"{name:<{first}}", *map(str.rjust, cells, widths)]) for name, *cells in rows]
+    rule = "-" * len(lines[0])
+    return "\n".join([rule, *lines, rule])

@@ -152,6 +152,11 @@ class AttentionSpec:
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.qkv.parameters() + self.out.parameters()
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether the fused kernels run on a GPU; what they pack is the same either way."""
+        return self.fused and not self.qkv.has_lora_bias
+
     def to_heads(self, x: Tensor, batch: int) -> Tensor:
         """[T, H D] to [B, S, H, D]."""
         return x.view(batch, x.shape[0] // batch, -1, self.head_dim)
@@ -177,7 +182,7 @@ class AttentionFunction(torch.autograd.Function):
         if spec.qkv.needs_input:
             keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
         y, low_rank = spec.qkv.project(rows, parameters[:n_qkv], keeper, rng)
-        fused = spec.fused and use_triton(y)
+        fused = spec.can_fuse and use_triton(y)
         if fused:
             y = fused_qkv_fwd(spec, y, cos, sin, batch, low_rank, keeper)
             heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]

@@ -43,14 +43,13 @@ def get_rng_state(device: torch.device) -> Tensor:
 class Projection:
     """One linear layer of a block as the block's Functions see it; W is read from the module at each use.
 
-    owner has the layer under name, and where tells a person; takes_bias_B: whether a bias of lora_B is computed.
+    owner has the layer under name, and where tells a person.
     adapter: name of the active adapter or None; rank; scaling: lora_alpha / r (/ sqrt(r) with rsLoRA); dropout: its
     probability: these are read from PEFT by refresh(), once a forward.
     """
 
     def __init__(self, module: nn.Module, name: str, owner: nn.Module | None = None, where: str = ""):
         self.module, self.name, self.owner, self.where = module, name, owner, where or name
-        self.takes_bias_B = True
         self.base = getattr(module, "base_layer", module)
         self.width = self.base.out_features
         # PEFT changes what is in these, never themselves, and each look at a module's child costs more than a dict's
@@ -83,7 +82,7 @@ class Projection:
         if active:
             (self.adapter,) = active
             up = lora_B[self.adapter]
-            self._refuse(up.bias)
+            self._refuse()
             weights = lora_A[self.adapter].weight, up.weight, up.bias
             self.rank, self.scaling = weights[0].shape[0], module.scaling[self.adapter]
             dropout = dropouts[self.adapter]
@@ -92,15 +91,11 @@ class Projection:
         self._active = not (module.disable_adapters or module.merged)
         return self._active
 
-    def _refuse(self, bias_B: Tensor | None) -> None:
+    def _refuse(self) -> None:
         """ValueError if the active adapter is one that the Functions do not compute."""
         if variant := getattr(self.module, "lora_variant", {}).get(self.adapter):
             kind = type(variant).__name__
             raise ValueError(f"{self.where}: LoRA variant {kind} is not supported; use plain LoRA or rsLoRA")
-        if bias_B is not None and not self.takes_bias_B:
-            raise ValueError(
-                f"{self.where}: lora_bias is not supported by intra_inter_full_fuse; use layer_type=intra_inter"
-            )
 
     @property
     def has_adapter(self) -> bool:
@@ -152,6 +147,11 @@ class ProjectionGroup:
     @property
     def dropout(self) -> bool:
         return any(p.dropout for p in self.projections)
+
+    @property
+    def has_lora_bias(self) -> bool:
+        """Whether an active adapter has a bias on lora_B, which the fused kernels do not add."""
+        return any(p.parameters()[2] is not None for p in self.projections)
 
     @property
     def ranks(self) -> list[slice]:

@@ -129,6 +129,12 @@ def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, ke
     return grid, xa, B, constants
 
 
+def fits(savers: dict) -> bool:
+    """Whether the kernels take these savers: gate and up quantized, act and hidden recomputed."""
+    quantized = all(hasattr(savers[name], "book") for name in ("gate", "up"))
+    return quantized and not (savers["act"].stored or savers["hidden"].stored)
+
+
 def fused_mlp_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
     """hidden = silu(gate + LoRA) * (up + LoRA) [T, F] from the frozen paths y = [gate, up], packed on the way."""
     n_rows, n_cols = y.shape[0], y.shape[1] // 2

@@ -33,6 +33,11 @@ class MlpSpec:
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.gate_up.parameters() + self.down.parameters()
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether the fused kernels run on a GPU; what they pack is the same either way."""
+        return self.fused and not self.gate_up.has_lora_bias
+
 
 class MlpFunction(torch.autograd.Function):
     """y = hidden W_d^T + LoRA (+ residual), hidden = silu(gate) * up, gate/up = x W^T + LoRA; in tiles when x is long.
@@ -84,7 +89,7 @@ def _forward_tile(
     """y [T, C] of x [T, C], residual included; keeps all slots but mlp_in."""
     n_gate_up = len(spec.gate_up.parameters())
     y, low_rank = spec.gate_up.project(x, parameters[:n_gate_up], keeper, rng)
-    hidden = (fused_mlp_fwd if spec.fused and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
+    hidden = (fused_mlp_fwd if spec.can_fuse and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
     del y, low_rank
     if spec.down.needs_input:
         keeper.keep("hidden", hidden)
@@ -97,7 +102,7 @@ def _backward_tile(
     """dx [T, C] and the gradients of spec.parameters() from dy [T, C]; needs: of x and these; restore_x: of mlp_in."""
     n_gate_up = len(spec.gate_up.parameters())
     need_dx, *needs = needs
-    fused = spec.fused and use_triton(dy)
+    fused = spec.can_fuse and use_triton(dy)
     down = spec.down.kept_low_rank(keeper, dy.dtype)
     # the fused kernel adds g A where it reads dhidden, dropout's factors apart
     in_kernel = fused and down is not None and not spec.down.dropout

@@ -11,6 +11,7 @@ from hyclora.utils import results
 from hyclora.utils.args import ROOT
 
 SMALL = ["--seq_len", "16", "--per_device_train_batch_size", "2", "--steps", "2", "--random_weights", "True"]
+SMALL += ["--compare", "False"]
 
 
 @pytest.fixture
@@ -41,6 +42,14 @@ def test_memory_and_throughput_in_one_run(run):
     stock, printed = run("--use_hyclora", "False", "--evaluate_throughput", "False")
     assert stock["setting"] is None and stock["buffered_mib"] > line["buffered_mib"]
     assert "ms" not in stock and "a second" not in printed
+
+
+def test_plain_lora_stands_beside_it(run):
+    """Measured in the same run; without checkpointing it keeps most, and on a CPU that is all that can be told."""
+    line, printed = run("--compare", "True", "--evaluate_throughput", "False")
+    kept = [line["plain"][name]["buffered_mib"] for name in run_memory_throughput.PLAIN]
+    assert kept[0] > line["buffered_mib"] and kept[0] > kept[1] > 0
+    assert all(f"{size:.2f} MiB" in printed for size in (*kept, line["buffered_mib"]))
 
 
 def test_bytes_of_slots(run, tiny_llama_folder):

@@ -173,7 +173,8 @@ def test_shapes_are_configurations():
 
 
 def test_a_setting_has_one_name():
-    assert rows.name_of({}) == rows.name_of({"q_bit": 4}) == rows.name_of(HycloraConfig().to_dict())
+    assert rows.name_of({}) == rows.name_of({"q_bit": 4}) == "intra_inter, 4 bit"
+    assert rows.name_of(HycloraConfig().to_dict()) == "intra_inter_full_fuse, 4 bit"
     assert rows.name_of({"q_bit": 2, "offload": True}) == "intra_inter, 2 bit, offloaded"
     assert rows.name_of({"attention": "eager"}) == "intra_inter, 4 bit, attention eager"
     assert rows.name_of(None) == "PEFT LoRA"

@@ -338,8 +338,25 @@ def test_fused_layers_are_the_unfused_ones(kernels):
         apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=4, iteration_threshold=1))
         gradients(model, batch)
         found[layer_type] = gradients(model, batch)
-        attention = next(b for b in find_patch(model).blocks if hasattr(b, "spec") and hasattr(b.spec, "qkv"))
-        assert attention.spec.fused == (layer_type == "intra_inter_full_fuse")
+        specs = [block.spec for block in find_patch(model).blocks if hasattr(block, "spec")]
+        assert [spec.can_fuse for spec in specs] == [layer_type == "intra_inter_full_fuse"] * 2
     (loss, plain), (fused_loss, fused) = found.values()
     # a code may fall to the other side of a rounding where the order of a sum differs
     assert abs(loss - fused_loss) < 1e-5 and largest_error(fused, plain) < 0.05
+
+
+@pytest.mark.parametrize("savers", [None, {"up": "exact"}, {"hidden": "quant8"}], ids=["lora bias", "up", "hidden"])
+def test_what_the_fused_kernels_do_not_take_goes_the_other_way(kernels, monkeypatch, savers):
+    """A bias on lora_B, gate or up exact, hidden kept: as intra_inter, but for what fused norms round otherwise."""
+    for name in ("fused_mlp_fwd", "fused_mlp_bwd"):
+        monkeypatch.setattr(f"hyclora.operators.mlp.mlp.{name}", lambda *args: pytest.fail("the fused kernel ran"))
+    found = []
+    for layer_type in ("intra_inter", "intra_inter_full_fuse"):
+        model = llama({"lora_bias": True} if savers is None else {}, num_hidden_layers=1)
+        config = HycloraConfig(layer_type=layer_type, iteration_threshold=1, slot_savers=savers or {})
+        apply_hyclora(model, config)
+        for _ in range(2):
+            loss, grads = gradients(model, padded_batch(rows=1, width=5))
+        found.append((loss, grads))
+    (loss, plain), (other_loss, other) = found
+    assert abs(loss - other_loss) < 1e-5 and largest_error(other, plain) < 0.05

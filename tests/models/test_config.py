@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.bits import allocate_bits
-from hyclora.models.config import POLICIES, SLOTS
+from hyclora.models.config import POLICIES, PRESETS, SLOTS
 from hyclora.models.patch import find_patch
 from hyclora.utils.args import LINEARS
 from tests.helpers.small_models import gradients, llama, padded_batch
@@ -23,8 +23,6 @@ BAD = {
     "slot_savers['gate']='quant5'": {"slot_savers": {"gate": "quant5"}},
     "slot_savers['gate']='recompute'": {"slot_savers": {"gate": "recompute"}},
     "slot_savers['prob']='quant4'": {"slot_savers": {"prob": "quant4"}},
-    "slot_savers['up']='exact'": {"layer_type": "intra_inter_full_fuse", "slot_savers": {"up": "exact"}},
-    "slot_savers['hidden']='quant8'": {"layer_type": "intra_inter_full_fuse", "slot_savers": {"hidden": "quant8"}},
     "slot_savers['lse']='quant4'": {"slot_savers": {"lse": "quant4"}},
     "slot_savers['lse']='exact'": {"slot_savers": {"lse": "exact"}, "attention": "eager"},
     "slot_savers['attn_out']='recompute'": {"slot_savers": {"attn_out": "recompute", "lse": "exact"}},
@@ -36,6 +34,22 @@ BAD = {
 def test_impossible_settings_are_refused_by_name(named, setting):
     with pytest.raises(ValueError, match="^" + named.replace("[", r"\[").replace("]", r"\]")):
         HycloraConfig(**setting)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_defaults_with_its_changes(name):
+    config, default = HycloraConfig.preset(name), HycloraConfig()
+    assert config.to_dict() == default.to_dict() | PRESETS[name].settings
+    assert (config == default) == (name == "default")
+    changed = HycloraConfig.preset(name, q_bit=8, offload=False)
+    assert changed.to_dict() == config.to_dict() | {"q_bit": 8, "offload": False}
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are():
+    with pytest.raises(
+        ValueError, match="^preset='quick' is not one of fastest, least_memory, longest, paper, default$"
+    ):
+        HycloraConfig.preset("quick")
 
 
 def test_q_bit_from_a_command_line():
@@ -126,15 +140,12 @@ def test_unsupported_models_are_refused_by_name():
     trainable.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.requires_grad_()
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj: the base weight is trainable"):
         apply_hyclora(trainable)
-    with pytest.raises(ValueError, match="lora_bias is not supported by intra_inter_full_fuse"):
-        apply_hyclora(llama({"lora_bias": True}), HycloraConfig(layer_type="intra_inter_full_fuse"))
 
 
 @pytest.mark.parametrize(
     "first, second, message",
     [
         ({}, {"use_dora": True}, "layers.0.self_attn.q_proj: LoRA variant Dora.* is not supported"),
-        ({}, {"lora_bias": True}, "layers.0.self_attn.q_proj: lora_bias is not supported by intra_inter_full_fuse"),
         ({"target_modules": ["v_proj"]}, {"target_modules": LINEARS}, "layers.0.self_attn.q_proj was replaced"),
     ],
 )
@@ -178,6 +189,31 @@ def test_a_refused_model_is_left_untouched():
     with pytest.raises(ValueError):
         apply_hyclora(model)
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_the_report_names_blocks_that_are_not_fused():
+    """Whose savers, heads or biases the fused kernels do not take."""
+    wide = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128}
+    assert apply_hyclora(llama(**wide)).single_kernels == []
+    found = apply_hyclora(llama(**wide), HycloraConfig(slot_savers={"up": "exact"})).single_kernels
+    assert found == ["mlp x2"]
+    biased = apply_hyclora(llama({"lora_bias": True}, **wide))
+    assert biased.single_kernels == ["self_attn x2", "mlp x2"] and "not by fused kernels" in str(biased)
+    assert apply_hyclora(llama(**wide), HycloraConfig(layer_type="intra_inter")).single_kernels == []
+
+
+def test_checkpointing_is_told_once_at_the_first_step(caplog):
+    model, batch = llama(), padded_batch()
+    apply_hyclora(model)
+    gradients(model, batch)
+    assert caplog.text == ""
+    remove_hyclora(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    apply_hyclora(model)
+    for _ in range(2):
+        gradients(model, batch)
+    assert caplog.text.count("gradient_checkpointing=False") == 1
 
 
 def test_the_report_names_what_was_patched_and_what_not():

@@ -31,6 +31,12 @@ def test_q_bit_is_a_number_or_auto(text, value):
     assert parse("--q_bit", text)["HycloraArguments"].config().q_bit == value
 
 
+def test_a_preset_sets_what_is_not_given():
+    given = parse("--preset", "least_memory", "--q_bit", "2", "--offload", "False")["HycloraArguments"]
+    assert given.config() == HycloraConfig.preset("least_memory", q_bit=2, offload=False)
+    assert (given.q_bit, given.offload, given.cuda_graphs) == (2, False, True)
+
+
 def test_slot_savers_are_written_as_json():
     arguments = parse("--slot_savers", '{"gate": "exact"}')["HycloraArguments"]
     assert arguments.config().slot_savers == {"gate": "exact"}
@@ -64,6 +70,7 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--q_bits", "4"], "--q_bits: did you mean --q_bit"),
         (["--learning_rte", "1"], "did you mean --learning_rate"),
         (["surplus"], "surplus"),
+        (["--preset", "quick"], "quick"),
         (["--lora_rank", "0"], "lora_rank"),
         (["--lora_rank", "many"], "lora_rank"),
         (["--lora_dropout", "1"], "lora_dropout"),

@@ -1,0 +1,99 @@
+"""What is said about a patched model: what apply_hyclora did, and what its first training step finds."""
+
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from hyclora.models.config import HycloraConfig
+
+logger = logging.getLogger("hyclora")
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+
+
+@dataclass
+class PatchReport:
+    """What apply_hyclora did; str() is the text for a person.
+
+    average_bits: of an element kept; slot_bits: of a token, by slot, summed over layers (the attention map, whose size
+    depends on the sequence, is left out of both). head: name of the LM head whose loss is computed by chunks, or None;
+    not_patched then says why. single_kernels: blocks that layer_type would fuse and that fused kernels do not take.
+    """
+
+    config: HycloraConfig
+    n_layers: int
+    average_bits: float
+    slot_bits: dict[str, float]
+    savers: dict[str, list[str]]
+    adapters: dict[str, int]
+    head: str | None
+    single_kernels: list[str]
+    not_patched: list[str]
+
+    def __str__(self) -> str:
+        parts = "2 norms, attention, MLP each; and the last norm"
+        lines = [f"HyC-LoRA ({self.config.layer_type}) patched {self.n_layers} layers: {parts}"]
+        lines.append(f"  {self.average_bits:.2f} bits an element kept, scales and exact channels included")
+        for slot, names in self.savers.items():
+            kinds = ", ".join(f"{name} x{names.count(name)}" for name in dict.fromkeys(names))
+            lines.append(f"  {slot:<9}{kinds if len(set(names)) > 1 else names[0]}")
+        if self.head is not None:
+            lines.append(f"  {self.head}: chunked cross-entropy, no logits in training")
+        adapted = ", ".join(f"{name} x{count}" for name, count in self.adapters.items())
+        lines.append(f"  LoRA on  {adapted}")
+        if self.single_kernels:
+            lines.append(
+                f"  not by fused kernels, for their head size, savers or biases: {', '.join(self.single_kernels)}"
+            )
+        if self.config.offload:
+            lines.append("  packed slots wait in pinned host memory")
+        if self.config.cuda_graphs:
+            lines.append("  all layers are replayed as CUDA graphs for batches of a shape that comes again")
+        if self.config.cuda_graphs and "expandable_segments:True" not in os.environ.get(ALLOCATOR, ""):
+            lines.append(f"  less GPU memory is held with {ALLOCATOR}=expandable_segments:True in the environment")
+        lines.append(f"  not patched: {', '.join(self.not_patched)}")
+        return "\n".join(lines)
+
+
+def make_report(
+    config: HycloraConfig, layers: list, widths: dict[str, int], blocks: list, head: str | None, not_patched: list[str]
+) -> PatchReport:
+    """The report on blocks of layers; widths: elements a token of each slot of one layer."""
+    savers: dict[str, list[str]] = {}
+    slot_bits: dict[str, float] = {}
+    elements = 0
+    for block in blocks:
+        for slot, saver in block.savers.items():
+            if slot == "prob" and config.attention != "eager":
+                continue
+            savers.setdefault(slot, []).append(str(saver))
+            if saver.stored and slot != "prob":
+                slot_bits[slot] = slot_bits.get(slot, 0.0) + saver.bits(widths[slot])
+                elements += widths[slot]
+    adapters = Counter(p.name for p in {id(p): p for b in blocks for p in b.projections if p.has_adapter}.values())
+    specs = [(block.name.rpartition(".")[2], block.spec) for block in blocks if hasattr(block, "spec")]
+    single = Counter(name for name, spec in specs if config.policy.fused and not spec.can_fuse)
+    return PatchReport(
+        config,
+        len(layers),
+        sum(slot_bits.values()) / elements,
+        slot_bits,
+        savers,
+        dict(adapters),
+        head,
+        [f"{name} x{count}" for name, count in single.items()],
+        not_patched,
+    )
+
+
+def tell_of_checkpointing(layers: list[nn.Module]) -> None:
+    """Warn if gradient checkpointing is on, as in TRL by default: what a block packs then lives for one layer only."""
+    if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        logger.warning(
+            "HyC-LoRA: gradient checkpointing is on. Each layer keeps its input alone and is run again in backward, so "
+            "packing saves next to nothing and the second run costs a third more time. To train with packed "
+            "activations instead set gradient_checkpointing=False in the trainer's arguments (TRL and Unsloth have it "
+            "on by default)."
+        )
