@@ -22,6 +22,7 @@ from transformers.trainer_utils import SchedulerType
 from hyclora.models.config import ATTENTION_CORES, BITS, POLICIES, SCALE_RULES, HycloraConfig
 from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
+from hyclora.utils.script import check_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -263,9 +264,10 @@ class Parser(HfArgumentParser):
 def parse_arguments(argv: list[str] | None = None, groups=GROUPS) -> tuple:
     """One filled instance of each group; a `UserError` names what cannot be understood, or cannot work."""
     parser = Parser(groups)
+    known = [name for action in parser._actions for name in action.option_strings]
+    check_environment(known)
     *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
         raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
     check_settings(filled)

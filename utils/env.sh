@@ -1,4 +1,5 @@
-# Sourced by the scripts of the repository root: sets PYTHON to an interpreter that can run the project.
+# Sourced by the scripts of the repository root: sets PYTHON to an interpreter that can run the project, and tells it
+# the name of the script.
 #
 # The active python is taken if its packages are recent enough. Otherwise a virtual environment with the pinned packages
 # of requirements.txt is made in .venv, once: a stamp with the checksum of requirements.txt says that it is whole.
@@ -85,3 +86,4 @@ _choose_python() {
 
 _choose_python || return
 export PYTHON
+export HYCLORA_SCRIPT=$0  # for utils/script.py, which knows the variables that a script takes
