@@ -11,6 +11,7 @@ import torch
 
 import run_gsm8k
 from hyclora.utils.errors import Finished
+from hyclora.utils.metrics import evaluate_generation
 from hyclora.utils.trainer import HycloraTrainer
 
 RESUME = "--resume_from_checkpoint"
@@ -171,20 +172,35 @@ def test_a_finished_run_says_so_and_trains_no_more(drive, in_step, tmp_path):
     assert content(folder) == before
 
 
-@pytest.mark.parametrize("hyclora", [True, False])
-def test_an_interrupted_last_evaluation_is_made_up_for(drive, in_step, monkeypatch, tmp_path, hyclora):
-    drive("--use_hyclora", hyclora)
+def evaluations(n, then):
+    """evaluate_generation for n times, and then something else."""
+    left = iter(range(n))
+    return lambda *args: then() if next(left, None) is None else evaluate_generation(*args)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--evaluate_before", True],
+        ["--use_hyclora", False],
+        ["--load_in_4bit", True, "--lora_init_type", "pissa", "--lora_dropout", 0.1],
+    ],
+    ids=str,
+)
+def test_an_interrupted_last_evaluation_is_made_up_for(drive, monkeypatch, tmp_path, options):
+    drive(*options)
     (whole,) = tmp_path.glob("*.json")
     expected, predictions = json.loads(whole.read_text()), whole.with_suffix("") / "predictions.json"
     predicted = predictions.read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(run_gsm8k, "evaluate_generation", lambda *args: ctrl_c()())
-        code, said = drive("--use_hyclora", hyclora)
+        patch.setattr(run_gsm8k, "evaluate_generation", evaluations(["--evaluate_before"] == options[:1], ctrl_c()))
+        code, said = drive(*options)
     folder = runs(tmp_path)[-1]
     assert code == 130 and "the training is done, the evaluation is not" in said
     assert f"{RESUME} {folder / 'checkpoint-4'}" in said
     monkeypatch.setattr(HycloraTrainer, "training_step", lambda *args: pytest.fail("a step more"))
-    code, said = drive("--use_hyclora", hyclora, RESUME, True)
+    monkeypatch.setattr(run_gsm8k, "evaluate_generation", evaluations(1, lambda: pytest.fail("evaluated again")))
+    code, said = drive(*options, RESUME, True)
     found = json.loads((tmp_path / f"{folder.name}.json").read_text())
     assert code == 0 and (folder / "predictions.json").read_text() == predicted
     for name in ("accuracy", "final_loss", "buffered_bytes"):

@@ -1,6 +1,7 @@
 """The driver from end to end on a tiny model: what it prints and what it leaves behind."""
 
 import json
+import warnings
 
 import pytest
 from peft import PeftModel
@@ -26,7 +27,9 @@ def run(tiny_llama_folder, tmp_path, capsys):
 
 
 def test_a_run_reports_and_keeps_everything(run, tiny_llama_folder):
-    file, results, printed = run("--evaluate_before", "True", "--q_bit", "2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        file, results, printed = run("--evaluate_before", "True", "--q_bit", "2")
     assert set(results["accuracy"]) == {"before", "after"}
     assert results["buffered_bytes"]["hyclora"] < 0.6 * results["buffered_bytes"]["lora"]
     assert [entry["step"] for entry in results["log_history"] if "loss" in entry] == [1, 2, 3, 4]
