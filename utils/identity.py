@@ -33,7 +33,7 @@ NEEDS = {
 # what is in them), what is reported and saved and when, how the result is evaluated, on which machine and in how many
 # helping processes it runs, where packed bytes wait and how kernels are launched.
 FREE = {
-    *("model_dir", "data_dir", "output_dir", "logging_dir", "run_name", "resume_from_checkpoint"),
+    *("model_dir", "data_dir", "output_dir", "run_name", "resume_from_checkpoint"),
     *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
     *("log_level", "log_level_replica", "disable_tqdm", "report_to", "project", "include_num_input_tokens_seen"),
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "debug"),

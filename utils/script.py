@@ -59,7 +59,7 @@ def again(argv: list[str] | None, *options) -> str:
 
 def _without(words: list[str], names: list[str]) -> list[str]:
     """The words less the options `names`, each written as `--name value` or `--name=value`."""
-    kept, dropped, alone = [], False, False
+    kept, dropped, alone = [], False, False  # of the last option: whether it goes, and whether its value is in its word
     for word in words:
         name, equals, _ = word.partition("=")
         if name.startswith("--"):

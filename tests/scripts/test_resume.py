@@ -182,7 +182,7 @@ def evaluations(n, then):
     "options",
     [
         ["--evaluate_before", True],
-        ["--use_hyclora", False],
+        ["--use_hyclora", False, "--bf16", True],
         ["--load_in_4bit", True, "--lora_init_type", "pissa", "--lora_dropout", 0.1],
     ],
     ids=str,
