@@ -63,4 +63,4 @@ add_options use_hyclora preset layer_type q_bit average_bits iteration_threshold
 add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs
 add_options lora_rank lora_alpha lora_init_type
 add_options seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before max_new_tokens
-exec "$PYTHON" "$root/run_gsm8k.py" "${options[@]}" "$@"
+start run_gsm8k.py "$@"

@@ -21,8 +21,8 @@ from hyclora.operators.savers.sparse import Sparse
 from hyclora.utils import results
 from hyclora.utils.args import HycloraArguments, LoraArguments, ModelArguments, ProfileArguments, parse_arguments
 from hyclora.utils.disk import check_output
-from hyclora.utils.errors import RunStopped, UserError, entry_point, is_out_of_memory
-from hyclora.utils.loading import find_base, load_model
+from hyclora.utils.errors import RunStopped, entry_point, is_out_of_memory
+from hyclora.utils.loading import checkpoint_layers, find_base, load_model
 from hyclora.utils.profiling import random_micro_step
 
 PLAIN = ("PEFT LoRA", "PEFT LoRA, checkpointing")
@@ -52,7 +52,7 @@ def main(argv=None):
     model_args, lora_args, hyclora_args, profile = groups
     source = find_base(model_args, lora_args, tokenizer=False)
     check_output(Path(profile.output_dir), needed=2**20)
-    device = device_of(profile, hyclora_args)
+    device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(profile.device, profile.device))
     results.print_settings(groups)
     report, arguments = None, arguments_of(model_args, lora_args, profile, device)
     plain = measure_plain(source, arguments) if profile.compare else {}
@@ -62,7 +62,7 @@ def main(argv=None):
             report = apply_hyclora(model, hyclora_args.config())
             print(report)
         if profile.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
             model.enable_input_require_grads()
         found = measure(model, profile, device)
     except (RuntimeError, MemoryError) as error:
@@ -82,18 +82,6 @@ def main(argv=None):
         raise RunStopped("out of memory: lower per_device_train_batch_size or seq_len, or try a smaller q_bit")
     columns = plain | {f"HyC-LoRA, {hyclora_args.preset}" if hyclora_args.use_hyclora else "this setting": line}
     print(closing_table(columns, profile))
-
-
-def device_of(profile: ProfileArguments, hyclora_args: HycloraArguments) -> torch.device:
-    """Where to measure; UserError if that needs a GPU and there is none."""
-    present = torch.cuda.is_available()
-    device = torch.device({"auto": "cuda" if present else "cpu"}.get(profile.device, profile.device))
-    if device.type == "cuda" and not present:
-        raise UserError("device cuda: torch sees no GPU here; install a torch with CUDA, or set device=cpu")
-    for name in ("offload", "cuda_graphs"):
-        if hyclora_args.use_hyclora and getattr(hyclora_args, name) and device.type != "cuda":
-            raise UserError(f"{name}=True needs a GPU, and this would run on the {device.type}")
-    return device
 
 
 def measure(model, profile: ProfileArguments, device: torch.device) -> dict:

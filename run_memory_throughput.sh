@@ -55,4 +55,4 @@ add_options seq_len per_device_train_batch_size gradient_checkpointing evaluate_
 add_options use_hyclora preset layer_type q_bit average_bits iteration_threshold softmax_outlier_ratio
 add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs
 add_options lora_rank lora_alpha
-exec "$PYTHON" "$root/run_memory_throughput.py" "${options[@]}" "$@"
+start run_memory_throughput.py "$@"

@@ -44,7 +44,7 @@ def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None
     import torch
 
     from hyclora.utils.args import LoraArguments, ModelArguments
-    from hyclora.utils.loading import load_model
+    from hyclora.utils.loading import checkpoint_layers, load_model
 
     folder = job.folder.resolve()
     in_4bit = (base or job.base) == "nf4"
@@ -52,7 +52,7 @@ def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None
     adapters = LoraArguments(lora_rank=job.lora_rank, lora_alpha=job.lora_rank)
     model = load_model(arguments, adapters, str(folder), torch.device(job.device), seed=0)
     if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": False}, **checkpointing)
+        checkpoint_layers(model, **checkpointing)
         model.enable_input_require_grads()
     return model
 

@@ -12,6 +12,8 @@ from hyclora.models.patch import find_patch
 
 FILE_NAME = "hyclora_calibration.safetensors"
 FORMAT = "1"
+# where the packed bytes wait and how kernels are launched: says nothing about the statistics
+LAUNCH = ("offload", "cuda_graphs")
 
 
 def save_calibration(model: PeftModel, folder: str | Path) -> Path:
@@ -37,9 +39,7 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     saved, current = json.loads(metadata["config"]), patch.config.to_dict()
-    # where the packed bytes wait and how kernels are launched says nothing about the statistics
-    free = ("offload", "cuda_graphs")
-    changed = [name for name in current if name not in free and saved.get(name) != current[name]]
+    changed = [name for name in current if name not in LAUNCH and saved.get(name) != current[name]]
     if metadata["format"] != FORMAT or changed:
         raise ValueError(
             f"{path} was written with other settings of {', '.join(changed) or 'the format'}; use the same"

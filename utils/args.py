@@ -3,6 +3,8 @@
 HyC-LoRA's options are read off the fields of `HycloraConfig`: a setting is named, documented and checked once.
 """
 
+import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -14,19 +16,25 @@ from typing import Literal
 import torch
 import transformers
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import SchedulerType
 
-from hyclora.models.config import PRESETS, HycloraConfig
+from hyclora.models.config import ATTENTION_CORES, BITS, POLICIES, PRESETS, SCALE_RULES, HycloraConfig
+from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
+from hyclora.utils.script import check_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def option(default, help: str, **kwargs):
-    """A dataclass field with its help text."""
+def option(default, help: str, choices=()):
+    """A dataclass field with its help text, which lists the choices; to refuse others is left to their user."""
+    listed = ",".join(map(str, choices))
+    metadata = {"help": help} | ({"metavar": f"{{{listed}}}"} if choices else {})
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help}, **kwargs)
-    return field(default=default, metadata={"help": help}, **kwargs)
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def require(condition: bool, sentence: str):
@@ -36,6 +44,8 @@ def require(condition: bool, sentence: str):
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "model"
+
     model_name: str = option("tiny-llama", "Checkpoint folder inside model_dir, or a hub id if model_dir is ''.")
     model_dir: str = option(str(ROOT / "ckpt"), "Folder of the checkpoints; '' takes model_name from the hub.")
     load_in_4bit: bool = option(False, "Keep the frozen linear weights in NF4 with double quantization (QLoRA).")
@@ -45,6 +55,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "data"
+
     data_name: Literal["demo", "gsm8k"] = option("demo", "demo: generated word problems; gsm8k: grade school math.")
     data_dir: str = option("", "Folder with gsm8k's train.jsonl and test.jsonl; '' downloads openai/gsm8k.")
     seq_len: int = option(512, "Longest training row in tokens; a longer answer is cut.")
@@ -69,6 +81,8 @@ class DataArguments:
 
 @dataclass
 class LoraArguments:
+    _argument_group_name = "LoRA"
+
     lora_rank: int = option(16, "Rank of the adapters.")
     lora_alpha: int = option(16, "Adapters are scaled by lora_alpha / lora_rank.")
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters.")
@@ -84,6 +98,8 @@ class LoraArguments:
 
 @dataclass
 class EvalArguments:
+    _argument_group_name = "evaluation"
+
     greedy: bool = option(False, "Greedy decoding instead of the paper's sampling.")
     temperature: float = option(0.1, "Sampling temperature.")
     top_k: int = option(40, "Sample among the k most likely tokens.")
@@ -102,6 +118,8 @@ class EvalArguments:
 
 @dataclass
 class ProfileArguments:
+    _argument_group_name = "measurement"
+
     seq_len: int = option(512, "Tokens of a sequence.")
     per_device_train_batch_size: int = option(4, "Sequences of a micro-step (a forward and a backward).")
     evaluate_memory: bool = option(True, "Measure what a micro-step allocates.")
@@ -125,20 +143,22 @@ class ProfileArguments:
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
 
 
-def _trainer_default(name: str, value):
-    return field(default=value, metadata=transformers.TrainingArguments.__dataclass_fields__[name].metadata)
+def _trainer_default(name: str, value, choices=()):
+    return option(value, transformers.TrainingArguments.__dataclass_fields__[name].metadata["help"], choices)
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's arguments with the paper's settings for GSM8K as defaults."""
 
+    _argument_group_name = "Trainer"
+
     output_dir: str = option(str(ROOT / "exp_results_gsm8k"), "Folder for logs, results and checkpoints of all runs.")
     learning_rate: float = _trainer_default("learning_rate", 3e-4)
     num_train_epochs: float = _trainer_default("num_train_epochs", 6)
     per_device_train_batch_size: int = _trainer_default("per_device_train_batch_size", 4)
     gradient_accumulation_steps: int = _trainer_default("gradient_accumulation_steps", 4)
-    lr_scheduler_type: str = _trainer_default("lr_scheduler_type", "cosine")
+    lr_scheduler_type: str = _trainer_default("lr_scheduler_type", "cosine", [s.value for s in SchedulerType])
     warmup_steps: float = _trainer_default("warmup_steps", 0.03)
     seed: int = _trainer_default("seed", 11)
     logging_steps: float = _trainer_default("logging_steps", 10)
@@ -167,7 +187,9 @@ def _option_of(config_field, kind) -> tuple[str, type, dataclasses.Field]:
     What is not a plain number or word is written as JSON.
     """
     kind = kind if kind in (bool, int, float, str) else str
-    return config_field.name, kind, option(None, config_field.metadata["help"])
+    name, default = config_field.name, getattr(HycloraConfig(), config_field.name)
+    help = f"{config_field.metadata['help']} (without a preset: {default})"
+    return name, kind, option(None, help, CHOICES.get(name, ()))
 
 
 def _value_of(name: str, text):
@@ -183,9 +205,14 @@ def _value_of(name: str, text):
     return value
 
 
+CHOICES = {
+    "layer_type": POLICIES,
+    "q_bit": (*BITS, "auto"),
+    "attention": ATTENTION_CORES,
+    "scale_rule": SCALE_RULES,
+}
 _HYCLORA_FIELDS = dataclasses.fields(HycloraConfig)
 _KINDS = typing.get_type_hints(HycloraConfig)
-_PRESETS = "Settings to begin with, which the options below change: " + ", ".join(PRESETS) + "."
 
 
 class _Configures:
@@ -205,28 +232,52 @@ HycloraArguments = dataclasses.make_dataclass(
     "HycloraArguments",
     [
         ("use_hyclora", bool, option(True, "Keep the activations compressed; False trains stock PEFT LoRA.")),
-        ("preset", str, option("default", _PRESETS)),
+        ("preset", str, option("default", "Settings to begin with; the options below change them.", PRESETS)),
         *(_option_of(f, _KINDS[f.name]) for f in _HYCLORA_FIELDS),
     ],
     bases=(_Configures,),
+    namespace={"_argument_group_name": "HyC-LoRA"},
 )
 
 GROUPS = (ModelArguments, DataArguments, LoraArguments, HycloraArguments, EvalArguments, TrainingArguments)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of each option."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action):
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        return super()._format_action_invocation(shown)
+
+
 class Parser(HfArgumentParser):
-    """Reports a mistake as one sentence, not as a page of usage."""
+    """Our options first, a group a topic, then the Trainer's; a mistake is one sentence, not a page of usage."""
+
+    def __init__(self, groups, **kwargs):
+        usage = "%(prog)s [--option value ...]"
+        super().__init__(groups, usage=usage, allow_abbrev=False, formatter_class=_Help, **kwargs)
+        for action in self._actions:
+            if action.type is string_to_bool:
+                action.metavar = "{True,False}"
+            elif action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
 
 
 def parse_arguments(argv: list[str] | None = None, groups=GROUPS) -> tuple:
-    """One filled instance of each group; a `UserError` names what cannot be understood."""
-    parser = Parser(groups, allow_abbrev=False)
+    """One filled instance of each group; a `UserError` names what cannot be understood, or cannot work."""
+    parser = Parser(groups)
+    known = [name for action in parser._actions for name in action.option_strings]
+    check_environment(known)
     *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
         raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    check_settings(filled)
     return tuple(filled)

@@ -4,6 +4,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from torch import nn
+
 from hyclora.utils.errors import UserError
 
 
@@ -21,3 +23,9 @@ def check_output(root: Path, needed: int = 2**26) -> None:
             f"output folder {root} has {free / 2**20:.0f} MiB free, the results need {needed / 2**20:.0f}: "
             "free some space or set --output_dir"
         )
+
+
+def checkpoint_bytes(model: nn.Module, kept: int | None) -> int:
+    """Room for the checkpoints that are kept at once: adapters and two Adam moments each, and one being written."""
+    adapters = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return 2**26 + 3 * adapters * ((kept or 1) + 1)

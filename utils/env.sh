@@ -1,4 +1,5 @@
-# Sourced by the scripts of the repository root: sets PYTHON to an interpreter that can run the project.
+# Sourced by the scripts of the repository root: sets PYTHON to an interpreter that can run the project, and tells it
+# the name of the script.
 #
 # The active python is taken if its packages are recent enough. Otherwise a virtual environment with the pinned packages
 # of requirements.txt is made in .venv, once: a stamp with the checksum of requirements.txt says that it is whole.
@@ -93,6 +94,13 @@ add_options() {
     for name; do
         [[ -z "${!name:-}" ]] || options+=("--$name" "${!name}")
     done
+}
+
+# Run the program $1 of the repository's root with `options`, then what follows. utils/script.py wants to know which
+# script and options these were, to tell the user the command that goes on.
+start() {
+    export HYCLORA_SCRIPT=$0 HYCLORA_PASSED="${options[*]@Q}"
+    exec "$PYTHON" "$_root/$1" "${options[@]}" "${@:2}"
 }
 
 _choose_python || return

@@ -8,6 +8,8 @@ import errno
 import functools
 import sys
 
+from hyclora.utils.script import again
+
 
 class UserError(ValueError):
     """A mistake in a setting or in a file; the message is the sentence that the user reads."""
@@ -16,15 +18,25 @@ class UserError(ValueError):
 
 
 class RunStopped(UserError):
-    """The run ended before its last step and can be continued; the message says how."""
+    """The run ended before its last step; the message says what is left and how to go on."""
 
     exit_code = 1
 
 
+class NotFinite(RunStopped):
+    """The loss is NaN or infinite."""
+
+
 class Interrupted(RunStopped):
-    """Ctrl-C or SIGTERM, after the checkpoint was written."""
+    """Ctrl-C or SIGTERM."""
 
     exit_code = 130
+
+
+class Finished(UserError):
+    """Nothing is left to do. No failure: who starts a run again until it succeeds has to come to an end."""
+
+    exit_code = 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -32,6 +44,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     said = "out of memory" in text or "can't allocate memory" in text
     return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written to its end; torch and safetensors say so in their own errors."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    return any(words in text for words in ("No space left", "Disk quota exceeded", "PytorchStreamWriter failed"))
 
 
 def entry_point(main):
@@ -44,15 +64,16 @@ def entry_point(main):
         except ValueError as error:
             _exit(str(error), getattr(error, "exit_code", UserError.exit_code))
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if not is_disk_full(error):
                 raise
             _exit(f"the disk is full ({error.filename or error}): free some space or choose another --output_dir", 1)
         except KeyboardInterrupt:
-            _exit("interrupted before a checkpoint was due; nothing is left to resume", Interrupted.exit_code)
+            _exit(f"interrupted; start again with: {again(argv)}", Interrupted.exit_code)
 
     return run
 
 
 def _exit(sentence: str, code: int):
-    print("error: " + " ".join(sentence.split()), file=sys.stderr)
+    sentence = " ".join(sentence.split())
+    print(f"error: {sentence}" if code else sentence, file=sys.stderr if code else sys.stdout)
     raise SystemExit(code) from None

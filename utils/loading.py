@@ -5,8 +5,8 @@ GPU and float32 on a CPU unless told otherwise; adapters are float32, as PEFT ma
 """
 
 import contextlib
-import importlib.util
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +41,6 @@ def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True)
 
     tokenizer: whether the run reads text and needs one.
     """
-    if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")
     if lora.lora_init_type == "loftq" and (args.random_weights or not (args.load_in_4bit and args.model_dir)):
         raise UserError("lora_init_type loftq corrects quantization: it needs load_in_4bit and a local checkpoint")
     if not args.model_dir:
@@ -206,17 +204,30 @@ def add_lora(base: PreTrainedModel, lora: LoraArguments, quantize_after: bool = 
         target_modules=list(lora.target_modules),
         init_lora_weights=_INIT[lora.lora_init_type],
     )
-    model = get_peft_model(base, config)
+    model = _adapted(base, config)
     if not quantize_after:
         return model
     adapters = get_peft_model_state_dict(model)
     residual = model.unload()
     quantize_linears(residual, residual.dtype)
-    model = get_peft_model(residual, replace(config, init_lora_weights=True))
+    model = _adapted(residual, replace(config, init_lora_weights=True))
     set_peft_model_state_dict(model, adapters)
     # The saved adapters name the initialisation they need on the original weights.
     model.peft_config["default"].init_lora_weights = config.init_lora_weights
     return model
+
+
+def _adapted(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        # PEFT asks whether layers are checkpointed by a name that newer transformers deprecate.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(base, config)
+
+
+def checkpoint_layers(model: PreTrainedModel | PeftModel, **options) -> None:
+    """Keep the layers' inputs alone and run each layer again in backward; options: transformers' own."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False}, **options)
 
 
 def keep_initial_adapters(model: PeftModel, folder: Path) -> Path | None:

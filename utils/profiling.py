@@ -82,6 +82,12 @@ def host_bytes(model: nn.Module) -> int:
     return pinned.get("active_bytes.current", pinned.get("allocated_bytes.current", 0))
 
 
+def pinned_bytes(model: nn.Module) -> int:
+    """Host memory that HyC-LoRA's store holds for offloaded activations, whether or not any are in it."""
+    store = getattr(getattr(model, PATCH, None), "store", None)
+    return 0 if store is None else store.arena.pinned
+
+
 def random_micro_step(
     model: nn.Module, batch_size: int, seq_len: int, warm_up_seq_len: int | None, device: torch.device | str
 ) -> "MicroStep":

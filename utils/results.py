@@ -6,11 +6,13 @@ and the trained adapters.
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -26,15 +28,38 @@ from accelerate.utils import broadcast_object_list
 from termcolor import colored
 
 from hyclora.utils.args import ROOT, TrainingArguments
+from hyclora.utils.errors import UserError
+from hyclora.utils.identity import in_effect
 
+SETTINGS = "settings.json"
+CORE = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "seed",
+    "output_dir",
+)
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+_MEMORY = {
+    "peak_bytes": "MiB at the peak of GPU memory",
+    "held_bytes": "MiB that torch held of the GPU",
+    "host_bytes": "MiB of offloaded activations on the host",
+}
 _PEERS = ("liger-kernel", "unsloth", "unsloth_zoo", "cut-cross-entropy")
 
 
-def start_run(root: Path, tag: str, training: TrainingArguments) -> Path:
-    """Make the folder of a new run; its name is the tag and the time, made unique and the same on every rank."""
-    folder = [_fresh_folder(root, tag) if training.process_index == 0 else None]
+def start_run(root: Path, tag: str, training: TrainingArguments, content: dict) -> Path:
+    """Make the folder of a new run, with its settings (`content`) in it.
+
+    Its name is the tag and the time, made unique and the same on every rank.
+    """
+    folder = [None]
+    if training.process_index == 0:
+        folder = [_fresh_folder(root, tag)]
+        write_json(folder[0] / SETTINGS, content)
     if training.world_size > 1:
         broadcast_object_list(folder)
     return folder[0]
@@ -78,6 +103,7 @@ def logged(file: Path, training: TrainingArguments):
             yield
         return
     with open(file, "a", encoding="utf-8") as log:
+        _claim(log)
         handler = logging.StreamHandler(log)
         transformers.utils.logging.add_handler(handler)
         try:
@@ -88,6 +114,16 @@ def logged(file: Path, training: TrainingArguments):
             raise
         finally:
             transformers.utils.logging.remove_handler(handler)
+
+
+def _claim(log) -> None:
+    """Keep a second process from going on with the run of this log while the first one still lives."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{log.name} is in use: another process trains this run, wait for it or end it") from None
+    except OSError:
+        return  # a file system without locks
 
 
 class Clock:
@@ -139,10 +175,29 @@ def settings(*groups) -> dict:
 
 
 def print_settings(groups, more: dict | None = None) -> None:
-    """The settings of a run, one a line, in green: those of argument groups, and others by name."""
-    for group in (*map(vars, groups), more or {}):
-        for name, value in group.items():
+    """The settings of argument groups, and others by name, one a line, in green; not those that have no effect."""
+    values = {name: value for group in (*map(vars, groups), more or {}) for name, value in group.items()}
+    for name, value in values.items():
+        if in_effect(name, values):
             print(colored(f"{name}: {value}", "green"))
+
+
+def core_of(training: TrainingArguments, n_rows: int) -> dict:
+    """What of the Trainer's arguments a reader of results asks for first, and the number of steps that they mean."""
+    batch = training.per_device_train_batch_size * training.world_size
+    per_epoch = math.ceil(math.ceil(n_rows / batch) / training.gradient_accumulation_steps)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    values = training.to_dict()
+    return {name: values[name] for name in CORE if in_effect(name, values)} | {"steps": steps}
+
+
+def once(file: Path, settings: dict, compute):
+    """compute(), or what an earlier session of the run has kept of it in `file` with the same settings."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if kept.get("settings") != settings:
+        kept = {"settings": settings, "value": compute()}
+        write_json(file, kept)
+    return kept["value"]
 
 
 def write_json(file: Path, content: dict | list):
@@ -158,3 +213,17 @@ def table(rows: list[tuple[str, ...]]) -> str:
     lines = ["  ".join([f"{name:<{first}}", *map(str.rjust, cells, widths)]) for name, *cells in rows]
     rule = "-" * len(lines[0])
     return "\n".join([rule, *lines, rule])
+
+
+def closing_table(found: dict) -> str:
+    """What a run found out, at a glance; found: the content of its results file."""
+    train, buffered = found["train"], found["buffered_bytes"]
+    rows = [(f"accuracy {when} training", f"{value:.2%}") for when, value in found["accuracy"].items()]
+    rows.append(("final loss", f"{found['final_loss']:.4f}"))
+    rows += [("batches without a target, skipped", str(n))] if (n := train["masked_batches"]) else []
+    rows += [(f"MiB kept for backward, {name}", f"{size / 2**20:.2f}") for name, size in buffered.items()]
+    if "hyclora" in buffered:
+        rows.append(("ratio", f"{buffered['lora'] / buffered['hyclora']:.2f}x"))
+    rows += [(label, f"{train[name] / 2**20:.0f}") for name, label in _MEMORY.items() if train[name]]
+    rows.append(("real tokens a second in training", f"{train['tokens_per_second']:.0f}"))
+    return table(rows)

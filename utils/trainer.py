@@ -1,41 +1,25 @@
 """HF's Trainer with what a run of days needs: safe stops, checkpoints that resume exactly, no NaN taken for a loss.
 
-A checkpoint holds, beside the Trainer's own files, the state of the activation compression; `trainer_state.json` is
-written after it and marks a checkpoint as whole.
+A checkpoint holds, beside the Trainer's own files, the state of the activation compression, what the training has cost
+so far, and the seal that says that it is whole (utils/checkpoints.py).
 """
 
 import contextlib
 import signal
+import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hyclora.models.state import load_calibration, save_calibration
-from hyclora.utils.errors import Interrupted, RunStopped, UserError
-
-_WHOLE = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json")
-
-
-def find_checkpoint(resume: str | None, folders: list[Path]) -> Path | None:
-    """The checkpoint to resume from: None, a folder, or for "True" the newest whole one in `folders`.
-
-    UserError if there is none.
-    """
-    if resume is None or resume.lower() in ("false", ""):
-        return None
-    if resume.lower() != "true":
-        folders = [Path(resume)]
-        if not folders[0].is_dir():
-            raise UserError(f"resume_from_checkpoint: folder {resume} does not exist")
-    candidates = [c for f in folders for c in (f, *f.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))]
-    whole = [c for c in candidates if all((c / name).is_file() for name in _WHOLE)]
-    if not whole:
-        places = ", ".join(str(f) for f in folders) or "the output folder"
-        raise UserError(f"resume_from_checkpoint: no whole checkpoint in {places}: start without it")
-    return max(whole, key=lambda c: (c / _WHOLE[-1]).stat().st_mtime)
+from hyclora.utils.card import tidy
+from hyclora.utils.checkpoints import seal, state_of
+from hyclora.utils.errors import Interrupted, NotFinite
+from hyclora.utils.profiling import pinned_bytes
 
 
 class StopOnSignal(TrainerCallback):
@@ -79,10 +63,49 @@ class StopOnNonFinite(TrainerCallback):
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
         if (control.should_log or control.should_save or control.should_training_stop) and self.first_step.isfinite():
-            raise RunStopped(
-                f"the loss is not finite at step {int(self.first_step)}: lower --learning_rate or raise --q_bit; "
-                f"checkpoints in {args.output_dir} are from before"
-            )
+            raise NotFinite(f"the loss is not finite at step {int(self.first_step)}")
+
+
+class Progress(TrainerCallback, ExportableState):
+    """What the training has cost in all its sessions: checkpoints carry it on, in trainer_state.json.
+
+    Tokens and batches are counted on the device of the batches and read when a checkpoint is written.
+    """
+
+    def __init__(self):
+        self.counts = torch.zeros(2, dtype=torch.long)
+        self.earlier, self.totals = {}, {}
+        self.start = time.perf_counter()
+
+    def resume(self, state: TrainerState):
+        """Go on from what a checkpoint has."""
+        self.earlier = self.totals = state.stateful_callbacks[type(self).__name__]["attributes"]["totals"]
+
+    def count(self, real: torch.Tensor, masked: torch.Tensor):
+        """A micro-batch: its tokens that are no padding, and whether it has no target."""
+        self.counts = self.counts.to(real.device) + torch.stack([real, masked.long()])
+
+    def settle(self, accelerator, model: nn.Module):
+        """Add up this session, over all processes, and the earlier ones."""
+        tokens, masked = accelerator.reduce(self.counts.to(accelerator.device)).tolist()
+        on_gpu = accelerator.device.type == "cuda"
+        added = {"tokens": tokens, "masked_batches": masked, "seconds": time.perf_counter() - self.start}
+        peaks = {
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+            "held_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
+            "host_bytes": pinned_bytes(model),
+        }
+        self.totals = {name: self.earlier.get(name, 0) + value for name, value in added.items()}
+        self.totals["tokens_per_second"] = round(self.totals["tokens"] / self.totals["seconds"], 1)
+        self.totals |= {name: max(self.earlier.get(name, 0), value) for name, value in peaks.items()}
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"totals": self.totals}}
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
+        # the last loss is part of the results, however seldom losses are logged
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class HycloraTrainer(Trainer):
@@ -91,17 +114,17 @@ class HycloraTrainer(Trainer):
     def __init__(self, *args, compressed: bool, **kwargs):
         super().__init__(*args, **kwargs)
         self.compressed = compressed
-        self.masked_batches = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.progress = Progress()
         self.stop_on_signal = StopOnSignal()
         self.stop_on_non_finite = StopOnNonFinite(self.args.device)
-        self.add_callback(self.stop_on_signal)
-        self.add_callback(self.stop_on_non_finite)
+        for callback in (self.progress, self.stop_on_signal, self.stop_on_non_finite):
+            self.add_callback(callback)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss, with a divisor of at least one token: without targets it is 0 instead of 0 / 0."""
         targets = (inputs["labels"][..., 1:] != -100).sum()
         if model.training:
-            self.masked_batches += targets == 0
+            self.progress.count(inputs["attention_mask"].sum(), targets == 0)
         divisor = targets if num_items_in_batch is None else num_items_in_batch
         return super().compute_loss(model, inputs, return_outputs, divisor.clamp(min=1))
 
@@ -112,19 +135,43 @@ class HycloraTrainer(Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save:
+            tidy(Path(folder))
         if self.compressed and self.args.should_save:
-            save_calibration(self.model, output_dir or self.args.output_dir)
+            save_calibration(self.model, folder)
 
-    def train(self, resume_from_checkpoint: Path | None = None, **kwargs):
-        """Train; on Ctrl-C raise `Interrupted` with the checkpoint to resume from."""
-        if resume_from_checkpoint and self.compressed:
-            load_calibration(self.model, resume_from_checkpoint)
+    def _save_checkpoint(self, model, trial):
+        self.progress.settle(self.accelerator, self.model)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def train(self, resume_from_checkpoint: Path | None = None):
+        """Train, from a whole checkpoint if one is given: not a step more if that is of the last one.
+
+        Raises Interrupted after the checkpoint that Ctrl-C asks for.
+        """
+        self.progress.start = time.perf_counter()
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if resume_from_checkpoint:
+            state = state_of(resume_from_checkpoint)
+            self.progress.resume(state)
+            if self.compressed:
+                load_calibration(self.model, resume_from_checkpoint)
+            if state.global_step >= state.max_steps:
+                self._take_over(state, resume_from_checkpoint)
+                return
         with self.stop_on_signal.listening():
-            result = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
+            super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None)
         if self.stop_on_signal.received is not None:
-            checkpoint = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            raise Interrupted(
-                f"stopped at step {self.state.global_step} of {self.state.max_steps}: "
-                f"repeat the command with --resume_from_checkpoint {checkpoint} to go on"
-            )
-        return result
+            raise Interrupted(f"stopped at step {self.state.global_step} of {self.state.max_steps}")
+        self.progress.settle(self.accelerator, self.model)
+
+    def _take_over(self, state: TrainerState, checkpoint: Path):
+        """The model as the training left it, ready to be evaluated as if it had just ended."""
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)

@@ -49,7 +49,9 @@ def refused(base, tmp_path, capsys, monkeypatch):
         (["--layernorm_outlier_ratio", "-0.1"], "layernorm_outlier_ratio=-0.1 is outside [0, 1]"),
         (["--no_such_option", "1"], "unknown option --no_such_option"),
         (["--seq_len", "8"], "no training row has room for an answer within seq_len 8"),
-        (["--resume_from_checkpoint", "True"], "no whole checkpoint"),
+        (["--resume_from_checkpoint", "True"], "no unfinished run"),
+        (["--resume_from_checkpoint", "nowhere"], "folder nowhere does not exist"),
+        (["--learning_rate", "-1"], "learning_rate must be a positive number"),
         (["--lora_init_type", "loftq"], "load_in_4bit"),
     ],
 )

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from hyclora.models.config import HycloraConfig
-from hyclora.utils.args import GROUPS, HycloraArguments, TrainingArguments, parse_arguments
+from hyclora.utils.args import GROUPS, HycloraArguments, Parser, TrainingArguments, parse_arguments
 from hyclora.utils.errors import UserError
 
 
@@ -17,7 +17,7 @@ def test_every_field_of_the_core_is_an_option_with_its_default_and_help():
     assert parse()["HycloraArguments"].config() == HycloraConfig()
     options = {f.name: f for f in dataclasses.fields(HycloraArguments)}
     for f in dataclasses.fields(HycloraConfig):
-        assert options[f.name].metadata["help"] == f.metadata["help"]
+        assert options[f.name].metadata["help"].startswith(f.metadata["help"])
 
 
 def test_every_own_option_has_help():
@@ -32,7 +32,7 @@ def test_q_bit_is_a_number_or_auto(text, value):
 
 
 def test_a_preset_sets_what_is_not_given():
-    given = parse("--preset", "least_memory", "--q_bit", "2", "--offload", "False")["HycloraArguments"]
+    given = HycloraArguments(preset="least_memory", q_bit="2", offload=False)
     assert given.config() == HycloraConfig.preset("least_memory", q_bit=2, offload=False)
     assert (given.q_bit, given.offload, given.cuda_graphs) == (2, False, True)
 
@@ -80,6 +80,15 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--seq_len", "1"], "seq_len"),
         (["--slot_savers", "[1]"], "slot_savers must be a JSON object"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
+        (["--learning_rate", "0"], "learning_rate must be a positive number, not 0"),
+        (["--learning_rate", "nan"], "learning_rate must be a positive number, not nan"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1"),
+        (["--num_train_epochs", "-1"], "num_train_epochs must be a positive number"),
+        (["--max_steps", "0"], "max_steps must be at least 1"),
+        (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_strategy must be no"),
+        (["--offload", "True", "--use_cpu", "True"], "offload=True needs a GPU"),
+        (["--cuda_graphs", "True", "--use_cpu", "True"], "cuda_graphs=True needs a GPU"),
     ],
 )
 def test_mistakes_are_refused_by_name(argv, named):
@@ -91,3 +100,24 @@ def test_mistakes_are_refused_by_name(argv, named):
 def test_an_option_is_not_guessed_from_its_beginning():
     with pytest.raises(UserError, match="unknown option --lora_ra"):
         parse("--lora_ra", "4")
+
+
+def test_what_is_switched_off_is_not_checked():
+    parse("--offload", "True", "--use_cpu", "True", "--use_hyclora", "False")
+    parse("--num_train_epochs", "0", "--max_steps", "5")
+
+
+def test_nf4_needs_its_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        parse("--load_in_4bit", "True")
+
+
+def test_help_has_our_topics_first_and_lists_choices():
+    text = " ".join(Parser(GROUPS).format_help().split())
+    topics = ["model:", "data:", "LoRA:", "HyC-LoRA:", "evaluation:", "Trainer:"]
+    places = [text.index(f" {topic} --") for topic in topics]
+    assert places == sorted(places) and text.index("--learning_rate LEARNING_RATE") > places[-1]
+    for listed in ("--q_bit {2,3,4,8,auto}", "--layer_type {baseline,intra,", "--lr_scheduler_type {linear,", "{True,"):
+        assert listed in text
+    assert "--learning-rate" not in text

@@ -1,0 +1,92 @@
+"""Trained adapters as something to give away: a README.md that says what they are, and no path of this machine."""
+
+import json
+from pathlib import Path
+
+from peft import PeftModel
+
+from hyclora.utils.identity import identity
+
+CONFIG = "adapter_config.json"
+README = "README.md"
+_TEXT = """---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- hyclora
+---
+
+# LoRA adapters for {base}
+
+Trained on {rows} rows of {data} in {steps} steps with {method}.
+
+| result | |
+| --- | --- |
+{results}
+
+| setting | |
+| --- | --- |
+{settings}
+
+## How to load them
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")  # or the folder where {base} lies
+model = PeftModel.from_pretrained(base, "the folder of this file")
+tokenizer = AutoTokenizer.from_pretrained("the folder of this file")
+```
+"""
+
+
+def name_of(base: str) -> str:
+    """A base model's name: a hub id as it is, of a folder the last part."""
+    return Path(base).name if Path(base).is_dir() else base
+
+
+def tidy(folder: Path) -> None:
+    """Take out of saved adapters what PEFT wrote of this machine: the base is named, and whoever loads it gives it.
+
+    PEFT itself is not told the name: it would look for it on the hub whenever it saves.
+    """
+    (folder / README).unlink(missing_ok=True)
+    file = folder / CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = name_of(config["base_model_name_or_path"])
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def save_adapters(model: PeftModel, folder: Path, initial: Path | None) -> None:
+    """Write the trained adapters; initial: see `keep_initial_adapters`."""
+    model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
+    tidy(folder)
+
+
+def write_card(folder: Path, found: dict, n_rows: int) -> None:
+    """README.md of the adapters in `folder`; found: the content of the run's results file."""
+    settings = found["settings"]
+    base = settings["ModelArguments"]["model_name"]
+    own = {group: values for group, values in settings.items() if group != "TrainingArguments"}
+    shown = {name: value for name, value in identity(own).items() if value not in (None, "", "{}")}
+    shown |= {name: value for name, value in found["core"].items() if name != "output_dir"}
+    results = {f"accuracy {when} training": f"{value:.2%}" for when, value in found["accuracy"].items()}
+    results["final loss"] = f"{found['final_loss']:.4f}"
+    results |= {f"MiB kept for backward, {name}": f"{n / 2**20:.2f}" for name, n in found["buffered_bytes"].items()}
+    text = _TEXT.format(
+        base=base if not settings["ModelArguments"]["model_dir"] else Path(base).name,
+        rows=n_rows,
+        data=settings["DataArguments"]["data_name"],
+        steps=found["core"]["steps"],
+        method="HyC-LoRA" if settings["HycloraArguments"]["use_hyclora"] else "stock PEFT LoRA",
+        results=_rows(results),
+        settings=_rows(shown),
+    )
+    (folder / README).write_text(text, encoding="utf-8")
+
+
+def _rows(values: dict) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in values.items())

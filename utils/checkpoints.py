@@ -1,0 +1,69 @@
+"""Checkpoints that are whole: all files that were written are there as they were, in the folder of their run.
+
+The last file that is written, `checksums.json`, has the digest of every other one and of the run's `settings.json`.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hyclora.utils.results import SETTINGS, write_json
+
+SUMS = "checksums.json"
+STATE = "trainer_state.json"
+_NEEDED = ("adapter_model.safetensors", "optimizer.pt", STATE)
+_CHUNK = 2**22
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while chunk := content.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Declare a checkpoint whole."""
+    files = [*folder.iterdir(), *folder.parent.glob(SETTINGS)]
+    write_json(folder / SUMS, {os.path.relpath(f, folder): _digest(f) for f in sorted(files) if f.name != SUMS})
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None for a whole one."""
+    try:
+        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it has no {SUMS}, so it was not written to its end"
+    except ValueError:
+        return f"{SUMS} is broken"
+    for name in (*_NEEDED, *sums):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _digest(folder / name) != sums.get(name):
+            changed = f"{name} is not the file that was written"
+            return "it was written by a run of other settings" if name.endswith(SETTINGS) else changed
+    return None
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a sentence for each newer one that is not whole."""
+    found = [c for c in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if c.name.rpartition("-")[2].isdecimal()]
+    passed = []
+    for checkpoint in sorted(found, key=lambda c: int(c.name.rpartition("-")[2]), reverse=True):
+        if (fault := fault_of(checkpoint)) is None:
+            return checkpoint, passed
+        passed.append(f"{checkpoint} is passed over: {fault}")
+    return None, passed
+
+
+def state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / STATE))

@@ -1,0 +1,53 @@
+"""Settings that cannot work, refused while the command line is read: before data and model are loaded."""
+
+import importlib.util
+import math
+
+import torch
+
+from hyclora.utils.errors import UserError
+from hyclora.utils.identity import in_effect
+
+_POSITIVE = (lambda x: 0 < x < math.inf, "a positive number")
+_COUNT = (lambda x: x >= 1, "at least 1")
+_NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "0 or a positive number")
+_SHARE = (lambda x: 0 <= x < 1, "0 or more, and less than 1")
+
+# What the Trainer would take, and then train nothing or fail late.
+RANGES = {
+    "learning_rate": _POSITIVE,
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (lambda x: x == -1 or x >= 1, "at least 1, or -1 for num_train_epochs"),
+    "per_device_train_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": _POSITIVE,
+    "label_smoothing_factor": _SHARE,
+    "save_total_limit": (lambda x: x is None or x >= 1, "at least 1"),
+    "seed": _NOT_NEGATIVE,
+    "eval_strategy": (lambda x: x == "no", "no: the evaluation is before and after the training"),
+}
+# What the GPU alone can do.
+NEED_GPU = ("offload", "cuda_graphs")
+
+
+def check_settings(groups) -> None:
+    """UserError for a setting that cannot work, or not on this machine; groups: all arguments of a driver."""
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    active = {name: value for name, value in values.items() if in_effect(name, values)}
+    for name, (fits, meaning) in RANGES.items():
+        if name in active and not fits(active[name]):
+            raise UserError(f"{name} must be {meaning}, not {active[name]}")
+    present = torch.cuda.is_available()
+    if active.get("device") == "cuda" and not present:
+        raise UserError("device cuda: torch sees no GPU here; install a torch with CUDA, or set device=cpu")
+    on_gpu = present and not active.get("use_cpu") and active.get("device") != "cpu"
+    for name in NEED_GPU:
+        if active.get(name) is True and not on_gpu:
+            raise UserError(f"{name}=True needs a GPU, and this would run on the CPU")
+    if active.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")

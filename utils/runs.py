@@ -1,0 +1,211 @@
+"""A run of a driver: the folder that it alone writes into, the checkpoint that it goes on from, and how it ends.
+
+    run = begin(groups, source, rows, argv)
+    with run.at_work():
+        ...
+        run.finish(results)
+
+`<run>/settings.json` is what the run is known by, `<run>.json` says that it is finished. A run is resumed with equal
+settings only (utils/identity.py), from a whole checkpoint only (utils/checkpoints.py).
+"""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hyclora.utils import results
+from hyclora.utils.args import TrainingArguments
+from hyclora.utils.checkpoints import fault_of, is_checkpoint, newest_whole, state_of
+from hyclora.utils.disk import check_output
+from hyclora.utils.errors import (
+    Finished,
+    Interrupted,
+    NotFinite,
+    RunStopped,
+    UserError,
+    is_disk_full,
+    is_out_of_memory,
+)
+from hyclora.utils.identity import content_of, differences, identity
+from hyclora.utils.script import again
+
+RESUME = "--resume_from_checkpoint"
+
+
+@dataclass
+class Run:
+    folder: Path
+    groups: tuple
+    argv: list[str] | None
+    checkpoint: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def training(self) -> TrainingArguments:
+        return self.groups[-1]
+
+    @property
+    def results(self) -> Path:
+        return results_of(self.folder)
+
+    @contextlib.contextmanager
+    def at_work(self):
+        """Log what happens inside; whatever ends it, the user reads what is left and how to go on."""
+        try:
+            with results.logged(self.folder.with_name(f"{self.folder.name}.log"), self.training):
+                for note in self.notes:
+                    print(note)
+                yield
+        except BaseException as error:
+            ending = self.ending(error)
+            if ending is None:
+                raise
+            raise ending from error
+
+    def finish(self, content: dict) -> None:
+        results.write_json(self.results, content)
+
+    def ending(self, error: BaseException) -> RunStopped | None:
+        """What to say when `error` ends the run; None for a mistake that says it all and for a defect of the code."""
+        if isinstance(error, KeyboardInterrupt):
+            return Interrupted(f"interrupted; {self.left()}")
+        if isinstance(error, NotFinite):
+            lower = f"{self.training.learning_rate / 3:.1g}"
+            return NotFinite(f"{error}; {self.left('--learning_rate', lower, anew='a lower learning rate')}")
+        if isinstance(error, RunStopped):
+            return type(error)(f"{error}; {self.left()}")
+        if is_disk_full(error):
+            return RunStopped(f"the disk of {self.folder} is full; free some space; {self.left()}")
+        if is_out_of_memory(error):
+            return RunStopped(f"out of memory; {self._in_less_memory()}")
+        return None
+
+    def left(self, *more, anew: str = "") -> str:
+        """What exists, and the next command, with the options `more`; anew: what makes that another run."""
+        if self.results.exists():
+            return f"the run is finished: {self.results}"
+        checkpoint, _ = newest_whole(self.folder)
+        start = f"start again{anew and f' with {anew}'}: {again(self.argv, *more)}"
+        if checkpoint is None:
+            return f"no checkpoint was written; {start}"
+        if anew:
+            return f"{checkpoint} is from before that; {start}"
+        state, resume = state_of(checkpoint), f"go on with: {again(self.argv, RESUME, checkpoint, *more)}"
+        if state.global_step >= state.max_steps:
+            return f"the training is done, the evaluation is not; {resume}"
+        return f"the newest checkpoint is of step {state.global_step} of {state.max_steps}; {resume}"
+
+    def _in_less_memory(self) -> str:
+        """`left` with settings that need less: first what keeps the run's numbers, and so its checkpoints."""
+        values = {name: value for group in self.groups for name, value in vars(group).items()}
+        if values["use_hyclora"] and self.training.device.type == "cuda" and not values["offload"]:
+            return self.left("--offload", True)
+        batch, accumulation = self.training.per_device_train_batch_size, self.training.gradient_accumulation_steps
+        if batch > 1:
+            smaller = ("--per_device_train_batch_size", batch // 2, "--gradient_accumulation_steps", accumulation * 2)
+            return self.left(*smaller, anew="smaller batches")
+        return self.left("--seq_len", max(values["seq_len"] // 2, 2), anew="shorter rows")
+
+
+def results_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.json")
+
+
+def begin(groups: tuple, source: str, rows: list[dict], argv: list[str] | None) -> Run:
+    """A new run in output_dir, or the one that resume_from_checkpoint asks for.
+
+    groups: all arguments, the Trainer's last; source and rows: where the base model lies, and what is trained on.
+    UserError if there is no such run, naming the settings that differ; `Finished` if it has its results.
+    """
+    training = groups[-1]
+    content = {**content_of(source, rows), "processes": training.world_size}
+    settings = json.loads(json.dumps(results.settings(*groups) | {"content": content}, default=str))
+    root, resume = Path(training.output_dir), training.resume_from_checkpoint or "False"
+    if resume.lower() == "false":
+        check_output(root)
+        run = Run(results.start_run(root, training.run_name or tag_of(groups), training, settings), groups, argv)
+    else:
+        find = _newest(root, identity(settings)) if resume.lower() == "true" else _named(resume, identity(settings))
+        checkpoint, passed = find
+        check_output(checkpoint.parent)
+        step = state_of(checkpoint).global_step
+        run = Run(checkpoint.parent, groups, argv, checkpoint, [*passed, f"resuming {checkpoint} at step {step}"])
+    training.output_dir = str(run.folder)
+    return run
+
+
+def tag_of(groups: tuple) -> str:
+    """The settings that tell runs apart at a glance."""
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    method = f"{values['layer_type']}-q{values['q_bit']}" if values["use_hyclora"] else "lora"
+    return f"{Path(values['model_name']).name}-{values['data_name']}-{method}-r{values['lora_rank']}"
+
+
+def _identity_of(folder: Path) -> dict | None:
+    """What the run in `folder` is known by; None if its settings cannot be read."""
+    try:
+        return identity(json.loads((folder / results.SETTINGS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _named(resume: str, ours: dict) -> tuple[Path, list[str]]:
+    """The checkpoint that is given by its folder or by its run's."""
+    path = Path(os.path.abspath(resume))
+    if not path.is_dir():
+        raise UserError(f"resume_from_checkpoint: folder {resume} does not exist")
+    folder = path.parent if is_checkpoint(path) else path
+    theirs = _identity_of(folder)
+    if theirs is None:
+        raise UserError(
+            f"{folder} has no readable {results.SETTINGS}: it is no run of this driver, start without {RESUME}"
+        )
+    if changed := differences(theirs, ours):
+        raise UserError(
+            f"{path} is of a run with other settings (its / yours): {changed}; repeat its settings, "
+            f"or start without {RESUME}"
+        )
+    _refuse_finished(folder)
+    if path == folder:
+        checkpoint, passed = newest_whole(folder)
+        if checkpoint is None:
+            raise UserError("; ".join([*passed, f"{folder} has no whole checkpoint: start without {RESUME}"]))
+        return checkpoint, passed
+    if fault := fault_of(path):
+        raise UserError(
+            f"{path} cannot be resumed, {fault}: name another checkpoint, or {folder} for its newest whole one"
+        )
+    return path, []
+
+
+def _newest(root: Path, ours: dict) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint of the newest unfinished run in `root` with our identity."""
+    files = sorted(root.glob(f"*/{results.SETTINGS}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    runs = {file.parent: theirs for file in files if (theirs := _identity_of(file.parent)) is not None}
+    same = [folder for folder, theirs in runs.items() if not differences(theirs, ours)]
+    passed = []
+    for folder in same:
+        if not results_of(folder).exists():
+            checkpoint, torn = newest_whole(folder)
+            passed += torn
+            if checkpoint:
+                return checkpoint, passed
+    for folder in same:
+        _refuse_finished(folder)
+    if same:
+        raise UserError("; ".join([*passed, f"{same[0]} has no whole checkpoint: start without {RESUME}"]))
+    others = [folder for folder in runs if not results_of(folder).exists() and newest_whole(folder)[0]]
+    if not others:
+        raise UserError(f"no unfinished run with a whole checkpoint in {root}: start without {RESUME}")
+    nearest = min(others, key=lambda folder: differences(runs[folder], ours).count(" / "))
+    raise UserError(
+        f"no unfinished run in {root} has these settings; the nearest, {nearest.name}, differs in (its / yours) "
+        f"{differences(runs[nearest], ours)}: repeat its settings, or start without {RESUME}"
+    )
+
+
+def _refuse_finished(folder: Path) -> None:
+    if results_of(folder).exists():
+        raise Finished(f"{folder} is finished, its results are in {results_of(folder)}: to run it again, drop {RESUME}")

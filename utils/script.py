@@ -1,0 +1,69 @@
+"""The command that started this process: read again for near misses, and written out again for the user to repeat.
+
+A shell script of the repository root tells its name in HYCLORA_SCRIPT and, quoted for a shell, the options that it puts
+in front of the user's own in HYCLORA_PASSED (`start` of utils/env.sh). Its settings are lower-case variables with a
+default, `seed=${seed:-11}`.
+"""
+
+import difflib
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+SCRIPT, PASSED = "HYCLORA_SCRIPT", "HYCLORA_PASSED"
+_VARIABLE = re.compile(r"^\s*(\w+)=\$\{\1:?-", re.MULTILINE)
+_NEAR = 0.85
+
+
+def _script() -> tuple[str, str]:
+    """Path and text of the shell script; '' and '' without one."""
+    path = os.environ.get(SCRIPT, "")
+    return (path, Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else ("", "")
+
+
+def check_environment(options: list[str]) -> None:
+    """ValueError for an exported variable that was meant as a setting of the script: misspelled, or an option only."""
+    path, text = _script()
+    variables = _VARIABLE.findall(text)
+    if not variables:
+        return
+    for name in sorted(os.environ.keys() - set(variables)):
+        if name != name.lower():
+            continue
+        given = f"{name}={os.environ[name]} in the environment is not a setting of {Path(path).name}"
+        if near := difflib.get_close_matches(name, variables, n=1, cutoff=_NEAR):
+            raise ValueError(f"{given}: did you mean {near[0]}? (unset {name} if it is for something else)")
+        if "_" in name and f"--{name}" in options:
+            value = shlex.quote(os.environ[name])
+            raise ValueError(f"{given}, but an option: bash {path} --{name} {value} (and unset {name})")
+
+
+def again(argv: list[str] | None, *options) -> str:
+    """The command of this process with `options` (name, value, ...) in place of those that it was given."""
+    added = [str(word) for word in options]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return " ".join(["your command", *(["with", shlex.join(added)] if added else [])])
+    words = list(sys.argv[1:] if argv is None else argv)
+    path, text = _script()
+    passed = shlex.split(os.environ.get(PASSED, ""))
+    if passed and words[: len(passed)] == passed:
+        given = [f"{name}={shlex.quote(os.environ[name])}" for name in _VARIABLE.findall(text) if name in os.environ]
+        start, words = [*dict.fromkeys(given), "bash", shlex.quote(path)], words[len(passed) :]
+    else:
+        module = getattr(sys.modules["__main__"], "__spec__", None)
+        start = ["python", *(["-m", module.name] if module else [shlex.quote(sys.argv[0])])]
+    return " ".join([*start, shlex.join([*_without(words, ["--resume_from_checkpoint", *added[::2]]), *added])]).strip()
+
+
+def _without(words: list[str], names: list[str]) -> list[str]:
+    """The words less the options `names`, each written as `--name value` or `--name=value`."""
+    kept, dropped, alone = [], False, False  # of the last option: whether it goes, and whether its value is in its word
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name.startswith("--"):
+            dropped, alone = f"--{name[2:].replace('-', '_')}" in names, bool(equals)
+        if not dropped or alone and not word.startswith("--"):
+            kept.append(word)
+    return kept
