@@ -7,7 +7,6 @@ T tokens of C channels in bfloat16, two bytes an element, unless a row says othe
 import math
 from functools import partial
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from triton.runtime.jit import KernelInterface
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models.blocks import SOURCE
 from hyclora.models.patch import find_patch
-from hyclora.operators import dispatch
+from hyclora.operators import cross_entropy, dispatch
 from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore
 from hyclora.operators.attention.rope import rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
@@ -109,13 +108,16 @@ def unpacking_norm(t, c):
     return rms_norm_unpack_bwd, x(t, c), x(t, dtype=torch.float32), x(c), found.pack(x(t, c), step), found.book, x(t, c)
 
 
-def low_rank_gradients(t, c):
-    return low_rank_grads, x(t, 2 * c), x(t, 16), x(2 * c, 16), [c, c], [4, 8], x(t, 16)
+def low_rank_gradients(t, c, dtype=BF16):
+    c *= 4
+    dy, xa, B, g = (x(*shape, dtype=dtype) for shape in ((t, 2 * c), (t, 16), (2 * c, 16), (t, 16)))
+    return low_rank_grads, dy, xa, B, [c, c], [4, 8], g
 
 
-def low_rank_bytes(t, c):
-    """Each 512 columns of a projection a part of g, and each range of rows one of dB, of 16 ranks; dB itself."""
-    stripes = 2 * -(-c // 512)
+def low_rank_bytes(t, c, stripe=512):
+    """Each stripe of a projection has a part of g, and each range of rows one of dB, of 16 ranks; and dB itself."""
+    c *= 4
+    stripes = 2 * -(-c // stripe)
     ranges = -(-t // up(-(-t // (256 // stripes)), 32))
     return 4 * 16 * (stripes * t + ranges * 2 * c) + 4 * c * (4 + 8)
 
@@ -150,6 +152,7 @@ def qkv(t, c, restore=False):
 
 
 def nf4(t, c):
+    bnb = pytest.importorskip("bitsandbytes")
     weight = bnb.nn.Params4bit(x(8 * t, 8 * c), requires_grad=False, quant_type="nf4").to("cpu")
     return dequantize_4bit, weight, x(8 * t, 8 * c)
 
@@ -193,6 +196,9 @@ MADE = {
     "stack_adapters": (stacked, lambda t, c: 2 * 16 * (c + 3 * t)),
     "dequantize_4bit": (nf4, lambda t, c: 0),
     "low_rank_grads": (low_rank_gradients, low_rank_bytes),
+    "low_rank_grads in fp32": (
+        partial(low_rank_gradients, dtype=torch.float32), partial(low_rank_bytes, stripe=256)
+    ),
 }  # fmt: skip
 
 
@@ -320,18 +326,21 @@ def test_kept_by_blocks(layer_type, size):
 
 
 # a token's elements beside what is kept: in forward, in backward. The MLP's backward has g of both groups as well, and
-# parts of one for each 256 columns
+# fused it is at its peak where there are parts of one for each 256 columns
 WORKING = {
-    "self_attn": lambda c, f, n, n_kv, d: (2 * n * d + 2 * n_kv * d + n, 2 * (2 * n * d + 2 * n_kv * d) + n),
-    "mlp": lambda c, f, n, n_kv, d: (3 * f, 3 * f + RANKS["mlp"] + 2 * f // 256 * 16),
-}
+    ("self_attn", "intra_inter_full_fuse"): lambda c, f, n, n_kv, d: (
+        2 * n * d + 2 * n_kv * d + n, 2 * (2 * n * d + 2 * n_kv * d) + n
+    ),
+    ("mlp", "intra_inter_full_fuse"): lambda c, f, n, n_kv, d: (3 * f, 3 * f + RANKS["mlp"] + 2 * f // 256 * 16),
+    ("mlp", "intra_inter"): lambda c, f, n, n_kv, d: (3 * f, 6 * f + RANKS["mlp"]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WORKING)
-def test_working_set_of_fused_blocks(name):
+@pytest.mark.parametrize("name, layer_type", WORKING)
+def test_working_set_of_blocks(name, layer_type):
     """At the peak: q, k, v, o, in backward their gradients too, and lse; gate, up, hidden, or their gradients."""
     size = SIZES["whole groups"]
-    layer, found = Layer(size, layer_type="intra_inter_full_fuse"), []
+    layer, found = Layer(size, layer_type=layer_type), []
     for t in (512, 1024):
         given = layer.given(name, t)
         with Live(*layer.known(given)) as forward:
@@ -341,9 +350,23 @@ def test_working_set_of_fused_blocks(name):
             torch.autograd.grad(y, given[0], dy)
         found.append((forward.peak, backward.peak))
     working = [(two - one) / 512 / 4 for one, two in zip(*found, strict=True)]
-    forward, backward = WORKING[name](*size)
-    slots = sum(packed(512, width, BITS) for width in BLOCKS["intra_inter"][name](*size)[1]) / 512 / 4
+    forward, backward = WORKING[name, layer_type](*size)
+    slots = sum(packed(512, width, BITS) for width in BLOCKS[layer_type][name](*size)[1]) / 512 / 4
     assert working == [forward + slots + RANKS[name] - up(8), backward]
+
+
+@pytest.mark.parametrize("adapter, elements", [("lm_head", 2 * 128 + 96 + 4), ("q_proj", 128 + 2 * 96)])
+def test_working_set_of_the_head(monkeypatch, adapter, elements):
+    """A row of a chunk: its logits, twice under an adapter with x A^T, its hidden state, else also that before it."""
+    model = llama({"r": 4, "target_modules": [adapter]}, num_hidden_layers=1).cpu()
+    p, found = Projection(model.get_base_model().lm_head, "lm_head"), []
+    for rows in (16, 32):
+        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 128 * 4)
+        with Live(*model.parameters()) as live:
+            hidden = x(64, 96, dtype=torch.float32).requires_grad_()
+            linear_cross_entropy(hidden, Targets(torch.ones(64).long()), p, None)
+        found.append(live.peak)
+    assert (found[1] - found[0]) / 16 / 4 == elements
 
 
 def test_store():
