@@ -1,1 +1,12 @@
-"""Measurements that anyone can run again: each appends JSON lines to results/, which report and figures read."""
+"""Measurements that anyone can run again: each appends JSON lines to results/, which report and figures read.
+
+memory_throughput.py  a step against the peers               kernels.py         bandwidth of each kernel
+peers.py              one way of fine-tuning, measured       cross_entropy.py   LM head and loss against others
+buffered.py           bytes kept by one layer                fidelity.py        how close gradients are to exact ones
+peak_memory.py        what is alive at the peak of a step    finetune.py        whether fine-tuning notices
+profile_step.py       where the time of a step goes
+
+jobs.py               what a measurement is of               record.py          a line of a result file
+random_checkpoint.py  a checkpoint of a shape                rows.py            what the result files say
+report.py             README's tables                        figures.py         figures/*.png
+"""

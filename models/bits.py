@@ -24,7 +24,7 @@ def allocate_bits(
     """Bits of each slot, keyed like sizes: (..., slot name) -> elements a token.
 
     packed_bits(key, width) is what a token of that slot costs, scales and exact channels included; the sum over slots
-    is at most average_bits an element. ValueError if that is below the smallest possible.
+    is at most average_bits an element. ValueError if that is below the smallest possible. Host work, no tensors.
     """
     widths = sorted(NOISE)
     elements = sum(sizes.values())

@@ -136,7 +136,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 class NormBlock(Block):
     """RMSNorm; its output carries the handle from which the next block derives its input.
 
-    Its projections are those of the block that it feeds, so that both run stock code together.
+    Its projections are those of the block that it feeds, so that both run stock code together. Keeps what
+    RMSNormFunction does; a slot that is derived from it costs nothing more.
     """
 
     def __init__(self, module, name, savers, step, fused: bool):
@@ -152,7 +153,7 @@ class NormBlock(Block):
 
 
 class AttentionBlock(Block):
-    """LlamaAttention's signature on AttentionFunction."""
+    """LlamaAttention's signature on AttentionFunction, which says what is kept; ValueError for what it cannot do."""
 
     def __init__(self, module, name, savers, step, family: Family, attention: str, compensate: bool, fused: bool):
         super().__init__(module, name, savers, step)
@@ -205,7 +206,7 @@ class AttentionBlock(Block):
 
 
 class MlpBlock(Block):
-    """LlamaMLP's signature on MlpFunction."""
+    """LlamaMLP's signature on MlpFunction, which says what is kept; ValueError for what it cannot do."""
 
     def __init__(self, module, name, savers, step, family: Family, compensate: bool, fused: bool):
         super().__init__(module, name, savers, step)

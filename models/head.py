@@ -17,7 +17,8 @@ class HeadBlock(Block):
     """LlamaForCausalLM's signature on LinearCrossEntropyFunction: the same loss and gradients, and logits None.
 
     adapted: a projection of the decoder. PEFT disables and merges all adapters together, so it tells when the model
-    as a whole runs stock code. Raises ValueError where the stock head must stay.
+    as a whole runs stock code. Keeps what linear_cross_entropy does: dh, but no logits. Raises ValueError where the
+    stock head must stay.
     """
 
     def __init__(self, module: nn.Module, name: str, step: Step, attribute: str, adapted: list[Projection]):

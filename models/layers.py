@@ -86,7 +86,8 @@ class CheckpointBlock(Block):
     """A decoder layer's checkpoint function in place of torch's, where it can keep the layer's input better.
 
     That is with a store, or if layer_in is not exact. HF calls it as it calls torch's, while gradient checkpointing is
-    on; a trainer may switch that at any time, so bind() is called before every training forward.
+    on; a trainer may switch that at any time, so bind() is called before every training forward. Keeps what
+    CheckpointFunction does.
     """
 
     span = UNITS_A_LAYER

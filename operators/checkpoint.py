@@ -18,7 +18,8 @@ class CheckpointFunction(torch.autograd.Function):
     """y = run(x); only slot layer_in (x [..., C]) is kept, and backward runs again, with random state and autocast.
 
     parameters: whatever else run may give a gradient to. They are arguments so that their gradients go the usual way
-    (torch.autograd.grad, hooks of a distributed run).
+    (torch.autograd.grad, hooks of a distributed run). Keeps what the saver of layer_in does (exact: x by reference) and
+    a random state; backward has, for a time, what one run of the layer keeps.
     """
 
     @staticmethod

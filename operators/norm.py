@@ -164,7 +164,7 @@ def _row_launch(n_cols: int) -> dict:
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """reference.rms_norm_fwd on any device: x [T, C] to y, x_hat and rstd (fp32 [T])."""
+    """reference.rms_norm_fwd on any device: x [T, C] to y, x_hat, rstd (fp32 [T]), all that it allocates on a GPU."""
     if not use_triton(x):
         return reference.rms_norm_fwd(x, weight, eps)
     x = as_rows(x)
@@ -178,7 +178,7 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor,
 
 
 def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, dresidual: Tensor | None = None) -> Tensor:
-    """reference.rms_norm_bwd on any device: dx [T, C] in dy's dtype."""
+    """reference.rms_norm_bwd on any device: dx [T, C] in dy's dtype, all that it allocates on a GPU."""
     if not use_triton(dy):
         return reference.rms_norm_bwd(dy, x_hat, rstd, weight, dresidual)
     dy, x_hat = as_rows(dy), x_hat.contiguous()
@@ -194,7 +194,10 @@ def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, dresid
 
 
 def rms_norm_pack(x: Tensor, weight: Tensor, eps: float, saver, step) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """rms_norm_fwd with x_hat packed by a calibrated ChannelQuant on the way: x [T, C] to y, rstd, its packed()."""
+    """rms_norm_fwd with x_hat packed by a calibrated ChannelQuant on the way: x [T, C] to y, rstd, its packed().
+
+    Allocates these alone, the packed bytes in one piece: x_hat itself never exists.
+    """
     saver.prepare(x, step)
     x = as_rows(x)
     n_rows, n_cols = x.shape
@@ -214,7 +217,10 @@ def rms_norm_pack(x: Tensor, weight: Tensor, eps: float, saver, step) -> tuple[T
 def rms_norm_unpack_bwd(
     dy: Tensor, rstd: Tensor, weight: Tensor, packed: tuple[Tensor, ...], book, dresidual: Tensor | None = None
 ) -> Tensor:
-    """rms_norm_bwd from x_hat as ChannelQuant.packed has it, book its code book: dx [T, C] in dy's dtype."""
+    """rms_norm_bwd from x_hat as ChannelQuant.packed has it, book its code book: dx [T, C] in dy's dtype.
+
+    Allocates dx alone.
+    """
     codes, scale, kept, mean, std, outliers = packed
     dy = as_rows(dy)
     residual = dy if dresidual is None else as_rows(dresidual)
@@ -237,6 +243,8 @@ class RMSNormFunction(torch.autograd.Function):
 
     x [..., C], weight [C]. Saves norm_in through its saver and rstd (fp32 [T]) exactly. fused: a quantized x_hat is
     packed and restored inside the kernels. residual: (y, x) is returned, and the gradient of this x is added to dx.
+    Keeps what the saver of norm_in does and 4 bytes a token; weight by reference. Temporary: x_hat each way unless
+    fused; for dw fp32 dy, x_hat and their product, 12 C bytes a token.
     """
 
     @staticmethod

@@ -1,1 +1,4 @@
-"""The model families: what a family calls its modules, one row of FAMILIES each."""
+"""The model families: what a family calls its modules, one row of FAMILIES (models/patch.py) each.
+
+llama.py        LLaMA                                        mistral.py        Mistral, with its sliding window
+"""

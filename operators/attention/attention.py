@@ -30,6 +30,7 @@ class FlashCore:
 
     q [B, S, H, D], k, v [B, S, H_kv, D] to o [B, S, H, D]. mask: bounds, for flash_attention; or what HF made for
     interface, an attention function of its own. window: keys that a query sees, itself included; None: all before it.
+    Keeps nothing of its own, or lse: 4 H bytes a token.
     """
 
     def __init__(self, module, interface, window: int | None):
@@ -83,6 +84,7 @@ class EagerCore:
     dv = prob^T do, dprob = do v^T, dscore = softmax_bwd(dprob, prob), dq = scaling dscore k, dk = scaling dscore^T q;
     q, o [B, S, H, D]; k, v [B, S, H_kv, D], repeated for grouped queries only while used; prob
     [B, H_kv, H / H_kv, S, S] in q's dtype, softmax in fp32; mask None (causal), or HF's, bool or additive [B, 1, S, S].
+    Keeps prob by its saver; S x S maps live each way, in forward two of them in fp32.
     """
 
     def __init__(self, module, interface, window: int | None):
@@ -168,7 +170,9 @@ class AttentionFunction(torch.autograd.Function):
     x, y [B, S, C]; residual: of y's shape, or None; overwrite: y may take its memory; cos, sin [B or 1, S, D]; mask and
     kwargs as the core takes them; source: where the norm keeps x_hat, if attn_in is derived; parameters as
     spec.parameters(). Slots: attn_in, q, k, v, prob, lse, attn_out. Gradients: those of linear/lora.py for the
-    projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual.
+    projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual. Keeps what the savers of
+    slots do (an exact v all of q, k, v), what the core does, and x A^T of both groups; cos, sin, mask by reference.
+    Temporary with the flash core and fused, a token: q, k, v, o, in backward their gradients too, and 4 H bytes.
     """
 
     @staticmethod

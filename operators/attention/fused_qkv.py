@@ -167,14 +167,17 @@ def _launch(
 
 
 def fused_qkv_fwd(spec, y: Tensor, cos, sin, batch: int, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
-    """[rope(q + LoRA), rope(k + LoRA), v + LoRA] in place of the frozen paths y [T, N], which are packed on the way."""
+    """[rope(q + LoRA), rope(k + LoRA), v + LoRA] in place of the frozen paths y [T, N], which are packed on the way.
+
+    Allocates the packed bytes of q, k, v alone, in one piece.
+    """
     slots = prepare_slots("qkv", spec.qkv.columns, y, keeper)
     _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=True)
     return y
 
 
 def fused_qkv_restore(spec, cos, sin, batch: int, dtype, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
-    """The same [T, N] again from the packed slots."""
+    """The same [T, N] again from the packed slots, all that it allocates."""
     slots = [PackedSlot.kept(name, keeper) for name in "qkv"]
     y = torch.empty(slots[0].codes.shape[0], spec.qkv.width, dtype=dtype, device=slots[0].codes.device)
     _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=False)

@@ -31,7 +31,10 @@ def _rope_kernel(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """reference.rope on any device: x [B, S, H, D] rotated by cos, sin [B or 1, S, D], contiguous, in x's dtype."""
+    """reference.rope on any device: x [B, S, H, D] rotated by cos, sin [B or 1, S, D], contiguous, in x's dtype.
+
+    Allocates its result alone on a GPU, if x has unit stride along D and cos, sin are contiguous.
+    """
     if not use_triton(x):
         return reference.rope(x, cos, sin, inverse).to(x.dtype)
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -94,7 +97,7 @@ def _rotate_back(d_ptr, dy_ptr, cos, sin, half, mask):
 def rope_bwd(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, dy: Tensor | None = None) -> Tensor:
     """Gradients of q, k before RoPE and of v, side by side [T, N]; dq, dk, dv [B, S, H, D] of any strides.
 
-    dy [T, N or more]: where to write them.
+    dy [T, N or more]: where to write them, else they are all that is allocated on a GPU.
     """
     batch, seq_len, q_heads, head_dim = dq.shape
     width = (q_heads + 2 * dk.shape[2]) * head_dim

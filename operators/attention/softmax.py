@@ -28,7 +28,7 @@ def _softmax_bwd_kernel(dprob_ptr, prob_ptr, dscore_ptr, seq_len, BLOCK: tl.cons
 
 
 def softmax_bwd(dprob: Tensor, prob: Tensor) -> Tensor:
-    """reference.softmax_bwd on any device, over the last dim of [..., S]."""
+    """reference.softmax_bwd on any device, over the last dim of [..., S]; allocates its result alone on a GPU."""
     if not use_triton(prob):
         return reference.softmax_bwd(dprob, prob)
     dprob, prob = dprob.contiguous(), prob.contiguous()

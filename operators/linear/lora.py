@@ -106,7 +106,7 @@ class Projection:
         return self._parameters
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """W [N, in] in dtype; NF4 is dequantized into a new tensor."""
+        """W [N, in] in dtype: a new tensor for NF4 and for another dtype, else the weight itself."""
         weight = self.base.weight
         if not is_4bit(weight):
             return weight.to(dtype)
@@ -129,7 +129,8 @@ class Projection:
 class ProjectionGroup:
     """Projections that share one input x [T, in]; their outputs stand side by side in y [T, N].
 
-    x A^T is kept exactly; A, B and biases are saved by reference.
+    x A^T is kept exactly, R elements a token (R as in LowRank); A, B and biases are saved by reference. W, where it is
+    NF4, is there a piece at a time (weight_pieces.py). Dropout makes several tensors of x's size at a time.
     """
 
     def __init__(self, projections: list[Projection]):
@@ -194,7 +195,10 @@ class ProjectionGroup:
         return like.new_empty(n_rows, self.width + (low_rank.A.shape[0] if shared else 0))
 
     def frozen(self, x: Tensor, y: Tensor | None = None, low_rank: LowRank | None = None) -> Tensor:
-        """x W^T + b of all projections, [T, N]; into y = buffer(...), with x A^T beside it if that has room."""
+        """x W^T + b of all projections, [T, N]; into y = buffer(...), with x A^T beside it if that has room.
+
+        Allocates y if it is not given, and a piece of W.
+        """
         y = x.new_empty(x.shape[0], self.width) if y is None else y
         bias = self._bias(y)
         for columns, _, weight in self.weights(x.dtype, self._below(y, low_rank)):
@@ -299,7 +303,10 @@ class ProjectionGroup:
     def backward_input(
         self, dy: Tensor, g: Tensor | None, low_rank: LowRank | None, rng: dict, add_low_rank: bool = True
     ) -> Tensor:
-        """dx [T, in], without g A if not add_low_rank; dy and g as of backward_low_rank."""
+        """dx [T, in], without g A if not add_low_rank; dy and g as of backward_low_rank.
+
+        Allocates dx and a piece of W.
+        """
         beside = dy[:, self.width :]
         dx = dy.new_empty(len(dy), self.projections[0].base.in_features)
         for rows, columns, weight in self.weights(dy.dtype, self._below(dy, low_rank), by_rows=False):

@@ -62,7 +62,10 @@ def _stack_kernel(
 def stack_adapters(
     adapters: list[tuple[Tensor, Tensor] | None], scalings: list[float], widths: list[int], dtype: torch.dtype
 ) -> LowRank:
-    """reference.stack_adapters on any device: (lora_A, lora_B) or None a projection to one LowRank in dtype."""
+    """reference.stack_adapters on any device: (lora_A, lora_B) or None a projection to one LowRank in dtype.
+
+    Allocates its R (in + N) elements alone on a GPU, whatever the number of tokens.
+    """
     lora_A = next(a for a in adapters if a is not None)[0]
     if not use_triton(lora_A) or len(adapters) > SLOTS:
         return LowRank(*reference.stack_adapters(adapters, scalings, widths, dtype))

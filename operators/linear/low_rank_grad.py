@@ -132,6 +132,8 @@ def low_rank_grads(dy: Tensor, xa: Tensor, B: Tensor, widths: list[int], ranks: 
     """Writes g = dy B into g [T, R]; the dB of each projection [N_p, r_p] in fp32.
 
     dy [T, N], the columns of all projections; xa [T, R] and B [N, R], block-diagonal, of operators/linear/low_rank.py.
+    Allocates dB in one piece; temporary, with r the largest rank as a power of two from 16 on: 4 r bytes a token and
+    stripe of 512 columns (256 in fp32 or of r = 32), and 4 r N for each of at most 256 / stripes ranges of rows.
     """
     n_rows, rank = dy.shape[0], B.shape[1]
     block_rank = rank_block(max(ranks))

@@ -57,8 +57,9 @@ def dequantize_4bit(weight: Tensor, out: Tensor, row: int = 0, column: int = 0, 
     """W [N, K] of a Params4bit into out (contiguous), bit for bit what bitsandbytes makes of it.
 
     A smaller out [n, k] gets W[row : row + n, column : column + k]. With below [R, K], in out's dtype, out has R rows
-    more, which get below[:, column : column + k]. Raises RuntimeError for a weight that bitsandbytes has repacked for
-    CPU inference.
+    more, which get below[:, column : column + k]. Allocates nothing; on a CPU, for another dtype than the weight's and
+    for columns that are no whole words of 8, all of W. Raises RuntimeError for a weight that bitsandbytes has repacked
+    for CPU inference.
     """
     state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):

@@ -51,8 +51,8 @@ def overwritable(residual: Tensor | None, dtype: torch.dtype) -> bool:
 def add_residual(y: Tensor, xa: Tensor | None, B: Tensor | None, residual: Tensor, overwrite: bool) -> Tensor:
     """reference.add_residual on any device: y + xa B^T + residual [T, N].
 
-    In residual's memory if overwrite (see overwritable), else in y's unless the sum is of a wider dtype. Autograd is
-    not told of either.
+    In residual's memory if overwrite (see overwritable), else in y's unless the sum is of a wider dtype, which alone is
+    then allocated (on a GPU, and for a contiguous residual). Autograd is not told of either.
     """
     dtype = torch.promote_types(y.dtype, residual.dtype)
     into = residual.detach() if overwrite else y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)

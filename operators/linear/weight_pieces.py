@@ -41,7 +41,10 @@ class Piece:
 
 
 def weight_pieces(linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dtype, by_rows: bool) -> list[Piece]:
-    """The pieces of W in dtype for linear layers with their rows of W: by rows, or else by columns."""
+    """The pieces of W in dtype for linear layers with their rows of W: by rows, or else by columns.
+
+    Neighbours in NF4 that fit in JOINED bytes are one piece; any other is of WEIGHT_BUFFER bytes at most, or of a tile.
+    """
     limit, joined, runs = WEIGHT_BUFFER // dtype.itemsize, JOINED // dtype.itemsize, []
     for linear, own in linears:
         last = runs[-1] if runs else None
@@ -76,6 +79,8 @@ def make_pieces(
     pieces: list[Piece], dtype: torch.dtype, below: Tensor | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, their W in dtype) piece by piece; NF4 is dequantized into the memory of the piece before.
+
+    Allocates the largest piece in NF4, with below under it; a W that is not NF4 is cast if it is of another dtype.
 
     below: [R, in], which stands below the last rows of W as its rows N to N + R; these have to be dequantized.
     """

@@ -65,7 +65,7 @@ def _silu_mul_bwd_kernel(
 
 
 def silu_mul_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    """reference.silu_mul_fwd on any device: gate, up [T, F] to hidden [T, F]."""
+    """reference.silu_mul_fwd on any device: gate, up [T, F] to hidden [T, F], all that it allocates on a GPU."""
     if not use_triton(gate):
         return reference.silu_mul_fwd(gate, up)
     gate, up = as_rows(gate), as_rows(up)
@@ -79,7 +79,10 @@ def silu_mul_fwd(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def silu_mul_bwd(dhidden: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """reference.silu_mul_bwd on any device: [dgate, dup] [T, 2F] side by side, and hidden [T, F]."""
+    """reference.silu_mul_bwd on any device: [dgate, dup] [T, 2F] side by side, and hidden [T, F].
+
+    These 3 F elements a token are all that it allocates on a GPU.
+    """
     if not use_triton(dhidden):
         dgate, dup, hidden = reference.silu_mul_bwd(dhidden, gate, up)
         return torch.cat((dgate, dup), dim=1), hidden

@@ -136,7 +136,10 @@ def fits(savers: dict) -> bool:
 
 
 def fused_mlp_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
-    """hidden = silu(gate + LoRA) * (up + LoRA) [T, F] from the frozen paths y = [gate, up], packed on the way."""
+    """hidden = silu(gate + LoRA) * (up + LoRA) [T, F] from the frozen paths y = [gate, up], packed on the way.
+
+    Allocates hidden and the packed bytes of gate and up, in one piece.
+    """
     n_rows, n_cols = y.shape[0], y.shape[1] // 2
     slots = prepare_slots(("gate", "up"), spec.gate_up.columns, y, keeper)
     hidden = torch.empty(n_rows, n_cols, dtype=y.dtype, device=y.device)
@@ -155,6 +158,7 @@ def fused_mlp_bwd(
     """dy = [dgate, dup], spec.gate_up.buffer(...), and hidden [T, F] from dhidden and the packed slots.
 
     hidden takes the place of dhidden. down: g [T, R] and A [R, F], whose product is still to be added to dhidden.
+    Allocates dy alone.
     """
     slots = [PackedSlot.kept(name, keeper) for name in ("gate", "up")]
     n_rows, n_cols = dhidden.shape

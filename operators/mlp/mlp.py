@@ -44,7 +44,10 @@ class MlpFunction(torch.autograd.Function):
 
     x [..., C]; residual: of y's shape, or None; y takes its memory if it fits; parameters as spec.parameters(). Slots:
     mlp_in, gate, up, act, hidden. Gradients: linear/lora.py for the projections, reference.silu_mul_bwd for the
-    product (a kept act, silu(gate), replaces its recomputation), dy for the residual.
+    product (a kept act, silu(gate), replaces its recomputation), dy for the residual. Keeps what the savers of slots
+    do, and x A^T of both groups, R elements a token (low_rank.LowRank) each. Temporary, a token of a tile: 3 F elements
+    each way if fused, for gate, up and hidden or their gradients; 6 F in backward if not, 8 F with a kept act and
+    hidden; and a piece of W (weight_pieces.py) where it is NF4.
     """
 
     @staticmethod

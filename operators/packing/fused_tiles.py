@@ -220,7 +220,7 @@ class PackedSlot:
 
     @classmethod
     def empty(cls, n_rows: int, savers: list, device: torch.device) -> "list[PackedSlot]":
-        """Room for the slots of calibrated ChannelQuants, in one allocation."""
+        """Room for the slots of calibrated ChannelQuants, in one allocation (layout.carve)."""
         shapes = [shape for saver in savers for shape in packed_shapes(n_rows, saver.mean.numel(), saver.book)]
         tensors = iter(carve(shapes, device))
         return [cls(next(tensors), next(tensors), saver.mean, saver.inv_std, saver.book) for saver in savers]
@@ -244,7 +244,10 @@ class PackedSlot:
 
 
 def prepare_slots(names: str | tuple[str, ...], columns: list[slice], y: Tensor, keeper) -> list[PackedSlot]:
-    """Room for slots that are columns of y [T, N], calibrated on them if need be and kept in advance."""
+    """Room for slots that are columns of y [T, N], calibrated on them if need be and kept in advance.
+
+    Allocates their packed bytes, and while calibrating what ChannelQuant measures with.
+    """
     savers = [keeper.savers[name] for name in names]
     for saver, own in zip(savers, columns, strict=True):
         saver.prepare(y[:, own], keeper.step)

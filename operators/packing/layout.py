@@ -14,7 +14,8 @@ from hyclora.operators.packing.codebook import Codebook
 def carve(parts: list[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> list[Tensor]:
     """Uninitialised tensors of these shapes and dtypes in one allocation, each at a multiple of 16 bytes.
 
-    What is packed together travels together: a store copies one piece of memory instead of many small ones.
+    What is packed together travels together: a store copies one piece of memory instead of many small ones. The bytes
+    are those of the tensors, each rounded up to a multiple of 16.
     """
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
@@ -28,7 +29,7 @@ def carve(parts: list[tuple[tuple[int, ...], torch.dtype]], device: torch.device
 
 
 def packed_shapes(n_rows: int, n_cols: int, book: Codebook) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2] ([T, 0, 2] without group scales)."""
+    """Codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2] ([T, 0, 2] without): G b / 8 + 2 bytes a group."""
     n_groups = cdiv(n_cols, book.group)
     codes = (n_rows, n_groups, book.group // 8, book.bits)
     return [(codes, torch.uint8), ((n_rows, n_groups * book.grouped, 2), torch.uint8)]

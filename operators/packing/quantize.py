@@ -338,7 +338,7 @@ def _grid(n_rows: int, n_groups: int, tile: dict) -> tuple[int]:
 
 
 def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
-    """reference.quantize on any device: x [T, C] to codes uint8 [T, n, G/8, b] and scale uint8 [T, n, 2]."""
+    """reference.quantize on any device: x [T, C] to codes and scale (packed_shapes), all that it allocates on a GPU."""
     if not use_triton(x):
         return reference.quantize(x, mean, inv_std, book)
     x = as_rows(x)
@@ -354,7 +354,7 @@ def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[
 
 
 def dequantize(codes: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Codebook, dtype: torch.dtype) -> Tensor:
-    """reference.dequantize on any device: x [T, C] in dtype."""
+    """reference.dequantize on any device: x [T, C] in dtype, all that it allocates on a GPU."""
     if not use_triton(codes):
         return reference.dequantize(codes, scale, mean, std, book, dtype)
     n_rows, n_groups = codes.shape[:2]
@@ -373,7 +373,7 @@ def dequantize_rows(
 ) -> Tensor:  # fmt: skip
     """dequantize with the channels outliers [n] taken from kept [T, n], times weight [C] if given.
 
-    mean and std must be 0 at these channels.
+    mean and std must be 0 at these channels. Allocates nothing but its result on a GPU.
     """
     if not use_triton(codes):
         x = reference.dequantize(codes, scale, mean, std, book, torch.float32)

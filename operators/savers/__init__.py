@@ -1,5 +1,9 @@
 """How one buffered activation (a slot) is kept between forward and backward: one file a way of keeping.
 
+exact.py          the tensor itself                          base.py       what a saver is; Recompute, Derived; Keeper
+channel_quant.py  codes of b bits, scales, exact channels    observer.py   calibration on tiles before they are packed
+sparse.py         the largest entries of attention rows
+
 Where the packed bytes wait, if not on the GPU, is operators/store.
 """
 

@@ -37,7 +37,7 @@ class Step:
 
 
 class Saver:
-    """How one slot is kept; this class by itself keeps nothing."""
+    """How one slot is kept; this class by itself keeps nothing, 0 bytes a token."""
 
     stored = False
 
@@ -58,15 +58,15 @@ class Saver:
 
 
 class Recompute(Saver):
-    """Nothing is kept: the block computes the slot again from other slots."""
+    """Nothing is kept, 0 bytes a token: the block computes the slot again from other slots."""
 
 
 class Derived(Saver):
-    """Nothing is kept: the slot is x_hat * w of a norm whose x_hat is kept already (see Keeper.derive)."""
+    """Nothing is kept, 0 bytes a token: the slot is x_hat * w of a norm whose x_hat is kept already (Keeper.derive)."""
 
 
 class StoringSaver(Saver, ABC):
-    """Keeps a slot as packed tensors between forward and backward.
+    """Keeps a slot as packed tensors between forward and backward: bits(C) / 8 bytes a token of C channels.
 
     n_state: how many of the packed tensors, at their end, are not the slot's but the saver's, the same in every step.
     """
@@ -86,7 +86,7 @@ class StoringSaver(Saver, ABC):
         """x as backward sees it, in dtype; times weight [C] if given."""
 
     def bits(self, n_cols: int) -> float:
-        """Bits kept for one token of n_cols elements (a 16-bit activation where nothing is packed)."""
+        """Bits kept for one token of n_cols elements, those kept as they are being of 16 bits; 16 n_cols by itself."""
         return 16.0 * n_cols
 
 
@@ -110,7 +110,8 @@ class Keeper:
 
     Everything goes through ctx.save_for_backward, so that saved-tensor hooks (offloading, checkpointing, counting)
     see it; restore() drops its references, so that a slot is freed as soon as it is used. With a store, the packed
-    tensors of slots go there (as a unit of that span), and what autograd saves instead is a ticket for them.
+    tensors of slots go there (as a unit of that span), and what autograd saves instead is a ticket for them, 0 bytes.
+    Keeps what its savers do; keep_exact and derive keep a reference. Allocates what a saver packs or restores.
     """
 
     def __init__(self, savers: dict[str, Saver], step: Step | None, store: Store | None = None, span: int = 1):

@@ -7,7 +7,7 @@ from hyclora.operators.savers.base import Step, StoringSaver
 
 
 class Exact(StoringSaver):
-    """Keeps a reference to the tensor: no copy, no error."""
+    """Keeps a reference to the tensor: no copy, no error. 2 bytes an element of 16 bits, 2 C a token."""
 
     aliases = True
 

@@ -10,7 +10,7 @@ class Observer(Keeper):
     """Stands in for the keeper of a calibration forward: measures its slots tile by tile and keeps none of them.
 
     rows: where the tile is. So what is packed depends on all n_rows tokens, however they are cut, and the ranks of a
-    distributed run exchange their statistics once, whatever the tiles of each.
+    distributed run exchange their statistics once, whatever the tiles of each. Keeps 0 bytes a token, 16 a channel.
     """
 
     def __init__(self, keeper: Keeper, n_rows: int):

@@ -12,7 +12,8 @@ class Sparse(StoringSaver):
     """Keeps the ceil(ratio * S) largest entries of each row of prob [..., S]: values and their columns.
 
     The capacity depends on the shape alone, so nothing is counted on the device and no host sync is needed. Columns
-    are int16 while they fit.
+    are int16 while they fit, to S = 32767, then int32: 4 bytes an entry, later 6, of each row (a token and head).
+    topk's int64 columns, 8 bytes an entry, are temporary.
     """
 
     def __init__(self, ratio: float):
@@ -25,6 +26,10 @@ class Sparse(StoringSaver):
         """How many entries of a row of n_cols are kept, and the dtype of their columns."""
         dtype = torch.int16 if n_cols <= torch.iinfo(torch.int16).max else torch.int32
         return min(n_cols, max(1, math.ceil(self.ratio * n_cols))), dtype
+
+    def bits(self, n_cols: int) -> float:
+        capacity, dtype = self.row(n_cols)
+        return capacity * (16.0 + 8 * dtype.itemsize)
 
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
         capacity, dtype = self.row(x.shape[-1])

@@ -164,7 +164,8 @@ class Store(Pausable):
     A group is full with `group` units or `group_bytes` bytes. It stays on the device until `window` more units are put,
     and is fetched `ahead` units before it is asked for. All are half a layer by default, so that about a layer is on
     the device. A unit that stands for several blocks counts as so many (`span`). Where the host is short of memory,
-    units stay on the device. While it is paused blocks keep their slots there.
+    units stay on the device. While it is paused blocks keep their slots there. A unit takes its tensors' bytes of host
+    memory, each buffer (buffers.py) rounded up to 512; slabs of it are pinned as they are needed, and kept.
     """
 
     def __init__(
@@ -207,7 +208,10 @@ class Store(Pausable):
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def put(self, tensors: list[Tensor], span: int = 1) -> list[Home]:
-        """Have tensors sent to the host as one unit, with its group; where each is from now on."""
+        """Have tensors sent to the host as one unit, with its group; where each is from now on.
+
+        Allocates nothing on the device, but a contiguous copy of what has holes in its memory.
+        """
         if not tensors:
             return []
         stream = self.copies.current()
@@ -222,7 +226,11 @@ class Store(Pausable):
         return [Home(unit, index) for index in range(len(tensors))]
 
     def read(self, unit: Unit) -> list[Tensor]:
-        """The tensors of a unit; those put before it are on their way when this returns."""
+        """The tensors of a unit; those put before it are on their way when this returns.
+
+        A group that is fetched takes its bytes on the device, each unit in one piece. RuntimeError for a tensor that
+        was written to since it was put.
+        """
         self._open = None  # what is put now belongs to another forward
         for serial in range(unit.last, unit.first - 1 - self.ahead, -1):
             if (wanted := self._units.get(serial)) is not None and wanted.buffers is None:

@@ -1,0 +1,7 @@
+"""What several tests share.
+
+small_models.py    PEFT models and batches, their gradients  kernel_checks.py  error against float64 truth
+counting.py        bytes alive, and kept for backward        replaying.py      CUDA graphs, without a GPU
+offloading.py      a store whose copies come late
+compile_kernels.py every kernel compiled for a GPU, without one
+"""

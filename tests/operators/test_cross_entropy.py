@@ -8,8 +8,8 @@ from hyclora.operators import cross_entropy, reference
 from hyclora.operators.cross_entropy import Targets, cross_entropy_, linear_cross_entropy
 from hyclora.operators.linear.lora import Projection
 from hyclora.operators.reference import IGNORED
+from tests.helpers.counting import Live
 from tests.helpers.kernel_checks import DEVICE, DTYPES, assert_as_good_as_torch, rand, relative_error, strided
-from tests.operators.test_token_tiles import Live
 
 SHAPES = [(1, 1), (3, 37), (2, 8193), (5, 20011)]
 

@@ -4,14 +4,13 @@ import types
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES, SLOTS
 from hyclora.models.patch import find_patch
 from hyclora.operators import token_tiles
 from hyclora.operators.savers import ChannelQuant
+from tests.helpers.counting import Live
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal, offloaded
 from tests.helpers.small_models import gradients, largest_error, llama, padded_batch
@@ -131,24 +130,6 @@ def test_no_tensor_of_all_tokens_and_channels(tile, layer_type):
     assert largest() >= 256 * 1200
     tile(32)
     assert largest() <= 600 * 96  # a weight
-
-
-class Live(TorchDispatchMode):
-    """The most bytes of tensors made inside that lived at the same time."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self._storages = 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._storages = {key: (ref, n) for key, (ref, n) in self._storages.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(n for _, n in self._storages.values()))
-        return out
 
 
 @pytest.mark.parametrize("layer_type", [name for name in POLICIES if name != "baseline"])

@@ -67,6 +67,24 @@ def test_all_folders_are_packaged():
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
+def rooms():
+    """Folders that hold more than tests, and what their docstrings have to name: files, and the rooms inside."""
+    modules = [file for file in sources() if not file.name.startswith(("test_", "__init__"))]
+    folders = {file.parent for file in modules if (file.parent / "__init__.py").is_file()}
+    for folder in sorted(folders):
+        inside = {f"{room.name}/" for room in folder.iterdir() if (room / "__init__.py").is_file()}
+        yield folder, {file.name for file in modules if file.parent == folder} | inside
+
+
+@pytest.mark.parametrize("folder, names", list(rooms()), ids=lambda value: getattr(value, "name", ""))
+def test_a_room_says_what_is_in_it(folder, names):
+    """Each file and room inside is named in the docstring of the folder, and nothing that is not there."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    named = re.findall(r"(?<![\w./])[\w/]+(?:\.py\b|/(?!\w))", text)
+    assert not names - set(named)
+    assert not [name for name in named if not (folder / name).exists() and not (ROOT / name).exists()]
+
+
 def test_pins_are_of_what_is_needed():
     """requirements.txt pins what pyproject.toml names, all of it and nothing else, at an allowed version."""
     least = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', PROJECT))

@@ -9,10 +9,10 @@ from hyclora.operators.linear import weight_pieces
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
 from hyclora.operators.linear.weight_pieces import JOINED, WEIGHT_BUFFER, make_pieces
 from hyclora.operators.savers import Keeper
+from tests.helpers.counting import Live
 from tests.helpers.kernel_checks import DEVICE, rand, relative_error
 from tests.helpers.small_models import gradients, largest_error, llama, padded_batch
 from tests.models.test_blocks import VARIANTS
-from tests.operators.test_token_tiles import Live
 
 bnb = pytest.importorskip("bitsandbytes")
 MODELS = {

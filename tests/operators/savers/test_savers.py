@@ -124,13 +124,24 @@ def test_calibration_state_round_trip():
         Exact().load_state_dict({"count": torch.ones(1)})
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_bits_are_what_is_packed(bits):
-    """Saver.bits, scales and exact channels included, is the size of the packed tensors."""
-    saver = quant(bits, outliers=0.05)
-    x = rand(10, 200).to(torch.bfloat16)
-    codes, scale, kept, *_ = saver.pack(x, Step(1, 1))
-    assert 8 * sum(t.numel() * t.element_size() for t in (codes, scale, kept)) == 10 * saver.bits(200)
+@pytest.mark.parametrize("n_cols", [1, 40, 200, 40000])
+@pytest.mark.parametrize("name", [name for name in SAVERS if name not in ("derived", "recompute")])
+@pytest.mark.parametrize("rule", ["channel_group", "paper"])
+def test_bits_are_what_is_packed(name, rule, n_cols):
+    """Saver.bits, scales and exact channels included, is the size of the packed tensors that are the slot's own."""
+    saver = make_saver(name, scale_rule=rule, outlier_ratio=0.05, softmax_outlier_ratio=0.05)
+    packed = saver.pack(rand(3, n_cols, dtype=torch.bfloat16), Step(1, 1))
+    assert 8 * sum(t.nbytes for t in packed[: len(packed) - saver.n_state]) == 3 * saver.bits(n_cols)
+
+
+@pytest.mark.parametrize("outliers, a_channel, an_outlier", [(0.0, 24, 0), (0.05, 32, 8)])
+def test_what_a_quantizer_holds_for_itself(outliers, a_channel, an_outlier):
+    """A channel, an exact channel, and the counts of tokens and of forwards, once."""
+    saver = quant(outliers=outliers)
+    saver.pack(rand(3, 200), Step(1, 1))
+    held = [*saver.statistics.values(), saver.mean, saver.std, saver.inv_std, *saver.restoring, saver.outliers]
+    storages = {t.untyped_storage().data_ptr(): t.nbytes for t in held if t.numel()}
+    assert sum(storages.values()) == 200 * a_channel + 10 * an_outlier + 2 * 4
 
 
 def run_keeper(read, retain_graph=False):

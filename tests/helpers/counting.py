@@ -1,0 +1,44 @@
+"""Bytes of tensors: those that are alive at a time, and those that autograd keeps for backward."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors made inside that lived at the same time; those of tensors given do not count."""
+
+    def __init__(self, *given: Tensor):
+        super().__init__()
+        self.peak, self._storages = 0, {}
+        self._given = {t.untyped_storage()._cdata for t in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self._given:
+                storage = t.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {key: (ref, n) for key, (ref, n) in self._storages.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(n for _, n in self._storages.values()))
+        return out
+
+
+def kept(run: Callable, *given: Tensor) -> int:
+    """Bytes of the storages that run() saves for backward, each once; those of tensors given do not count."""
+    known = {t.untyped_storage().data_ptr() for t in given}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage
+        return t.detach()
+
+    with saved_tensors_hooks(note, lambda t: t):
+        run()
+    return sum(storage.nbytes() for storage in found.values())
