@@ -1,7 +1,8 @@
-"""Fine-tune on GSM8K, or on generated word problems, with HyC-LoRA; report accuracy and the bytes kept for backward.
+"""Fine-tune on GSM8K, generated word problems or your own rows with HyC-LoRA; report what that changed, and its bytes.
 
     bash run_gsm8k.sh                                          # demo, minutes on a CPU
     model_name=llama-2-7b-hf data_name=gsm8k bash run_gsm8k.sh
+    model_name=llama-2-7b-hf data_name=json data_dir=my_rows.jsonl bash run_gsm8k.sh
 
 The settings are at the top of run_gsm8k.sh; `python run_gsm8k.py --help` lists all of them.
 """
@@ -13,12 +14,12 @@ import torch
 from hyclora import apply_hyclora, remove_hyclora
 from hyclora.utils import results
 from hyclora.utils.args import parse_arguments
-from hyclora.utils.data.gsm8k import Collator, load_rows, tokenize_rows
+from hyclora.utils.data.tokens import Collator
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import entry_point
 from hyclora.utils.loading import find_base, keep_initial_adapters, load_model, load_tokenizer
-from hyclora.utils.metrics import evaluate_generation
 from hyclora.utils.profiling import buffered_bytes
+from hyclora.utils.tasks import load_task
 from hyclora.utils.trainer import HycloraTrainer, find_checkpoint
 
 CORE = ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
@@ -29,9 +30,8 @@ def main(argv=None):
     groups = parse_arguments(argv)
     model_args, data_args, lora_args, hyclora_args, eval_args, training = groups
     source = find_base(model_args, lora_args)
-    train_rows, test_rows = load_rows(data_args, "train"), load_rows(data_args, "test")
     tokenizer = load_tokenizer(source)
-    train_set = tokenize_rows(train_rows, tokenizer, data_args.seq_len)
+    task = load_task(data_args, eval_args, tokenizer)
 
     root = Path(training.output_dir)
     check_output(root)
@@ -42,16 +42,16 @@ def main(argv=None):
 
     with results.logged(run.with_name(run.name + ".log"), training):
         results.print_settings(groups[:-1], {name: getattr(training, name) for name in CORE})
-        print(train_set)
+        print(task.summary)
         clock = results.Clock()
         model = load_model(model_args, lora_args, source, training.device, training.seed)
         clock.lap("load")
         initial = keep_initial_adapters(model, run / "initial_adapters")
         check_output(root, needed=checkpoint_bytes(model, training.save_total_limit))
-        accuracy = {}
-        if eval_args.evaluate_before and test_rows:
-            accuracy["before"], _ = evaluate_generation(model, tokenizer, test_rows, eval_args)
-            print(f"accuracy before training: {accuracy['before']:.2%}")
+        scores = {}
+        if eval_args.evaluate_before and task.evaluate:
+            scores["before"], _ = task.evaluate(model)
+            print(*map(": ".join, task.shown(scores)))
             clock.lap("evaluate before")
         if hyclora_args.use_hyclora:
             print(apply_hyclora(model, hyclora_args.config()))
@@ -60,7 +60,7 @@ def main(argv=None):
         trainer = HycloraTrainer(
             model=model,
             args=training,
-            train_dataset=train_set.rows,
+            train_dataset=task.train,
             data_collator=collator,
             processing_class=tokenizer,
             compressed=hyclora_args.use_hyclora,
@@ -70,26 +70,27 @@ def main(argv=None):
         trained = trainer.train(checkpoint)
         clock.lap("train")
         peak = torch.cuda.max_memory_allocated() if training.device.type == "cuda" else None
-        batch = trainer._prepare_inputs(collator(train_set.rows[: training.per_device_train_batch_size]))
+        batch = trainer._prepare_inputs(collator(task.train[: training.per_device_train_batch_size]))
         buffered = measure_buffers(model, batch, hyclora_args.use_hyclora)
         if not training.should_save:
             return
         model.save_pretrained(run, path_initial_model_for_weight_conversion=initial)
         tokenizer.save_pretrained(run)
-        if test_rows:
-            accuracy["after"], predictions = evaluate_generation(model, tokenizer, test_rows, eval_args)
+        if task.evaluate:
+            scores["after"], predictions = task.evaluate(model)
             clock.lap("evaluate after")
-            results.write_json(run / "predictions.json", predictions)
+            if predictions:
+                results.write_json(run / "predictions.json", predictions)
 
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         final_loss = losses[-1] if losses else trained.metrics["train_loss"]
-        print(closing_table(accuracy, final_loss, int(trainer.masked_batches), buffered, peak))
+        print(closing_table(task.shown(scores), final_loss, int(trainer.masked_batches), buffered, peak))
         results.write_json(
             run.with_name(run.name + ".json"),
             {
                 "settings": results.settings(*groups),
                 "environment": results.environment(),
-                "accuracy": accuracy,
+                task.metric.replace(" ", "_"): scores,
                 "final_loss": final_loss,
                 "buffered_bytes": buffered,
                 "peak_bytes": peak,
@@ -124,10 +125,9 @@ def measure_buffers(model, batch, compressed: bool) -> dict[str, int]:
 
 
 def closing_table(
-    accuracy: dict[str, float], final_loss: float, masked: int, buffered: dict[str, int], peak: int | None
+    scores: list[tuple[str, str]], final_loss: float, masked: int, buffered: dict[str, int], peak: int | None
 ) -> str:
-    rows = [(f"accuracy {when} training", f"{value:.2%}") for when, value in accuracy.items()]
-    rows.append(("final loss", f"{final_loss:.4f}"))
+    rows = [*scores, ("final loss", f"{final_loss:.4f}")]
     rows += [("batches without a target, skipped", str(masked))] if masked else []
     rows += [(f"MiB kept for backward, {name}", f"{size / 2**20:.2f}") for name, size in buffered.items()]
     if "hyclora" in buffered:

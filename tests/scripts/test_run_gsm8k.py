@@ -60,6 +60,21 @@ def test_other_ways_to_train_run(run, options):
     assert ("hyclora" in results["buffered_bytes"]) == ("--use_hyclora" not in options)
 
 
+def test_own_rows_are_judged_by_their_loss(run, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(20)]
+    (folder / "train.json").write_text(json.dumps(rows))
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows[:5])))
+    options = ["--learning_rate", "1e-2", "--evaluate_before", "True", "--max_eval_samples", "4"]
+    file, results, printed = run("--data_name", "json", "--data_dir", str(folder), *options)
+    assert "20 training rows, " in printed and "4 test rows, " in printed
+    losses = results["test_loss"]
+    assert losses["after"] < losses["before"] - 0.1
+    assert all(f"test loss {when} training" in printed and f"{loss:.4f}" in printed for when, loss in losses.items())
+    assert not (file.with_suffix("") / "predictions.json").exists()
+
+
 def test_a_run_resumes_from_its_last_checkpoint(run):
     file, whole, _ = run("--max_eval_samples", "0")
     run("--max_eval_samples", "0", "--resume_from_checkpoint", str(file.with_suffix("") / "checkpoint-2"))
