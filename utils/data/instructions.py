@@ -87,17 +87,23 @@ FORMATS: dict[tuple[str, ...], Callable[[dict, tuple, str], Example]] = {
 
 
 def load_examples(args: DataArguments, split: str) -> list[Example]:
-    """The examples of a split ("train" or "test"); none if there is no test file. UserError names a mistaken row."""
+    """The examples of a split ("train" or "test"); none without a test file. UserError names the first mistaken row."""
     file = _file_of(Path(args.data_dir), split)
     if file is None:
         return []
-    examples, first = [], None
-    for place, row in read_rows(file):
-        keys = _format_of(row, place, first)
-        first = first or keys
-        if keys != first:
-            raise UserError(f"{place}: a row of {_named(keys)} in a file of {_named(first)}: use one format in a file")
-        examples.append(FORMATS[keys](row, keys, place))
+    rows, examples, mistakes = read_rows(file), [], []
+    first = _format_of(rows[0][1], rows[0][0])
+    for place, row in rows:
+        try:
+            keys = _format_of(row, place, first)
+            if keys != first:
+                raise UserError(f"{place}: a row of {_named(keys)} in a file of {_named(first)}: use one format a file")
+            examples.append(FORMATS[keys](row, keys, place))
+        except UserError as mistake:
+            mistakes.append(mistake)
+    if mistakes:
+        more = f" ({len(mistakes)} rows of {len(rows)} have mistakes)" if len(mistakes) > 1 else ""
+        raise UserError(f"{mistakes[0]}{more}")
     return examples[: args.max_train_samples if split == "train" else args.max_eval_samples]
 
 
@@ -112,7 +118,7 @@ def _file_of(path: Path, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def _format_of(row: dict, place: str, expected: tuple[str, ...] | None) -> tuple[str, ...]:
+def _format_of(row: dict, place: str, expected: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The keys of the one format that the row fits."""
     fitting = [keys for keys in FORMATS if row.keys() >= set(keys)]
     if len(fitting) > 1:

@@ -75,6 +75,7 @@ def _encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
 
 def _encode_part(part: Part, tokenizer: PreTrainedTokenizerBase, **options) -> tuple[list[int], list[int]]:
     """ids and labels. A token on the edge of a learned stretch is learned at its start and belongs to it at its end."""
+    options["verbose"] = False  # no warning that a row is long: it is cut or dropped
     ids = tokenizer(part.text, **options).input_ids
     labels = [IGNORED] * len(ids)
 

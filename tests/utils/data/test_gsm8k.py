@@ -48,7 +48,7 @@ def test_a_token_merged_over_the_boundary_is_learned():
     class Merging:
         eos_token_id = 9
 
-        def __call__(self, text):
+        def __call__(self, text, **_):
             ids = [1, 2, 3] if text.endswith(INSTRUCTION) else [1, 2, 34, 5]
             return type("Encoding", (), {"input_ids": ids})
 

@@ -201,6 +201,11 @@ def test_mistakes_are_named_by_file_and_row(content, named, load):
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_it_is_said_how_many_rows_have_mistakes(load):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: .* \(3 rows of 5 have mistakes\)"):
+        load([GOOD, {**GOOD, "response": ""}, GOOD, {"prompt": "a"}, {**GOOD, "prompt": 1}])
+
+
 def test_folders_without_one_training_file_are_refused(load, tmp_path):
     def refused():
         with pytest.raises(UserError) as caught:
