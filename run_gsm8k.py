@@ -49,7 +49,7 @@ def main(argv=None):
         initial = keep_initial_adapters(model, run / "initial_adapters")
         check_output(root, needed=checkpoint_bytes(model, training.save_total_limit))
         scores = {}
-        if eval_args.evaluate_before and task.evaluate:
+        if eval_args.evaluate_before and task.test:
             scores["before"], _ = task.evaluate(model)
             print(*map(": ".join, task.shown(scores)))
             clock.lap("evaluate before")
@@ -76,7 +76,7 @@ def main(argv=None):
             return
         model.save_pretrained(run, path_initial_model_for_weight_conversion=initial)
         tokenizer.save_pretrained(run)
-        if task.evaluate:
+        if task.test:
             scores["after"], predictions = task.evaluate(model)
             clock.lap("evaluate after")
             if predictions:

@@ -14,14 +14,18 @@ from hyclora.utils.metrics import evaluate_generation, evaluate_loss
 
 @dataclass
 class Task:
-    """train: tokenized rows. summary: how many rows there are, for a person. metric: the number's name; form: how it is
-    written. evaluate: a model's number and, row by row, the texts that it generated; None without test rows."""
+    """train: tokenized rows. test: rows to evaluate on, none if there are none. summary: how many rows there are.
+
+    metric: what the number is called; form: how it is written. evaluate: the number of a model over the test rows, and
+    row by row the texts that it generated, if it did.
+    """
 
     train: list[dict]
+    test: list[dict]
     summary: str
     metric: str
     form: str
-    evaluate: Callable[[PreTrainedModel], tuple[float, list[dict]]] | None
+    evaluate: Callable[[PreTrainedModel], tuple[float, list[dict]]]
 
     def shown(self, found: dict[str, float]) -> list[tuple[str, str]]:
         """Name and text of the numbers found "before" and "after" training."""
@@ -40,20 +44,21 @@ def _word_problems(data: DataArguments, evaluation: EvalArguments, tokenizer: Pr
     def accuracy(model):
         return evaluate_generation(model, tokenizer, test, evaluation)
 
-    return Task(train.rows, str(train), "accuracy", ".2%", accuracy if test else None)
+    return Task(train.rows, test, str(train), "accuracy", ".2%", accuracy)
 
 
 def _instructions(data: DataArguments, evaluation: EvalArguments, tokenizer: PreTrainedTokenizerBase) -> Task:
-    examples, test = load_examples(data, "train"), load_examples(data, "test")
+    examples, held_out = load_examples(data, "train"), load_examples(data, "test")
     train = tokenize_rows(examples, tokenizer, data.seq_len)
-    if not test:
-        return Task(train.rows, f"{train}\nno test rows", "test loss", ".4f", None)
-    held_out = tokenize_rows(test, tokenizer, data.seq_len, kind="test")
+    test, summary = [], f"{train}\nno test rows"
+    if held_out:
+        tokenized = tokenize_rows(held_out, tokenizer, data.seq_len, kind="test")
+        test, summary = tokenized.rows, f"{train}\n{tokenized}"
 
     def loss(model):
-        return evaluate_loss(model, held_out.rows, tokenizer.pad_token_id, evaluation), []
+        return evaluate_loss(model, test, tokenizer.pad_token_id, evaluation), []
 
-    return Task(train.rows, f"{train}\n{held_out}", "test loss", ".4f", loss)
+    return Task(train.rows, test, summary, "test loss", ".4f", loss)
 
 
 TASKS = {"demo": _word_problems, "gsm8k": _word_problems, "json": _instructions}
