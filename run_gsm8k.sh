@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Fine-tune on GSM8K with HyC-LoRA. Every setting below can also be given from outside:
+# Fine-tune on GSM8K, or on your own rows, with HyC-LoRA. Every setting below can also be given from outside:
 #   q_bit=2 bash run_gsm8k.sh
 #   model_name=llama-2-7b-hf data_name=gsm8k bash run_gsm8k.sh
+#   model_name=llama-2-7b-hf data_name=json data_dir=my_rows.jsonl bash run_gsm8k.sh
 # Other options of run_gsm8k.py follow the script: bash run_gsm8k.sh --max_steps 20 --lora_dropout 0.05
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -11,7 +12,8 @@ source "$root/utils/env.sh"
 model_name=${model_name:-tiny-llama}
 model_dir=${model_dir-$root/ckpt}
 
-# data: demo (generated word problems) or gsm8k (from data_dir, or from the hub if data_dir is empty)
+# data: demo (generated word problems), gsm8k (from data_dir, or from the hub if data_dir is empty) or json (your rows:
+# data_dir is a .json or .jsonl file, or a folder with train.jsonl and, to be evaluated, test.jsonl)
 data_name=${data_name:-demo}
 data_dir=${data_dir:-}
 seq_len=${seq_len:-512}

@@ -23,7 +23,8 @@ from benchmarks.record import record
 from benchmarks.rows import LSE_KEPT
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.utils.args import LINEARS, DataArguments
-from hyclora.utils.data.gsm8k import Collator, load_rows, tokenize_rows
+from hyclora.utils.data.gsm8k import examples_of, load_rows
+from hyclora.utils.data.tokens import Collator, tokenize_rows
 
 SETTINGS = [
     *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 3, 2)),
@@ -53,7 +54,7 @@ def load_batches(
     rows = batch_size * count
     where = {"data_name": "demo"} if data == "demo" else {"data_name": "gsm8k", "data_dir": data}
     rows = load_rows(DataArguments(**where, max_train_samples=rows, max_eval_samples=rows, seq_len=seq_len), split)
-    rows = tokenize_rows(rows, tokenizer, seq_len).rows
+    rows = tokenize_rows(examples_of(rows), tokenizer, seq_len).rows
     collate = Collator(tokenizer.pad_token_id)
     batches = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     return [{name: t.to(device) for name, t in batch.items()} for batch in batches]

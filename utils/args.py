@@ -57,8 +57,15 @@ class ModelArguments:
 class DataArguments:
     _argument_group_name = "data"
 
-    data_name: Literal["demo", "gsm8k"] = option("demo", "demo: generated word problems; gsm8k: grade school math.")
-    data_dir: str = option("", "Folder with gsm8k's train.jsonl and test.jsonl; '' downloads openai/gsm8k.")
+    data_name: Literal["demo", "gsm8k", "json"] = option(
+        "demo", "demo: generated word problems; gsm8k: grade school math; json: your own rows from data_dir."
+    )
+    data_dir: str = option(
+        "",
+        "gsm8k: folder with train.jsonl and test.jsonl, '' downloads openai/gsm8k; json: a .json or .jsonl file, or a "
+        "folder with train.jsonl and, to be evaluated, test.jsonl. Rows have prompt and response (or completion), "
+        "instruction, input and output, messages, or question and answer.",
+    )
     seq_len: int = option(512, "Longest training row in tokens; a longer answer is cut.")
     max_train_samples: int | None = option(None, "Train on the first N rows only.")
     max_eval_samples: int | None = option(None, "Evaluate on the first N rows only; 0 skips the evaluation.")
@@ -66,8 +73,14 @@ class DataArguments:
     def __post_init__(self):
         require(
             not (self.data_name == "demo" and self.data_dir),
-            f"data_dir {self.data_dir!r} would be ignored with data_name demo: add --data_name gsm8k or drop data_dir",
+            f"data_dir {self.data_dir!r} would be ignored with data_name demo: "
+            "add --data_name json (your own rows) or --data_name gsm8k, or drop data_dir",
         )
+        if self.data_name == "json":
+            require(
+                bool(self.data_dir), "data_name json needs --data_dir: a .json or .jsonl file, or a folder with one"
+            )
+            require(Path(self.data_dir).exists(), f"data_dir {self.data_dir} does not exist: name a file or a folder")
         require(self.seq_len >= 2, f"seq_len must be at least 2, not {self.seq_len}")
         require(
             self.max_train_samples is None or self.max_train_samples > 0,
@@ -105,7 +118,7 @@ class EvalArguments:
     top_k: int = option(40, "Sample among the k most likely tokens.")
     top_p: float = option(0.95, "Sample among the most likely tokens that hold this probability together.")
     max_new_tokens: int = option(256, "Longest generated answer in tokens.")
-    eval_batch_size: int = option(32, "Questions answered at once.")
+    eval_batch_size: int = option(32, "Test rows evaluated at once.")
     generation_seed: int = option(42, "Seed of the sampling.")
     evaluate_before: bool = option(False, "Also evaluate before training.")
 

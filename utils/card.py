@@ -6,6 +6,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from hyclora.utils.identity import identity
+from hyclora.utils.results import KEPT_BY
 
 CONFIG = "adapter_config.json"
 README = "README.md"
@@ -73,9 +74,10 @@ def write_card(folder: Path, found: dict, n_rows: int) -> None:
     own = {group: values for group, values in settings.items() if group != "TrainingArguments"}
     shown = {name: value for name, value in identity(own).items() if value not in (None, "", "{}")}
     shown |= {name: value for name, value in found["core"].items() if name != "output_dir"}
-    results = {f"accuracy {when} training": f"{value:.2%}" for when, value in found["accuracy"].items()}
-    results["final loss"] = f"{found['final_loss']:.4f}"
-    results |= {f"MiB kept for backward, {name}": f"{n / 2**20:.2f}" for name, n in found["buffered_bytes"].items()}
+    results = found["shown"] | {"final loss": f"{found['final_loss']:.4f}"}
+    results |= {
+        f"MiB kept for backward, {KEPT_BY[name]}": f"{n / 2**20:.2f}" for name, n in found["buffered_bytes"].items()
+    }
     text = _TEXT.format(
         base=base if not settings["ModelArguments"]["model_dir"] else Path(base).name,
         rows=n_rows,

@@ -1,14 +1,19 @@
-"""Accuracy on word problems: generate an answer, read the final number out of it, compare exactly."""
+"""What a model can do: accuracy on word problems, or the loss on responses.
+
+Accuracy: generate an answer, read the final number out of it, compare exactly.
+"""
 
 import re
 from fractions import Fraction
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hyclora.utils.args import EvalArguments
 from hyclora.utils.data.gsm8k import FINAL_ANSWER, prompt_of, target_of
+from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.profiling import undisturbed
 
 _NUMBER = re.compile(
@@ -70,3 +75,28 @@ def evaluate_generation(
         {**row, "prediction": texts[i], "correct": is_correct(texts[i], row["answer"])} for i, row in enumerate(rows)
     ]
     return sum(p["correct"] for p in predictions) / max(len(rows), 1), predictions
+
+
+def evaluate_loss(model: PreTrainedModel, rows: list[dict], pad_token_id: int, args: EvalArguments) -> float:
+    """Mean cross-entropy (in nats) of a learned token over the tokenized rows, each token with the same weight.
+
+    The head runs on the learned positions of one row at a time: logits of a batch would take more memory than training.
+    """
+    collate = Collator(pad_token_id)
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    total, count = 0.0, 0
+    with undisturbed(model, train=False), torch.no_grad(), tqdm(total=len(rows), desc="evaluating") as bar:
+        for start in range(0, len(rows), args.eval_batch_size):
+            batch = collate(rows[start : start + args.eval_batch_size])
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")
+            states = decoder(**batch, use_cache=False).last_hidden_state
+            # the state at a token predicts the next one
+            for state, target in zip(states[:, :-1], labels[:, 1:], strict=True):
+                learned = target != IGNORED
+                logits = head(state[learned]).float()
+                total += F.cross_entropy(logits, target[learned], reduction="sum").item()
+                count += len(logits)
+            bar.update(len(labels))
+    return total / count

@@ -48,6 +48,11 @@ _MEMORY = {
     "held_bytes": "MiB that torch held of the GPU",
     "host_bytes": "MiB of offloaded activations on the host",
 }
+KEPT_BY = {
+    "hyclora": "HyC-LoRA",
+    "lora": "plain LoRA",
+    "lora_checkpointing": "plain LoRA with checkpointing",
+}
 _PEERS = ("liger-kernel", "unsloth", "unsloth_zoo", "cut-cross-entropy")
 
 
@@ -218,12 +223,11 @@ def table(rows: list[tuple[str, ...]]) -> str:
 def closing_table(found: dict) -> str:
     """What a run found out, at a glance; found: the content of its results file."""
     train, buffered = found["train"], found["buffered_bytes"]
-    rows = [(f"accuracy {when} training", f"{value:.2%}") for when, value in found["accuracy"].items()]
-    rows.append(("final loss", f"{found['final_loss']:.4f}"))
+    rows = [*found["shown"].items(), ("final loss", f"{found['final_loss']:.4f}")]
     rows += [("batches without a target, skipped", str(n))] if (n := train["masked_batches"]) else []
-    rows += [(f"MiB kept for backward, {name}", f"{size / 2**20:.2f}") for name, size in buffered.items()]
-    if "hyclora" in buffered:
-        rows.append(("ratio", f"{buffered['lora'] / buffered['hyclora']:.2f}x"))
+    for name, size in buffered.items():
+        factor = f" ({size / buffered['hyclora']:.2f}x)" if "hyclora" in buffered and name != "hyclora" else ""
+        rows.append((f"MiB kept for backward, {KEPT_BY[name]}{factor}", f"{size / 2**20:.2f}"))
     rows += [(label, f"{train[name] / 2**20:.0f}") for name, label in _MEMORY.items() if train[name]]
     rows.append(("real tokens a second in training", f"{train['tokens_per_second']:.0f}"))
     return table(rows)

@@ -75,8 +75,8 @@ def test_checkpoints(refused, tiny_llama_folder, tmp_path):
         (None, "test.jsonl does not exist"),
         ("\n", "test.jsonl is empty"),
         (f"{GOOD}\n\n{{'question'\n", "test.jsonl:3: not a JSON object"),
-        (f'{GOOD}\n{{"question": "1?"}}', 'test.jsonl:2: the text under key "answer" is missing'),
-        (f"{GOOD}\n[1]", 'test.jsonl:2: the text under key "question" is missing'),
+        (f'{GOOD}\n{{"question": "1?"}}', 'test.jsonl:2: the key "answer" is missing, found the keys question'),
+        (f"{GOOD}\n[1]", "test.jsonl:2: not a JSON object"),
     ],
 )
 def test_data_files(refused, tmp_path, text, named):
@@ -90,6 +90,13 @@ def test_data_files(refused, tmp_path, text, named):
 
 def test_data_folder(refused, tmp_path):
     assert f"{tmp_path / 'none'} does not exist" in refused("--data_name", "gsm8k", "--data_dir", tmp_path / "none")
+
+
+def test_own_rows(refused, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 1?", "response": "2"}')
+    (tmp_path / "test.jsonl").write_text('{"prompt": "1 + 1?"}')
+    sentence = refused("--data_name", "json", "--data_dir", tmp_path)
+    assert f'{tmp_path / "test.jsonl"}:1: the key "response" is missing, found the keys prompt' in sentence
 
 
 def test_no_row_with_a_target(refused, tmp_path):

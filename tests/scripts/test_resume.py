@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import run_gsm8k
+from hyclora.utils import tasks
 from hyclora.utils.errors import Finished
 from hyclora.utils.metrics import evaluate_generation
 from hyclora.utils.trainer import HycloraTrainer
@@ -193,13 +194,13 @@ def test_an_interrupted_last_evaluation_is_made_up_for(drive, monkeypatch, tmp_p
     expected, predictions = json.loads(whole.read_text()), whole.with_suffix("") / "predictions.json"
     predicted = predictions.read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(run_gsm8k, "evaluate_generation", evaluations(["--evaluate_before"] == options[:1], ctrl_c()))
+        patch.setattr(tasks, "evaluate_generation", evaluations(["--evaluate_before"] == options[:1], ctrl_c()))
         code, said = drive(*options)
     folder = runs(tmp_path)[-1]
     assert code == 130 and "the training is done, the evaluation is not" in said
     assert f"{RESUME} {folder / 'checkpoint-4'}" in said
     monkeypatch.setattr(HycloraTrainer, "training_step", lambda *args: pytest.fail("a step more"))
-    monkeypatch.setattr(run_gsm8k, "evaluate_generation", evaluations(1, lambda: pytest.fail("evaluated again")))
+    monkeypatch.setattr(tasks, "evaluate_generation", evaluations(1, lambda: pytest.fail("evaluated again")))
     code, said = drive(*options, RESUME, True)
     found = json.loads((tmp_path / f"{folder.name}.json").read_text())
     assert code == 0 and (folder / "predictions.json").read_text() == predicted
@@ -235,7 +236,8 @@ def test_endings(drive, in_step, monkeypatch, stage, action, code, said):
     if isinstance(stage, int):
         in_step(stage, action)
     else:
-        monkeypatch.setattr(run_gsm8k, stage, lambda *args: action())
+        owner = tasks if stage == "evaluate_generation" else run_gsm8k
+        monkeypatch.setattr(owner, stage, lambda *args: action())
     ended, printed = drive("--evaluate_before", stage == "evaluate_generation")
     assert (ended, said in printed) == (code, True), printed
     assert ("--per_device_train_batch_size 1 --gradient_accumulation_steps 2" in printed) == (

@@ -31,9 +31,10 @@ def test_a_run_reports_and_keeps_everything(run, tiny_llama_folder):
         warnings.simplefilter("error", FutureWarning)
         file, results, printed = run("--evaluate_before", "True", "--q_bit", "2")
     assert set(results["accuracy"]) == {"before", "after"}
-    assert results["buffered_bytes"]["hyclora"] < 0.6 * results["buffered_bytes"]["lora"]
+    kept = results["buffered_bytes"]
+    assert kept["hyclora"] < 0.6 * kept["lora"] and kept["lora_checkpointing"] < kept["lora"]
     assert [entry["step"] for entry in results["log_history"] if "loss" in entry] == [1, 2, 3, 4]
-    assert results["settings"]["HycloraArguments"]["q_bit"] == "2"
+    assert results["settings"]["HycloraArguments"]["q_bit"] == 2
     assert results["settings"]["TrainingArguments"]["learning_rate"] == 3e-4
     assert {"torch", "transformers", "peft"} <= set(results["environment"]["versions"])
     train = results["train"]
@@ -41,8 +42,8 @@ def test_a_run_reports_and_keeps_everything(run, tiny_llama_folder):
     assert {"peak_bytes", "held_bytes", "host_bytes"} <= set(train)
     assert "seed: 11" in printed and "steps: 4" in printed and f"output_dir: {file.with_suffix('')}" in printed
     assert "average_bits" not in printed and "softmax_outlier_ratio" not in printed
-    ratio = results["buffered_bytes"]["lora"] / results["buffered_bytes"]["hyclora"]
-    assert f"{ratio:.2f}x" in printed and "HyC-LoRA (intra_inter) patched 2 layers" in printed
+    assert all(f"({kept[name] / kept['hyclora']:.2f}x)" in printed for name in ("lora", "lora_checkpointing"))
+    assert "HyC-LoRA (intra_inter_full_fuse) patched 2 layers" in printed
     log = file.with_suffix(".log").read_text()
     assert set(printed.splitlines()) <= set(log.splitlines()) and "'loss'" in log
 
@@ -77,3 +78,18 @@ def test_other_ways_to_train_run(run, options):
     _, results, _ = run("--max_eval_samples", "0", *options)
     assert results["final_loss"] > 0 and results["accuracy"] == {}
     assert ("hyclora" in results["buffered_bytes"]) == ("--use_hyclora" not in options)
+
+
+def test_own_rows_are_judged_by_their_loss(run, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(20)]
+    (folder / "train.json").write_text(json.dumps(rows))
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows[:5])))
+    options = ["--learning_rate", "1e-2", "--evaluate_before", "True", "--max_eval_samples", "4"]
+    file, results, printed = run("--data_name", "json", "--data_dir", str(folder), *options)
+    assert "20 training rows, " in printed and "4 test rows, " in printed
+    losses = results["test_loss"]
+    assert losses["after"] < losses["before"] - 0.1
+    assert all(f"test loss {when} training" in printed and f"{loss:.4f}" in printed for when, loss in losses.items())
+    assert not (file.with_suffix("") / "predictions.json").exists()

@@ -77,6 +77,8 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--lora_init_type", "zeros"], "zeros"),
         (["--temperature", "0"], "--greedy"),
         (["--data_dir", "somewhere"], "--data_name gsm8k"),
+        (["--data_name", "json"], "needs --data_dir"),
+        (["--data_name", "json", "--data_dir", "no/such"], "data_dir no/such does not exist"),
         (["--seq_len", "1"], "seq_len"),
         (["--slot_savers", "[1]"], "slot_savers must be a JSON object"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hyclora.utils.args import EvalArguments
-from hyclora.utils.metrics import evaluate_generation, extract_number, is_correct
+from hyclora.utils.data.tokens import IGNORED, Collator
+from hyclora.utils.metrics import evaluate_generation, evaluate_loss, extract_number, is_correct
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,19 @@ def test_accuracy_counts_right_answers(model_and_tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "batch_decode", lambda ids, **_: ["The final answer is: 2"] * len(ids))
     rows = [*ROWS, {"question": "And 2 + 2?", "answer": "#### 4"}]
     assert evaluate_generation(model, tokenizer, rows, EvalArguments(max_new_tokens=2))[0] == 0.75
+
+
+def test_loss_weighs_every_learned_token_the_same(model_and_tokenizer, monkeypatch):
+    model, _ = model_and_tokenizer
+    torch.manual_seed(0)
+    rows = []
+    for length, learned in ((12, 9), (30, 2), (7, 1)):
+        ids = torch.randint(2, 500, (length,)).tolist()
+        rows.append({"input_ids": ids, "labels": [IGNORED] * (length - learned) + ids[length - learned :]})
+    model.train()
+    monkeypatch.setattr(model.model.layers[0].self_attn, "attention_dropout", 0.5)
+    found = [evaluate_loss(model, rows, 1, EvalArguments(eval_batch_size=size)) for size in (1, 2, 8)]
+    assert model.training
+    # transformers' own mean over the targets of one batch
+    expected = model.eval()(**Collator(1)(rows)).loss.item()
+    assert found == pytest.approx([expected] * 3, rel=1e-5)

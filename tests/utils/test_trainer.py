@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from hyclora.utils.args import LoraArguments, ModelArguments, TrainingArguments
-from hyclora.utils.data.gsm8k import IGNORED, Collator
+from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.errors import Interrupted, NotFinite
 from hyclora.utils.loading import load_model
 from hyclora.utils.trainer import HycloraTrainer

@@ -1,5 +1,7 @@
-"""Training and test data, one module a task; a module reads rows and turns them into token ids and labels.
+"""Training and test data: rows that are read or generated, and how they become token ids and labels.
 
 gsm8k.py        GSM8K, as the paper trains it                word_problems.py  problems like it, generated from a seed
+instructions.py own rows in four formats                     chat.py           chats in the tokenizer's own template
+files.py        JSON rows, each with its place               tokens.py         token ids, labels, batches
 pretrain_text.py  text to pre-train a tiny model on
 """

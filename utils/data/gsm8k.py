@@ -1,17 +1,14 @@
 """GSM8K (Cobbe et al., 2021) as the paper trains it: question and instruction in, rationale and final number out.
 
 `load_rows` gives rows {"question", "answer"} from the hub, from a folder of the original jsonl files or from the
-generator of demo problems; `tokenize_rows` gives token ids with the loss on the answer only; `Collator` pads a batch.
+generator of demo problems; `examples_of` gives what is learned of them: the answer, after question and instruction.
 """
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
 from hyclora.utils.args import DataArguments
+from hyclora.utils.data.files import read_rows, text_of
+from hyclora.utils.data.tokens import Example
 from hyclora.utils.data.word_problems import word_problems
 from hyclora.utils.errors import UserError
 
@@ -20,7 +17,6 @@ FINAL_ANSWER = "The final answer is: "
 HUB_ID = "openai/gsm8k"
 DEMO_ROWS = {"train": 2400, "test": 200}
 DEMO_SEED = 0
-IGNORED = -100
 
 
 def load_rows(args: DataArguments, split: str) -> list[dict]:
@@ -39,22 +35,7 @@ def read_jsonl(folder: Path, split: str) -> list[dict]:
         raise UserError(f"data folder {folder} does not exist: --data_dir is the folder of train.jsonl and test.jsonl")
     if not file.is_file():
         raise UserError(f"{file} does not exist: put gsm8k's {split}.jsonl into the folder given by --data_dir")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    rows = [_row(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise UserError(f"{file} is empty: it needs one JSON object with question and answer a line")
-    return rows
-
-
-def _row(line: str, place: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not a JSON object ({error.msg}): correct or remove the line") from None
-    for key in ("question", "answer"):
-        if not isinstance(row, dict) or not isinstance(row.get(key), str):
-            raise UserError(f'{place}: the text under key "{key}" is missing: correct or remove the line')
-    return {"question": row["question"], "answer": row["answer"]}
+    return [{key: text_of(row, key, place) for key in ("question", "answer")} for place, row in read_rows(file)]
 
 
 def download(split: str) -> list[dict]:
@@ -80,57 +61,6 @@ def target_of(answer: str) -> str:
     return answer.replace("#### ", FINAL_ANSWER)
 
 
-@dataclass
-class TokenizedRows:
-    """Rows for the Trainer, and what happened to those that did not fit."""
-
-    rows: list[dict]
-    cut: int
-    dropped: int
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.rows)} training rows, {self.cut} cut at seq_len, {self.dropped} dropped (no room for an answer)"
-        )
-
-
-def tokenize_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> TokenizedRows:
-    """input_ids and labels of each row, without padding; the labels of the prompt are ignored by the loss."""
-    kept, cut, dropped = [], 0, 0
-    for row in rows:
-        prompt = prompt_of(row["question"])
-        prompt_ids = tokenizer(prompt).input_ids
-        ids = tokenizer(prompt + target_of(row["answer"])).input_ids + [tokenizer.eos_token_id]
-        # A tokenizer may merge the prompt's last token with the answer's first: the merged one is to be learned.
-        pairs = enumerate(zip(prompt_ids, ids, strict=False))
-        start = next((i for i, (alone, joined) in pairs if alone != joined), len(prompt_ids))
-        if start >= seq_len:
-            dropped += 1
-            continue
-        cut += len(ids) > seq_len
-        kept.append({"input_ids": ids[:seq_len], "labels": [IGNORED] * start + ids[start:seq_len]})
-    if not kept:
-        raise UserError(f"no training row has room for an answer within seq_len {seq_len}: raise --seq_len")
-    return TokenizedRows(kept, cut, dropped)
-
-
-@dataclass
-class Collator:
-    """Pads on the right to the longest row of the batch, rounded up to a multiple."""
-
-    pad_token_id: int
-    multiple: int = 8
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        width = -(-longest // self.multiple) * self.multiple
-
-        def stack(name, filler):
-            return torch.tensor([row[name] + [filler] * (width - len(row[name])) for row in rows])
-
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        return {
-            "input_ids": stack("input_ids", self.pad_token_id),
-            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
-            "labels": stack("labels", IGNORED),
-        }
+def examples_of(rows: list[dict]) -> list[Example]:
+    """The rows as a model learns them."""
+    return [Example([(prompt_of(row["question"]), target_of(row["answer"]))]) for row in rows]

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from hyclora.utils.args import DataArguments
-from hyclora.utils.data.gsm8k import IGNORED, INSTRUCTION, Collator, load_rows, prompt_of, target_of, tokenize_rows
+from hyclora.utils.data.gsm8k import INSTRUCTION, examples_of, load_rows, prompt_of, target_of
+from hyclora.utils.data.tokens import IGNORED, Collator, tokenize_rows
 from hyclora.utils.errors import UserError
 
 ROW = {"question": "Tom has 3 pens and buys 4. How many?", "answer": "3+4 = <<3+4=7>>7 pens.\n#### 7"}
@@ -25,7 +26,7 @@ def test_prompt_and_target_are_the_papers():
 
 
 def test_loss_is_on_the_answer_only(tokenizer):
-    (row,) = tokenize_rows([ROW], tokenizer, seq_len=512).rows
+    (row,) = tokenize_rows(examples_of([ROW]), tokenizer, seq_len=512).rows
     learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
     assert tokenizer.decode(learned) == target_of(ROW["answer"]) + tokenizer.eos_token
     assert row["input_ids"][: -len(learned)] == tokenizer(prompt_of(ROW["question"])).input_ids
@@ -35,23 +36,23 @@ def test_loss_is_on_the_answer_only(tokenizer):
 def test_long_answers_are_cut_and_long_questions_dropped(tokenizer):
     prompt = len(tokenizer(prompt_of(ROW["question"])).input_ids)
     long_question = {**ROW, "question": ROW["question"] * 9}
-    tokenized = tokenize_rows([ROW, long_question], tokenizer, seq_len=prompt + 5)
+    tokenized = tokenize_rows(examples_of([ROW, long_question]), tokenizer, seq_len=prompt + 5)
     assert (tokenized.cut, tokenized.dropped) == (1, 1)
     assert len(tokenized.rows) == 1 and len(tokenized.rows[0]["input_ids"]) == prompt + 5
     assert "1 cut" in str(tokenized) and "1 dropped" in str(tokenized)
     with pytest.raises(UserError, match="seq_len"):
-        tokenize_rows([ROW], tokenizer, seq_len=prompt)
+        tokenize_rows(examples_of([ROW]), tokenizer, seq_len=prompt)
 
 
 def test_a_token_merged_over_the_boundary_is_learned():
     class Merging:
         eos_token_id = 9
 
-        def __call__(self, text):
+        def __call__(self, text, **_):
             ids = [1, 2, 3] if text.endswith(INSTRUCTION) else [1, 2, 34, 5]
             return type("Encoding", (), {"input_ids": ids})
 
-    (row,) = tokenize_rows([ROW], Merging(), seq_len=16).rows
+    (row,) = tokenize_rows(examples_of([ROW]), Merging(), seq_len=16).rows
     assert row == {"input_ids": [1, 2, 34, 5, 9], "labels": [IGNORED, IGNORED, 34, 5, 9]}
 
 

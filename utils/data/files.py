@@ -1,0 +1,71 @@
+"""Rows of a JSON file: a list of objects, or one object a line. A mistake is named by file and line or item."""
+
+import json
+from pathlib import Path
+
+from hyclora.utils.errors import UserError
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_rows(file: Path) -> list[tuple[str, dict]]:
+    """(place, row) of every object in the file, of which there is at least one; place is what a message calls it.
+
+    UserError for what is not UTF-8, not JSON or not an object.
+    """
+    text = _text(file)
+    rows = _items(text, file) if text.lstrip().startswith("[") else _lines(text, file)
+    if not rows:
+        raise UserError(f"{file} is empty: it needs one JSON object a line, or a JSON list of objects")
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: not a JSON object: correct or remove it")
+    return rows
+
+
+def _text(file: Path) -> str:
+    try:
+        content = file.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+        return content.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line}: not UTF-8: save the file with this encoding") from None
+
+
+def _lines(text: str, file: Path) -> list[tuple[str, object]]:
+    # splitlines() would also split at characters that may stand inside a JSON string, such as U+2028
+    places = [(f"{file}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(place, _parse(line, place)) for place, line in places]
+
+
+def _items(text: str, file: Path) -> list[tuple[str, object]]:
+    return [(f"{file}: item {number}", item) for number, item in enumerate(_parse(text, file), 1)]
+
+
+def _parse(text: str, place: Path | str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        kind = "list" if isinstance(place, Path) else "object"
+        raise UserError(f"{place}: not a JSON {kind} ({error}): correct or remove it") from None
+
+
+def text_of(row: dict, key: str, place: str) -> str:
+    """The text under a key; UserError if there is none."""
+    if key not in row:
+        raise UserError(f'{place}: the key "{key}" is missing, found {listed(row)}')
+    text = row[key]
+    if not isinstance(text, str):
+        raise UserError(f'{place}: the value of "{key}" is not a text but {json.dumps(text)[:40]}')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{place}: the value of "{key}" holds half a character (a lone surrogate)') from None
+    return text
+
+
+def listed(row: dict) -> str:
+    """The keys of a row for a message."""
+    return "the keys " + ", ".join(row) if row else "no keys"
