@@ -4,8 +4,8 @@ A block owns the training forward of one module. It is bound to that instance al
 __dict__); evaluation, generation, disabled or merged adapters run the stock forward.
 """
 
-from dataclasses import dataclass
 from functools import wraps
+from operator import attrgetter
 from types import MethodType
 
 import torch
@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hyclora.models.families.family import Family
 from hyclora.operators import reference
 from hyclora.operators.attention.attention import CORES, AttentionFunction, AttentionSpec
 from hyclora.operators.attention.flash import is_bounds
@@ -28,27 +29,6 @@ from hyclora.operators.token_tiles import place, token_tiles
 
 SOURCE = "_hyclora_source"
 BLOCK = "_hyclora_block"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Attribute names of a family: of its decoder (layers, final_norm), its causal LM (head), one layer (the rest).
-
-    sliding_window: name in the config of how many keys a query sees, for a family that has such windows.
-    """
-
-    layers: str
-    final_norm: str
-    attention: str
-    attention_norm: str
-    qkv: tuple[str, str, str]
-    out: str
-    mlp: str
-    mlp_norm: str
-    gate_up: tuple[str, str]
-    down: str
-    head: str
-    sliding_window: str | None = None
 
 
 class Block:
@@ -166,7 +146,7 @@ class AttentionBlock(Block):
         interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
         causal = getattr(module.config, "is_causal", True)
         self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and causal
-        window = getattr(module.config, family.sliding_window) if family.sliding_window else None
+        window = attrgetter(family.sliding_window)(module) if family.sliding_window else None
         core = CORES[attention](module, interface, window)
         fused = fused and fits(module.head_dim, savers)
         self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim)

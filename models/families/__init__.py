@@ -1,1 +1,9 @@
 """The model families: what a family calls its modules, one row of FAMILIES each."""
+
+from hyclora.models.families.family import Family
+from hyclora.models.families.llama import LLAMA
+from hyclora.models.families.mistral import MISTRAL
+from hyclora.models.families.qwen import QWEN2
+
+# by Hugging Face's model_type
+FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}

@@ -70,26 +70,6 @@ def test_nf4_base_weights(layer_type):
         assert mean_cosine(ours, exact) > 0.999
 
 
-def test_full_attention_mask_and_positions_of_packed_rows():
-    """Two documents in one row: position ids restart, HF masks across them (without a cache), ours must too."""
-    model = llama()
-    ids = padded_batch()["input_ids"]
-    positions = torch.arange(21).expand(3, -1).clone()
-    positions[:, 9:] -= 9
-    batch = {"input_ids": ids, "labels": ids, "position_ids": positions.to(ids.device), "use_cache": False}
-    _, exact = gradients(model, batch)
-    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
-    assert largest_error(gradients(model, batch)[1], exact) < 1e-5
-
-
-def test_left_padding():
-    model, batch = llama(), padded_batch()
-    batch = {name: t.flip(1) for name, t in batch.items()}
-    _, exact = gradients(model, batch)
-    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
-    assert largest_error(gradients(model, batch)[1], exact) < 1e-5
-
-
 @pytest.mark.parametrize("attention", ["flash", "eager"])
 @pytest.mark.parametrize("layer_type", list(POLICIES))
 @pytest.mark.parametrize("variant", ["dropout", "trainable biases", "q and v only", "head_dim"])
