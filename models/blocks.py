@@ -36,6 +36,7 @@ class Block:
 
     store: Store | None = None
     span = 1
+    norms: tuple[nn.Module, ...] = ()  # whose weights it reads
 
     def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step):
         self.module, self.name, self.savers, self.step = module, name, savers, step
@@ -120,7 +121,7 @@ class NormBlock(Block):
 
     def __init__(self, module, name, savers, step, fused: bool):
         super().__init__(module, name, savers, step)
-        self.fused = fused
+        self.fused, self.norms = fused, (module,)
 
     def run(self, dtype, hidden_states, residual: bool = False):
         """The norm's output; with its input beside it if asked for, as the residual branch."""
@@ -148,8 +149,12 @@ class AttentionBlock(Block):
         self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and causal
         window = attrgetter(family.sliding_window)(module) if family.sliding_window else None
         core = CORES[attention](module, interface, window)
-        fused = fused and fits(module.head_dim, savers)
-        self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim)
+        self.norm_names = family.head_norms
+        self.norms = tuple(getattr(module, norm) for norm in family.head_norms)
+        self._refuse_trained_norms()
+        fused = fused and fits(module.head_dim, savers) and not self.norms
+        norms = dict(zip("qk", self.norms, strict=False))
+        self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim, norms)
 
     def takes_bounds(self) -> bool:
         """Whether operators/attention/flash.py can run here, so that bounds may stand in for HF's mask."""
@@ -160,11 +165,17 @@ class AttentionBlock(Block):
     ):
         return past_key_values is None and super().applies()
 
+    def _refuse_trained_norms(self) -> None:
+        for name, norm in zip(self.norm_names, self.norms, strict=True):
+            if norm.weight.requires_grad:
+                raise ValueError(f"{self.name}.{name}: the weight is trainable; a norm of heads must be frozen")
+
     def run(
         self, dtype, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, residual=None,
         overwrite=False, **kwargs,
     ):  # fmt: skip
         """The attention's output, the residual branch added if given (overwrite: in its memory); and None."""
+        self._refuse_trained_norms()
         source = self.input_source(hidden_states, "attn_in")
         cos, sin = position_embeddings
         y = AttentionFunction.apply(
@@ -178,10 +189,13 @@ class AttentionBlock(Block):
             return super().run_stock(hidden_states, position_embeddings, attention_mask, **kwargs)
         # checkpointing runs a layer first without grad; stock attention could not read the bounds
         heads = [p.module(hidden_states).unflatten(-1, (-1, self.module.head_dim)) for p in self.spec.qkv.projections]
+        q, k, v = heads
+        if self.norms:
+            q, k = (norm(x) for norm, x in zip(self.norms, (q, k), strict=True))
         # the kernel is for blocks, whose backward rotates by itself; here autograd goes through
         rotate = reference.rope if torch.is_grad_enabled() else rope
-        q, k = (rotate(head, *position_embeddings).to(head.dtype) for head in heads[:2])
-        o = self.spec.core.run(q, k, heads[2], attention_mask, kwargs)
+        q, k = (rotate(x, *position_embeddings).to(v.dtype) for x in (q, k))
+        o = self.spec.core.run(q, k, v, attention_mask, kwargs)
         return self.spec.out.projections[0].module(o.flatten(2)), None
 
 

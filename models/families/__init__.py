@@ -3,7 +3,7 @@
 from hyclora.models.families.family import Family
 from hyclora.models.families.llama import LLAMA
 from hyclora.models.families.mistral import MISTRAL
-from hyclora.models.families.qwen import QWEN2
+from hyclora.models.families.qwen import QWEN2, QWEN3
 
 # by Hugging Face's model_type
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
+FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Family:
     """Attribute names of a family: of its decoder (layers, final_norm), its causal LM (head), one layer (the rest).
 
-    sliding_window: where an attention module says how many keys a query sees (None: all before it), in a family that
-    has such windows.
+    head_norms: RMSNorms over each head of q and of k, before RoPE, in a family that has them. sliding_window: where an
+    attention module says how many keys a query sees (None: all before it), in a family that has such windows.
     """
 
     layers: str
@@ -22,4 +22,5 @@ class Family:
     gate_up: tuple[str, str]
     down: str
     head: str
+    head_norms: tuple[str, ...] = ()
     sliding_window: str | None = None

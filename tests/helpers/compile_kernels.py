@@ -74,6 +74,9 @@ def elementwise():
     q, k, cos = rand(2, 16, 4, 64), rand(2, 16, 2, 64), rand(1, 16, 64)
     rope.rope(q, cos, cos)
     rope.rope_bwd(q, k, k, cos, cos)
+    norms = [rope.HeadNorm(rand(64), 1e-6, x.flatten(2).flatten(0, 1)) for x in (q, k)]
+    rope.rope(q, cos, cos, norm=norms[0])
+    rope.rope_bwd(q, k, k, cos, cos, norms=norms)
     cross_entropy.cross_entropy_(rand(4, 1000), torch.zeros(4, dtype=torch.int64))
     for xa, B in ((rand(16, 16), rand(256, 16)), (None, None)):
         residual.add_residual(rand(16, 256), xa, B, rand(16, 256), overwrite=True)

@@ -9,6 +9,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from hyclora.utils.args import LINEARS
@@ -31,6 +33,11 @@ def mistral(lora: dict | None = None, base: str = "float32", **config) -> torch.
 def qwen2(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
     """The same as a Qwen2, whose q, k, v have biases, and whose queries see 8 keys in the second layer alone."""
     return _small(Qwen2ForCausalLM, Qwen2Config, lora, base, SECOND_LAYER_SLIDES | config)
+
+
+def qwen3(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+    """The same as a Qwen3 with such windows, whose heads are normalized and larger than hidden_size / heads."""
+    return _small(Qwen3ForCausalLM, Qwen3Config, lora, base, {"head_dim": 20} | SECOND_LAYER_SLIDES | config)
 
 
 def _small(model_class, config_class, lora: dict | None, base: str, config: dict) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES, SLOTS
 from hyclora.models.patch import find_patch
 from hyclora.operators.savers import ChannelQuant
-from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, padded_batch
+from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, mistral, padded_batch, qwen2, qwen3
 
 VARIANTS = {
     "alpha != r": {},
@@ -85,9 +85,10 @@ def test_every_layer_type_approximates_exact(variant, layer_type, attention):
 
 
 @pytest.mark.parametrize("attention", ["flash", "eager"])
-def test_compression_is_real_and_ordered(attention):
+@pytest.mark.parametrize("family", [llama, mistral, qwen2, qwen3])
+def test_compression_is_real_and_ordered(family, attention):
     """Fewer bits, larger error; 4 and 2 bit stay useful."""
-    model, batch = llama(), padded_batch()
+    model, batch = family(), padded_batch()
     _, exact = gradients(model, batch)
     cosines = []
     for bits in (8, 4, 3, 2):
@@ -130,13 +131,13 @@ def token_counts(model) -> list[float]:
     return [s.statistics["count"].item() for s in savers if isinstance(s, ChannelQuant) and s.statistics]
 
 
-def check_recomputation(layer_type: str, use_reentrant: bool) -> None:
+def check_recomputation(layer_type: str, use_reentrant: bool, family=llama) -> None:
     """Gradients and calibration under gradient checkpointing are those without it.
 
     Reentrant layers run stock code first, which rounds otherwise even in fp64 (its norms are of fp32), and now and then
     moves a code: of 8 bit, that is little.
     """
-    model, batches = llama({"lora_dropout": 0.1}).double(), [padded_batch(seed=seed) for seed in range(4)]
+    model, batches = family({"lora_dropout": 0.1}).double(), [padded_batch(seed=seed) for seed in range(4)]
     config = HycloraConfig(layer_type=layer_type, q_bit=8, iteration_threshold=2)
     apply_hyclora(model, config)
     plain = [gradients(model, batch)[1] for batch in batches]
@@ -225,8 +226,9 @@ def _with_disabled(model, batch):
     return out.loss, out.logits
 
 
-def test_remove_restores_the_model_bit_for_bit():
-    model, batch = llama(), padded_batch()
+@pytest.mark.parametrize("family", [llama, qwen3])
+def test_remove_restores_the_model_bit_for_bit(family):
+    model, batch = family(), padded_batch()
     forwards = {name: m.__dict__.get("forward") for name, m in model.named_modules()}
     loss, exact = gradients(model, batch)
     state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -272,11 +274,15 @@ def test_gradient_accumulation_sums_micro_batches():
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_bf16_autocast_with_fp32_adapters(variant, base):
+    check_autocast(llama(**variant), base)
+
+
+def check_autocast(model, base: torch.dtype) -> None:
     """As HF Trainer runs with --bf16: adapters and their gradients stay fp32, errors are about those of torch.
 
     The worst parameter's may be twice as large: with biases a sum over tokens that nearly cancels decides it.
     """
-    model, batch = llama(**variant), padded_batch()
+    batch = padded_batch()
     _, exact = gradients(model, batch)
 
     for name, p in model.named_parameters():

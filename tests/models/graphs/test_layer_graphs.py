@@ -14,15 +14,16 @@ from hyclora.models.patch import find_patch
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
 from tests.helpers.replaying import CALIBRATION, batches, config, graphed, replayed, starts, train
-from tests.helpers.small_models import largest_error, llama, padded_batch
+from tests.helpers.small_models import largest_error, llama, padded_batch, qwen3
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("layer_type", ["baseline", "intra_inter", "intra_inter_full_fuse"])
-def test_replayed_steps_are_the_same(layer_type, offload, set_to_none):
+@pytest.mark.parametrize("family", [llama, qwen3])
+def test_replayed_steps_are_the_same(family, layer_type, offload, set_to_none):
     """Losses and gradients bit for bit, with new inputs each step, gradient accumulation and weights that move."""
-    stock = llama()
+    stock = family()
     ours = copy.deepcopy(stock)
     apply_hyclora(stock, config(layer_type=layer_type))
     graphs = graphed(ours, {"layer_type": layer_type}, offload)

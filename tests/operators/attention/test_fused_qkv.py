@@ -58,7 +58,7 @@ def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, bits, dtype):
         for i in range(count):
             assert torch.equal(fused._tensors[first + i], plain._tensors[first_plain + i])
     restored = fused_qkv_restore(spec, cos, sin, BATCH, dtype, low_rank, plain)
-    heads_of = attention._rotate_restored(spec, cos, sin, BATCH, low_rank, fused)
+    heads_of, _ = attention._rotate_restored(spec, cos, sin, BATCH, low_rank, fused)
     expected = torch.cat([head.flatten(0, 1).flatten(1) for head in heads_of], dim=1)
     assert relative_error(restored, expected) < tolerance
 
