@@ -152,7 +152,7 @@ class AttentionBlock(Block):
         self.norm_names = family.head_norms
         self.norms = tuple(getattr(module, norm) for norm in family.head_norms)
         self._refuse_trained_norms()
-        fused = fused and fits(module.head_dim, savers) and not self.norms
+        fused = fused and fits(module.head_dim, savers, bool(self.norms))
         norms = dict(zip("qk", self.norms, strict=False))
         self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim, norms)
 

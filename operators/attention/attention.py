@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hyclora.operators.attention.flash import flash_attention, is_bounds
-from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore
+from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore, packed_qkv
 from hyclora.operators.attention.hollow_graph import HollowGraph, record
 from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
@@ -229,15 +229,18 @@ class AttentionFunction(torch.autograd.Function):
 
         low_rank = spec.qkv.kept_low_rank(keeper, dy.dtype)
         if ctx.fused:
-            y = fused_qkv_restore(spec, cos, sin, batch, dy.dtype, low_rank, keeper)
+            slots = packed_qkv(keeper)
+            y = fused_qkv_restore(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
             heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
             del y
-            norms = []
         else:
             heads, norms = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
         attn_out = keeper.restore("attn_out")
         dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, rng, ctx.graph)
         del attn_out
+        if ctx.fused:
+            norms = _fused_norms(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
+            del slots
         dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy), norms)
         del dheads, norms
         g, dB = spec.qkv.backward_low_rank(dqkv, low_rank, keeper)
@@ -277,3 +280,11 @@ def _rotate_restored(
         y = spec.to_heads(y, batch)
         heads.append(rope(y, cos, sin, norm=norm) if name != "v" and (spec.compensate or norm is not None) else y)
     return heads, norms
+
+
+def _fused_norms(spec: AttentionSpec, slots, cos, sin, batch: int, dtype, low_rank, keeper: Keeper) -> list[HeadNorm]:
+    """The norms of q and k with what they normalized, restored once more rather than held while attention runs."""
+    if not spec.norms:
+        return []
+    y = fused_qkv_restore(spec, slots, cos, sin, batch, dtype, low_rank, keeper, rotate=False)
+    return [replace(spec.norm(name, keeper), x=y[:, own]) for name, own in zip("qk", spec.qkv.columns, strict=False)]

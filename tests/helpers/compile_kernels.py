@@ -115,11 +115,13 @@ def mlp(bits):
     fused_mlp.fused_mlp_bwd(spec, rand(32, 256), (rand(32, 16), rand(16, 256)), adapters, kept)
 
 
-def qkv(bits):
-    spec, y, adapters, cos, sin, keeper = prepare_qkv(bits, BF16)
+def qkv(bits, norms=False):
+    spec, y, adapters, cos, sin, keeper = prepare_qkv(bits, BF16, norms=norms)
     kept = keeper()
     fused_qkv.fused_qkv_fwd(spec, y, cos, sin, BATCH, adapters, kept)
-    fused_qkv.fused_qkv_restore(spec, cos, sin, BATCH, BF16, adapters, kept)
+    slots = fused_qkv.packed_qkv(kept)
+    for rotate in (True, False):
+        fused_qkv.fused_qkv_restore(spec, slots, cos, sin, BATCH, BF16, adapters, kept, rotate)
 
 
 def main():
@@ -142,6 +144,7 @@ def main():
     norms(4)
     qkv((4, 4, 4))
     qkv((3, 8, 2))
+    qkv((4, 4, 4), norms=True)
     print(*sorted(names))
 
 

@@ -315,12 +315,13 @@ def test_several_active_adapters_are_refused_when_they_are_used():
     assert all("second" in name for name in ours)
 
 
-def test_fused_layers_are_the_unfused_ones(kernels):
+@pytest.mark.parametrize("family", [llama, qwen3])
+def test_fused_layers_are_the_unfused_ones(family, kernels):
     """Norms, q/k/v (heads of 128) and MLP in fused kernels, after calibration: loss and gradients of intra_inter."""
     found = {}
     for layer_type in ("intra_inter", "intra_inter_full_fuse"):
         sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
-        model, batch = llama(**sizes), padded_batch(rows=2, width=9)
+        model, batch = family(**sizes), padded_batch(rows=2, width=9)
         apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=4, iteration_threshold=1))
         gradients(model, batch)
         found[layer_type] = gradients(model, batch)
