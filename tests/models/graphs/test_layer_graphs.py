@@ -13,7 +13,7 @@ from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.patch import find_patch
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
-from tests.helpers.replaying import CALIBRATION, batches, config, graphed, replayed, starts, train
+from tests.helpers.replaying import CALIBRATION, batches, config, graphed, record, replayed, starts, train
 from tests.helpers.small_models import largest_error, llama, padded_batch, qwen3
 
 
@@ -148,11 +148,11 @@ def replace(linear):
 
 
 @pytest.mark.parametrize("change, early", [(move, []), (replace, [True])])
-@pytest.mark.parametrize("name", ["base_layer", "lora_A.default"])
-def test_weights_in_other_memory(recorded, name, change, early):
+@pytest.mark.parametrize("name", ["mlp.up_proj.base_layer", "mlp.up_proj.lora_A.default", "self_attn.q_norm"])
+def test_weights_in_other_memory(name, change, early):
     """Nothing is started that would read freed memory, and a start with the former weights is in vain."""
-    model, graphs, batch = recorded
-    linear = model.get_submodule(f"base_model.model.model.layers.1.mlp.up_proj.{name}")
+    model, graphs, batch = record(qwen3)
+    linear = model.get_submodule(f"base_model.model.model.layers.1.{name}")
     former, started = StorageWeakRef(linear.weight.untyped_storage()), []
     (recording,) = graphs.recordings.values()
     recording.forward = lambda: started.append(not former.expired())
