@@ -4,8 +4,8 @@ A block owns the training forward of one module. It is bound to that instance al
 __dict__); evaluation, generation, disabled or merged adapters run the stock forward.
 """
 
-from dataclasses import dataclass
 from functools import wraps
+from operator import attrgetter
 from types import MethodType
 
 import torch
@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hyclora.models.families.family import Family
 from hyclora.operators import reference
 from hyclora.operators.attention.attention import CORES, AttentionFunction, AttentionSpec
 from hyclora.operators.attention.flash import is_bounds
@@ -31,32 +32,12 @@ SOURCE = "_hyclora_source"
 BLOCK = "_hyclora_block"
 
 
-@dataclass(frozen=True)
-class Family:
-    """Attribute names of a family: of its decoder (layers, final_norm), its causal LM (head), one layer (the rest).
-
-    sliding_window: name in the config of how many keys a query sees, for a family that has such windows.
-    """
-
-    layers: str
-    final_norm: str
-    attention: str
-    attention_norm: str
-    qkv: tuple[str, str, str]
-    out: str
-    mlp: str
-    mlp_norm: str
-    gate_up: tuple[str, str]
-    down: str
-    head: str
-    sliding_window: str | None = None
-
-
 class Block:
     """What all blocks share: savers, the model's Step and Store (None: slots stay put), the binding, when to run."""
 
     store: Store | None = None
     span = 1
+    norms: tuple[nn.Module, ...] = ()  # whose weights it reads
 
     def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step):
         self.module, self.name, self.savers, self.step = module, name, savers, step
@@ -142,7 +123,7 @@ class NormBlock(Block):
 
     def __init__(self, module, name, savers, step, fused: bool):
         super().__init__(module, name, savers, step)
-        self.fused = fused
+        self.fused, self.norms = fused, (module,)
 
     def run(self, dtype, hidden_states, residual: bool = False):
         """The norm's output; with its input beside it if asked for, as the residual branch."""
@@ -166,10 +147,14 @@ class AttentionBlock(Block):
         interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
         causal = getattr(module.config, "is_causal", True)
         self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and causal
-        window = getattr(module.config, family.sliding_window) if family.sliding_window else None
+        window = attrgetter(family.sliding_window)(module) if family.sliding_window else None
         core = CORES[attention](module, interface, window)
-        fused = fused and fits(module.head_dim, savers)
-        self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim)
+        self.norm_names = family.head_norms
+        self.norms = tuple(getattr(module, norm) for norm in family.head_norms)
+        self._refuse_trained_norms()
+        fused = fused and fits(module.head_dim, savers, bool(self.norms))
+        norms = dict(zip("qk", self.norms, strict=False))
+        self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim, norms)
 
     def takes_bounds(self) -> bool:
         """Whether operators/attention/flash.py can run here, so that bounds may stand in for HF's mask."""
@@ -180,11 +165,17 @@ class AttentionBlock(Block):
     ):
         return past_key_values is None and super().applies()
 
+    def _refuse_trained_norms(self) -> None:
+        for name, norm in zip(self.norm_names, self.norms, strict=True):
+            if norm.weight.requires_grad:
+                raise ValueError(f"{self.name}.{name}: the weight is trainable; a norm of heads must be frozen")
+
     def run(
         self, dtype, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, residual=None,
         overwrite=False, **kwargs,
     ):  # fmt: skip
         """The attention's output, the residual branch added if given (overwrite: in its memory); and None."""
+        self._refuse_trained_norms()
         source = self.input_source(hidden_states, "attn_in")
         cos, sin = position_embeddings
         y = AttentionFunction.apply(
@@ -198,10 +189,13 @@ class AttentionBlock(Block):
             return super().run_stock(hidden_states, position_embeddings, attention_mask, **kwargs)
         # checkpointing runs a layer first without grad; stock attention could not read the bounds
         heads = [p.module(hidden_states).unflatten(-1, (-1, self.module.head_dim)) for p in self.spec.qkv.projections]
+        q, k, v = heads
+        if self.norms:
+            q, k = (norm(x) for norm, x in zip(self.norms, (q, k), strict=True))
         # the kernel is for blocks, whose backward rotates by itself; here autograd goes through
         rotate = reference.rope if torch.is_grad_enabled() else rope
-        q, k = (rotate(head, *position_embeddings).to(head.dtype) for head in heads[:2])
-        o = self.spec.core.run(q, k, heads[2], attention_mask, kwargs)
+        q, k = (rotate(x, *position_embeddings).to(v.dtype) for x in (q, k))
+        o = self.spec.core.run(q, k, v, attention_mask, kwargs)
         return self.spec.out.projections[0].module(o.flatten(2)), None
 
 

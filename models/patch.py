@@ -7,10 +7,10 @@ from peft import PeftModel
 from torch import nn
 
 from hyclora.models.bits import allocate_bits
-from hyclora.models.blocks import AttentionBlock, Block, Family, MlpBlock, NormBlock
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.config import SLOTS, HycloraConfig
-from hyclora.models.families.llama import LLAMA
-from hyclora.models.families.mistral import MISTRAL
+from hyclora.models.families import FAMILIES
+from hyclora.models.families.family import Family
 from hyclora.models.graphs.foresight import foretell, is_stock
 from hyclora.models.graphs.layer_graphs import LayerGraphs
 from hyclora.models.graphs.recording import CudaRecorder
@@ -21,7 +21,6 @@ from hyclora.models.report import PatchReport, make_report, tell_of_checkpointin
 from hyclora.operators.savers import ChannelQuant, Saver, Step, make_saver
 from hyclora.operators.store import CudaCopies, Store
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL}
 PATCH = "_hyclora_patch"
 
 

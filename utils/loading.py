@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
+from hyclora.models.families import FAMILIES
 from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.errors import UserError
 
@@ -71,8 +72,6 @@ def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True)
 
 
 def _check_family(family: str, place):
-    from hyclora.models.patch import FAMILIES
-
     if family not in FAMILIES:
         raise UserError(f"{place} is a {family} model: supported are {', '.join(sorted(FAMILIES))}")
 

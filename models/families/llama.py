@@ -1,6 +1,6 @@
 """LLaMA: attribute names of one family."""
 
-from hyclora.models.blocks import Family
+from hyclora.models.families.family import Family
 
 LLAMA = Family(
     layers="layers",

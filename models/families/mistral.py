@@ -1,7 +1,7 @@
-"""Mistral: LLaMA's attribute names, and a sliding window."""
+"""Mistral: LLaMA's attribute names, and one sliding window for all layers."""
 
 from dataclasses import replace
 
 from hyclora.models.families.llama import LLAMA
 
-MISTRAL = replace(LLAMA, sliding_window="sliding_window")
+MISTRAL = replace(LLAMA, sliding_window="config.sliding_window")

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hyclora.models.blocks import Block, NormBlock, autocast_dtype
+from hyclora.models.blocks import Block, autocast_dtype
 from hyclora.models.graphs.gradients import GradientBuffers, add_gradients
 from hyclora.models.graphs.recording import Recording
 from hyclora.models.layers import HOOKS, OURS, LayerBlock, look
@@ -41,7 +41,7 @@ class LayerGraphs(Pausable):
     def __init__(self, recorder, patch, layers: list[LayerBlock], blocks: list[Block]):
         self.recorder, self.patch, self.step = recorder, patch, patch.step
         self.layers = layers
-        self.norms = [block.module for block in blocks if isinstance(block, NormBlock)]
+        self.norms = [norm for block in blocks for norm in block.norms]
         modules = [*self.norms, *(m for layer in layers for m in layer.module.modules())]
         # the dictionaries themselves, which modules fill later: looked at once a step
         self._hooks = [m.__dict__[name] for m in modules for name in HOOKS]

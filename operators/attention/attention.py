@@ -1,5 +1,7 @@
 """Attention block: q/k/v projections, RoPE, softmax attention, output projection, in one autograd Function.
 
+Some families normalize the heads of q and k before RoPE; backward does both again from what was before them.
+
 Two cores. FlashCore runs flash attention (flash.py, or the model's own FlashAttention), and no S x S tensor
 exists unless the caller brings a mask of that size. It runs it again in backward on the restored q, k, v, so that
 probabilities stay normalised and attn_out comes for free; or it keeps lse, where q, k, v and attn_out are restored so
@@ -7,17 +9,17 @@ nearly that probabilities add up by themselves. EagerCore is the paper's: it kee
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hyclora.operators.attention.flash import flash_attention, is_bounds
-from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore
+from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore, packed_qkv
 from hyclora.operators.attention.hollow_graph import HollowGraph, record
-from hyclora.operators.attention.rope import rope, rope_bwd
+from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
 from hyclora.operators.dispatch import use_triton
 from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
@@ -140,8 +142,8 @@ class AttentionSpec:
     """The frozen description of one attention block.
 
     qkv and out: projection groups; core: FlashCore or EagerCore; compensate: keep the frozen paths of q, k, v before
-    RoPE and add the LoRA part back (else q, k, v are kept after RoPE); fused: LoRA add, RoPE and packing in one kernel
-    each way; head_dim.
+    RoPE and add the LoRA part back (else q, k, v are kept after RoPE, or with norms before); fused: LoRA add, RoPE and
+    packing in one kernel each way; head_dim; norms: frozen RMSNorms of the heads of q and k before RoPE, or {}.
     """
 
     qkv: ProjectionGroup
@@ -150,6 +152,7 @@ class AttentionSpec:
     compensate: bool
     fused: bool
     head_dim: int
+    norms: dict[str, nn.Module] = field(default_factory=dict)
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.qkv.parameters() + self.out.parameters()
@@ -163,9 +166,15 @@ class AttentionSpec:
         """[T, H D] to [B, S, H, D]."""
         return x.view(batch, x.shape[0] // batch, -1, self.head_dim)
 
+    def norm(self, name: str, keeper: Keeper) -> HeadNorm | None:
+        """The norm of slot q's or k's heads with the weight that forward kept, if there is one."""
+        if name not in self.norms:
+            return None
+        return HeadNorm(keeper.exact(f"{name}_norm"), self.norms[name].variance_epsilon)
+
 
 class AttentionFunction(torch.autograd.Function):
-    """y = o W_o^T + LoRA (+ residual), o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA.
+    """y = o W_o^T + LoRA (+ residual), o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA (q, k normalized).
 
     x, y [B, S, C]; residual: of y's shape, or None; overwrite: y may take its memory; cos, sin [B or 1, S, D]; mask and
     kwargs as the core takes them; source: where the norm keeps x_hat, if attn_in is derived; parameters as
@@ -183,6 +192,8 @@ class AttentionFunction(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         n_qkv = len(spec.qkv.parameters())
         rng: dict = {}
+        for name, norm in spec.norms.items():
+            keeper.keep_exact(f"{name}_norm", norm.weight)
         if spec.qkv.needs_input:
             keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
         y, low_rank = spec.qkv.project(rows, parameters[:n_qkv], keeper, rng)
@@ -227,16 +238,20 @@ class AttentionFunction(torch.autograd.Function):
 
         low_rank = spec.qkv.kept_low_rank(keeper, dy.dtype)
         if ctx.fused:
-            y = fused_qkv_restore(spec, cos, sin, batch, dy.dtype, low_rank, keeper)
+            slots = packed_qkv(keeper)
+            y = fused_qkv_restore(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
             heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
             del y
         else:
-            heads = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
+            heads, norms = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
         attn_out = keeper.restore("attn_out")
         dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, rng, ctx.graph)
         del attn_out
-        dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy))
-        del dheads
+        if ctx.fused:
+            norms = _fused_norms(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
+            del slots
+        dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy), norms)
+        del dheads, norms
         g, dB = spec.qkv.backward_low_rank(dqkv, low_rank, keeper)
         dx = spec.qkv.backward_input(dqkv, g, low_rank, rng) if ctx.needs_input_grad[0] else None
         x = keeper.restore("attn_in", dy.dtype)
@@ -252,20 +267,33 @@ def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, 
             keeper.keep(name, y[:, columns])
     y = spec.qkv.add(y, low_rank, keeper, in_place=not (spec.compensate and keeper.aliases(*"qkv")))
     heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
-    heads = [heads[2] if name == "v" else rope(heads[i], cos, sin) for i, name in enumerate("qkv")]
+    rotated = [rope(x, cos, sin, norm=spec.norm(name, keeper)) for name, x in zip("qk", heads[:2], strict=True)]
+    rotated.append(heads[2])
     if not spec.compensate:
-        for name, head in zip("qkv", heads, strict=True):
+        for name, head in zip("qkv", heads if spec.norms else rotated, strict=True):
             keeper.keep(name, head.flatten(0, 1).flatten(1))
-    return heads
+    return rotated
 
 
-def _rotate_restored(spec: AttentionSpec, cos, sin, batch: int, low_rank, keeper: Keeper) -> list[Tensor]:
-    """The heads of _rotate_fwd from the restored slots."""
-    heads = []
+def _rotate_restored(
+    spec: AttentionSpec, cos, sin, batch: int, low_rank, keeper: Keeper
+) -> tuple[list[Tensor], list[HeadNorm]]:
+    """The heads of _rotate_fwd from the restored slots, and the norms of q and k with what they normalized."""
+    heads, norms = [], []
     for i, name in enumerate("qkv"):
-        y = keeper.restore(name)
+        y, norm = keeper.restore(name), spec.norm(name, keeper)
         if spec.compensate:
             y = spec.qkv.add(y, low_rank, keeper, i, in_place=False)
+        if norm is not None:
+            norms.append(replace(norm, x=y))
         y = spec.to_heads(y, batch)
-        heads.append(rope(y, cos, sin) if spec.compensate and name != "v" else y)
-    return heads
+        heads.append(rope(y, cos, sin, norm=norm) if name != "v" and (spec.compensate or norm is not None) else y)
+    return heads, norms
+
+
+def _fused_norms(spec: AttentionSpec, slots, cos, sin, batch: int, dtype, low_rank, keeper: Keeper) -> list[HeadNorm]:
+    """The norms of q and k with what they normalized, restored once more rather than held while attention runs."""
+    if not spec.norms:
+        return []
+    y = fused_qkv_restore(spec, slots, cos, sin, batch, dtype, low_rank, keeper, rotate=False)
+    return [replace(spec.norm(name, keeper), x=y[:, own]) for name, own in zip("qk", spec.qkv.columns, strict=False)]

@@ -1,9 +1,9 @@
-"""Between the q/k/v projections and attention in one kernel each way: LoRA add, RoPE and packing.
+"""Between the q/k/v projections and attention in one kernel each way: LoRA add, norms of heads, RoPE and packing.
 
 Forward reads the frozen paths [q, k, v] once, packs them, and leaves the rotated q and k and the sum v in their place;
 backward restores the same from the packed slots. A program takes a group of channels (64) of one half of a head and
-the group of the other half that RoPE mixes it with, so half a head must be whole groups; other heads take the unfused
-path. The packed bytes are those of operators/packing/quantize.py.
+the group of the other half that RoPE mixes it with, so half a head must be whole groups, and a single one where a head
+is normalized; other heads take the unfused path. The packed bytes are those of operators/packing/quantize.py.
 """
 
 import torch
@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hyclora.operators.attention.rope import HeadNorm
 from hyclora.operators.dispatch import cdiv, device_guard
 from hyclora.operators.linear.low_rank import LowRank
 from hyclora.operators.packing.fused_tiles import (
     ROWS_A_WARP,
     PackedSlot,
     add_lora,
+    load_statistics,
     load_strips,
     pack_tile,
     prepare_slots,
@@ -62,12 +64,24 @@ def _group_tile(
 
 
 @triton.jit
+def _normalized(x1, x2, weight_ptr, y_ptr, eps, HALF: tl.constexpr, GROUP: tl.constexpr):
+    """Heads whose halves are the groups x1 and x2 through their RMSNorm."""
+    ROWS: tl.constexpr = x1.shape[0]
+    squares = tl.sum(tl.sum(x1 * x1 + x2 * x2, axis=3), axis=2)
+    rstd = tl.rsqrt(squares / (2 * HALF) + eps)[:, :, None, None]
+    # HF rounds x_hat before the weight multiplies it
+    x1 = rounded(x1 * rstd, y_ptr) * load_statistics(weight_ptr, 0, 2 * HALF, GROUP, True, ROWS).to(tl.float32)
+    x2 = rounded(x2 * rstd, y_ptr) * load_statistics(weight_ptr, 1, 2 * HALF, GROUP, True, ROWS).to(tl.float32)
+    return x1, x2
+
+
+@triton.jit
 def _head_tile(
-    y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, pair, n_heads, n_rows,
-    seq_len, stride_y, stride_rank, stride_cos,
-    PACK: tl.constexpr, ROTATE: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
-    GROUPED: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr,
+    y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, weight_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, pair, n_heads, n_rows,
+    seq_len, stride_y, stride_rank, stride_cos, eps,
+    PACK: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
+    CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A pair of groups of one slot, from either half of a head, rotated if ROTATE, into y [T, ...] at their columns."""
     PAIRS: tl.constexpr = HALF // GROUP
@@ -85,6 +99,8 @@ def _head_tile(
         y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, last, group + PAIRS, n_cols,
         stride_y, stride_rank, PACK, BITS, STEP, CENTRE, GROUPED, GROUP, RANK, RANK_BLOCK, ROWS,
     )  # fmt: skip
+    if NORM:
+        x1, x2 = _normalized(x1, x2, weight_ptr, y_ptr, eps, HALF, GROUP)
     if ROTATE:
         token = first.to(tl.int32) + row
         place = token // seq_len * stride_cos + token % seq_len * (2 * HALF)
@@ -100,12 +116,12 @@ def _head_tile(
 
 @triton.jit(do_not_specialize=["n_rows", "seq_len"])
 def _fused_qkv_kernel(
-    y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr,
+    y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
     q_codes_ptr, q_scale_ptr, q_mean_ptr, q_std_ptr,
     k_codes_ptr, k_scale_ptr, k_mean_ptr, k_std_ptr,
     v_codes_ptr, v_scale_ptr, v_mean_ptr, v_std_ptr,
-    n_rows, seq_len, q_heads, k_heads, stride_y, stride_rank, stride_cos,
-    PACK: tl.constexpr, HALF: tl.constexpr,
+    n_rows, seq_len, q_heads, k_heads, stride_y, stride_rank, stride_cos, q_eps, k_eps,
+    PACK: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, HALF: tl.constexpr,
     Q_BITS: tl.constexpr, Q_STEP: tl.constexpr, Q_CENTRE: tl.constexpr,
     K_BITS: tl.constexpr, K_STEP: tl.constexpr, K_CENTRE: tl.constexpr,
     V_BITS: tl.constexpr, V_STEP: tl.constexpr, V_CENTRE: tl.constexpr,
@@ -117,68 +133,87 @@ def _fused_qkv_kernel(
     q_pairs, k_pairs = q_heads * (HALF // GROUP), k_heads * (HALF // GROUP)
     if pair < q_pairs:
         _head_tile(
-            y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, q_codes_ptr, q_scale_ptr, q_mean_ptr, q_std_ptr, pair, q_heads,
-            n_rows, seq_len, stride_y, stride_rank, stride_cos, PACK, True, Q_BITS, Q_STEP, Q_CENTRE,
-            GROUPED, GROUP, Q_RANK, RANK_BLOCK, HALF, BLOCK_ROWS,
+            y_ptr, xa_ptr, b_ptr, cos_ptr, sin_ptr, q_weight_ptr, q_codes_ptr, q_scale_ptr, q_mean_ptr, q_std_ptr,
+            pair, q_heads, n_rows, seq_len, stride_y, stride_rank, stride_cos, q_eps, PACK, NORM, ROTATE,
+            Q_BITS, Q_STEP, Q_CENTRE, GROUPED, GROUP, Q_RANK, RANK_BLOCK, HALF, BLOCK_ROWS,
         )  # fmt: skip
     elif pair < q_pairs + k_pairs:
         _head_tile(
-            y_ptr + q_cols, xa_ptr + Q_RANK, b_ptr + q_cols * stride_rank + Q_RANK, cos_ptr, sin_ptr, k_codes_ptr,
-            k_scale_ptr, k_mean_ptr, k_std_ptr, pair - q_pairs, k_heads, n_rows, seq_len, stride_y, stride_rank,
-            stride_cos, PACK, True, K_BITS, K_STEP, K_CENTRE, GROUPED, GROUP, K_RANK, RANK_BLOCK, HALF, BLOCK_ROWS,
+            y_ptr + q_cols, xa_ptr + Q_RANK, b_ptr + q_cols * stride_rank + Q_RANK, cos_ptr, sin_ptr, k_weight_ptr,
+            k_codes_ptr, k_scale_ptr, k_mean_ptr, k_std_ptr, pair - q_pairs, k_heads, n_rows, seq_len, stride_y,
+            stride_rank, stride_cos, k_eps, PACK, NORM, ROTATE,
+            K_BITS, K_STEP, K_CENTRE, GROUPED, GROUP, K_RANK, RANK_BLOCK, HALF, BLOCK_ROWS,
         )  # fmt: skip
     else:
         _head_tile(
             y_ptr + q_cols + k_cols, xa_ptr + Q_RANK + K_RANK,
-            b_ptr + (q_cols + k_cols) * stride_rank + Q_RANK + K_RANK, cos_ptr, sin_ptr, v_codes_ptr, v_scale_ptr,
-            v_mean_ptr, v_std_ptr, pair - q_pairs - k_pairs, k_heads, n_rows, seq_len, stride_y, stride_rank,
-            stride_cos, PACK, False, V_BITS, V_STEP, V_CENTRE, GROUPED, GROUP, V_RANK, RANK_BLOCK, HALF, BLOCK_ROWS,
+            b_ptr + (q_cols + k_cols) * stride_rank + Q_RANK + K_RANK, cos_ptr, sin_ptr, k_weight_ptr, v_codes_ptr,
+            v_scale_ptr, v_mean_ptr, v_std_ptr, pair - q_pairs - k_pairs, k_heads, n_rows, seq_len, stride_y,
+            stride_rank, stride_cos, k_eps, PACK, False, False,
+            V_BITS, V_STEP, V_CENTRE, GROUPED, GROUP, V_RANK, RANK_BLOCK, HALF, BLOCK_ROWS,
         )  # fmt: skip
 
 
-def fits(head_dim: int, savers: dict) -> bool:
-    """Whether the kernel takes these heads and savers: all quantized, half a head 64 channels times a power of two."""
+def fits(head_dim: int, savers: dict, norms: bool = False) -> bool:
+    """Whether the kernel takes these heads and savers: all quantized, half a head 64 channels times a power of two.
+
+    With norms of heads half a head is 64 channels, as a program has a whole head then.
+    """
     books = [getattr(savers[name], "book", None) for name in "qkv"]
     if None in books:
         return False
     half, group = head_dim // 2, books[0].group
-    return half % group == 0 and (half // group).bit_count() == 1
+    return half % group == 0 and (half // group).bit_count() == 1 and not (norms and half > group)
 
 
 def _launch(
-    spec, y: Tensor, cos, sin, batch: int, slots: list[PackedSlot], low_rank: LowRank | None, keeper, pack: bool
-):
+    spec, y: Tensor, cos, sin, batch: int, slots: list[PackedSlot], low_rank: LowRank | None, keeper,
+    pack: bool = False, rotate: bool = True,
+):  # fmt: skip
     group = spec.qkv
     ranks = [p.rank for p in group.projections]
     heads = [p.width // spec.head_dim for p in group.projections]
     xa, B = (slots[0].mean, slots[0].mean) if low_rank is None else (keeper.exact(group.xa_name), low_rank.B)
+    norms = [spec.norm(name, keeper) for name in "qk"] if spec.norms else [HeadNorm(slots[0].mean, 0.0)] * 2
     cos, sin = cos.contiguous(), sin.contiguous()
     constants = shared_constants(slots, ranks)
     for name, slot, rank in zip("QKV", slots, ranks, strict=True):
         constants |= slot.constants(f"{name}_") | {f"{name}_RANK": rank}
     with device_guard(y):
         _fused_qkv_kernel[(y.shape[1] // (2 * constants["GROUP"]), cdiv(y.shape[0], BLOCK_ROWS))](
-            y, xa, B, cos, sin, *(t for slot in slots for t in slot.arguments()),
+            y, xa, B, cos, sin, *(norm.weight for norm in norms), *(t for slot in slots for t in slot.arguments()),
             y.shape[0], y.shape[0] // batch, *heads[:2], y.stride(0), B.stride(0),
-            cos.stride(0) if cos.shape[0] > 1 else 0,
-            PACK=pack, HALF=spec.head_dim // 2, BLOCK_ROWS=BLOCK_ROWS,
-            num_warps=BLOCK_ROWS // ROWS_A_WARP, **constants,
+            cos.stride(0) if cos.shape[0] > 1 else 0, *(norm.eps for norm in norms),
+            PACK=pack, NORM=rotate and len(spec.norms) > 0, ROTATE=rotate, HALF=spec.head_dim // 2,
+            BLOCK_ROWS=BLOCK_ROWS, num_warps=BLOCK_ROWS // ROWS_A_WARP, **constants,
         )  # fmt: skip
 
 
 def fused_qkv_fwd(spec, y: Tensor, cos, sin, batch: int, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
     """[rope(q + LoRA), rope(k + LoRA), v + LoRA] in place of the frozen paths y [T, N], which are packed on the way.
 
-    Allocates the packed bytes of q, k, v alone, in one piece.
+    q and k go through the norms of their heads before, if the spec has any. Allocates the packed bytes of q, k, v alone,
+    in one piece.
     """
     slots = prepare_slots("qkv", spec.qkv.columns, y, keeper)
     _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=True)
     return y
 
 
-def fused_qkv_restore(spec, cos, sin, batch: int, dtype, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
-    """The same [T, N] again from the packed slots, all that it allocates."""
-    slots = [PackedSlot.kept(name, keeper) for name in "qkv"]
-    y = torch.empty(slots[0].codes.shape[0], spec.qkv.width, dtype=dtype, device=slots[0].codes.device)
-    _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=False)
+def packed_qkv(keeper: Keeper) -> list[PackedSlot]:
+    """The slots q, k, v; they can be taken once."""
+    return [PackedSlot.kept(name, keeper) for name in "qkv"]
+
+
+def fused_qkv_restore(
+    spec, slots: list[PackedSlot], cos, sin, batch: int, dtype, low_rank: LowRank | None, keeper: Keeper,
+    rotate: bool = True,
+) -> Tensor:  # fmt: skip
+    """The same [T, N] again from the packed slots; not rotated: q + LoRA and k + LoRA alone, which the norms get.
+
+    It is all that is allocated.
+    """
+    n_rows, width = slots[0].codes.shape[0], spec.qkv.width if rotate else spec.qkv.columns[1].stop
+    y = torch.empty(n_rows, width, dtype=dtype, device=slots[0].codes.device)
+    _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, rotate=rotate)
     return y

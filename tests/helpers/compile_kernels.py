@@ -74,6 +74,9 @@ def elementwise():
     q, k, cos = rand(2, 16, 4, 64), rand(2, 16, 2, 64), rand(1, 16, 64)
     rope.rope(q, cos, cos)
     rope.rope_bwd(q, k, k, cos, cos)
+    norms = [rope.HeadNorm(rand(64), 1e-6, x.flatten(2).flatten(0, 1)) for x in (q, k)]
+    rope.rope(q, cos, cos, norm=norms[0])
+    rope.rope_bwd(q, k, k, cos, cos, norms=norms)
     cross_entropy.cross_entropy_(rand(4, 1000), torch.zeros(4, dtype=torch.int64))
     for xa, B in ((rand(16, 16), rand(256, 16)), (None, None)):
         residual.add_residual(rand(16, 256), xa, B, rand(16, 256), overwrite=True)
@@ -112,11 +115,13 @@ def mlp(bits):
     fused_mlp.fused_mlp_bwd(spec, rand(32, 256), (rand(32, 16), rand(16, 256)), adapters, kept)
 
 
-def qkv(bits):
-    spec, y, adapters, cos, sin, keeper = prepare_qkv(bits, BF16)
+def qkv(bits, norms=False):
+    spec, y, adapters, cos, sin, keeper = prepare_qkv(bits, BF16, norms=norms)
     kept = keeper()
     fused_qkv.fused_qkv_fwd(spec, y, cos, sin, BATCH, adapters, kept)
-    fused_qkv.fused_qkv_restore(spec, cos, sin, BATCH, BF16, adapters, kept)
+    slots = fused_qkv.packed_qkv(kept)
+    for rotate in (True, False):
+        fused_qkv.fused_qkv_restore(spec, slots, cos, sin, BATCH, BF16, adapters, kept, rotate)
 
 
 def main():
@@ -139,6 +144,7 @@ def main():
     norms(4)
     qkv((4, 4, 4))
     qkv((3, 8, 2))
+    qkv((4, 4, 4), norms=True)
     print(*sorted(names))
 
 

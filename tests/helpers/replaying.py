@@ -149,9 +149,9 @@ def starts(graphs) -> list[str]:
     return started
 
 
-def record():
+def record(family=llama):
     """A model whose layers are replayed for a batch, its graphs, and the batch."""
-    model, (*first, batch) = llama(), batches(CALIBRATION + 3)
+    model, (*first, batch) = family(), batches(CALIBRATION + 3)
     graphs = graphed(model, {})
     train(model, first)
     assert replayed(model, graphs, batch)

@@ -2,11 +2,22 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from hyclora.utils.args import LINEARS
 from hyclora.utils.loading import quantize_linears
 from tests.helpers.kernel_checks import DEVICE
+
+SECOND_LAYER_SLIDES = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
 
 def llama(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
@@ -17,6 +28,16 @@ def llama(lora: dict | None = None, base: str = "float32", **config) -> torch.nn
 def mistral(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
     """The same as a Mistral whose queries see 8 keys."""
     return _small(MistralForCausalLM, MistralConfig, lora, base, {"sliding_window": 8} | config)
+
+
+def qwen2(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+    """The same as a Qwen2, whose q, k, v have biases, and whose queries see 8 keys in the second layer alone."""
+    return _small(Qwen2ForCausalLM, Qwen2Config, lora, base, SECOND_LAYER_SLIDES | config)
+
+
+def qwen3(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+    """The same as a Qwen3 with such windows, whose heads are normalized and larger than hidden_size / heads."""
+    return _small(Qwen3ForCausalLM, Qwen3Config, lora, base, {"head_dim": 20} | SECOND_LAYER_SLIDES | config)
 
 
 def _small(model_class, config_class, lora: dict | None, base: str, config: dict) -> torch.nn.Module:

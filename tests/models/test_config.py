@@ -120,7 +120,7 @@ def test_unsupported_models_are_refused_by_name():
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     gpt2 = get_peft_model(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=10)), LoraConfig())
-    with pytest.raises(ValueError, match="model type 'gpt2' is not supported; supported: llama, mistral"):
+    with pytest.raises(ValueError, match="model type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"):
         apply_hyclora(gpt2)
     shape = {
         "vocab_size": 10,

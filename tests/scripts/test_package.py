@@ -19,7 +19,7 @@ import hyclora, sys
 assert "torch" not in sys.modules
 import models, operators, utils
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
-from hyclora.models.patch import FAMILIES
+from hyclora.models.families import FAMILIES
 from hyclora.operators.packing import quantize
 from hyclora.utils.args import parse_arguments
 import torch

@@ -13,16 +13,17 @@ from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.patch import find_patch
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
-from tests.helpers.replaying import CALIBRATION, batches, config, graphed, replayed, starts, train
-from tests.helpers.small_models import largest_error, llama, padded_batch
+from tests.helpers.replaying import CALIBRATION, batches, config, graphed, record, replayed, starts, train
+from tests.helpers.small_models import largest_error, llama, padded_batch, qwen3
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("layer_type", ["baseline", "intra_inter", "intra_inter_full_fuse"])
-def test_replayed_steps_are_the_same(layer_type, offload, set_to_none):
+@pytest.mark.parametrize("family", [llama, qwen3])
+def test_replayed_steps_are_the_same(family, layer_type, offload, set_to_none):
     """Losses and gradients bit for bit, with new inputs each step, gradient accumulation and weights that move."""
-    stock = llama()
+    stock = family()
     ours = copy.deepcopy(stock)
     apply_hyclora(stock, config(layer_type=layer_type))
     graphs = graphed(ours, {"layer_type": layer_type}, offload)
@@ -147,11 +148,11 @@ def replace(linear):
 
 
 @pytest.mark.parametrize("change, early", [(move, []), (replace, [True])])
-@pytest.mark.parametrize("name", ["base_layer", "lora_A.default"])
-def test_weights_in_other_memory(recorded, name, change, early):
+@pytest.mark.parametrize("name", ["mlp.up_proj.base_layer", "mlp.up_proj.lora_A.default", "self_attn.q_norm"])
+def test_weights_in_other_memory(name, change, early):
     """Nothing is started that would read freed memory, and a start with the former weights is in vain."""
-    model, graphs, batch = recorded
-    linear = model.get_submodule(f"base_model.model.model.layers.1.mlp.up_proj.{name}")
+    model, graphs, batch = record(qwen3)
+    linear = model.get_submodule(f"base_model.model.model.layers.1.{name}")
     former, started = StorageWeakRef(linear.weight.untyped_storage()), []
     (recording,) = graphs.recordings.values()
     recording.forward = lambda: started.append(not former.expired())

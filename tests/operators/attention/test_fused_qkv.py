@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from hyclora.operators.attention import attention
 from hyclora.operators.attention.attention import AttentionSpec
-from hyclora.operators.attention.fused_qkv import fits, fused_qkv_fwd, fused_qkv_restore
+from hyclora.operators.attention.fused_qkv import fits, fused_qkv_fwd, fused_qkv_restore, packed_qkv
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
 from hyclora.operators.reference import padded_rank
 from hyclora.operators.savers import ChannelQuant, Exact, Keeper, Step
@@ -15,19 +16,24 @@ from tests.helpers.small_models import llama
 BATCH, SEQ_LEN = 2, 19
 
 
-def prepare(bits, dtype, heads=3, kv_heads=1, head_dim=128, targets=("q_proj", "k_proj", "v_proj")):
-    """A spec, frozen paths [q, k, v], the stacked adapters, cos, sin, and a maker of keepers."""
+def prepare(bits, dtype, heads=3, kv_heads=1, head_dim=128, targets=("q_proj", "k_proj", "v_proj"), norms=False):
+    """A spec, frozen paths [q, k, v], the stacked adapters, cos, sin, and a maker of keepers; norms: of heads."""
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     model = llama({"target_modules": [*targets, "down_proj"], "r": 4}, **sizes)
     layer = model.get_base_model().model.layers[0].self_attn
     group = ProjectionGroup([Projection(getattr(layer, name), name) for name in ("q_proj", "k_proj", "v_proj")])
-    spec = AttentionSpec(group, None, None, compensate=True, fused=True, head_dim=head_dim)
+    modules = {name: Qwen3RMSNorm(head_dim, eps) for name, eps in (("q", 1e-6), ("k", 1e-1)) if norms}
+    for i, norm in enumerate(modules.values()):
+        norm.weight.data = 1 + rand(head_dim, dtype=dtype, seed=7 + i, scale=0.3)
+    spec = AttentionSpec(group, None, None, compensate=True, fused=True, head_dim=head_dim, norms=modules)
     savers = {name: ChannelQuant(b, "channel_group", 0.0) for name, b in zip("qkv", bits, strict=True)}
     y = rand(BATCH * SEQ_LEN, group.width, dtype=dtype, scale=2.0)
     step = Step(threshold=1, index=1)
 
     def keeper():
         k = Keeper(savers, step)
+        for name, norm in modules.items():
+            k.keep_exact(f"{name}_norm", norm.weight)
         if group.needs_input:
             rank = padded_rank(sum(p.rank for p in group.projections))
             k.keep_exact(group.xa_name, rand(BATCH * SEQ_LEN, rank, dtype=dtype, seed=5))
@@ -43,9 +49,11 @@ def prepare(bits, dtype, heads=3, kv_heads=1, head_dim=128, targets=("q_proj", "
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [(2, 2, 2), (4, 4, 4), (3, 8, 2)], ids=str)
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(2, 2, 128), (3, 1, 128), (1, 1, 256)])
-def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, bits, dtype):
-    spec, y, low_rank, cos, sin, keeper = prepare(bits, dtype, heads, kv_heads, head_dim)
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, norms", [(2, 2, 128, False), (3, 1, 128, False), (1, 1, 256, False), (2, 1, 128, True)]
+)
+def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, dtype):
+    spec, y, low_rank, cos, sin, keeper = prepare(bits, dtype, heads, kv_heads, head_dim, norms=norms)
     fused, plain = keeper(), keeper()
     out = fused_qkv_fwd(spec, y.clone(), cos, sin, BATCH, low_rank, fused)
     heads_of = attention._rotate_fwd(spec, y.clone(), cos, sin, BATCH, low_rank, plain)
@@ -57,8 +65,13 @@ def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, bits, dtype):
         first_plain, *_ = plain._layout[name]
         for i in range(count):
             assert torch.equal(fused._tensors[first + i], plain._tensors[first_plain + i])
-    restored = fused_qkv_restore(spec, cos, sin, BATCH, dtype, low_rank, plain)
-    heads_of = attention._rotate_restored(spec, cos, sin, BATCH, low_rank, fused)
+    slots = packed_qkv(plain)
+    restored = fused_qkv_restore(spec, slots, cos, sin, BATCH, dtype, low_rank, plain)
+    normalized = attention._fused_norms(spec, slots, cos, sin, BATCH, dtype, low_rank, plain)
+    heads_of, expected_norms = attention._rotate_restored(spec, cos, sin, BATCH, low_rank, fused)
+    for ours, theirs in zip(normalized, expected_norms, strict=True):
+        assert ours.weight is theirs.weight and ours.eps == theirs.eps
+        assert relative_error(ours.x, theirs.x) < tolerance
     expected = torch.cat([head.flatten(0, 1).flatten(1) for head in heads_of], dim=1)
     assert relative_error(restored, expected) < tolerance
 
@@ -77,3 +90,4 @@ def test_what_the_kernel_cannot_take():
     assert fits(128, quantized) and fits(256, quantized)
     assert not fits(64, quantized) and not fits(96, quantized) and not fits(384, quantized)
     assert not fits(128, quantized | {"k": Exact()})
+    assert fits(128, quantized, norms=True) and not fits(256, quantized, norms=True)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.operators.attention.hollow_graph import record
 from tests.helpers.kernel_checks import DEVICE, rand
-from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, mistral, padded_batch
+from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, mistral, padded_batch, qwen3
 
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # what flash takes
 
@@ -88,7 +88,7 @@ def test_parts_and_maps_are_not_kept():
         torch.testing.assert_close(o, run(q, k, v))
 
 
-FAMILIES = {"llama": llama, "mistral": mistral}
+FAMILIES = {"llama": llama, "mistral": mistral, "qwen3": qwen3}
 SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 

@@ -1,0 +1,8 @@
+"""Qwen: LLaMA's attribute names, a sliding window in some layers or none; and from the third on norms of heads."""
+
+from dataclasses import replace
+
+from hyclora.models.families.llama import LLAMA
+
+QWEN2 = replace(LLAMA, sliding_window="sliding_window")
+QWEN3 = replace(QWEN2, head_norms=("q_norm", "k_norm"))
