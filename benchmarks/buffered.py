@@ -4,7 +4,8 @@
     python -m benchmarks.buffered --device cpu --hidden 256 --ffn 688 --heads 8 --kv_heads 4 --base bf16
 
 Counted through saved-tensor hooks (unique storages, parameters excluded) as the difference between a model of two
-layers and one of one layer, so that embedding, final norm and loss cancel. The frozen weights are random.
+layers and one of one layer, so that embedding, final norm and loss cancel. Plain LoRA with checkpointing keeps the
+layer's input, and pays for it with a second forward. The frozen weights are random.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record import RESULTS, record
+from benchmarks.rows import LSE_KEPT, name_of, whole
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.utils.args import LINEARS
 from hyclora.utils.disk import check_output
@@ -23,12 +25,16 @@ from hyclora.utils.errors import entry_point
 from hyclora.utils.loading import quantize_linears
 from hyclora.utils.profiling import buffered_bytes, random_batch
 
+PLAIN, CHECKPOINTING = "PEFT LoRA", "PEFT LoRA, checkpointing"
+INTER = {"layer_type": "intra_inter"}
 SETTINGS = [
+    PLAIN,
+    CHECKPOINTING,
     {"layer_type": "baseline"},
     *({"layer_type": "intra", "q_bit": bits} for bits in (8, 4, 2)),
-    *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 3, 2)),
-    {"layer_type": "intra_inter", "q_bit": "auto", "average_bits": 3.0},
-    {"layer_type": "intra_inter", "q_bit": "auto", "average_bits": 2.5},
+    *(INTER | {"q_bit": bits} for bits in (8, 4, 3, 2)),
+    *(INTER | {"q_bit": "auto", "average_bits": bits} for bits in (3.0, 2.5)),
+    {"slot_savers": LSE_KEPT},
 ]
 
 
@@ -55,13 +61,16 @@ def build_model(args: argparse.Namespace, layers: int) -> torch.nn.Module:
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS)).to(args.device).train()
 
 
-def layer_bytes(args: argparse.Namespace, setting: dict | None) -> tuple[int, dict[str, int]]:
-    """Bytes kept by one layer, and those of its slots; setting None is stock PEFT."""
+def layer_bytes(args: argparse.Namespace, setting: dict | str) -> tuple[int, dict[str, int]]:
+    """Bytes kept by one layer, and those of its slots; setting: arguments of HycloraConfig, or a way of plain LoRA."""
     batch = random_batch(args.vocab, args.batch_size, args.seq_len, args.device)
     totals, slots = [], {}
     for layers in (1, 2):
         model = build_model(args, layers)
-        if setting is not None:
+        if setting == CHECKPOINTING:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        elif setting != PLAIN:
             report = apply_hyclora(model, HycloraConfig(**setting))
             slots = {
                 slot: round(bits / layers * batch["input_ids"].numel() / 8) for slot, bits in report.slot_bits.items()
@@ -75,18 +84,17 @@ def layer_bytes(args: argparse.Namespace, setting: dict | None) -> tuple[int, di
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape_arguments(parser)
+    parser.add_argument("--settings", type=json.loads, default=SETTINGS, help="JSON list of what SETTINGS holds")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     check_output(args.output_dir, needed=2**20)
-    shape = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    shape = {name: value for name, value in vars(args).items() if name not in ("output_dir", "settings")}
     lines = []
-    for setting in (None, *SETTINGS):
+    for setting in args.settings:
         size, slots = layer_bytes(args, setting)
-        ratio = lines[0]["layer_bytes"] / size if lines else 1.0
-        result = {"setting": setting, "layer_bytes": size, "slots": slots, "ratio": round(ratio, 3)}
+        result = {"setting": whole(setting), "layer_bytes": size, "slots": slots}
         lines.append(record("buffered", {"arguments": shape, **result}, args.output_dir))
-        label = "PEFT, sdpa" if setting is None else json.dumps(setting)
-        print(f"{label:<48}{size / 2**20:9.2f} MiB a layer{ratio:8.2f}x")
+        print(f"{name_of(setting):<48}{size / 2**20:9.2f} MiB a layer")
     return lines
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.record import record
-from benchmarks.rows import LSE_KEPT
+from benchmarks.rows import LSE_KEPT, whole
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.utils.args import LINEARS, DataArguments
 from hyclora.utils.data.gsm8k import examples_of, load_rows
@@ -137,7 +137,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         for label, setting in settings.items():
             result = measure(model, HycloraConfig(**setting), calibration, exact)
             line = record(
-                "fidelity", {"model": Path(folder).name, "setting": setting, "label": label, **result, **arguments}
+                "fidelity",
+                {"model": Path(folder).name, "setting": whole(setting), "label": label, **result, **arguments},
             )
             print(f"{folder:<24}{label:<56}{result['cosine']:.4f} ({result['smallest']:.3f}) {result['bits']:.2f} bits")
             lines.append(line)

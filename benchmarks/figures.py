@@ -8,11 +8,15 @@ from hyclora.models.config import SLOTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the backend is chosen
-from matplotlib.ticker import NullFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 FIGURES = RESULTS.parent.parent / "figures"
 MIB = 2**20
 SHAPE, SPEED_CELLS, BREAKDOWN_CELL = "llama-2-7b", ((4, 512), (1, 8192)), (4, 512)
+CARDS = (24, 48, 80)  # GB of 10^9 bytes
+LONG = 8192  # tokens: settings that were measured with rows this long are drawn against length
+OURS, PEER = "tab:red", "tab:blue"
+SIDES = (("left", 7), ("right", -7), ("center", 0))  # of a label: its alignment, and points from what it names
 
 
 def draw() -> None:
@@ -26,40 +30,48 @@ def draw() -> None:
 
 
 def kept():
-    """Bytes of a 7B layer by slot."""
-    lines = load_7b("buffered")
-    figure, axes = plt.subplots(figsize=(9, 3.8))
+    """Bytes of a 7B layer by slot, plain LoRA first."""
+    lines = sorted(load_7b("buffered"), key=lambda line: isinstance(line["setting"], str | None), reverse=True)
+    figure, axes = plt.subplots(figsize=(9, 4.2))
     colors = dict(zip(SLOTS, plt.get_cmap("tab20").colors, strict=False))
     for y, line in enumerate(reversed(lines)):
         left = 0.0
         for slot, size in line["slots"].items():
             axes.barh(y, size / MIB, left=left, color=colors[slot], label=slot)
             left += size / MIB
-        axes.barh(y, line["layer_bytes"] / MIB - left, left=left, color="lightgrey", label="rank-r, statistics, other")
-        axes.text(line["layer_bytes"] / MIB + 3, y, f"{line['layer_bytes'] / MIB:.0f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(lines)), [name_of(line["setting"]) for line in reversed(lines)], fontsize=8)
-    axes.set_xlabel("MiB kept for backward by one Llama-2-7B layer, 4 x 512 tokens")
+        other = "plain LoRA" if not line["slots"] else "rank-r, statistics, other"
+        color = "tab:grey" if not line["slots"] else "lightgrey"
+        axes.barh(y, line["layer_bytes"] / MIB - left, left=left, color=color, label=other)
+        axes.text(line["layer_bytes"] / MIB + 3, y, f"{line['layer_bytes'] / MIB:.0f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(lines)), [name_of(line["setting"]) for line in reversed(lines)], fontsize=9)
+    axes.margins(x=0.08)
+    axes.set_xlabel("MiB")
+    axes.set_title("Kept on the GPU for backward by one Llama-2-7B layer, 4 x 512 tokens", fontsize=10)
     _legend(axes, loc="lower right", ncols=2)
     return figure
 
 
 def fidelity():
-    """Gradient cosine against bits."""
-    figure, axes = plt.subplots(figsize=(6, 3.8))
-    lines = [line for line in load("fidelity", "model", "label") if "slot_savers" not in line["setting"]]
-    lines = [line for line in lines if line["setting"].get("layer_type", "intra_inter") == "intra_inter"]
-    for model in dict.fromkeys(line["model"] for line in lines):
-        for rule, style in (("channel_group", "o-"), ("paper", "x--")):
-            points = sorted(
-                (line["bits"], 1 - line["cosine"])
+    """Gradient error against bits: a line a model and quantizer."""
+    figure, axes = plt.subplots(figsize=(9, 4.2))
+    lines = [line for line in load("fidelity", "model", "label") if not line["setting"]["slot_savers"]]
+    lines = [line for line in lines if line["setting"]["layer_type"].startswith("intra_inter")]
+    for color, model in enumerate(dict.fromkeys(line["model"] for line in lines)):
+        for rule, style, said in (("channel_group", "o-", ""), ("paper", "x--", ", published quantizer")):
+            points = {
+                line["bits"]: 1 - line["cosine"]
                 for line in lines
-                if line["model"] == model and line["setting"].get("scale_rule", "channel_group") == rule
-            )
-            label = model + (", published quantizer" if rule == "paper" else "")
-            axes.semilogy(*zip(*points, strict=True), style, label=label, markersize=4)
+                if line["model"] == model and line["setting"]["scale_rule"] == rule
+            }
+            if points:
+                axes.plot(*zip(*sorted(points.items()), strict=True), style, color=f"C{color}", label=model + said)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(axis="y", alpha=0.3)
     axes.set_xlabel("bits an element kept, scales included")
     axes.set_ylabel("1 - cosine of the LoRA gradients")
-    axes.legend(fontsize=8)
+    axes.set_title("How far LoRA gradients are from exact ones", fontsize=10)
+    axes.legend(fontsize=9)
     return figure
 
 
@@ -69,24 +81,23 @@ def memory_speed():
     panels = [cells[size] for size in SPEED_CELLS if size in cells]
     if not panels:
         return None
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.6), squeeze=False)
-    for axes, (cell, lines) in zip(all_axes[0], panels, strict=True):
+    figure, all_axes = plt.subplots(len(panels), 1, figsize=(9, 4.3 * len(panels)), squeeze=False)
+    for axes, (cell, lines) in zip(all_axes[:, 0], panels, strict=True):
         points = sorted((line["dyn_mib"], line["tokens_per_second"], name_of(line["setting"])) for line in lines)
         peers = {line["setting"] for line in lines if isinstance(line["setting"], str)}
-        for number, (dyn, speed, name) in enumerate(points, 1):
-            style, color, label = ("s", "tab:blue", "peers") if name in peers else ("o", "tab:red", "HyC-LoRA")
-            axes.plot(dyn, speed, style, color=color, label=label)
-            axes.annotate(number, (dyn, speed), textcoords="offset points", fontsize=7, xytext=(4, 4))
-        names = "\n".join(f"{number}  {name}" for number, (*_, name) in enumerate(points, 1))
-        axes.text(1.02, 1, names, transform=axes.transAxes, va="top", fontsize=7, linespacing=1.4)
-        axes.step(*zip(*pareto(points), strict=True), where="post", color="grey", linewidth=1, label="Pareto front")
+        for dyn, speed, name in points:
+            axes.plot(dyn, speed, marker="s" if name in peers else "o", color=PEER if name in peers else OURS)
+        axes.step(*zip(*pareto(points), strict=True), where="post", color="lightgrey", linewidth=1.5, zorder=0)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(f"{describe_model(cell)}, {describe_batch(cell)}", fontsize=9)
-        axes.set_xlabel("dyn: peak over static memory, MiB")
+        title = f"{describe_device(cell)}, {describe_model(cell)}, {describe_batch(cell)}"
+        axes.set_title(f"{title}: HyC-LoRA red, peers blue, grey where none is better in both", fontsize=10)
+        axes.set_xlabel("dyn: peak over static memory, MiB (less is better)")
         axes.set_ylabel("tokens a second")
-        axes.margins(x=0.15)
-        _legend(axes)
+        axes.margins(x=0.25, y=0.12)
+        _label(axes, [(dyn, speed, name, PEER if name in peers else OURS) for dyn, speed, name in points])
     return figure
 
 
@@ -101,75 +112,110 @@ def pareto(points: list[tuple]) -> list[tuple[float, float]]:
 
 def memory_breakdown():
     """What the peak of a micro-step is made of."""
-    cells = [lines for cell, lines in _whole_cells("trained_mib", "buffered_mib") if cell[-2:] == BREAKDOWN_CELL]
+    cells = [item for item in _whole_cells("trained_mib", "buffered_mib") if item[0][-2:] == BREAKDOWN_CELL]
     if not cells:
         return None
-    lines = sorted(cells[0], key=lambda line: -line["peak_mib"])
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(lines)))
+    cell, lines = cells[0]
+    lines = sorted(lines, key=lambda line: -line["peak_mib"])
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.3 * len(lines)))
     for y, line in enumerate(lines):
         parts = {
             "frozen weights": line["static_mib"] - line["trained_mib"],
             "adapters, gradients, optimizer": line["trained_mib"],
-            "buffered after the forward": line["buffered_mib"],
+            "kept after the forward": line["buffered_mib"],
             "rest of the peak": line["dyn_mib"] - line["buffered_mib"],
         }
         left = 0.0
         for color, (label, size) in enumerate(parts.items()):
             axes.barh(y, size, left=left, color=f"C{color}", label=label)
             left += size
-    axes.set_yticks(range(len(lines)), [name_of(line["setting"]) for line in lines], fontsize=8)
+        axes.text(left + 100, y, f"{left:,.0f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(lines)), [name_of(line["setting"]) for line in lines], fontsize=9)
     axes.set_xlabel("MiB at the peak of a micro-step")
+    axes.set_title(f"{describe_device(cell)}, {describe_model(cell)}, {describe_batch(cell)}", fontsize=10)
+    axes.margins(x=0.1)
     _legend(axes, loc="upper right")
     return figure
 
 
 def memory_length():
-    """Memory over the static part, and its share of a token, against the tokens of a micro-step.
+    """GPU memory in all against the tokens of a micro-step, and how much cards have.
 
-    Of every GPU; where two cells have as many tokens, that of the longer sequences counts.
+    Where two cells have as many tokens, that of the longer rows counts.
     """
     lengths: dict[str, dict[int, float]] = {}
-    for cell, lines in _whole_cells("dyn_mib", latest=False):
+    cells = list(_whole_cells("held_mib"))
+    for cell, lines in cells:
         for line in lines:
-            name = f"{describe_device(cell)}: {name_of(line['setting'])}"
-            lengths.setdefault(name, {})[cell[-2] * cell[-1]] = line["dyn_mib"]
-    # settings with two points only would hide those with more
-    enough = max(2, min(3, max(map(len, lengths.values()), default=0)))
-    lengths = {name: sizes for name, sizes in lengths.items() if len(sizes) >= enough}
+            if isinstance(line["setting"], dict) and line["setting"]["slot_savers"]:
+                continue
+            total = (line["static_mib"] + line["held_mib"]) * MIB / 1e9
+            lengths.setdefault(name_of(line["setting"]), {})[cell[-2] * cell[-1]] = total
+    lengths = {name: sizes for name, sizes in lengths.items() if max(sizes) >= LONG}
     if not lengths:
         return None
-    figure, (whole, share) = plt.subplots(1, 2, figsize=(12, 4.6))
+    peers = {line["setting"] for _, lines in cells for line in lines if isinstance(line["setting"], str)}
+    figure, axes = plt.subplots(figsize=(9, 5))
+    ends = []
     for i, (name, sizes) in enumerate(lengths.items()):
-        tokens, dyn = zip(*sorted(sizes.items()), strict=True)
-        style = {"marker": "os^v"[i // 10 % 4], "markersize": 4, "label": name}
-        whole.loglog(tokens, dyn, **style)
-        share.semilogx(tokens, [1024 * size / n for n, size in zip(tokens, dyn, strict=True)], **style)
-    whole.set_ylabel("dyn: peak over static memory, MiB")
-    share.set_ylabel("dyn a token, KiB")
-    share.set_ylim(bottom=0)
+        tokens, totals = zip(*sorted(sizes.items()), strict=True)
+        color = PEER if name in peers else OURS
+        axes.plot(tokens, totals, marker="so^vDP*X"[i % 8], markersize=5, color=color, linewidth=1.2)
+        ends.append((tokens[-1], totals[-1], name, color))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for card in CARDS:
+        axes.axhline(card, color="grey", linewidth=0.8, linestyle="--")
+        axes.text(0.005, card, f"{card} GB card", transform=axes.get_yaxis_transform(), va="bottom", fontsize=9)
     ticks = sorted({n for sizes in lengths.values() for n in sizes})
-    for axes in (whole, share):
-        axes.set_xlabel("tokens of a micro-step")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticks(ticks, ticks, rotation=90, fontsize=7)
-    _legend(share, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks], fontsize=9)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("tokens of a micro-step")
+    axes.set_ylabel("GB taken of the GPU: static and held")
+    cell = cells[0][0]
+    axes.set_title(f"{describe_device(cell)}, {describe_model(cell)}: HyC-LoRA red, peers blue", fontsize=10)
+    axes.margins(x=0.3, y=0.08)
+    _label(axes, ends)
     return figure
 
 
-def _whole_cells(*fields: str, latest: bool = True):
-    """Cells of the shape that is drawn, of the GPU measured last or of all, with their lines that have all fields."""
+def _whole_cells(*fields: str):
+    """Cells of the shape that is drawn, of the GPU measured last, with their lines that have all fields."""
     cells = memory_cells()
     for cell, lines in cells.items():
         named = dict(zip(CELL, cell, strict=True))
         whole = [line for line in lines if all(field in line for field in fields)]
-        drawn = (next(iter(cells))[0] if latest else cell[0], SHAPE, "nf4", 16)
+        drawn = (next(iter(cells))[0], SHAPE, "nf4", 16)
         if whole and tuple(named[key] for key in ("device", "shape", "base", "lora_rank")) == drawn:
             yield cell, whole
+
+
+def _label(axes, points: list[tuple[float, float, str, str]]) -> None:
+    """The names of (x, y, name, color) beside the points: inside, and over neither a point nor each other."""
+    axes.figure.tight_layout()
+    inside = axes.get_window_extent()
+    spots = [axes.transData.transform((x, y)) for x, y, *_ in points]
+    taken = []
+    places = [(up, *side) for up in sorted(range(-60, 61, 3), key=abs) for side in SIDES]
+    for x, y, name, color in points:
+        text = axes.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8, color=color)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5})
+        for up, alignment, shift in places:
+            text.set(ha=alignment, va="center", position=(shift, up))
+            box = text.get_window_extent()
+            covered = any(map(box.overlaps, taken)) or any(box.padded(4).contains(*spot) for spot in spots)
+            if inside.contains(*box.min) and inside.contains(*box.max) and not covered:
+                break
+        taken.append(box)
+        if abs(up) > 3:
+            line = {"arrowstyle": "-", "color": color, "lw": 0.5}
+            axes.annotate("", (x, y), (0.8 * shift, up), textcoords="offset points", arrowprops=line)
 
 
 def _legend(axes, **where) -> None:
     """Each label once."""
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
-        *reversed(list(zip(*dict(zip(labels, handles, strict=True)).items(), strict=True))), fontsize=7, **where
+        *reversed(list(zip(*dict(zip(labels, handles, strict=True)).items(), strict=True))), fontsize=8, **where
     )

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.fidelity import load_batches, load_model
 from benchmarks.record import record
+from benchmarks.rows import whole
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 
 SETTINGS = [None, *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 3, 2))]
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         loss = mean_loss(model, test_batches)
         exact = loss if setting is None else exact
         gap = None if exact is None else loss - exact
-        result = {"setting": setting, "test_loss": loss, "gap": gap, "train_losses": losses, "seconds": seconds}
+        result = {"setting": whole(setting), "test_loss": loss, "gap": gap, "train_losses": losses, "seconds": seconds}
         lines.append(record("finetune", {"arguments": {**vars(args), "settings": None}, **result}))
         print(f"{label:<44} test loss {loss:.4f}" + ("" if gap is None else f"  {gap:+.4f} nats"), flush=True)
     return lines

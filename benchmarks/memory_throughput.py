@@ -19,7 +19,7 @@ import sys
 from benchmarks.jobs import Job, add_arguments, cell, make_job
 from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS, run
 from benchmarks.record import read, record
-from benchmarks.rows import LSE_KEPT, name_of
+from benchmarks.rows import LSE_KEPT, name_of, whole
 from hyclora.models.config import PRESETS, HycloraConfig
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import Interrupted, entry_point
@@ -103,7 +103,7 @@ def sweep(jobs: list[Job], lines: list[dict], now: dict, args: argparse.Namespac
             print("measured already")
             continue
         found = run(job, args.timeout)
-        record(NAME, {"setting": job.setting, **found, "arguments": job.arguments}, args.output_dir)
+        record(NAME, {"setting": whole(job.setting), **found, "arguments": job.arguments}, args.output_dir)
         print("  ".join(f"{name} {value}" for name, value in found.items()), flush=True)
 
 

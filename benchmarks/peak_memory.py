@@ -19,6 +19,7 @@ import torch
 from benchmarks.peers import OFFLINE, micro_step
 from benchmarks.profile_step import one_job
 from benchmarks.record import record
+from benchmarks.rows import whole
 from hyclora.utils.args import ROOT
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.profiling import graphs_of
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None):
     found = [{"place": p, "mib": round(n / MIB, 2), "count": counts[p]} for p, n in sizes.most_common(args.top)]
     others = {p: round(n / MIB, 1) for p, n in Counter(most).most_common(args.top)}
     result = {"peak_mib": round(peak / MIB, 1), "alive": found, "other_peaks": others}
-    record("peak_memory", {"setting": job.setting, **result, "arguments": job.arguments}, args.output_dir)
+    record("peak_memory", {"setting": whole(job.setting), **result, "arguments": job.arguments}, args.output_dir)
     print(f"{peak / MIB:.1f} MiB at the peak")
     for row in found:
         print(f"{row['mib']:10.2f} MiB x{row['count']:4d}  {row['place']}")

@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.jobs import Job, add_arguments, cell, make_job
 from benchmarks.peers import OFFLINE, PEERS, micro_step
 from benchmarks.record import record
+from benchmarks.rows import whole
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import entry_point
 
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None):
     found = {"ms": step.throughput(job.steps)["ms"], **host_times(step, job.steps)}
     if step.device.type == "cuda":
         found |= device_times(device_spans(step, PROFILED), PROFILED, step.model.config.num_hidden_layers)
-    record("profile_step", {"setting": job.setting, **found, "arguments": job.arguments}, args.output_dir)
+    record("profile_step", {"setting": whole(job.setting), **found, "arguments": job.arguments}, args.output_dir)
     rows = found.pop("top_kernels", [])
     print(json.dumps(job.setting), "  ".join(f"{name} {value}" for name, value in found.items()), sep="\n")
     for row in rows:

@@ -1,7 +1,7 @@
-"""README tables and figures from the result files: nothing in them is typed.
+"""Tables and figures from the result files: nothing in them is typed.
 
-python -m benchmarks.report            # write README.md's generated parts and figures/*.png
-python -m benchmarks.report --check    # exit 1 if README.md is not what the result files say
+python -m benchmarks.report            # write the generated parts of README.md and benchmarks/README.md, figures/*.png
+python -m benchmarks.report --check    # exit 1 if a file is not what the result files say
 """
 
 import argparse
@@ -10,6 +10,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmarks.record import RESULTS
 from benchmarks.rows import (
@@ -21,13 +22,17 @@ from benchmarks.rows import (
     load_7b,
     memory_cells,
     name_of,
+    preset_of,
 )
-from hyclora.models.config import SLOTS, HycloraConfig
+from hyclora.models.config import BITS, PRESETS, SLOTS, HycloraConfig
+from hyclora.models.patch import FAMILIES
 
 ROOT = RESULTS.parent.parent
-README, FIGURES = ROOT / "README.md", ROOT / "figures"
+FIGURES = ROOT / "figures"
 MIB = 2**20
 FEW = 4  # rows that make no table of their own
+PLAIN, CHECKPOINTING = "PEFT LoRA", "PEFT LoRA, checkpointing"
+CARDS, RESERVE = (8, 12, 16, 24, 48, 80), 1  # GB of 10^9 bytes, and what is left for the driver and CUDA
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -45,6 +50,11 @@ def source(lines: list[dict], command: str) -> str:
     return f"*{', '.join(devices)}; {stack}; commit {', '.join(commits)}; `{command}`.*"
 
 
+def families() -> str:
+    """Model families by Hugging Face's model_type."""
+    return f"Models: {', '.join(f'`{name}`' for name in FAMILIES)} (the `model_type` in a model's `config.json`)."
+
+
 def parameters() -> str:
     """Every option of HycloraConfig."""
     rows = [["`use_hyclora`", "Keep the activations compressed; False trains stock PEFT LoRA.", "`True`"]]
@@ -56,20 +66,68 @@ def parameters() -> str:
 
 def slots() -> str:
     """What each layer type does with each slot."""
-    rows = [[f"`{name}`", slot.block, "exact", slot.intra, slot.inter] for name, slot in SLOTS.items()]
+    rows = []
+    for slot, names in itertools.groupby(SLOTS, SLOTS.get):
+        rows.append([", ".join(f"`{name}`" for name in names), slot.block, "exact", slot.intra, slot.inter])
     return table(["slot", "block", "baseline", "intra", "intra_inter, full_fuse"], rows)
 
 
+def presets() -> str:
+    """The settings that have a name, what each changes, and what it takes where plain LoRA and peers were measured."""
+    cells = [(cell, lines) for cell, lines in latest_cells() if any(isinstance(line["setting"], str) for line in lines)]
+    rows = []
+    for name, preset in PRESETS.items():
+        changed = ", ".join(f"`{field}={value}`" for field, value in preset.settings.items()) or "none"
+        found = [next((x for x in lines if preset_of(x["setting"]) == name), None) for _, lines in cells]
+        costs = ["" if line is None else f"{line['dyn_mib']:.0f} MiB, {line['ms']:.0f} ms" for line in found]
+        rows.append([f"`{name}`", preset.meaning, changed, *costs])
+    return table(["preset", "what it does", "changes", *(describe_batch(cell) for cell, _ in cells)], rows)
+
+
+def kept() -> str:
+    """Bytes of a layer: plain LoRA without and with checkpointing, and each number of bits."""
+    names = [PLAIN, CHECKPOINTING, *(f"intra_inter, {bits} bit" for bits in BITS)]
+    return buffered_table([line for line in kept_lines() if name_of(line["setting"]) in names])
+
+
 def buffered() -> str:
+    return buffered_table(kept_lines())
+
+
+def kept_lines() -> list[dict]:
+    """The lines of a 7B layer, plain LoRA first."""
     lines = load_7b("buffered")
-    rows = [[name_of(line["setting"]), f"{line['layer_bytes'] / MIB:.1f}", f"{line['ratio']:.2f}x"] for line in lines]
-    head = ["7B layer, 4 x 512 tokens", "MiB kept for backward", "less than PEFT + SDPA"]
+    return sorted(lines, key=lambda line: isinstance(line["setting"], dict))
+
+
+def buffered_table(lines: list[dict]) -> str:
+    plain = next((line["layer_bytes"] for line in lines if name_of(line["setting"]) == PLAIN), math.nan)
+    rows = [
+        [name_of(line["setting"]), f"{line['layer_bytes'] / MIB:.1f}", f"{plain / line['layer_bytes']:.1f}x"]
+        for line in lines
+    ]
+    head = ["a Llama-2-7B layer, 4 x 512 tokens", "MiB kept for backward", "less than plain LoRA"]
     return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.buffered")
+
+
+def accuracy() -> str:
+    """Gradients and test loss of the 27M LLaMA, by bits."""
+    tuned = finetune_lines()
+    cosines = {name_of(line["setting"]): line for line in load("fidelity", "model") if line["model"] == "small-llama"}
+    rows, used = [], []
+    for line in sorted(tuned, key=lambda line: line["setting"]["scale_rule"] if line["setting"] else ""):
+        found = cosines.get(name_of(line["setting"]))
+        if found and line["setting"]["q_bit"] != "auto":
+            used += [line, found]
+            rows.append([name_of(line["setting"]), f"{found['cosine']:.4f}", f"{line['gap']:+.4f}"])
+    head = ["27M LLaMA on GSM8K", "cosine of gradients with exact ones", "test loss after 300 steps over exact, nats"]
+    commands = "python -m benchmarks.fidelity` and `python -m benchmarks.finetune"
+    return table(head, rows) + "\n\n" + source(used, commands)
 
 
 def fidelity() -> str:
     lines = load("fidelity", "model", "label")
-    lines = [line for line in lines if line["setting"].get("slot_savers", LSE_KEPT) == LSE_KEPT]
+    lines = [line for line in lines if line["setting"]["slot_savers"] in ({}, LSE_KEPT)]
     models = list(dict.fromkeys(line["model"] for line in lines))
     cells: dict[str, dict[str, str]] = {}
     for line in lines:
@@ -84,9 +142,14 @@ def fidelity() -> str:
     )
 
 
-def finetune() -> str:
+def finetune_lines() -> list[dict]:
+    """Those of 300 steps, by test loss."""
     lines = [line for line in load("finetune", "label", "steps") if line["arguments"]["steps"] == 300]
-    lines.sort(key=lambda line: line["gap"])
+    return sorted(lines, key=lambda line: line["gap"])
+
+
+def finetune() -> str:
+    lines = finetune_lines()
     rows = [[name_of(line["setting"]), f"{line['test_loss']:.4f}", f"{line['gap']:+.4f}"] for line in lines]
     head = ["300 steps of 16 on GSM8K, 27M LLaMA", "test loss, nats", "against exact LoRA"]
     return (
@@ -94,30 +157,72 @@ def finetune() -> str:
     )
 
 
-def headline() -> str:
-    """On the GPU measured last, a row a batch: the most frugal peer, the fastest one, and ours.
-
-    Ours is the fastest setting that needs no more memory than the most frugal peer.
-    """
-    rows, used = [], []
+def latest_cells() -> list[tuple[tuple, list[dict]]]:
+    """The cells of the GPU measured last, with the lines that have memory and time."""
     cells = memory_cells()
-    for cell, lines in cells.items():
-        lines = [line for line in lines if "dyn_mib" in line and "ms" in line]
+    return [
+        (cell, [line for line in lines if "dyn_mib" in line and "ms" in line])
+        for cell, lines in cells.items()
+        if cell[0] == next(iter(cells))[0]
+    ]
+
+
+def headline() -> str:
+    """On the GPU measured last, for each batch: ours, the most frugal peer, the fastest one, plain LoRA checkpointing.
+
+    Ours is the fastest preset that needs no more memory than the most frugal peer.
+    """
+    rows, used, title = [], [], ""
+    for cell, lines in latest_cells():
         peers = [line for line in lines if isinstance(line["setting"], str)]
-        if cell[0] != next(iter(cells))[0] or not peers:
-            continue
-        frugal = min(peers, key=lambda line: line["dyn_mib"])
-        ours = [line for line in lines if line not in peers and line["dyn_mib"] <= frugal["dyn_mib"]]
+        frugal = min(peers, key=lambda line: line["dyn_mib"], default={"dyn_mib": -1})
+        ours = [line for line in lines if preset_of(line["setting"]) and line["dyn_mib"] <= frugal["dyn_mib"]]
         if not ours:
             continue
-        found = [frugal, min(peers, key=lambda line: line["ms"]), min(ours, key=lambda line: line["ms"])]
-        cost = [f"{name_of(line['setting'])}: {line['dyn_mib']:.0f} MiB, {line['ms']:.0f} ms" for line in found]
-        rows.append([f"{describe_model(cell)}, {describe_batch(cell)}", *cost])
-        used += found
+        found = [(min(ours, key=lambda line: line["ms"]), ""), (frugal, "the most frugal peer")]
+        found.append((min(peers, key=lambda line: line["ms"]), "the fastest peer"))
+        found += [(line, "plain LoRA") for line in peers if line["setting"] == CHECKPOINTING]
+        title = f"{describe_device(cell)}, {describe_model(cell)}"
+        for line, role in found:
+            name = f"{name_of(line['setting'])} ({role})" if role else f"**{name_of(line['setting'])}**"
+            memory = [f"{line[key]:.0f}" if key in line else "" for key in ("dyn_mib", "held_mib", "host_mib")]
+            rows.append([describe_batch(cell), name, *memory, f"{line['ms']:.0f}"])
+        used += [line for line, _ in found]
     if not rows:
         return ""
-    head = ["memory over the static part, time of a micro-step", "most frugal peer", "fastest peer", "HyC-LoRA"]
+    head = [title, "", "dyn MiB", "held MiB", "host MiB", "ms"]
     return table(head, rows) + "\n\n" + source(used, "python -m benchmarks.memory_throughput")
+
+
+def fits() -> str:
+    """GPU memory in all of every batch that was measured, and the smallest card that has as much."""
+    rows, used = {}, []
+    for cell, lines in memory_cells().items():
+        lines = sorted((line for line in lines if "held_mib" in line), key=total_gb)
+        peers = [line for line in lines if isinstance(line["setting"], str)]
+        ours = [line for line in lines if isinstance(line["setting"], dict)]
+        columns = [ours, [x for x in peers if x["setting"] not in (PLAIN, CHECKPOINTING)]]
+        columns += [[x for x in peers if x["setting"] == name] for name in (CHECKPOINTING, PLAIN)]
+        key = (describe_model(cell), cell[4] * cell[5], describe_batch(cell))
+        if ours and key not in rows:
+            rows[key] = [told(found[0], i < 2) if found else "" for i, found in enumerate(columns)]
+            used += [found[0] for found in columns if found]
+    head = ["model", "batch", "HyC-LoRA", "most frugal other peer", CHECKPOINTING, PLAIN]
+    named = [[model, batch, *columns] for (model, _, batch), columns in sorted(rows.items())]
+    return table(head, named) + "\n\n" + source(used, "python -m benchmarks.memory_throughput") if rows else ""
+
+
+def total_gb(line: dict) -> float:
+    """All that a line takes of the GPU, in 10^9 bytes."""
+    return (line["static_mib"] + line["held_mib"]) * MIB / 1e9
+
+
+def told(line: dict, named: bool) -> str:
+    """What a line takes of the GPU, and the smallest of CARDS that has it."""
+    size, host = total_gb(line), line.get("host_mib", 0) * MIB / 1e9
+    card = next((f"{card} GB card" for card in CARDS if size + RESERVE <= card), f"more than {CARDS[-1]} GB")
+    words = [f"{size:.1f} GB", card, *([f"{host:.1f} GB of host memory"] if host >= 0.1 else [])]
+    return (f"{name_of(line['setting']).removeprefix('HyC-LoRA ')}: " if named else "") + ", ".join(words)
 
 
 def memory_throughput() -> str:
@@ -140,7 +245,7 @@ def memory_throughput() -> str:
         "memory_breakdown": "what the peak is made of",
         "memory_length": "memory against tokens",
     }
-    parts += [f"![{alt}](figures/{name}.png)" for name, alt in drawn.items() if (FIGURES / f"{name}.png").exists()]
+    parts += [f"![{alt}](../figures/{name}.png)" for name, alt in drawn.items() if (FIGURES / f"{name}.png").exists()]
     return "\n\n".join(parts)
 
 
@@ -186,21 +291,31 @@ def kernels() -> str:
     return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.kernels")
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "headline": headline,
-    "parameters": parameters,
-    "slots": slots,
-    "buffered": buffered,
-    "fidelity": fidelity,
-    "finetune": finetune,
-    "memory_throughput": memory_throughput,
-    "kernels": kernels,
+PARTS: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {
+        "headline": headline,
+        "presets": presets,
+        "families": families,
+        "fits": fits,
+        "kept": kept,
+        "accuracy": accuracy,
+        "parameters": parameters,
+        "slots": slots,
+    },
+    ROOT / "benchmarks" / "README.md": {
+        "memory_throughput": memory_throughput,
+        "buffered": buffered,
+        "fidelity": fidelity,
+        "finetune": finetune,
+        "kernels": kernels,
+    },
 }
 
 
-def render(text: str) -> str:
-    """README.md with every part between <!-- name --> and <!-- end name --> made anew."""
-    for name, make in PARTS.items():
+def render(file: Path) -> str:
+    """The file with every part between <!-- name --> and <!-- end name --> made anew."""
+    text = file.read_text(encoding="utf-8")
+    for name, make in PARTS[file].items():
         before, after = text.split(f"<!-- {name} -->\n")[0], text.split(f"<!-- end {name} -->")[1]
         text = f"{before}<!-- {name} -->\n{make()}\n<!-- end {name} -->{after}"
     return text
@@ -210,13 +325,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
     if args.check:
-        sys.exit("README.md is stale: python -m benchmarks.report" if render(text) != text else 0)
+        stale = [file.relative_to(ROOT) for file in PARTS if render(file) != file.read_text(encoding="utf-8")]
+        sys.exit(f"{', '.join(map(str, stale))}: stale, run python -m benchmarks.report" if stale else 0)
     from benchmarks.figures import draw
 
-    draw()  # first, as README.md shows the figures that are there
-    README.write_text(render(text), encoding="utf-8")
+    draw()  # first, as the texts show the figures that are there
+    for file in PARTS:
+        file.write_text(render(file), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,17 @@
 import json
 
 from benchmarks.record import RESULTS, read
-from hyclora.models.config import HycloraConfig
+from hyclora.models.config import PRESETS, HycloraConfig
 
 CELL = ("device", "shape", "base", "lora_rank", "batch_size", "seq_len")
 LSE_KEPT = {"lse": "exact"}
+# Lines written before settings were recorded whole hold what was given alone; these defaults have changed since.
+DEFAULTS_THEN = {"layer_type": "intra_inter"}
+SAID = {
+    "published quantizer": {"scale_rule": "paper"},
+    "offloaded": {"offload": True},
+    "CUDA graphs": {"cuda_graphs": True},
+}
 
 
 def load(name: str, *keys: str) -> list[dict]:
@@ -16,6 +23,8 @@ def load(name: str, *keys: str) -> list[dict]:
     """
     latest = {}
     for line in read(RESULTS / f"{name}.jsonl"):
+        if isinstance(line["setting"], dict):
+            line["setting"] = whole(DEFAULTS_THEN | line["setting"])
         values = {**line["arguments"], **line}
         latest[json.dumps([name_of(line["setting"]), *(values.get(key) for key in keys)])] = line
     return list(latest.values())
@@ -42,27 +51,42 @@ def memory_cells() -> dict[tuple, list[dict]]:
     )
 
 
+def whole(setting: dict | str | None) -> dict | str | None:
+    """A setting with all of its fields, as it is recorded: what it leaves out is HycloraConfig's default of today."""
+    return HycloraConfig(**setting).to_dict() if isinstance(setting, dict) else setting
+
+
+def preset_of(setting: dict | str | None) -> str | None:
+    """The name of the preset that a setting is, whole."""
+    if not isinstance(setting, dict):
+        return None
+    return next((name for name, preset in PRESETS.items() if whole(preset.settings) == whole(setting)), None)
+
+
 def name_of(setting: dict | str | None) -> str:
-    """A setting as a reader would say it; a peer's name says it already."""
+    """A setting as a reader would say it, by the preset that it begins with; a peer's name says it already."""
     if not isinstance(setting, dict):
         return setting or "PEFT LoRA"
-    # lines of before full_fuse became the default do not name the layer type that they had
-    default = HycloraConfig(layer_type="intra_inter").to_dict()
-    rest = {name: value for name, value in setting.items() if value != default.get(name)}
-    kind, bits = rest.pop("layer_type", "intra_inter"), rest.pop("q_bit", 4)
-    average, rule = rest.pop("average_bits", 3.0), rest.pop("scale_rule", "channel_group")
-    words = [kind, f"auto, {average:g} bits on average" if bits == "auto" else f"{bits} bit"]
-    if kind == "baseline":
+    default = HycloraConfig().to_dict()
+    rest = {name: value for name, value in whole(setting).items() if value != default[name]}
+    bits, average, savers = (rest.pop(name, default[name]) for name in ("q_bit", "average_bits", "slot_savers"))
+    preset = next((name for name, preset in PRESETS.items() if preset.settings == rest), None)
+    words = [f"auto, {average:g} bits on average" if bits == "auto" else f"{bits} bit"]
+    if preset is not None:
+        words, rest = [f"HyC-LoRA {preset}", *words], {}
+    elif rest.get("layer_type") == "baseline":
         words = ["baseline (exact)"]
-    if rule == "paper":
-        words.append("published quantizer")
-    if rest.pop("offload", False):
-        words.append("offloaded")
-    if rest.pop("cuda_graphs", False):
-        words.append("CUDA graphs")
-    if rest.get("slot_savers") == LSE_KEPT:
-        rest.pop("slot_savers")
+    else:
+        words = [rest.get("layer_type", default["layer_type"]), *words]
+    for said, found in SAID.items():
+        if found.items() <= rest.items():
+            words.append(said)
+            rest = {name: value for name, value in rest.items() if name not in found}
+    if savers == LSE_KEPT:
         words.append("lse kept")
+    elif savers:
+        rest["slot_savers"] = savers
+    rest.pop("layer_type", None)
     return ", ".join([*words, *(f"{name} {value}" for name, value in rest.items())])
 
 

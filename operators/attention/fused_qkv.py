@@ -192,8 +192,8 @@ def _launch(
 def fused_qkv_fwd(spec, y: Tensor, cos, sin, batch: int, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
     """[rope(q + LoRA), rope(k + LoRA), v + LoRA] in place of the frozen paths y [T, N], which are packed on the way.
 
-    q and k go through the norms of their heads before, if the spec has any. Allocates the packed bytes of q, k, v alone,
-    in one piece.
+    q and k go through the norms of their heads before, if the spec has any. Allocates the packed bytes of q, k, v
+    alone, in one piece.
     """
     slots = prepare_slots("qkv", spec.qkv.columns, y, keeper)
     _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, pack=True)

@@ -59,8 +59,8 @@ class HeadNorm:
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, norm: HeadNorm | None = None) -> Tensor:
     """reference.rope on any device: x [B, S, H, D] rotated by cos, sin [B or 1, S, D], contiguous, in x's dtype.
 
-    norm: what x goes through before (reference.rms_norm_fwd of each head). Allocates its result alone on a GPU, if x has
-    unit stride along D and cos, sin are contiguous.
+    norm: what x goes through before (reference.rms_norm_fwd of each head). Allocates its result alone on a GPU, if x
+    has unit stride along D and cos, sin are contiguous.
     """
     if not use_triton(x):
         normalized = x if norm is None else reference.rms_norm_fwd(x, norm.weight, norm.eps)[0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import buffered, cross_entropy, fidelity, finetune, profile_step, record
+from benchmarks.rows import name_of, whole
 from hyclora.operators.reference import IGNORED
 
 COPY = "Memcpy HtoD (Pinned -> Device)"
@@ -63,10 +64,12 @@ def test_buffered(results):
     ]
     buffered.main([*shape, "--vocab", "100", "--base", "bf16", "--device", "cpu", "--output_dir", str(results)])
     found = lines(results, "buffered")
-    sizes = {json.dumps(line["setting"]): line["layer_bytes"] for line in found}
-    assert sizes['{"q_bit": 2}'] < sizes['{"q_bit": 4}'] < sizes['{"q_bit": 8}'] < sizes["null"]
-    for line in found[1:]:
-        assert sum(line["slots"].values()) <= line["layer_bytes"]
+    sizes = {name_of(line["setting"]): line["layer_bytes"] for line in found}
+    two, four, eight = (sizes[f"intra_inter, {bits} bit"] for bits in (2, 4, 8))
+    assert two < four < eight < sizes[buffered.PLAIN]
+    assert sizes[buffered.CHECKPOINTING] == 2 * 64 * 256 * 2, "the layer's input, bfloat16"
+    for line in found[2:]:
+        assert sum(line["slots"].values()) <= line["layer_bytes"] and line["setting"] == whole(line["setting"])
 
 
 TORCH_CHUNKED = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch 2.13 brought it")
@@ -94,7 +97,7 @@ def test_profile_step_on_a_cpu(tmp_path, tiny_llama_folder, capsys):
     common = ["--shape", str(tiny_llama_folder), "--cell", "2x16", "--base", "bf16", "--device", "cpu", "--steps", "2"]
     profile_step.main([*common, "--output_dir", str(tmp_path), "--setting", '{"q_bit": 2}', "--host"])
     (line,) = lines(tmp_path, "profile_step")
-    assert line["setting"] == {"q_bit": 2} and line["arguments"]["seq_len"] == 16 and "gpu_ms" not in line
+    assert line["setting"] == whole({"q_bit": 2}) and line["arguments"]["seq_len"] == 16 and "gpu_ms" not in line
     assert 0 < line["forward_ms"] < 2 * line["ms"] and 0 < line["backward_ms"] < 2 * line["ms"]
     printed = capsys.readouterr().out
     assert "backward_ms" in printed and "run_backward" in printed and "tottime" in printed

@@ -17,7 +17,7 @@ from benchmarks import figures, memory_throughput, peers, random_checkpoint, rep
 from benchmarks.jobs import SHAPES, Job
 from benchmarks.memory_throughput import NAME
 from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS
-from hyclora.models.config import HycloraConfig
+from hyclora.models.config import PRESETS, HycloraConfig
 from hyclora.utils.args import ROOT
 
 
@@ -67,7 +67,7 @@ def test_sweep_keeps_failures_and_continues_where_it_stopped(tiny_llama_folder, 
     memory_throughput.main(options)
     file = tmp_path / f"{NAME}.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["setting"] for line in lines] == settings
+    assert [line["setting"] for line in lines] == [rows.whole(setting) for setting in settings]
     assert lines[0]["buffered_mib"] > lines[1]["buffered_mib"] and lines[1]["tokens_per_second"] > 0
     assert lines[2]["error"].startswith("ValueError: average_bits=0.5") and lines[3]["error"] == NOT_INSTALLED
 
@@ -173,11 +173,29 @@ def test_shapes_are_configurations():
 
 
 def test_a_setting_has_one_name():
-    assert rows.name_of({}) == rows.name_of({"q_bit": 4}) == "intra_inter, 4 bit"
-    assert rows.name_of(HycloraConfig().to_dict()) == "intra_inter_full_fuse, 4 bit"
-    assert rows.name_of({"q_bit": 2, "offload": True}) == "intra_inter, 2 bit, offloaded"
-    assert rows.name_of({"attention": "eager"}) == "intra_inter, 4 bit, attention eager"
+    """That of the preset that it is but for its bits, or what it differs in."""
+    assert rows.name_of({}) == rows.name_of(HycloraConfig().to_dict()) == "HyC-LoRA default, 4 bit"
+    for name, preset in PRESETS.items():
+        assert rows.preset_of(preset.settings) == name
+        assert rows.name_of(preset.settings | {"q_bit": 2}) == f"HyC-LoRA {name}, 2 bit"
+    assert rows.preset_of({"q_bit": 2}) is None and rows.preset_of("Liger") is None
+    kept = {"offload": True, "slot_savers": rows.LSE_KEPT}
+    assert rows.name_of(kept) == "HyC-LoRA longest, 4 bit, lse kept"
+    inter = {"layer_type": "intra_inter", "attention": "eager"}
+    assert rows.name_of(inter) == "intra_inter, 4 bit, attention eager"
+    assert rows.name_of({"layer_type": "baseline", "offload": True}) == "baseline (exact), offloaded"
     assert rows.name_of(None) == "PEFT LoRA"
+
+
+def test_lines_mean_the_defaults_of_their_time(tmp_path, monkeypatch):
+    """What was recorded before settings were whole is intra_inter where it does not say."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    settings = [{"q_bit": 4}, rows.whole({"q_bit": 4}), {"layer_type": "intra_inter_full_fuse"}, "Liger", None]
+    lines = [{"setting": setting, "arguments": {}, "number": i} for i, setting in enumerate(settings)]
+    (tmp_path / "fidelity.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {rows.name_of(line["setting"]): line["number"] for line in rows.load("fidelity")}
+    assert found == {"intra_inter, 4 bit": 0, "HyC-LoRA default, 4 bit": 2, "Liger": 3, "PEFT LoRA": 4}
+    assert all(line["setting"] in ("Liger", None) or "q_bit" in line["setting"] for line in rows.load("fidelity"))
 
 
 def line(setting, dyn=None, seq_len=512, batch_size=4, **more):
@@ -221,7 +239,7 @@ def reported(tmp_path, monkeypatch):
 
 
 def test_tables_are_sorted_and_keep_failures(reported):
-    fillers = [line({"q_bit": 4, "slot_savers": {"q": f"quant{n}"}}, 10000 + n) for n in range(report.FEW)]
+    fillers = [line({"slot_savers": {slot: "quant8"}}, 10000) for slot in ("q", "k", "v", "gate")]
     text, drawn = reported(
         line("PEFT LoRA", 9000), line("Liger"), line({"q_bit": 2}, 900), line("Liger", 8000, seq_len=64),
         line({"q_bit": 2}, 800), line({"q_bit": 2, "layer_type": "intra_inter"}, 700), *fillers,
@@ -235,7 +253,7 @@ def test_tables_are_sorted_and_keep_failures(reported):
     assert shared[0].startswith("| GPU, llama-2-7b, NF4 | static") and len(shared) == 5
     assert shared[2] == "| 4 x 64 tokens: Liger | 4400 | 8000 |  | 4000 (7) | 200 (190 to 210) | 8000 |"
     assert shared[3].startswith("| 1 x 2048 tokens: PEFT LoRA | 4400 | 80 ")
-    assert drawn == {"memory_speed", "memory_breakdown", "memory_length"} and "(figures/memory_breakdown.png)" in text
+    assert drawn == {"memory_speed", "memory_breakdown"} and "(../figures/memory_breakdown.png)" in text
 
 
 def test_models_do_not_share_tables(reported):
@@ -256,29 +274,65 @@ def test_gpus_do_not_share_tables(reported):
     assert drawn == {60, 50}
 
 
-def test_the_headline_is_of_settings_that_need_no_more_than_the_most_frugal_peer(reported):
-    """And of the GPU measured last; a batch without such a setting, or without peers, is left out."""
+LEAST, FASTEST = (rows.whole(PRESETS[name].settings) for name in ("least_memory", "fastest"))
+
+
+def test_the_headline_is_of_a_preset_that_needs_no_more_than_the_most_frugal_peer(reported):
+    """And of the GPU measured last; a batch without such a preset, or without peers, is left out."""
     reported(
-        line("Liger", 500, ms=300), line("PEFT LoRA", 9000, ms=200), line({"q_bit": 4}, 450, ms=150),
-        line({"q_bit": 2}, 400, ms=160), line({"q_bit": 8}, 700, ms=100), line({"q_bit": 4}, 90, 64),
-        line("Liger", 50, 2048), line({"q_bit": 4}, 60, 2048), line("Liger", 1, 128, device="old", time="2025"),
+        line("Liger", 500, ms=300), line("PEFT LoRA", 9000, ms=200), line("PEFT LoRA, checkpointing", 800, ms=400),
+        line(LEAST, 450, ms=150, held_mib=600), line(rows.whole({}), 400, ms=160), line(FASTEST, 700, ms=100),
+        line(LEAST | {"q_bit": 2}, 90, ms=10), line(LEAST, 90, 64),
+        line("Liger", 50, 2048), line(LEAST, 60, 2048), line("Liger", 1, 128, device="old", time="2025"),
     )  # fmt: skip
-    (row,) = [row for row in report.headline().splitlines()[2:] if row.startswith("|")]
-    assert row.split(" | ")[1:] == [
-        "Liger: 500 MiB, 300 ms",
-        "PEFT LoRA: 9000 MiB, 200 ms",
-        "intra_inter, 4 bit: 450 MiB, 150 ms |",
+    found = [row.strip("| ").split(" | ") for row in report.headline().splitlines()[2:] if row.startswith("|")]
+    assert [row[1:] for row in found] == [
+        ["**HyC-LoRA least_memory, 4 bit**", "450", "600", "7", "150"],
+        ["Liger (the most frugal peer)", "500", "", "7", "300"],
+        ["PEFT LoRA (the fastest peer)", "9000", "", "7", "200"],
+        ["PEFT LoRA, checkpointing (plain LoRA)", "800", "", "7", "400"],
     ]
+
+
+def test_what_fits_is_the_least_of_each_and_the_smallest_card_that_has_it(reported):
+    """Of the GPU measured last that has the batch; a batch without ours, or without held, is left out."""
+    old = {"device": "old", "time": "2025", "held_mib": 9000}
+    reported(
+        line(LEAST, 450, held_mib=3400), line(FASTEST, 450, held_mib=9000), line("Liger", 500, held_mib=20000),
+        line("PEFT LoRA, checkpointing", 800, held_mib=100000), line("PEFT LoRA", 1, 64, held_mib=5),
+        line(LEAST, 450, 128), line(LEAST, 450, **old), line(FASTEST, 5, 2048, **old, host_mib=0),
+    )  # fmt: skip
+    first, second = [row.strip("| ").split(" | ") for row in report.fits().splitlines()[2:] if row.startswith("|")]
+    assert first[1:] == [
+        "4 x 512 tokens", "least_memory, 4 bit: 8.2 GB, 12 GB card", "Liger: 25.6 GB, 48 GB card",
+        "109.5 GB, more than 80 GB",
+    ]  # fmt: skip
+    assert second[1:3] == ["4 x 2048 tokens", "fastest, 4 bit: 14.1 GB, 16 GB card"]
 
 
 def test_few_or_no_lines_draw_what_there_is(reported):
     assert reported() == ("", set())
     assert reported(line("PEFT LoRA"))[1] == set()
     assert reported(line("PEFT LoRA", 900), line("PEFT LoRA", 9000, 8192, 1))[1] == {
-        "memory_speed", "memory_breakdown", "memory_length",
+        "memory_speed", "memory_breakdown",
     }  # fmt: skip
+    long = line("PEFT LoRA", 9000, 8192, 1, held_mib=9100)
+    assert reported(line("PEFT LoRA", 900), long)[1] >= {"memory_length"}
 
 
 def test_pareto_front():
     points = [(1, 5), (2, 4), (3, 7), (3, 9), (4, 9)]
     assert figures.pareto(points) == [(1, 5), (3, 9)]
+
+
+def test_labels_cover_neither_points_nor_each_other():
+    figure, axes = figures.plt.subplots()
+    points = [(x, 1, f"a name of {x}", "black") for x in (1, 1.01, 1.02, 1.9, 2)]
+    axes.plot(*zip(*[point[:2] for point in points], strict=True), "o")
+    axes.margins(0.4)
+    figures._label(axes, points)
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert len(boxes) == len(points) and all(axes.get_window_extent().contains(*box.min) for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(box.contains(*axes.transData.transform(point[:2])) for box in boxes for point in points)
+    figures.plt.close(figure)

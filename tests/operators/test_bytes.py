@@ -16,7 +16,7 @@ from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models.blocks import SOURCE
 from hyclora.models.patch import find_patch
 from hyclora.operators import cross_entropy, dispatch
-from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore
+from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore, packed_qkv
 from hyclora.operators.attention.rope import rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
 from hyclora.operators.checkpoint import CheckpointFunction
@@ -146,7 +146,7 @@ def qkv(t, c, restore=False):
     slots = keeper()
     fused_qkv_fwd(spec, y, cos, sin, BATCH, adapters, slots)
     if restore:
-        return fused_qkv_restore, spec, cos, sin, BATCH, BF16, adapters, slots
+        return fused_qkv_restore, spec, packed_qkv(slots), cos, sin, BATCH, BF16, adapters, slots
     slots.step.index = 2
     return fused_qkv_fwd, spec, y, cos, sin, BATCH, adapters, keeper()
 

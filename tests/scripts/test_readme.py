@@ -1,25 +1,75 @@
-"""README.md says what the tree and the result files say."""
+"""README.md and benchmarks/README.md say what the tree and the result files say, and what they tell to type works."""
 
 import re
+import shlex
 
-from benchmarks.report import PARTS, README, ROOT, render
-from hyclora.utils.args import GROUPS, Parser
+import pytest
+
+import run_memory_throughput
+from benchmarks.report import PARTS, ROOT, render
+from hyclora.utils.args import GROUPS, Parser, parse_arguments
+
+FILES = [*PARTS, ROOT / "CONTRIBUTING.md"]
+TEXT = "".join(file.read_text(encoding="utf-8") for file in FILES)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DRIVERS = {"run_gsm8k.sh": GROUPS, "run_memory_throughput.sh": run_memory_throughput.GROUPS}
 
 
-def test_generated_parts_are_current():
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", PARTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_generated_parts_are_current(file):
     """Every part is there once, and `python -m benchmarks.report` would change nothing."""
-    text = README.read_text(encoding="utf-8")
-    assert all(text.count(f"<!-- {name} -->") == text.count(f"<!-- end {name} -->") == 1 for name in PARTS)
-    assert render(text) == text, "run python -m benchmarks.report"
+    text = file.read_text(encoding="utf-8")
+    assert all(text.count(f"<!-- {name} -->") == text.count(f"<!-- end {name} -->") == 1 for name in PARTS[file])
+    assert render(file) == text, "run python -m benchmarks.report"
+
+
+def test_python_snippets_run(tmp_path, monkeypatch, capsys):
+    """One after the other, as a reader would type them."""
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/tiny-llama").symlink_to(ROOT / "ckpt/tiny-llama")
+    monkeypatch.chdir(tmp_path)
+    names, snippets = {}, blocks("python")
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert len(snippets) > 1 and "patched 5 layers" in capsys.readouterr().out
+    adapters = [p for name, p in names["model"].named_parameters() if "lora_B" in name]
+    assert adapters and all(p.grad is not None and p.grad.isfinite().all() for p in adapters)
+    assert {"adapter_model.safetensors", "hyclora_calibration.safetensors"} <= {
+        file.name for file in (tmp_path / "ckpt/my-adapters").iterdir()
+    }
+
+
+def test_commands_of_the_scripts_are_understood():
+    """Their variables are at the top of the script, and values and options are parsed as the driver does."""
+    commands = re.findall(r"^((?:\w+=\S+ )*)bash (run_\w+\.sh)([^#\n]*)", "\n".join(blocks("bash")), re.MULTILINE)
+    assert len(commands) > 5
+    for given, script, options in commands:
+        if script not in DRIVERS:
+            continue
+        text, argv = (ROOT / script).read_text(encoding="utf-8"), shlex.split(options)
+        for variable in given.split():
+            name, _, value = variable.partition("=")
+            assert re.search(rf"^\s*{name}=\$\{{{name}:?-", text, re.MULTILINE), f"{script} has no {name}"
+            argv += [f"--{name}", value]
+        parse_arguments(argv, DRIVERS[script])
 
 
 def test_named_files_exist():
-    text = README.read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:[\w-]+/)+[\w.-]*)`|bash (\w+\.sh)|\]\((figures/\S+)\)", text))
+    named = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`|bash (\w+\.sh)|\]\((?:\.\./)?([\w./-]+)(?:#[\w-]+)?\)", TEXT))
     paths = {path for found in named for path in found if path}
     generated = {"exp_results_gsm8k/"}
-    assert len(paths) > 5
+    assert len(paths) > 10
     assert [path for path in paths - generated if not (ROOT / path).exists()] == []
+
+
+def test_links_into_a_page_have_their_heading():
+    for path, anchor in re.findall(r"\]\(([\w./]+)#([\w-]+)\)", README):
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
 
 
 def test_named_options_exist():
@@ -27,10 +77,16 @@ def test_named_options_exist():
     known = {option for action in Parser(GROUPS)._actions for option in action.option_strings}
     scripts = "".join(file.read_text() for folder in ("benchmarks", "ckpt") for file in (ROOT / folder).glob("*.py"))
     known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', scripts)) | {"--help"}
-    named = set(re.findall(r"--[a-z]\w+", README.read_text(encoding="utf-8")))
+    named = set(re.findall(r"--[a-z]\w+", TEXT))
     assert named and named <= known
 
 
 def test_named_modules_exist():
-    named = set(re.findall(r"python -m ([\w.]+)", README.read_text(encoding="utf-8")))
+    named = set(re.findall(r"python -m ([\w.]+)", TEXT))
     assert named and all((ROOT / (name.replace(".", "/") + ".py")).is_file() for name in named)
+
+
+def test_the_versions_that_it_asks_for_are_those_of_the_package():
+    needed = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    for name in ("torch", "triton", "transformers", "peft"):
+        assert f"{name} {needed[name]}" in README
