@@ -10,13 +10,13 @@ The settings are at the top of run_gsm8k.sh; `python run_gsm8k.py --help` lists 
 from hyclora import apply_hyclora, remove_hyclora
 from hyclora.utils import results
 from hyclora.utils.args import parse_arguments
-from hyclora.utils.card import save_adapters, write_card
 from hyclora.utils.data.tokens import Collator
 from hyclora.utils.disk import check_output, checkpoint_bytes
 from hyclora.utils.errors import entry_point
 from hyclora.utils.loading import checkpoint_layers, find_base, keep_initial_adapters, load_model, load_tokenizer
 from hyclora.utils.profiling import buffered_bytes
-from hyclora.utils.runs import begin
+from hyclora.utils.runs.card import save_adapters, write_card
+from hyclora.utils.runs.run import begin
 from hyclora.utils.tasks import load_task
 from hyclora.utils.trainer import HycloraTrainer
 

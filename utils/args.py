@@ -22,7 +22,7 @@ from transformers.trainer_utils import SchedulerType
 from hyclora.models.config import ATTENTION_CORES, BITS, POLICIES, PRESETS, SCALE_RULES, HycloraConfig
 from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
-from hyclora.utils.script import check_environment
+from hyclora.utils.runs.script import check_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

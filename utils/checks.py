@@ -6,7 +6,7 @@ import math
 import torch
 
 from hyclora.utils.errors import UserError
-from hyclora.utils.identity import in_effect
+from hyclora.utils.runs.identity import in_effect
 
 _POSITIVE = (lambda x: 0 < x < math.inf, "a positive number")
 _COUNT = (lambda x: x >= 1, "at least 1")

@@ -96,7 +96,7 @@ add_options() {
     done
 }
 
-# Run the program $1 of the repository's root with `options`, then what follows. utils/script.py wants to know which
+# Run the program $1 of the repository's root with `options`, then what follows. utils/runs/script.py wants to know which
 # script and options these were, to tell the user the command that goes on.
 start() {
     export HYCLORA_SCRIPT=$0 HYCLORA_PASSED="${options[*]@Q}"

@@ -8,7 +8,7 @@ import errno
 import functools
 import sys
 
-from hyclora.utils.script import again
+from hyclora.utils.runs.script import again
 
 
 class UserError(ValueError):

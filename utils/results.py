@@ -29,7 +29,7 @@ from termcolor import colored
 
 from hyclora.utils.args import ROOT, TrainingArguments
 from hyclora.utils.errors import UserError
-from hyclora.utils.identity import in_effect
+from hyclora.utils.runs.identity import in_effect
 
 SETTINGS = "settings.json"
 CORE = (

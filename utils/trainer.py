@@ -1,7 +1,7 @@
 """HF's Trainer with what a run of days needs: safe stops, checkpoints that resume exactly, no NaN taken for a loss.
 
 A checkpoint holds, beside the Trainer's own files, the state of the activation compression, what the training has cost
-so far, and the seal that says that it is whole (utils/checkpoints.py).
+so far, and the seal that says that it is whole (utils/runs/checkpoints.py).
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hyclora.models.state import load_calibration, save_calibration
-from hyclora.utils.card import tidy
-from hyclora.utils.checkpoints import seal, state_of
 from hyclora.utils.errors import Interrupted, NotFinite
 from hyclora.utils.profiling import pinned_bytes
+from hyclora.utils.runs.card import tidy
+from hyclora.utils.runs.checkpoints import seal, state_of
 
 
 class StopOnSignal(TrainerCallback):

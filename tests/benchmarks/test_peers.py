@@ -169,7 +169,8 @@ def test_shapes_are_configurations():
     from transformers import AutoConfig
 
     sizes = {folder.name: AutoConfig.from_pretrained(folder).hidden_size for folder in SHAPES.iterdir()}
-    assert sizes == {"llama-2-7b": 4096, "llama-2-13b": 5120, "llama-3-8b": 4096, "mistral-7b": 4096}
+    llamas = {"llama-2-7b": 4096, "llama-2-13b": 5120, "llama-3-8b": 4096, "mistral-7b": 4096}
+    assert sizes == llamas | {"qwen2.5-7b": 3584, "qwen3-8b": 4096}
 
 
 def test_a_setting_has_one_name():

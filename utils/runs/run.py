@@ -6,7 +6,7 @@
         run.finish(results)
 
 `<run>/settings.json` is what the run is known by, `<run>.json` says that it is finished. A run is resumed with equal
-settings only (utils/identity.py), from a whole checkpoint only (utils/checkpoints.py).
+settings only (utils/runs/identity.py), from a whole checkpoint only (utils/runs/checkpoints.py).
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from pathlib import Path
 
 from hyclora.utils import results
 from hyclora.utils.args import TrainingArguments
-from hyclora.utils.checkpoints import fault_of, is_checkpoint, newest_whole, state_of
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import (
     Finished,
@@ -28,8 +27,9 @@ from hyclora.utils.errors import (
     is_disk_full,
     is_out_of_memory,
 )
-from hyclora.utils.identity import content_of, differences, identity
-from hyclora.utils.script import again
+from hyclora.utils.runs.checkpoints import fault_of, is_checkpoint, newest_whole, state_of
+from hyclora.utils.runs.identity import content_of, differences, identity
+from hyclora.utils.runs.script import again
 
 RESUME = "--resume_from_checkpoint"
 

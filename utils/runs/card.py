@@ -5,8 +5,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from hyclora.utils.identity import identity
 from hyclora.utils.results import KEPT_BY
+from hyclora.utils.runs.identity import identity
 
 CONFIG = "adapter_config.json"
 README = "README.md"

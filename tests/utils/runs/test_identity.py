@@ -6,7 +6,7 @@ import pytest
 
 from hyclora.utils import results
 from hyclora.utils.args import GROUPS, ProfileArguments, parse_arguments
-from hyclora.utils.identity import FREE, NEEDS, content_of, differences, identity
+from hyclora.utils.runs.identity import FREE, NEEDS, content_of, differences, identity
 
 
 def known_by(*options):

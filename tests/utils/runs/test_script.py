@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hyclora.utils.args import GROUPS, ROOT, Parser
-from hyclora.utils.script import PASSED, SCRIPT, again, check_environment
+from hyclora.utils.runs.script import PASSED, SCRIPT, again, check_environment
 
 OPTIONS = [name for action in Parser(GROUPS)._actions for name in action.option_strings]
 
