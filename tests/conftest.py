@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from hyclora.operators import dispatch
 from hyclora.utils.data.gsm8k import prompt_of, target_of
 from hyclora.utils.data.word_problems import word_problems
 from tests.helpers.replaying import record
+
+# a shell's background job ignores Ctrl-C, and so would all that the tests start and stop by it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

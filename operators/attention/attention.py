@@ -242,6 +242,8 @@ class AttentionFunction(torch.autograd.Function):
             y = fused_qkv_restore(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
             heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
             del y
+            if not spec.norms:  # nobody reads them again, and attention's backward is the peak
+                slots.clear()
         else:
             heads, norms = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
         attn_out = keeper.restore("attn_out")

@@ -10,6 +10,8 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from triton.runtime.jit import KernelInterface
 
 from hyclora import HycloraConfig, apply_hyclora
@@ -353,6 +355,26 @@ def test_working_set_of_blocks(name, layer_type):
     forward, backward = WORKING[name, layer_type](*size)
     slots = sum(packed(512, width, BITS) for width in BLOCKS[layer_type][name](*size)[1]) / 512 / 4
     assert working == [forward + slots + RANKS[name] - up(8), backward]
+
+
+def test_slots_are_freed_before_attention_runs_again(monkeypatch):
+    """Attention's backward is the peak: of what is packed only the norm's, for x, is there by then."""
+    layer, packed_slots, alive = Layer(SIZES["whole groups"], layer_type="intra_inter_full_fuse"), [], []
+    given, core = layer.given("self_attn", 512), layer.block("self_attn").spec.core
+
+    def note(t):
+        packed_slots.extend([StorageWeakRef(t.untyped_storage())] if t.dtype == torch.uint8 else [])
+        return t.detach()
+
+    def run(*args, stock=core.run):
+        alive.append([not slot.expired() for slot in packed_slots])
+        return stock(*args)
+
+    with saved_tensors_hooks(note, lambda t: t):
+        y = layer.run("self_attn", *given)
+    monkeypatch.setattr(core, "run", run)
+    torch.autograd.grad(y, given[0], torch.ones_like(y))
+    assert alive == [[True] * 2 + [False] * 6]
 
 
 @pytest.mark.parametrize("adapter, elements", [("lm_head", 2 * 128 + 96 + 4), ("q_proj", 128 + 2 * 96)])
