@@ -55,7 +55,7 @@ else
     per_device_train_batch_size=${per_device_train_batch_size:-4}
     gradient_accu_steps=${gradient_accu_steps:-4}
     load_in_4bit=${load_in_4bit:-$(has_gpu && echo True || echo False)}
-    evaluate_before=${evaluate_before:-False}
+    evaluate_before=${evaluate_before:-$([[ "$data_name" == json ]] && echo True || echo False)}  # a loss is quick
     max_new_tokens=${max_new_tokens:-256}
 fi
 

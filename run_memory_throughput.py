@@ -5,14 +5,14 @@
 
 Plain LoRA is measured beside it, without and with checkpointing. The settings are at the top of
 run_memory_throughput.sh; `python run_memory_throughput.py --help` lists all of them. One JSON line a run is appended to
-benchmarks/results/run_memory_throughput.jsonl.
+exp_results_memory_throughput/run_memory_throughput.jsonl.
 """
 
 from pathlib import Path
 
 import torch
 
-from benchmarks.jobs import Job
+from benchmarks.jobs import SHAPES, Job
 from benchmarks.peers import run as run_alone
 from benchmarks.record import record
 from hyclora import apply_hyclora
@@ -21,7 +21,7 @@ from hyclora.operators.savers.sparse import Sparse
 from hyclora.utils import results
 from hyclora.utils.args import HycloraArguments, LoraArguments, ModelArguments, ProfileArguments, parse_arguments
 from hyclora.utils.disk import check_output
-from hyclora.utils.errors import RunStopped, entry_point, is_out_of_memory
+from hyclora.utils.errors import RunStopped, UserError, entry_point, is_out_of_memory
 from hyclora.utils.loading import checkpoint_layers, find_base, load_model
 from hyclora.utils.profiling import random_micro_step
 
@@ -51,8 +51,10 @@ def main(argv=None):
     groups = parse_arguments(argv, GROUPS)
     model_args, lora_args, hyclora_args, profile = groups
     source = find_base(model_args, lora_args, tokenizer=False)
-    check_output(Path(profile.output_dir), needed=2**20)
     device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(profile.device, profile.device))
+    if device.type == "cpu" and Path(source).resolve().parent == SHAPES.resolve():
+        raise UserError(f"{source} is the shape of a model for a GPU, and this would run on the CPU: drop model_name")
+    check_output(Path(profile.output_dir), needed=2**20)
     results.print_settings(groups)
     report, arguments = None, arguments_of(model_args, lora_args, profile, device)
     plain = measure_plain(source, arguments) if profile.compare else {}

@@ -7,19 +7,19 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/utils/env.sh"
 
-# model: a folder with a config.json in model_dir; random weights need no checkpoint
+# model: a folder of benchmarks/shapes, or of model_dir, with a config.json; random weights need no checkpoint
 if has_gpu; then
     model_name=${model_name:-llama-2-7b}
-    model_dir=${model_dir-$root/benchmarks/shapes}
     load_in_4bit=${load_in_4bit:-True}
     device=${device:-cuda}
 else
     model_name=${model_name:-tiny-llama}
-    model_dir=${model_dir-$root/ckpt}
     load_in_4bit=${load_in_4bit:-False}
     device=${device:-cpu}
 fi
 random_weights=${random_weights:-True}
+shapes=$root/benchmarks/shapes
+model_dir=${model_dir-$([[ -d "$shapes/$model_name" ]] && echo "$shapes" || echo "$root/ckpt")}
 
 # evaluation
 seq_len=${seq_len:-512}

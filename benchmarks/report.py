@@ -30,6 +30,7 @@ from hyclora.models.patch import FAMILIES
 ROOT = RESULTS.parent.parent
 FIGURES = ROOT / "figures"
 MIB = 2**20
+SHAPE = "llama-2-7b"  # of the README's first tables: all peers were measured there
 FEW = 4  # rows that make no table of their own
 PLAIN, CHECKPOINTING = "PEFT LoRA", "PEFT LoRA, checkpointing"
 CARDS, RESERVE = (8, 12, 16, 24, 48, 80), 1  # GB of 10^9 bytes, and what is left for the driver and CUDA
@@ -158,12 +159,12 @@ def finetune() -> str:
 
 
 def latest_cells() -> list[tuple[tuple, list[dict]]]:
-    """The cells of the GPU measured last, with the lines that have memory and time."""
+    """The cells of SHAPE on the GPU measured last, with the lines that have memory and time."""
     cells = memory_cells()
     return [
         (cell, [line for line in lines if "dyn_mib" in line and "ms" in line])
         for cell, lines in cells.items()
-        if cell[0] == next(iter(cells))[0]
+        if cell[:2] == (next(iter(cells))[0], SHAPE)
     ]
 
 
@@ -181,10 +182,11 @@ def headline() -> str:
             continue
         found = [(min(ours, key=lambda line: line["ms"]), ""), (frugal, "the most frugal peer")]
         found.append((min(peers, key=lambda line: line["ms"]), "the fastest peer"))
-        found += [(line, "plain LoRA") for line in peers if line["setting"] == CHECKPOINTING]
+        found += [(line, "") for line in peers if line["setting"] == CHECKPOINTING]
         title = f"{describe_device(cell)}, {describe_model(cell)}"
         for line, role in found:
-            name = f"{name_of(line['setting'])} ({role})" if role else f"**{name_of(line['setting'])}**"
+            name = name_of(line["setting"]) + (f" ({role})" if role else "")
+            name = name if line in peers else f"**{name}**"
             memory = [f"{line[key]:.0f}" if key in line else "" for key in ("dyn_mib", "held_mib", "host_mib")]
             rows.append([describe_batch(cell), name, *memory, f"{line['ms']:.0f}"])
         used += [line for line, _ in found]

@@ -44,9 +44,8 @@ class PatchReport:
         adapted = ", ".join(f"{name} x{count}" for name, count in self.adapters.items())
         lines.append(f"  LoRA on  {adapted}")
         if self.single_kernels:
-            lines.append(
-                f"  not by fused kernels, for their head size, savers or biases: {', '.join(self.single_kernels)}"
-            )
+            names = ", ".join(self.single_kernels)
+            lines.append(f"  fused kernels do not take: {names} (head size, savers or biases)")
         if self.config.offload:
             lines.append("  packed slots wait in pinned host memory")
         if self.config.cuda_graphs:

@@ -25,6 +25,7 @@ def save_calibration(model: PeftModel, folder: str | Path) -> Path:
     tensors = {f"{key}.{name}": t for key, saver in _savers(patch) for name, t in saver.state_dict().items()}
     metadata = {"format": FORMAT, "step": str(patch.step.index), "config": json.dumps(patch.config.to_dict())}
     path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata)
     os.replace(temporary, path)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import SchedulerType
 from hyclora.models.config import ATTENTION_CORES, BITS, POLICIES, PRESETS, SCALE_RULES, HycloraConfig
 from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
+from hyclora.utils.runs.identity import NEEDS, in_effect
 from hyclora.utils.runs.script import check_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +144,7 @@ class ProfileArguments:
     warm_up_seq_len: int | None = option(None, "Warm up and calibrate on sequences this short; default: seq_len.")
     seed: int = option(11, "Of the random weights, adapters and tokens.")
     device: Literal["auto", "cuda", "cpu"] = option("auto", "Where to measure; auto: on a GPU if there is one.")
-    output_dir: str = option(str(ROOT / "benchmarks" / "results"), "Folder of run_memory_throughput.jsonl.")
+    output_dir: str = option(str(ROOT / "exp_results_memory_throughput"), "Folder of run_memory_throughput.jsonl.")
 
     def __post_init__(self):
         require(self.evaluate_memory or self.evaluate_throughput, "set evaluate_memory or evaluate_throughput to True")
@@ -236,6 +237,10 @@ class _Configures:
         given = {name: _value_of(name, getattr(self, name)) for name in names if getattr(self, name) is not None}
         for name, value in HycloraConfig.preset(self.preset, **given).to_dict().items():
             setattr(self, name, value)
+        for name in given if self.use_hyclora else ():
+            if not in_effect(name, vars(self)):
+                other = NEEDS[name][0]
+                raise UserError(f"{name} has no effect with {other}={getattr(self, other)}: drop it or set {other}")
 
     def config(self) -> HycloraConfig:
         return HycloraConfig(**{f.name: getattr(self, f.name) for f in _HYCLORA_FIELDS})

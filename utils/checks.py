@@ -48,6 +48,8 @@ def check_settings(groups) -> None:
     on_gpu = present and not active.get("use_cpu") and active.get("device") != "cpu"
     for name in NEED_GPU:
         if active.get(name) is True and not on_gpu:
-            raise UserError(f"{name}=True needs a GPU, and this would run on the CPU")
+            preset = active.get("preset")
+            hint = f": preset={preset} asks for it, preset=default does not" if preset != "default" else ""
+            raise UserError(f"{name}=True needs a GPU, and this would run on the CPU{hint}")
     if active.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")

@@ -291,7 +291,7 @@ def test_the_headline_is_of_a_preset_that_needs_no_more_than_the_most_frugal_pee
         ["**HyC-LoRA least_memory, 4 bit**", "450", "600", "7", "150"],
         ["Liger (the most frugal peer)", "500", "", "7", "300"],
         ["PEFT LoRA (the fastest peer)", "9000", "", "7", "200"],
-        ["PEFT LoRA, checkpointing (plain LoRA)", "800", "", "7", "400"],
+        ["PEFT LoRA, checkpointing", "800", "", "7", "400"],
     ]
 
 

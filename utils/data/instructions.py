@@ -49,7 +49,7 @@ def _word_problem(row: dict, keys: tuple[str, str], place: str) -> Example:
 
 def _instruction(row: dict, keys: tuple[str, str], place: str) -> Example:
     parts = [("Task", text_of(row, keys[0], place))]
-    if "input" in row and text_of(row, "input", place):
+    if row.get("input") is not None and text_of(row, "input", place):
         parts.append(("Input", row["input"]))
     return Example([(under_headings(parts, "Answer"), _response(row, keys[1], place))])
 

@@ -64,6 +64,7 @@ def learned_texts(row: dict, tokenizer) -> list[str]:
         ({"prompt": "One and one?\n", "completion": "two", "id": 1}, ("One and one?\n", "two")),
         ({"instruction": "Add.", "input": "1 1", "output": "2"}, ("Task:\nAdd.\n\nInput:\n1 1\n\nAnswer:\n", "2")),
         ({"instruction": "Add.", "input": "", "output": "2"}, ("Task:\nAdd.\n\nAnswer:\n", "2")),
+        ({"instruction": "Add.", "input": None, "output": "2"}, ("Task:\nAdd.\n\nAnswer:\n", "2")),
         ({"instruction": "Add.", "output": "2"}, ("Task:\nAdd.\n\nAnswer:\n", "2")),
         ({"question": "1 + 1?", "answer": "2\n#### 2"}, (prompt_of("1 + 1?"), target_of("2\n#### 2"))),
         ({"messages": CHAT[1:3]}, ("User:\nOne and one?\n\nAssistant:\n", "two")),
@@ -174,7 +175,7 @@ BAD_ROWS = [
     ([{}], "found no keys"),
     ([{**GOOD, "response": 3}], ':1: the value of "response" is not a text but 3'),
     ([{**GOOD, "prompt": None}], ':1: the value of "prompt" is not a text but null'),
-    ([{"instruction": "a", "input": None, "output": "b"}], ':1: the value of "input" is not a text but null'),
+    ([{"instruction": "a", "input": 3, "output": "b"}], ':1: the value of "input" is not a text but'),
     ([{**GOOD, "response": " \n"}], ':1: the response under "response" is empty'),
     (
         [GOOD, {"instruction": "a", "output": "b"}],

@@ -24,7 +24,7 @@ def test_the_tables_name_settings_that_exist():
     [
         ["--output_dir", "elsewhere", "--save_steps", "7", "--logging_steps", "3", "--run_name", "mine"],
         ["--max_eval_samples", "3", "--greedy", "True", "--eval_batch_size", "2"],
-        ["--average_bits", "2.5", "--softmax_outlier_ratio", "0.5"],  # have no effect: q_bit is 4, attention flash
+        ["--preset", "default"],
     ],
     ids=str,
 )
