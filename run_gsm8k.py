@@ -16,6 +16,7 @@ from hyclora.utils.errors import entry_point
 from hyclora.utils.loading import checkpoint_layers, find_base, keep_initial_adapters, load_model, load_tokenizer
 from hyclora.utils.profiling import buffered_bytes
 from hyclora.utils.runs.card import save_adapters, write_card
+from hyclora.utils.runs.identity import digest_of
 from hyclora.utils.runs.run import begin
 from hyclora.utils.tasks import load_task
 from hyclora.utils.trainer import HycloraTrainer
@@ -41,7 +42,7 @@ def main(argv=None):
         check_output(run.folder, needed=checkpoint_bytes(model, training.save_total_limit))
         scores = {}
         if eval_args.evaluate_before and task.test:
-            asked = {**vars(eval_args), "rows": len(task.test)}
+            asked = {**vars(eval_args), "rows": digest_of(task.test)}
             scores["before"] = results.once(
                 run.folder / "evaluated_before.json", asked, lambda: task.evaluate(model)[0]
             )

@@ -57,7 +57,8 @@ def main(argv=None):
     check_output(Path(profile.output_dir), needed=2**20)
     results.print_settings(groups)
     report, arguments = None, arguments_of(model_args, lora_args, profile, device)
-    plain = measure_plain(source, arguments) if profile.compare else {}
+    alike = lora_args == LoraArguments(lora_args.lora_rank, lora_args.lora_alpha) and model_args.dtype == "auto"
+    plain = measure_plain(source, arguments, alike) if profile.compare else {}
     try:
         model = load_model(model_args, lora_args, source, device, profile.seed)
         if hyclora_args.use_hyclora:
@@ -130,10 +131,13 @@ def arguments_of(model_args, lora_args, profile, device) -> dict:
     }
 
 
-def measure_plain(source: str, arguments: dict) -> dict[str, dict]:
-    """What stock LoRA takes with the same arguments and random weights, each in a process of its own."""
-    if not Path(source).is_dir():
-        return dict.fromkeys(PLAIN, {"error": "needs a folder"})
+def measure_plain(source: str, arguments: dict, alike: bool) -> dict[str, dict]:
+    """What stock LoRA takes with the same arguments and random weights, each in a process of its own.
+
+    alike: whether LoRA's other options and the dtype are the defaults, which these processes have.
+    """
+    if not alike or not Path(source).is_dir():
+        return dict.fromkeys(PLAIN, {"error": "for defaults only" if not alike else "needs a folder"})
     found = {}
     for setting in PLAIN:
         print(f"measuring {setting} in a process of its own", flush=True)

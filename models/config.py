@@ -127,6 +127,8 @@ class HycloraConfig:
     def __post_init__(self):
         if isinstance(self.q_bit, str) and self.q_bit.isdecimal():
             self.q_bit = int(self.q_bit)
+        if isinstance(self.q_bit, float) and self.q_bit.is_integer():
+            self.q_bit = int(self.q_bit)
         _one_of("layer_type", self.layer_type, tuple(POLICIES))
         _one_of("q_bit", self.q_bit, (*BITS, "auto"))
         _one_of("attention", self.attention, ATTENTION_CORES)

@@ -10,7 +10,7 @@ from torch import nn
 from hyclora.models.config import HycloraConfig
 
 logger = logging.getLogger("hyclora")
-ALLOCATOR = "PYTORCH_ALLOC_CONF"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
 
 
 @dataclass
@@ -50,8 +50,9 @@ class PatchReport:
             lines.append("  packed slots wait in pinned host memory")
         if self.config.cuda_graphs:
             lines.append("  all layers are replayed as CUDA graphs for batches of a shape that comes again")
-        if self.config.cuda_graphs and "expandable_segments:True" not in os.environ.get(ALLOCATOR, ""):
-            lines.append(f"  less GPU memory is held with {ALLOCATOR}=expandable_segments:True in the environment")
+        told = [os.environ.get(name, "") for name in ALLOCATOR]
+        if self.config.cuda_graphs and not any("expandable_segments:True" in text for text in told):
+            lines.append(f"  less GPU memory is held with {ALLOCATOR[0]}=expandable_segments:True in the environment")
         lines.append(f"  not patched: {', '.join(self.not_patched)}")
         return "\n".join(lines)
 

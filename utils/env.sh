@@ -96,6 +96,11 @@ add_options() {
     done
 }
 
+# Whether the chosen python has a GPU to compute on.
+sees_gpu() {
+    has_gpu && "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'
+}
+
 # Run the program $1 of the repository's root with `options`, then what follows. utils/runs/script.py wants to know which
 # script and options these were, to tell the user the command that goes on.
 start() {

@@ -74,6 +74,6 @@ def entry_point(main):
 
 
 def _exit(sentence: str, code: int):
-    sentence = " ".join(sentence.split())
+    sentence = sentence.replace("\n", " ")
     print(f"error: {sentence}" if code else sentence, file=sys.stderr if code else sys.stdout)
     raise SystemExit(code) from None

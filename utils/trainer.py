@@ -19,7 +19,7 @@ from hyclora.models.state import load_calibration, save_calibration
 from hyclora.utils.errors import Interrupted, NotFinite
 from hyclora.utils.profiling import pinned_bytes
 from hyclora.utils.runs.card import tidy
-from hyclora.utils.runs.checkpoints import seal, state_of
+from hyclora.utils.runs.checkpoints import prune, seal, state_of
 
 
 class StopOnSignal(TrainerCallback):
@@ -44,6 +44,11 @@ class StopOnSignal(TrainerCallback):
         print("stopping: a checkpoint is written after this step (again to stop at once, without one)", flush=True)
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
+        """All processes stop at the same step: a signal reaches one earlier than another."""
+        if args.world_size > 1:
+            received = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 
@@ -142,11 +147,18 @@ class HycloraTrainer(Trainer):
             save_calibration(self.model, folder)
 
     def _save_checkpoint(self, model, trial):
+        """HF would delete older checkpoints before the new one is whole; ours go afterwards."""
         self.progress.settle(self.accelerator, self.model)
-        super()._save_checkpoint(model, trial)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            run = Path(self.args.output_dir)
+            seal(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            prune(run, limit)
 
     def train(self, resume_from_checkpoint: Path | None = None):
         """Train, from a whole checkpoint if one is given: not a step more if that is of the last one.

@@ -52,6 +52,11 @@ def test_plain_lora_stands_beside_it(run):
     assert all(f"{size:.2f} MiB" in printed for size in (*kept, line["buffered_mib"]))
 
 
+def test_plain_lora_is_not_compared_with_other_options(run):
+    line, printed = run("--compare", "True", "--evaluate_throughput", "False", "--target_modules", "q_proj")
+    assert set(line["plain"]) == set(run_memory_throughput.PLAIN) and "for defaults only" in printed
+
+
 def test_bytes_of_slots(run, tiny_llama_folder):
     """Exact slots have 4 bytes an element where nothing is autocast; the sparse map has values and int16 columns."""
     config = json.loads((tiny_llama_folder / "config.json").read_text())

@@ -53,7 +53,8 @@ def test_an_unknown_preset_is_refused_with_those_that_there_are():
 
 
 def test_q_bit_from_a_command_line():
-    assert HycloraConfig(q_bit="2").q_bit == 2 and HycloraConfig(q_bit="auto").q_bit == "auto"
+    assert HycloraConfig(q_bit="2").q_bit == 2 and type(HycloraConfig(q_bit=4.0).q_bit) is int
+    assert HycloraConfig(q_bit="auto").q_bit == "auto"
 
 
 @pytest.mark.parametrize("layer_type", list(POLICIES))

@@ -1,10 +1,15 @@
-"""Two ranks calibrate alike, whatever each of them sees, and whether or not it sees it in tiles."""
+"""Two ranks calibrate alike, whatever each of them sees, and whether or not it sees it in tiles; and stop alike."""
+
+import signal
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from transformers import TrainerControl
 
 from hyclora.operators.savers import ChannelQuant, Keeper, Observer, Step
+from hyclora.utils.trainer import StopOnSignal
 
 
 def calibrate(rank: int, folder: str) -> None:
@@ -21,6 +26,22 @@ def calibrate(rank: int, folder: str) -> None:
         saver.pack(x, step)
         torch.save((x, saver.mean, saver.std, saver.outliers), f"{folder}/{rule}{rank}.pt")
     dist.destroy_process_group()
+
+
+def stop(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    callback, args = StopOnSignal(), SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    for step in range(3):
+        if (rank, step) == (1, 1):
+            callback.received = signal.SIGTERM
+        control = TrainerControl()
+        callback.on_step_end(args, None, control)
+        assert control.should_save == control.should_training_stop == (step >= 1)
+    dist.destroy_process_group()
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
+    mp.spawn(stop, args=(str(tmp_path),), nprocs=2)
 
 
 def test_statistics_are_those_of_all_ranks(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import run_gsm8k
-from hyclora.utils import tasks
+from hyclora.utils import tasks, trainer
 from hyclora.utils.errors import Finished
 from hyclora.utils.metrics import evaluate_generation
+from hyclora.utils.runs import checkpoints
 from hyclora.utils.trainer import HycloraTrainer
 
 RESUME = "--resume_from_checkpoint"
@@ -207,6 +208,33 @@ def test_an_interrupted_last_evaluation_is_made_up_for(drive, monkeypatch, tmp_p
     for name in ("accuracy", "final_loss", "buffered_bytes"):
         assert found[name] == expected[name], name
     assert found["train"]["tokens"] == expected["train"]["tokens"]
+
+
+def test_the_last_whole_checkpoint_lives_until_the_next_one_is_whole(drive, tmp_path, monkeypatch):
+    def seal(folder, stock=checkpoints.seal):
+        stock(folder) if folder.name != "checkpoint-3" else fail(FULL)()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "seal", seal)
+        code, said = drive("--save_total_limit", "1")
+    (folder,) = runs(tmp_path)
+    assert code == 1 and "the newest checkpoint is of step 2 of 4" in said
+    code, said = drive("--save_total_limit", "1", RESUME, True)
+    assert code == 0 and [c.name for c in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_run_is_one_by_whatever_path(stopped, drive, tmp_path):
+    folder = stopped()
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    code, said = drive(RESUME, link / "checkpoint-2")
+    assert code == 0 and (tmp_path / f"{folder.name}.json").is_file() and not (tmp_path / "link.json").exists()
+    assert "is finished" in drive(RESUME, link)[1]
+
+
+def test_a_run_name_is_the_name_of_a_folder(drive):
+    code, said = drive("--run_name", "a/b")
+    assert code == 2 and "run_name a/b is no name of a folder" in said
 
 
 def fail(error):

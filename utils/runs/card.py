@@ -71,15 +71,18 @@ def write_card(folder: Path, found: dict, n_rows: int) -> None:
     """README.md of the adapters in `folder`; found: the content of the run's results file."""
     settings = found["settings"]
     base = settings["ModelArguments"]["model_name"]
+    if settings["ModelArguments"]["model_dir"] or Path(base).is_dir():
+        base = Path(base).name
     own = {group: values for group, values in settings.items() if group != "TrainingArguments"}
-    shown = {name: value for name, value in identity(own).items() if value not in (None, "", "{}")}
+    shown = {name: value for name, value in identity(own).items() if value not in (None, "", {})}
+    shown["model_name"] = base
     shown |= {name: value for name, value in found["core"].items() if name != "output_dir"}
     results = found["shown"] | {"final loss": f"{found['final_loss']:.4f}"}
     results |= {
         f"MiB kept for backward, {KEPT_BY[name]}": f"{n / 2**20:.2f}" for name, n in found["buffered_bytes"].items()
     }
     text = _TEXT.format(
-        base=base if not settings["ModelArguments"]["model_dir"] else Path(base).name,
+        base=base,
         rows=n_rows,
         data=settings["DataArguments"]["data_name"],
         steps=found["core"]["steps"],

@@ -6,6 +6,7 @@ The last file that is written, `checksums.json`, has the digest of every other o
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
@@ -29,17 +30,17 @@ def _digest(file: Path) -> str:
 
 def seal(folder: Path) -> None:
     """Declare a checkpoint whole."""
-    files = [*folder.iterdir(), *folder.parent.glob(SETTINGS)]
+    files = [file for file in (*folder.iterdir(), *folder.parent.glob(SETTINGS)) if file.is_file()]
     write_json(folder / SUMS, {os.path.relpath(f, folder): _digest(f) for f in sorted(files) if f.name != SUMS})
 
 
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None for a whole one."""
     try:
-        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        sums = dict(json.loads((folder / SUMS).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return f"it has no {SUMS}, so it was not written to its end"
-    except ValueError:
+    except (ValueError, TypeError):
         return f"{SUMS} is broken"
     for name in (*_NEEDED, *sums):
         if not (folder / name).is_file():
@@ -54,11 +55,25 @@ def is_checkpoint(folder: Path) -> bool:
     return folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
+def _by_step(run: Path) -> list[Path]:
+    """All checkpoints of a run, whole or not, the newest first."""
+    found = [c for c in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if c.is_dir() and c.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda c: int(c.name.rpartition("-")[2]), reverse=True)
+
+
+def prune(run: Path, limit: int | None) -> None:
+    """Delete the checkpoints that are older than the `limit` newest sealed ones; None: keep all."""
+    found = _by_step(run)
+    sealed = [n for n, checkpoint in enumerate(found) if (checkpoint / SUMS).is_file()]
+    if limit is not None and len(sealed) > limit:
+        for checkpoint in found[sealed[limit - 1] + 1 :]:
+            shutil.rmtree(checkpoint)
+
+
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a sentence for each newer one that is not whole."""
-    found = [c for c in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if c.name.rpartition("-")[2].isdecimal()]
     passed = []
-    for checkpoint in sorted(found, key=lambda c: int(c.name.rpartition("-")[2]), reverse=True):
+    for checkpoint in _by_step(run):
         if (fault := fault_of(checkpoint)) is None:
             return checkpoint, passed
         passed.append(f"{checkpoint} is passed over: {fault}")

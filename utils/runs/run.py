@@ -124,6 +124,8 @@ def begin(groups: tuple, source: str, rows: list[dict], argv: list[str] | None) 
     settings = json.loads(json.dumps(results.settings(*groups) | {"content": content}, default=str))
     root, resume = Path(training.output_dir), training.resume_from_checkpoint or "False"
     if resume.lower() == "false":
+        if training.run_name and Path(training.run_name).name != training.run_name:
+            raise UserError(f"run_name {training.run_name} is no name of a folder: leave out the slashes")
         check_output(root)
         run = Run(results.start_run(root, training.run_name or tag_of(groups), training, settings), groups, argv)
     else:
@@ -153,7 +155,7 @@ def _identity_of(folder: Path) -> dict | None:
 
 def _named(resume: str, ours: dict) -> tuple[Path, list[str]]:
     """The checkpoint that is given by its folder or by its run's."""
-    path = Path(os.path.abspath(resume))
+    path = Path(os.path.realpath(resume))
     if not path.is_dir():
         raise UserError(f"resume_from_checkpoint: folder {resume} does not exist")
     folder = path.parent if is_checkpoint(path) else path

@@ -30,14 +30,13 @@ def check_environment(options: list[str]) -> None:
     if not variables:
         return
     for name in sorted(os.environ.keys() - set(variables)):
-        if name != name.lower():
+        if name != name.lower() or not os.environ[name]:
             continue
-        given = f"{name}={os.environ[name]} in the environment is not a setting of {Path(path).name}"
+        given = f"{name} in the environment is not a setting of {Path(path).name}"
         if near := difflib.get_close_matches(name, variables, n=1, cutoff=_NEAR):
             raise ValueError(f"{given}: did you mean {near[0]}? (unset {name} if it is for something else)")
         if "_" in name and f"--{name}" in options:
-            value = shlex.quote(os.environ[name])
-            raise ValueError(f"{given}, but an option: bash {path} --{name} {value} (and unset {name})")
+            raise ValueError(f"{given}, but an option: bash {path} --{name} VALUE (and unset {name})")
 
 
 def again(argv: list[str] | None, *options) -> str:

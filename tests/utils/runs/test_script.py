@@ -24,18 +24,20 @@ def started_by_the_script(monkeypatch):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("qbit", "qbit=2 in the environment is not a setting of run_gsm8k.sh: did you mean q_bit?"),
+        ("qbit", "qbit in the environment is not a setting of run_gsm8k.sh: did you mean q_bit?"),
         ("lora_ranks", "did you mean lora_rank?"),
         ("learning_rte", "did you mean learning_rate?"),
-        ("lora_dropout", "--lora_dropout 2"),
-        ("output_dir", "--output_dir 2"),
+        ("lora_dropout", "--lora_dropout VALUE"),
+        ("output_dir", "--output_dir VALUE"),
     ],
 )
 def test_near_misses_are_named(monkeypatch, name, said):
-    monkeypatch.setenv(name, "2")
+    monkeypatch.setenv(name, "")
+    check_environment(OPTIONS)
+    monkeypatch.setenv(name, "secret")
     with pytest.raises(ValueError) as caught:
         check_environment(OPTIONS)
-    assert said in str(caught.value)
+    assert said in str(caught.value) and "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["q_bit", "http_proxy", "no_proxy", "debug", "project", "Q_BITS", "shell", "model"])
