@@ -93,7 +93,7 @@ def memory_speed():
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         title = f"{describe_device(cell)}, {describe_model(cell)}, {describe_batch(cell)}"
-        axes.set_title(f"{title}: HyC-LoRA red, peers blue, grey where none is better in both", fontsize=10)
+        axes.set_title(f"{title}: HyC-LoRA red, peers blue, grey line: none is better in both", fontsize=10)
         axes.set_xlabel("dyn: peak over static memory, MiB (less is better)")
         axes.set_ylabel("tokens a second")
         axes.margins(x=0.25, y=0.12)
