@@ -7,6 +7,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/utils/env.sh"
+gpu=$(sees_gpu && echo True || echo False)
 
 # model
 model_name=${model_name:-tiny-llama}
@@ -22,7 +23,7 @@ seq_len=${seq_len:-512}
 # Each setting below that is not empty replaces what the preset has:
 #   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False
 use_hyclora=${use_hyclora:-True}
-preset=${preset:-$(sees_gpu && echo least_memory || echo default)}
+preset=${preset:-$([[ "$gpu" == True ]] && echo least_memory || echo default)}
 layer_type=${layer_type:-}                            # baseline, intra, intra_inter, intra_inter_full_fuse
 q_bit=${q_bit:-}
 average_bits=${average_bits:-}                        # with q_bit=auto
@@ -54,7 +55,7 @@ else
     num_train_epochs=${num_train_epochs:-6}
     per_device_train_batch_size=${per_device_train_batch_size:-4}
     gradient_accu_steps=${gradient_accu_steps:-4}
-    load_in_4bit=${load_in_4bit:-$(sees_gpu && echo True || echo False)}
+    load_in_4bit=${load_in_4bit:-$gpu}
     evaluate_before=${evaluate_before:-$([[ "$data_name" == json ]] && echo True || echo False)}  # a loss is quick
     max_new_tokens=${max_new_tokens:-256}
 fi

@@ -6,9 +6,10 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/utils/env.sh"
+gpu=$(sees_gpu && echo True || echo False)
 
 # model: a folder of benchmarks/shapes, or of model_dir, with a config.json; random weights need no checkpoint
-if sees_gpu; then
+if [[ "$gpu" == True ]]; then
     model_name=${model_name:-llama-2-7b}
     load_in_4bit=${load_in_4bit:-True}
     device=${device:-cuda}
@@ -33,7 +34,7 @@ compare=${compare:-True}            # plain LoRA, without and with checkpointing
 # Each setting below that is not empty replaces what the preset has:
 #   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False
 use_hyclora=${use_hyclora:-True}
-preset=${preset:-$(sees_gpu && echo least_memory || echo default)}
+preset=${preset:-$([[ "$gpu" == True ]] && echo least_memory || echo default)}
 layer_type=${layer_type:-}                            # baseline, intra, intra_inter, intra_inter_full_fuse
 q_bit=${q_bit:-}
 average_bits=${average_bits:-}                        # with q_bit=auto

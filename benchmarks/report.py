@@ -73,6 +73,12 @@ def slots() -> str:
     return table(["slot", "block", "baseline", "intra", "intra_inter, full_fuse"], rows)
 
 
+def cost(line: dict) -> str:
+    """What a setting takes: dyn, held if it was measured, time."""
+    held = f" (held {line['held_mib']:.0f})" if "held_mib" in line else ""
+    return f"{line['dyn_mib']:.0f} MiB{held}, {line['ms']:.0f} ms"
+
+
 def presets() -> str:
     """The settings that have a name, what each changes, and what it takes where plain LoRA and peers were measured."""
     cells = [(cell, lines) for cell, lines in latest_cells() if any(isinstance(line["setting"], str) for line in lines)]
@@ -80,7 +86,7 @@ def presets() -> str:
     for name, preset in PRESETS.items():
         changed = ", ".join(f"`{field}={value}`" for field, value in preset.settings.items()) or "none"
         found = [next((x for x in lines if preset_of(x["setting"]) == name), None) for _, lines in cells]
-        costs = ["" if line is None else f"{line['dyn_mib']:.0f} MiB, {line['ms']:.0f} ms" for line in found]
+        costs = ["" if line is None else cost(line) for line in found]
         rows.append([f"`{name}`", preset.meaning, changed, *costs])
     return table(["preset", "what it does", "changes", *(describe_batch(cell) for cell, _ in cells)], rows)
 
@@ -193,7 +199,9 @@ def headline() -> str:
     if not rows:
         return ""
     head = [title, "", "dyn MiB", "held MiB", "host MiB", "ms"]
-    return table(head, rows) + "\n\n" + source(used, "python -m benchmarks.memory_throughput")
+    note = "*Commits differ where rows were measured in other sittings, on other cards of this kind.*\n\n"
+    mixed = note if len({line["commit"] for line in used}) > 1 else ""
+    return table(head, rows) + "\n\n" + mixed + source(used, "python -m benchmarks.memory_throughput")
 
 
 def fits() -> str:
