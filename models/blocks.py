@@ -4,6 +4,7 @@ A block owns the training forward of one module. It is bound to that instance al
 __dict__); evaluation, generation, disabled or merged adapters run the stock forward.
 """
 
+import sys
 from functools import wraps
 from operator import attrgetter
 from types import MethodType
@@ -144,7 +145,9 @@ class AttentionBlock(Block):
         if attention == "eager" and module.attention_dropout > 0:
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
         implementation = module.config._attn_implementation
-        interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
+        # what others give where nothing is seen, and its gradients, differs
+        eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         causal = getattr(module.config, "is_causal", True)
         self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and causal
         window = attrgetter(family.sliding_window)(module) if family.sliding_window else None
@@ -163,7 +166,7 @@ class AttentionBlock(Block):
     def applies(
         self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
     ):
-        return past_key_values is None and super().applies()
+        return past_key_values is None and not self.step.stock_attention and super().applies()
 
     def _refuse_trained_norms(self) -> None:
         for name, norm in zip(self.norm_names, self.norms, strict=True):

@@ -15,6 +15,7 @@ from hyclora.models.graphs.layer_graphs import LayerGraphs
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
 from hyclora.models.layers import CheckpointBlock, LayerBlock
+from hyclora.models.readers import Watchers
 from hyclora.models.report import PatchReport, make_report
 from hyclora.models.step_hook import StepHook
 from hyclora.operators.savers import ChannelQuant, Saver, Step, make_saver
@@ -87,7 +88,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    hook = StepHook(patch, attention, _adapted(blocks))
+    watchers = Watchers(decoder, layers, getattr(decoder, family.final_norm))
+    hook = StepHook(patch, attention, _adapted(blocks), watchers)
     patch.hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     object.__setattr__(model, PATCH, patch)
     return report

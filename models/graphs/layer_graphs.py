@@ -132,8 +132,9 @@ class LayerGraphs(Pausable):
         return ticket
 
     def _possible(self) -> bool:
-        """Whether a replay could start now: nothing is in its memory, and savers do not change."""
-        return self.active and torch.is_grad_enabled() and not self.step.calibrating and self._pending() is None
+        """Whether a replay could start now: nothing is in its memory, savers do not change, and attention is ours."""
+        ours = torch.is_grad_enabled() and not self.step.calibrating and not self.step.stock_attention
+        return self.active and ours and self._pending() is None
 
     def _given(self, hidden: Tensor, leaves: list, spec) -> tuple:
         """What the inputs of two steps must have in common to be replayed alike."""

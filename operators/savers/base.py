@@ -1,6 +1,7 @@
 """What a saver is, and the keeper that carries a block's packed slots from its forward to its backward."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ class Step:
     index counts training forwards of the model (a recomputation by gradient checkpointing is not one), token_mask is
     the batch's [B, S] mask of real tokens or None; private: nobody but the layers sees what goes from one to the next;
     embeds: nor what goes into the first, which the decoder makes. Calibration lasts while index <= threshold.
+    unread: of whoever calls the decoder and knows what it will read, tells of positions (bool [B, S] on the host)
+    whether nobody reads them; padding_differs: so padded tokens of this forward got other hidden states than in stock.
+    stock_attention: the attentions of this forward run stock code.
     """
 
     threshold: int
@@ -24,6 +28,9 @@ class Step:
     private: bool = False
     embeds: bool = False
     token_mask: Tensor | None = field(default=None, repr=False)
+    unread: Callable[[Tensor], bool] | None = field(default=None, repr=False)
+    padding_differs: bool = False
+    stock_attention: bool = False
 
     @property
     def calibrating(self) -> bool:
