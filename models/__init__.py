@@ -5,7 +5,7 @@ head.py        LM head and loss                                         masks.py
 step_hook.py   before each training forward                             bits.py     q_bit=auto
 readers.py     who looks at what it computes                            outputs.py  what a training forward returns
 late_logits.py logits when somebody looks at them                       state.py    calibration on disk
-report.py      what is said about a patched model
+report.py      what is said about a patched model                       foreign_head.py  TRL's
 families/      the attribute names of LLaMA, Mistral, Qwen              graphs/     all layers as CUDA graphs
 """
 

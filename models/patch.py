@@ -11,6 +11,7 @@ from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.config import SLOTS, HycloraConfig
 from hyclora.models.families import FAMILIES
 from hyclora.models.families.family import Family
+from hyclora.models.foreign_head import ForeignHead, reads_labelled_positions
 from hyclora.models.graphs.layer_graphs import LayerGraphs
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
@@ -77,6 +78,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     report = make_report(config, layers, _slot_widths(family, layers[0]), inside, head_name, not_patched)
     blocks.append(_final_norm(config, getattr(decoder, family.final_norm), names, step, blocks))
     blocks += [] if head is None else [head]
+    if reads_labelled_positions(_base(model)):
+        blocks.append(ForeignHead(_base(model), names[id(_base(model))], step))
     savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
     checkpoints = [CheckpointBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
     patch = Patch(config, step, blocks, checkpoints)
