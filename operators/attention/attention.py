@@ -162,6 +162,10 @@ class AttentionSpec:
         """Whether the fused kernels run on a GPU; what they pack is the same either way."""
         return self.fused and not self.qkv.has_lora_bias
 
+    def fuses(self, y: Tensor) -> bool:
+        """Whether they run on y. Triton 3.6 scales channels of fp32 heads by the RMS of another row (seen on an H200)."""
+        return self.can_fuse and use_triton(y) and not (self.norms and y.dtype == torch.float32)
+
     def to_heads(self, x: Tensor, batch: int) -> Tensor:
         """[T, H D] to [B, S, H, D]."""
         return x.view(batch, x.shape[0] // batch, -1, self.head_dim)
@@ -197,7 +201,7 @@ class AttentionFunction(torch.autograd.Function):
         if spec.qkv.needs_input:
             keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
         y, low_rank = spec.qkv.project(rows, parameters[:n_qkv], keeper, rng)
-        fused = spec.can_fuse and use_triton(y)
+        fused = spec.fuses(y)
         if fused:
             y = fused_qkv_fwd(spec, y, cos, sin, batch, low_rank, keeper)
             heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
