@@ -163,7 +163,7 @@ class AttentionSpec:
         return self.fused and not self.qkv.has_lora_bias
 
     def fuses(self, y: Tensor) -> bool:
-        """Whether they run on y. Triton 3.6 scales channels of fp32 heads by the RMS of another row (seen on an H200)."""
+        """Whether they run on y; Triton 3.6 scales normalized heads in fp32 by the RMS of another row (on an H200)."""
         return self.can_fuse and use_triton(y) and not (self.norms and y.dtype == torch.float32)
 
     def to_heads(self, x: Tensor, batch: int) -> Tensor:
