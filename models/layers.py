@@ -3,27 +3,15 @@
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import output_capturing
 
-from hyclora.models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.trust import HOOKS, look
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Step
 from hyclora.operators.store import UNITS_A_LAYER
 
 # on the output of a layer that nobody else looks at: the next layer may overwrite it
 OURS = "_hyclora_ours"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def look(hooks: dict) -> bool:
-    """Whether some of a module's hooks may look at what passes.
-
-    Hugging Face's stay on the layers after one output_hidden_states=True, and look only while it is asked for again.
-    """
-    if not hooks:
-        return False
-    asked = output_capturing._active_collector.get()
-    return any(asked or getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values())
 
 
 class LayerBlock(Block):
@@ -31,10 +19,12 @@ class LayerBlock(Block):
 
     A branch leaves from the norm, whose backward adds its gradient on the way, and is added where the attention or
     the MLP ends: in its own memory, so that all layers have one residual stream. first: of the decoder's layers.
-    graphs: a LayerGraphs that may replay the layer, and all others with it.
+    graphs: a LayerGraphs that may replay the layer, and all others with it. together: whether the layer is as it came,
+    so that its blocks may be run without its own forward (models/watch.py).
     """
 
     graphs = None
+    together = False
 
     def __init__(
         self, module: nn.Module, name: str, step: Step, blocks: tuple[NormBlock, AttentionBlock, NormBlock, MlpBlock],
@@ -54,13 +44,12 @@ class LayerBlock(Block):
         return run(hidden_states, *args, **kwargs)
 
     def applies(self, *args, past_key_values=None, **kwargs) -> bool:
-        """Nobody else has replaced or hooked what is called in another way here, and all four blocks are at work."""
+        """Nobody looks between the blocks, and all four are at work."""
         return (
-            self.stock is None
+            self.together
             and not args
             and not getattr(self.module, "gradient_checkpointing", False)
             and not any(look(block.module.__dict__[name]) for block in self.blocks for name in HOOKS)
-            and all(getattr(block.module, BLOCK, None) is block and block.stock is None for block in self.blocks)
             and all(block.applies(past_key_values=past_key_values) for block in self.blocks)
         )
 

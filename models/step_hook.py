@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from hyclora.models.blocks import AttentionBlock
-from hyclora.models.graphs.foresight import foretell, is_stock
+from hyclora.models.graphs.foresight import foretell
 from hyclora.models.masks import causal_bounds
 from hyclora.models.report import tell_of_checkpointing
+from hyclora.models.trust import is_stock
 
 
 class StepHook:
@@ -25,18 +26,27 @@ class StepHook:
         self.step.index += 1
         for checkpoint in self.patch.checkpoints:
             checkpoint.bind()
+        given = self._begin(decoder, args, dict(kwargs))
+        # a replay may have begun meanwhile, which comes to nothing then
+        if self.patch.watch.changed():
+            self.patch.watch.look()
+            given = self._begin(decoder, args, dict(kwargs))
+        return given
+
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The decoder's arguments, with what the layers get in place of HF's mask."""
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         # a loop over the layers that is not Hugging Face's own may keep what it likes
         stock = is_stock(decoder)
         given = len(args) > 1 or kwargs.get("inputs_embeds") is not None
         embedding = decoder.get_input_embeddings()
-        self.step.private = stock
+        self.step.private = stock and self.patch.watch.stock
         self.step.embeds = stock and not given and not embedding._forward_hooks
-        if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
+        if stock and kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False
-        bounds = self._bounds(args, kwargs)
+        bounds = self._bounds(args, kwargs) if stock and self.patch.watch.bounded else None
         if bounds is not None:
             kwargs["attention_mask"] = bounds
         if self.patch.graphs is not None:

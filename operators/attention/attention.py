@@ -21,7 +21,7 @@ from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_resto
 from hyclora.operators.attention.hollow_graph import HollowGraph, record
 from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
-from hyclora.operators.dispatch import use_triton
+from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
 from hyclora.operators.linear.residual import overwritable
 from hyclora.operators.savers import Keeper
@@ -219,7 +219,7 @@ class AttentionFunction(torch.autograd.Function):
             keeper.keep_exact(name, tensor)
         keeper.save(ctx)
         ctx.spec, ctx.kwargs, ctx.rng, ctx.shape, ctx.fused, ctx.dtype = spec, kwargs, rng, x.shape, fused, x.dtype
-        return y.view(*x.shape[:-1], -1)
+        return as_output(y, x.shape)
 
     @staticmethod
     @once_differentiable
