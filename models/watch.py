@@ -102,7 +102,8 @@ class Watch:
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
         self._hooks = [m.__dict__[name] for m in self._modules for name in trust.HOOKS]
-        places = [(d, name) for m in (self.decoder, *inside) for d in (m._modules, m._parameters) for name in d]
+        holders = (self.decoder, getattr(self.decoder, self.family.layers), *inside)
+        places = [(d, name) for m in holders for d in (m._modules, m._parameters) for name in d]
         places += [(d, "forward") for d in self._dicts if "forward" in d]
         self._owners, self._keys = zip(*places, strict=True)
         self._owned = list(map(getitem, self._owners, self._keys))

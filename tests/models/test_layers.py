@@ -130,7 +130,7 @@ def test_all_layers_have_one_residual_stream(layer_type, monkeypatch):
 def test_another_loop_over_the_layers_may_keep_what_it_likes(monkeypatch):
     """One of a subclass, or put in the place of the decoder's forward: each layer's output stays as it was."""
     for own in ("subclass", "instance"):
-        model, batch = llama(), padded_batch()
+        model, batch = llama(), padded_batch() | {"use_cache": False}
         decoder = model.get_base_model().model
         if own == "subclass":
             decoder.__class__ = type("Own", (type(decoder),), {"__module__": "own"})
