@@ -26,15 +26,15 @@ class StepHook:
         self.step.index += 1
         for checkpoint in self.patch.checkpoints:
             checkpoint.bind()
-        given = self._begin(decoder, args, dict(kwargs))
-        # a replay may have begun meanwhile, which comes to nothing then
+        given = self._begin(decoder, args, dict(kwargs), early=True)
+        # a replay may have been started meanwhile, which comes to nothing then
         if self.patch.watch.changed():
             self.patch.watch.look()
-            given = self._begin(decoder, args, dict(kwargs))
+            given = self._begin(decoder, args, dict(kwargs), early=False)
         return given
 
-    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The decoder's arguments, with what the layers get in place of HF's mask."""
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict, early: bool) -> tuple[tuple, dict]:
+        """The decoder's arguments, with what the layers get in place of HF's mask; early: start a replay if possible."""
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         # a loop over the layers that is not Hugging Face's own may keep what it likes
@@ -50,7 +50,7 @@ class StepHook:
         if bounds is not None:
             kwargs["attention_mask"] = bounds
         if self.patch.graphs is not None:
-            asked = foretell(decoder, self.patch.hook.id, *args, **kwargs) if self.step.embeds else None
+            asked = foretell(decoder, self.patch.hook.id, *args, **kwargs) if early and self.step.embeds else None
             self.patch.graphs.foresee(asked, embedding, args[0] if args else kwargs.get("input_ids"))
         return args, kwargs
 
