@@ -7,6 +7,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
+from hyclora.models.binding import is_replaced
 from hyclora.models.blocks import Block, autocast_dtype, projection
 from hyclora.operators.cross_entropy import Targets, linear_cross_entropy
 from hyclora.operators.linear.lora import Projection
@@ -29,7 +30,7 @@ class HeadBlock(Block):
         self.config = module.config
         if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(module.config.model_type) != type(module).__name__:
             raise ValueError(f"{name}.{attribute}: {type(module).__name__} is not the causal LM of transformers")
-        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        if is_replaced(module) and not hasattr(module, "_hf_hook"):
             raise ValueError(f"{name}.{attribute}: the forward of {type(module).__name__} is replaced by another one")
         if module.loss_function is not ForCausalLMLoss:
             raise ValueError(f"{name}.{attribute}: the loss is not ForCausalLMLoss")

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import output_capturing
 
-from hyclora.models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Step
 from hyclora.operators.store import UNITS_A_LAYER
@@ -56,11 +56,11 @@ class LayerBlock(Block):
     def applies(self, *args, past_key_values=None, **kwargs) -> bool:
         """Nobody else has replaced or hooked what is called in another way here, and all four blocks are at work."""
         return (
-            self.stock is None
+            self.bound.former is None
             and not args
             and not getattr(self.module, "gradient_checkpointing", False)
             and not any(look(block.module.__dict__[name]) for block in self.blocks for name in HOOKS)
-            and all(getattr(block.module, BLOCK, None) is block and block.stock is None for block in self.blocks)
+            and all(block.alone for block in self.blocks)
             and all(block.applies(past_key_values=past_key_values) for block in self.blocks)
         )
 
