@@ -24,8 +24,8 @@ class BoundForward:
     __slots__ = ("module", "former", "block", "__weakref__")  # without a __dict__, functools.wraps copies no reference
     __name__ = "forward"
 
-    def __init__(self, module: nn.Module, former):
-        self.module, self.former, self.block = module, former, None
+    def __init__(self, module: nn.Module, former, block=None):
+        self.module, self.former, self.block = module, former, block
 
     def __call__(self, *args, **kwargs):
         block = self.block

@@ -39,8 +39,9 @@ class Patch:
     def __setstate__(self, state: dict) -> None:
         """A copy of the whole model: its blocks go to work, of which the copied modules do not know by themselves."""
         self.__dict__.update(state)
-        for block in self.blocks:
-            block.bound.block = block
+        for block in [*self.blocks, *self.checkpoints]:
+            if block.bound is not None:
+                block.bound.block = block
 
     def use(self, store: Store | None) -> None:
         """Send the packed slots of all blocks to a store; None: they stay put."""

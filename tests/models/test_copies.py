@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from transformers import LlamaForCausalLM
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
@@ -34,19 +33,30 @@ def saved(model):
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "python pickler": lambda model: pickle.loads(pickle._dumps(model)),
     "torch.save": saved,
     "inside another": lambda model: copy.deepcopy(nn.Sequential(nn.Linear(1, 1), model))[1],
-    "moving average": lambda model: AveragedModel(model).module,
     "copy of a copy": lambda model: pickle.loads(pickle.dumps(copy.deepcopy(model))),
 }
+CALIBRATING = HycloraConfig(iteration_threshold=CALIBRATION)
+
+
+def checkpointed(model, patch) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().disable_input_require_grads()  # Hugging Face's hook for that cannot be pickled
+    patch()
+
+
 PATCHES = {
     "baseline": lambda model: apply_hyclora(model, HycloraConfig("baseline", iteration_threshold=CALIBRATION)),
-    "4 bit": lambda model: apply_hyclora(model, HycloraConfig(iteration_threshold=CALIBRATION)),
+    "4 bit": lambda model: apply_hyclora(model, CALIBRATING),
     "fused": lambda model: apply_hyclora(
         model, HycloraConfig("intra_inter_full_fuse", q_bit=2, iteration_threshold=CALIBRATION)
     ),
-    "offload": lambda model: offloaded(model, HycloraConfig(iteration_threshold=CALIBRATION)),
+    "offload": lambda model: offloaded(model, CALIBRATING),
+    "checkpointing, offload": lambda model: checkpointed(model, lambda: offloaded(model, CALIBRATING)),
+    "checkpointing, 8 bit": lambda model: checkpointed(
+        model, lambda: apply_hyclora(model, HycloraConfig(slot_savers={"layer_in": "quant8"}, iteration_threshold=2))
+    ),
     "graphs": lambda model: graphed(model, {}),
     "graphs, offload": lambda model: graphed(model, {}, offload=True),
 }
@@ -194,6 +204,22 @@ def test_a_copy_of_the_base_model_is_patched(name):
     assert equal(*found) and find_patch(twin).step.index == find_patch(model).step.index == 2
     remove_hyclora(twin)
     assert patch_of(model) is not None
+
+
+def test_a_copied_layer_checkpoints_as_stock_ones_do():
+    """Here too: nobody calibrates what it keeps."""
+    model, batch = llama(), padded_batch()
+    apply_hyclora(model, HycloraConfig("baseline", slot_savers={"layer_in": "quant2"}, iteration_threshold=1))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    stock, _ = gradients(model, batch)
+    layers = model.get_base_model().model.layers
+    copies = copy.deepcopy(layers)
+    remove_hyclora(model)
+    _, exact = gradients(model, batch)
+    model.get_base_model().model.layers = copies
+    assert equal(gradients(model, batch)[1], exact)
+    apply_hyclora(model, HycloraConfig("baseline", slot_savers={"layer_in": "quant8"}, iteration_threshold=1))
+    assert 1e-6 < largest_error(gradients(model, batch)[1], exact) < 0.1
 
 
 def test_a_layer_put_together_from_copies_can_be_patched():
