@@ -4,8 +4,9 @@ blocks.py      a norm, an attention and an MLP module of a layer        layers.p
 head.py        LM head and loss                                         masks.py    which tokens see which
 step_hook.py   before each training forward                             bits.py     q_bit=auto
 trust.py       which modules a block may stand in for                   watch.py    whether they still are the same
-report.py      what is said about a patched model                       state.py    calibration on disk
-families/      the attribute names of LLaMA, Mistral, Qwen              graphs/     all layers as CUDA graphs
+binding.py     how a block is put in front of a forward                 state.py    calibration on disk
+report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
+families/      the names of LLaMA, Mistral, Qwen
 """
 
 import logging

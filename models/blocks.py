@@ -1,18 +1,17 @@
 """The three blocks inside a decoder layer: what is bound to a norm, an attention and an MLP module.
 
-A block owns the training forward of one module. It is bound to that instance alone (MethodType in the instance's
-__dict__); evaluation, generation, disabled or merged adapters run the stock forward.
+A block owns the training forward of one module. It is bound to that instance alone (binding.py); evaluation,
+generation, disabled or merged adapters run the stock forward.
 """
 
 import logging
-from functools import wraps
 from operator import attrgetter
-from types import MethodType
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hyclora.models.binding import BoundForward, bind, unbind
 from hyclora.models.families.family import Family
 from hyclora.operators import reference
 from hyclora.operators.attention.attention import CORES, AttentionFunction, AttentionSpec
@@ -29,7 +28,6 @@ from hyclora.operators.token_tiles import place, token_tiles
 
 logger = logging.getLogger("hyclora")
 SOURCE = "_hyclora_source"
-BLOCK = "_hyclora_block"
 
 
 class Block:
@@ -37,6 +35,7 @@ class Block:
 
     store: Store | None = None
     span = 1
+    bound: BoundForward
     norms: tuple[nn.Module, ...] = ()  # whose weights it reads
     reason: str | None = None  # why it may not run (models/watch.py)
 
@@ -48,27 +47,17 @@ class Block:
 
     def bind(self) -> None:
         """Put this block in front of the module's forward."""
-        self.stock = self.module.__dict__.get("forward")
-        setattr(self.module, BLOCK, self)
-
-        # HF's Trainer and generate read off the signature which inputs a model takes
-        @wraps(type(self.module).forward)
-        def forward(module, *args, **kwargs):
-            return getattr(module, BLOCK).forward(*args, **kwargs)
-
-        self.module.forward = self.bound = MethodType(forward, self.module)
-
-    @property
-    def wrapped(self) -> bool:
-        """Whether something has replaced the module's forward since, and may call this one from inside."""
-        return self.module.__dict__.get("forward") != self.bound
+        self.bound = bind(self.module, self)
 
     def unbind(self) -> None:
         """Give the module its own forward back."""
-        del self.module.__dict__["forward"]
-        delattr(self.module, BLOCK)
-        if self.stock is not None:
-            self.module.forward = self.stock
+        unbind(self.bound)
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else has replaced the module's forward, before or since."""
+        bound = self.bound
+        return bound.block is self and bound.former is None and self.module.__dict__.get("forward") is bound
 
     def forward(self, *args, **kwargs):
         if not self.applies(*args, **kwargs):
@@ -85,9 +74,7 @@ class Block:
             torch.set_autocast_enabled(device_type, True)
 
     def run_stock(self, *args, **kwargs):
-        if self.stock is not None:
-            return self.stock(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return self.bound.run_stock(*args, **kwargs)
 
     def applies(self, *args, **kwargs) -> bool:
         """Only training forwards with grad enabled and active, unmerged adapters are ours."""
@@ -169,7 +156,7 @@ class AttentionBlock(Block):
 
     def takes_bounds(self) -> bool:
         """Whether operators/attention/flash.py can run here, so that bounds may stand in for HF's mask."""
-        return self.own_flash and getattr(self.module, BLOCK, None) is self and self.module.training
+        return self.own_flash and self.alone and self.module.training
 
     def applies(
         self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs

@@ -43,7 +43,7 @@ class HeadBlock(Block):
             and self.module.training
             and torch.is_grad_enabled()
             and self.module._modules.get(self.family.head) is self.head.module
-            and why_not_head(self.family, self.module, self.name, bound=True) is None
+            and why_not_head(self.family, self.module, self.name) is None
             # not the blocks' answer for this forward: its number is counted when the decoder starts
             and all([p.refresh() for p in self.projections])
         )

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hyclora.models.binding import BoundForward
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.trust import HOOKS, look
 from hyclora.operators.checkpoint import CheckpointFunction
@@ -80,16 +81,18 @@ class CheckpointBlock(Block):
     """
 
     span = UNITS_A_LAYER
-    stock = None
+    bound = None
 
     def bind(self) -> None:
         if not getattr(self.module, "gradient_checkpointing", False):
             return
         installed = getattr(self.module, "_gradient_checkpointing_func", None)
         better = self.store is not None or not isinstance(self.savers["layer_in"], Exact)
-        if better and installed is not self:
+        if better and (self.bound is None or installed is not self.bound):
+            if isinstance(installed, BoundForward):  # a copied layer's, which has no block any more
+                installed = installed.former
             self._check(installed)
-            self.stock, self.module._gradient_checkpointing_func = installed, self
+            self.module._gradient_checkpointing_func = self.bound = BoundForward(self.module, installed, self)
 
     def _check(self, installed) -> None:
         """ValueError if this would drop what somebody asked of checkpointing; a store takes the place of HF's own."""
@@ -102,10 +105,10 @@ class CheckpointBlock(Block):
             )
 
     def unbind(self) -> None:
-        if getattr(self.module, "_gradient_checkpointing_func", None) is self:
-            self.module._gradient_checkpointing_func = self.stock
+        if self.bound is not None and getattr(self.module, "_gradient_checkpointing_func", None) is self.bound:
+            self.module._gradient_checkpointing_func = self.bound.former
 
-    def __call__(self, function, hidden_states, *args):
+    def forward(self, function, hidden_states, *args):
         if not torch.is_grad_enabled():
             return function(hidden_states, *args)
         parameters = [p for p in self.module.parameters() if p.requires_grad]

@@ -36,12 +36,20 @@ class Patch:
 
     config: HycloraConfig
     step: Step
+    decoder: nn.Module = field(repr=False)  # has it as an attribute
     blocks: list[Block] = field(default_factory=list)
     checkpoints: list[CheckpointBlock] = field(default_factory=list)
     hook: torch.utils.hooks.RemovableHandle | None = None
     store: Store | None = None
     graphs: LayerGraphs | None = None
     watch: Watch | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy of the whole model: its blocks go to work, of which the copied modules do not know by themselves."""
+        self.__dict__.update(state)
+        for block in [*self.blocks, *self.checkpoints]:
+            if block.bound is not None:
+                block.bound.block = block
 
     def use(self, store: Store | None) -> None:
         """Send the packed slots of all blocks to a store; None: they stay put."""
@@ -67,9 +75,9 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     that is patched already.
     """
     config = config or HycloraConfig()
-    if getattr(model, PATCH, None) is not None:
-        raise ValueError("this model is patched already; call remove_hyclora first")
     decoder, family = _decoder(model)
+    if patch_of(model) is not None:
+        raise ValueError("this model is patched already; call remove_hyclora first")
     if not any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
     step = Step(config.iteration_threshold)
@@ -94,7 +102,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     blocks += [] if head is None else [head]
     savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
     checkpoints = [CheckpointBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
-    patch = Patch(config, step, blocks, checkpoints)
+    patch = Patch(config, step, decoder, blocks, checkpoints)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers, "offload"))))
     recorder = CudaRecorder(_gpu(layers, "cuda_graphs")) if config.cuda_graphs else None
@@ -106,7 +114,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
     hook = StepHook(patch, attention, _adapted(blocks))
     patch.hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
-    object.__setattr__(model, PATCH, patch)
+    setattr(decoder, PATCH, patch)
     if stock:
         parts = f"{len(stock)} of {len(HALVES) * len(layers)} halves of layers (a norm and what it feeds)"
         logger.warning(f"HyC-LoRA: {parts} run stock code. The first is {reasons[0]}")
@@ -116,25 +124,32 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
 def remove_hyclora(model: PeftModel) -> None:
     """Take every block off again: the model is stock, bit for bit, and the statistics' memory is free.
 
-    ValueError if it was not patched, or if something else has replaced a patched forward since.
+    What has wrapped a patched forward since stays, around the stock one. The base model that merge_and_unload or
+    unload leaves is as good. ValueError if it was not patched.
     """
     patch = find_patch(model)
-    if wrapped := [block.name for block in patch.blocks if block.wrapped]:
-        raise ValueError(f"{wrapped[0]}: its forward was replaced after apply_hyclora; undo that first")
     for block in [*patch.blocks, *patch.checkpoints]:
         block.unbind()
     patch.hook.remove()
     if patch.graphs is not None:
         patch.graphs.clear()
-    object.__setattr__(model, PATCH, None)
+    delattr(patch.decoder, PATCH)
 
 
-def find_patch(model: PeftModel) -> Patch:
+def find_patch(model: nn.Module) -> Patch:
     """The patch on a model; ValueError if there is none."""
-    patch = getattr(model, PATCH, None)
+    patch = patch_of(model)
     if patch is None:
         raise ValueError("this model is not patched; call apply_hyclora first")
     return patch
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """The patch on a model or on one inside it, None without any; ValueError if there are several."""
+    patches = [module.__dict__[PATCH] for module in model.modules() if PATCH in module.__dict__]
+    if len(patches) > 1:
+        raise ValueError(f"there are {len(patches)} patched models in this one; give one of them")
+    return patches[0] if patches else None
 
 
 def _base(model: nn.Module) -> nn.Module:

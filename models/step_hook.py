@@ -34,7 +34,7 @@ class StepHook:
         return given
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict, early: bool) -> tuple[tuple, dict]:
-        """The decoder's arguments, with what the layers get in place of HF's mask; early: start a replay if possible."""
+        """The decoder's arguments, with what the layers get in place of HF's mask; early: a replay may be started."""
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         # a loop over the layers that is not Hugging Face's own may keep what it likes
@@ -49,8 +49,8 @@ class StepHook:
         bounds = self._bounds(args, kwargs) if stock and self.patch.watch.bounded else None
         if bounds is not None:
             kwargs["attention_mask"] = bounds
-        if self.patch.graphs is not None:
-            asked = foretell(decoder, self.patch.hook.id, *args, **kwargs) if early and self.step.embeds else None
+        if early and self.patch.graphs is not None:
+            asked = foretell(decoder, self.patch.hook.id, *args, **kwargs) if self.step.embeds else None
             self.patch.graphs.foresee(asked, embedding, args[0] if args else kwargs.get("input_ids"))
         return args, kwargs
 

@@ -23,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
+from hyclora.models.binding import is_replaced
 from hyclora.models.families.family import Family
 from hyclora.operators.linear.nf4 import bnb, is_4bit
 
@@ -69,8 +70,8 @@ def is_stock(module: nn.Module) -> bool:
     return cls.__module__.startswith("transformers.") and why_foreign(module, "", (_path(cls),)) is None
 
 
-def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...], bound: bool = False) -> str | None:
-    """Not of one of these classes itself, or with another forward; bound: a block is in front of the instance's."""
+def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...]) -> str | None:
+    """Not of one of these classes itself, or with another forward; a block in front of it does not count."""
     cls = type(module)
     if _path(cls) not in classes:
         known = " or ".join(dict.fromkeys(path.rpartition(".")[2] for path in classes))
@@ -80,22 +81,22 @@ def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...], bound: b
         is_known(forward) and is_known(cls.__call__) and innermost(forward).__qualname__ == f"{cls.__name__}.forward"
     ):
         return f"{name}: the forward of {cls.__name__} was replaced by another one"
-    if not bound and "forward" in module.__dict__ and not _is_moved(module):
+    if is_replaced(module) and not _is_moved(module):
         return f"{name}: its forward was replaced by another one"
     return None
 
 
-def why_not_layer(family: Family, layer: nn.Module, name: str, bound: bool = False) -> str | None:
+def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
     """A decoder layer as a whole; what is in it is another question."""
-    return why_foreign(layer, name, family.classes("DecoderLayer"), bound)
+    return why_foreign(layer, name, family.classes("DecoderLayer"))
 
 
-def why_not_norm(family: Family, norm: nn.Module, name: str, bound: bool = False) -> str | None:
-    return why_foreign(norm, name, family.classes("RMSNorm"), bound) or _why_not_tensor(norm, name, "weight")
+def why_not_norm(family: Family, norm: nn.Module, name: str) -> str | None:
+    return why_foreign(norm, name, family.classes("RMSNorm")) or _why_not_tensor(norm, name, "weight")
 
 
-def why_not_attention(family: Family, module: nn.Module, name: str, bound: bool = False) -> str | None:
-    if reason := why_foreign(module, name, family.classes("Attention"), bound) or _why_not_interface(module, name):
+def why_not_attention(family: Family, module: nn.Module, name: str) -> str | None:
+    if reason := why_foreign(module, name, family.classes("Attention")) or _why_not_interface(module, name):
         return reason
     if module.is_causal is not True:
         return f"{name}: is_causal={module.is_causal}, so that tokens see later ones"
@@ -108,20 +109,18 @@ def why_not_attention(family: Family, module: nn.Module, name: str, bound: bool 
     return _why_not_inside(module, name, (*family.qkv, family.out))
 
 
-def why_not_mlp(family: Family, module: nn.Module, name: str, bound: bool = False) -> str | None:
+def why_not_mlp(family: Family, module: nn.Module, name: str) -> str | None:
     return (
-        why_foreign(module, name, family.classes("MLP"), bound)
+        why_foreign(module, name, family.classes("MLP"))
         or why_foreign(module.act_fn, f"{name}.act_fn", SILU)
         or _why_not_inside(module, name, (*family.gate_up, family.down))
     )
 
 
-def why_not_head(family: Family, model: nn.Module, name: str, bound: bool = False) -> str | None:
+def why_not_head(family: Family, model: nn.Module, name: str) -> str | None:
     """The causal LM with its head: that of transformers, with its loss."""
     head_name = f"{name}.{family.head}"
-    # accelerate's hook moves the inputs and outputs of a whole model
-    moved = bound or hasattr(model, "_hf_hook")
-    if reason := why_foreign(model, head_name, family.classes("ForCausalLM"), moved):
+    if reason := why_foreign(model, head_name, family.classes("ForCausalLM")):
         return reason
     if model.loss_function is not ForCausalLMLoss:
         return f"{head_name}: the loss is not ForCausalLMLoss"

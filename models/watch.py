@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hyclora.models import trust
-from hyclora.models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.families.family import Family
 from hyclora.models.layers import LayerBlock
 
@@ -61,14 +61,15 @@ class Watch:
         for layer in self.layers:
             layer.together = self._fits_together(layer)
         modules = list(getattr(self.decoder, self.family.layers))
-        at_work = {id(block.module) for _, block in self.halves if block.reason is None and not block.wrapped}
-        self.stock = not any(trust.why_not_layer(self.family, m, "", BLOCK in m.__dict__) for m in modules)
+        at_work = {id(block.module) for _, block in self.halves if block.reason is None and block.alone}
+        self.stock = not any(trust.why_not_layer(self.family, m, "") for m in modules)
         self.bounded = self.stock and all(id(getattr(m, self.family.attention)) in at_work for m in modules)
         self.whole = self.stock and modules == [layer.module for layer in self.layers if layer.together]
         self._remember(modules)
         reasons = [block.reason for _, block in self.halves]
         if all(reasons):
-            raise ValueError(f"{reasons[0]}; so no layer of this model can be patched")
+            first = next((reason for reason in reasons if AGAIN in reason), reasons[0])
+            raise ValueError(f"{first}; so no layer of this model can be patched")
         if new := [reason for reason in reasons if reason and reason not in before]:
             self.told += new
             logger.warning(f"HyC-LoRA: {len(new)} parts of layers run stock code from now on. The first is {new[0]}")
@@ -80,18 +81,16 @@ class Watch:
         if isinstance(block, AttentionBlock) and block.settings != block.read_settings():
             return f"{block.name}: attention implementation or window were changed after apply_hyclora; {AGAIN}"
         why_not = trust.why_not_attention if isinstance(block, AttentionBlock) else trust.why_not_mlp
-        return trust.why_not_norm(self.family, norm.module, norm.name, True) or why_not(
-            self.family, block.module, block.name, True
-        )
+        return trust.why_not_norm(self.family, norm.module, norm.name) or why_not(self.family, block.module, block.name)
 
     def _fits_together(self, layer: LayerBlock) -> bool:
         """Whether a layer's blocks may be run one after the other without its own forward."""
         names = (self.family.attention_norm, self.family.attention, self.family.mlp_norm, self.family.mlp)
         return (
-            trust.why_not_layer(self.family, layer.module, layer.name, True) is None
-            and not layer.wrapped
+            trust.why_not_layer(self.family, layer.module, layer.name) is None
+            and layer.alone
             and all(layer.module._modules.get(n) is b.module for n, b in zip(names, layer.blocks, strict=True))
-            and all(b.reason is None and b.stock is None and not b.wrapped for b in layer.blocks)
+            and all(b.reason is None and b.alone for b in layer.blocks)
         )
 
     def _remember(self, modules: list[nn.Module]) -> None:
