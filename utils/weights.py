@@ -13,7 +13,7 @@ def stored_dtypes(folder: Path) -> str:
     """In words: "bfloat16", or "lm_head in float32, the rest in bfloat16"; empty without safetensors files."""
     tensors = {name: header for file in _files(folder) for name, header in _header(file).items()}
     names, sizes = {}, {}
-    for name, header in tensors.items():
+    for name, header in sorted(tensors.items()):
         dtype = _NAMES.get(header["dtype"], header["dtype"])
         names.setdefault(dtype, []).append(name.removesuffix(".weight"))
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(header["shape"])
