@@ -36,9 +36,15 @@ def load_as_trained(source: str, config: PretrainedConfig) -> tuple[PreTrainedTo
     UserError if no way to load it gives the ids of the files.
     """
     files = {name: Path(path) for name in TOKENIZER_FILES if (path := _find(source, name))}
-    settings = json.loads(files[_SETTINGS].read_text(encoding="utf-8")) if _SETTINGS in files else {}
-    pieces = _read_pieces(files.get(_SENTENCEPIECE))
-    tokenizer, ids = _with_right_ids(source, files, pieces)
+    try:
+        settings = json.loads(files[_SETTINGS].read_text(encoding="utf-8")) if _SETTINGS in files else {}
+        pieces = _read_pieces(files.get(_SENTENCEPIECE))
+        tokenizer, ids = _with_right_ids(source, files, pieces)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # json's, transformers' and the Rust library's own for a file that is torn
+        named = " and ".join(files)
+        raise UserError(f"the tokenizer of {source} cannot be read ({error}): copy {named} again") from error
     if pieces:
         _name_specials(tokenizer, pieces, settings)
     if tokenizer.eos_token is None:

@@ -198,6 +198,17 @@ def test_a_tokenizer_model_of_another_kind_is_left_aside(tmp_path):
     assert "those written in tokenizer.json" in said[0]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_files_that_cannot_be_read_are_named(name, text, tmp_path):
+    folder = folder_of(tmp_path / "model", LLAMA)
+    (write_sentencepiece if name == "tokenizer.model" else write_byte_level)(folder)
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=f"cannot be read .*: copy .*{name}.* again") as caught:
+        load_tokenizer(str(folder))
+    assert str(folder) in str(caught.value)
+
+
 def test_without_an_eos_the_tokenizer_is_refused(tmp_path):
     folder = folder_of(tmp_path / "model")
     Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
