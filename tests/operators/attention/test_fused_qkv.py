@@ -10,7 +10,7 @@ from hyclora.operators.attention.fused_qkv import fits, fused_qkv_fwd, fused_qkv
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
 from hyclora.operators.reference import padded_rank
 from hyclora.operators.savers import ChannelQuant, Exact, Keeper, Step
-from tests.helpers.kernel_checks import rand, relative_error
+from tests.helpers.kernel_checks import HALF, ROUNDING, rand, relative_error
 from tests.helpers.small_models import llama
 
 BATCH, SEQ_LEN = 2, 19
@@ -54,8 +54,7 @@ NORMALIZED = [(2, 1, 128, True)]
 @pytest.mark.parametrize("bits", [(2, 2, 2), (4, 4, 4), (3, 8, 2)], ids=str)
 @pytest.mark.parametrize(
     "heads, kv_heads, head_dim, norms, dtype",
-    [(*heads, dtype) for heads in PLAIN for dtype in (torch.float32, torch.bfloat16)]
-    + [(*heads, dtype) for heads in NORMALIZED for dtype in (torch.float16, torch.bfloat16)],
+    [(*heads, dtype) for heads in PLAIN for dtype in (torch.float32, HALF)] + [(*heads, HALF) for heads in NORMALIZED],
     ids=str,
 )
 def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, dtype):
@@ -64,7 +63,7 @@ def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, d
     out = fused_qkv_fwd(spec, y.clone(), cos, sin, BATCH, low_rank, fused)
     heads_of = attention._rotate_fwd(spec, y.clone(), cos, sin, BATCH, low_rank, plain)
     expected = torch.cat([head.flatten(0, 1).flatten(1) for head in heads_of], dim=1)
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    tolerance = ROUNDING[dtype]
     assert relative_error(out, expected) < tolerance
     for name in "qkv":
         first, count, *_ = fused._layout[name]
@@ -85,7 +84,7 @@ def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, d
 def test_normalized_heads_in_fp32_are_not_fused(kernels):
     for norms, dtype, fuses in (
         (True, torch.float32, False),
-        (True, torch.bfloat16, True),
+        (True, HALF, True),
         (False, torch.float32, True),
     ):
         spec, y, *_ = prepare((4, 4, 4), dtype, norms=norms)
