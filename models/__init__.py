@@ -3,7 +3,8 @@
 blocks.py      a norm, an attention and an MLP module of a layer        layers.py   a whole layer, and checkpointing
 head.py        LM head and loss                                         masks.py    which tokens see which
 step_hook.py   before each training forward                             bits.py     q_bit=auto
-report.py      what is said about a patched model                       state.py    calibration on disk
+calibration.py when calibration ends, and begins again                  state.py    calibration on disk
+report.py      what is said about a patched model
 families/      the attribute names of LLaMA, Mistral, Qwen              graphs/     all layers as CUDA graphs
 """
 
