@@ -5,8 +5,8 @@ head.py        LM head and loss                                         masks.py
 step_hook.py   before each training forward                             bits.py     q_bit=auto
 trust.py       which modules a block may stand in for                   watch.py    whether they still are the same
 binding.py     how a block is put in front of a forward                 state.py    calibration on disk
-report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
-families/      the names of LLaMA, Mistral, Qwen
+calibration.py when calibration ends, and begins again                  graphs/     all layers as CUDA graphs
+report.py      what is said about a patched model                       families/   the names of LLaMA, Mistral, Qwen
 """
 
 import logging

@@ -11,6 +11,7 @@ from torch import nn
 from hyclora.models import trust
 from hyclora.models.bits import allocate_bits
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.calibration import Calibration
 from hyclora.models.config import SLOTS, HycloraConfig
 from hyclora.models.families import FAMILIES
 from hyclora.models.families.family import Family
@@ -37,6 +38,7 @@ class Patch:
     config: HycloraConfig
     step: Step
     decoder: nn.Module = field(repr=False)  # has it as an attribute
+    calibration: Calibration
     blocks: list[Block] = field(default_factory=list)
     checkpoints: list[CheckpointBlock] = field(default_factory=list)
     hook: torch.utils.hooks.RemovableHandle | None = None
@@ -102,7 +104,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     blocks += [] if head is None else [head]
     savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
     checkpoints = [CheckpointBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
-    patch = Patch(config, step, decoder, blocks, checkpoints)
+    calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
+    patch = Patch(config, step, decoder, calibration, blocks, checkpoints)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers, "offload"))))
     recorder = CudaRecorder(_gpu(layers, "cuda_graphs")) if config.cuda_graphs else None
@@ -248,10 +251,12 @@ def _blocks(config, family, index, layer, names, bits, step, stock) -> list[Bloc
 
 
 def _final_norm(config, module: nn.Module, names, step, blocks) -> NormBlock:
-    """The norm before the head, not bound yet. It is one of many, so 8 bit cost next to nothing."""
-    norm = NormBlock(
-        module, names[id(module)], _savers(config, "norm", dict.fromkeys(SLOTS, 8)), step, config.policy.fused
-    )
+    """The norm before the head, not bound yet. It is one of many, so 8 bit cost next to nothing.
+
+    All that layers do shows here, and it runs by itself where they are replayed: so calibration is judged by it.
+    """
+    savers = _savers(config, "norm", dict.fromkeys(SLOTS, 8), gauged=True)
+    norm = NormBlock(module, names[id(module)], savers, step, config.policy.fused)
     norm.projections = _adapted(blocks)
     return norm
 
@@ -272,13 +277,14 @@ def _head(model, family, names, step, blocks) -> tuple[HeadBlock | None, list[st
     return HeadBlock(base, name, step, family, _adapted(blocks)), []
 
 
-def _savers(config: HycloraConfig, kind: str, bits: dict[str, int]) -> dict[str, Saver]:
+def _savers(config: HycloraConfig, kind: str, bits: dict[str, int], gauged: bool = False) -> dict[str, Saver]:
     return {
         slot: make_saver(
             config.saver_name(slot, bits[slot]),
             scale_rule=config.scale_rule,
             outlier_ratio=config.layernorm_outlier_ratio if kind == "norm" else 0.0,
             softmax_outlier_ratio=config.softmax_outlier_ratio,
+            gauged=gauged,
         )
         for slot, spec in SLOTS.items()
         if spec.block == kind

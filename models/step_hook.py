@@ -11,7 +11,7 @@ from hyclora.models.trust import is_stock
 
 
 class StepHook:
-    """Runs before a decoder forward: counts it, notes padding, binds checkpoints, keeps cache and S x S masks off."""
+    """Runs before a decoder forward: counts and weighs it, binds checkpoints, keeps the cache and S x S masks off."""
 
     def __init__(self, patch, attention: list[AttentionBlock], adapted: list):
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
@@ -26,6 +26,10 @@ class StepHook:
         self.step.index += 1
         for checkpoint in self.patch.checkpoints:
             checkpoint.bind()
+        mask = kwargs.get("attention_mask")
+        self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        if self.patch.calibration.follow(_tokens(args, kwargs)) and self.patch.graphs is not None:
+            self.patch.graphs.clear()
         given = self._begin(decoder, args, dict(kwargs), early=True)
         # a replay may have been started meanwhile, which comes to nothing then
         if self.patch.watch.changed():
@@ -35,8 +39,6 @@ class StepHook:
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict, early: bool) -> tuple[tuple, dict]:
         """The decoder's arguments, with what the layers get in place of HF's mask; early: a replay may be started."""
-        mask = kwargs.get("attention_mask")
-        self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         # a loop over the layers that is not Hugging Face's own may keep what it likes
         stock = is_stock(decoder)
         given = len(args) > 1 or kwargs.get("inputs_embeds") is not None
@@ -56,10 +58,15 @@ class StepHook:
 
     def _bounds(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """What the layers get for HF's mask; None if HF shall make one, as some would not know what bounds are."""
-        tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+        tokens = _tokens(args, kwargs)
         cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
         if tokens is None or len(args) > 1 or cached or not all(p.refresh(self.step.index) for p in self.adapted):
             return None
         if not all(block.takes_bounds() for block in self.attention):
             return None
         return causal_bounds(kwargs.get("attention_mask"), kwargs.get("position_ids"), *tokens.shape[:2])
+
+
+def _tokens(args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """What the decoder is called with: ids [B, S], or embeddings [B, S, C]."""
+    return next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)

@@ -16,7 +16,9 @@ class Step:
 
     index counts training forwards of the model (a recomputation by gradient checkpointing is not one), token_mask is
     the batch's [B, S] mask of real tokens or None; private: nobody but the layers sees what goes from one to the next;
-    embeds: nor what goes into the first, which the decoder makes. Calibration lasts while index <= threshold.
+    embeds: nor what goes into the first, which the decoder makes. Calibration lasts while index <= threshold (which
+    models/calibration.py moves). since: statistics of forwards before that one are replaced, not added to; informative:
+    this forward says something that those since then did not.
     """
 
     threshold: int
@@ -24,6 +26,8 @@ class Step:
     private: bool = False
     embeds: bool = False
     token_mask: Tensor | None = field(default=None, repr=False)
+    since: int = 1
+    informative: bool = True
 
     @property
     def calibrating(self) -> bool:
