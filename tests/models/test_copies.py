@@ -388,3 +388,14 @@ def test_data_parallel_is_refused_with_what_to_do(kind, training, monkeypatch):
     if kind not in ("decoder", "layer"):
         batch = padded_batch()
         assert torch.equal(first(**batch).loss, second(**batch).loss) and first(**batch).loss != network(**batch).loss
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, saved], ids=["deepcopy", "torch.save"])
+def test_a_copy_that_begins_at_the_forward(clone):
+    """A bound method brings its model along: a patched one, as ever."""
+    model, batch = llama(), padded_batch()
+    apply_hyclora(model, BASELINE)
+    base = model.get_base_model()
+    twin = clone(base.forward)
+    assert twin.module is not base and find_patch(twin.module) is not find_patch(model)
+    assert twin(**batch).logits is None and equal(gradients(twin.module, batch)[1], gradients(base, batch)[1])
