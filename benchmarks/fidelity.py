@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks.record import record
 from benchmarks.rows import LSE_KEPT, whole
@@ -25,6 +25,7 @@ from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.utils.args import LINEARS, DataArguments
 from hyclora.utils.data.gsm8k import examples_of, load_rows
 from hyclora.utils.data.tokens import Collator, tokenize_rows
+from hyclora.utils.loading import load_tokenizer
 
 SETTINGS = [
     *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 3, 2)),
@@ -49,8 +50,7 @@ def load_batches(
     folder: str, data: str, batch_size: int, count: int, seq_len: int, device: str, split: str = "train"
 ) -> list[dict]:
     """count padded batches of a split."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = load_tokenizer(folder)
     rows = batch_size * count
     where = {"data_name": "demo"} if data == "demo" else {"data_name": "gsm8k", "data_dir": data}
     rows = load_rows(DataArguments(**where, max_train_samples=rows, max_eval_samples=rows, seq_len=seq_len), split)

@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.modules import module as every_module
 
-from hyclora.models.layers import look
+from hyclora.models.trust import look
 
 
 def asks_for(name: str, decoder: nn.Module, kwargs: dict) -> bool:

@@ -11,19 +11,23 @@ from safetensors.torch import save_file
 from hyclora.models.patch import find_patch
 
 FILE_NAME = "hyclora_calibration.safetensors"
-FORMAT = "1"
+FORMAT = "2"
+PROGRESS = "calibration"
 # where the packed bytes wait and how kernels are launched: says nothing about the statistics
 LAUNCH = ("offload", "cuda_graphs")
 
 
 def save_calibration(model: PeftModel, folder: str | Path) -> Path:
-    """Write the calibrated statistics and the step count of a patched model to folder, atomically.
+    """Write the calibrated statistics of a patched model, and how far calibration is, to folder, atomically.
 
-    12 bytes a channel of each quantized slot, 8 a slot. ValueError if the model is not patched.
+    12 bytes a channel of each quantized slot, 16 a slot; while calibrating, 8 a context that was seen. ValueError if
+    the model is not patched.
     """
     patch = find_patch(model)
     tensors = {f"{key}.{name}": t for key, saver in _savers(patch) for name, t in saver.state_dict().items()}
-    metadata = {"format": FORMAT, "step": str(patch.step.index), "config": json.dumps(patch.config.to_dict())}
+    numbers, progress = patch.calibration.state_dict()
+    tensors |= {f"{PROGRESS}.{name}": t for name, t in progress.items()}
+    metadata = {"format": FORMAT, PROGRESS: numbers, "config": json.dumps(patch.config.to_dict())}
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -52,11 +56,15 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
             f"{path} was written with other settings of {', '.join(changed) or 'the format'}; use the same"
         )
     for key, saver in _savers(patch):
-        state = {name.removeprefix(f"{key}."): t for name, t in tensors.items() if name.rpartition(".")[0] == key}
-        saver.load_state_dict(state)
-    patch.step.index = int(metadata["step"])
+        saver.load_state_dict(_under(key, tensors))
+    patch.calibration.load_state_dict(metadata[PROGRESS], _under(PROGRESS, tensors))
     if patch.graphs is not None:
         patch.graphs.clear()
+
+
+def _under(key: str, tensors: dict) -> dict:
+    """The tensors of one owner, by their own names."""
+    return {name.removeprefix(f"{key}."): t for name, t in tensors.items() if name.rpartition(".")[0] == key}
 
 
 def _savers(patch):

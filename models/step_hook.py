@@ -7,14 +7,15 @@ import torch
 from torch import nn
 
 from hyclora.models.blocks import AttentionBlock
-from hyclora.models.graphs.foresight import foretell, is_stock
+from hyclora.models.graphs.foresight import foretell
 from hyclora.models.masks import causal_bounds
 from hyclora.models.readers import Watchers, asks_for
 from hyclora.models.report import tell_of_checkpointing
+from hyclora.models.trust import is_stock
 
 
 class StepHook:
-    """Runs before a decoder forward: counts it, notes padding, binds checkpoints, keeps cache and S x S masks off."""
+    """Runs before a decoder forward: counts and weighs it, binds checkpoints, keeps the cache and S x S masks off."""
 
     def __init__(self, patch, attention: list[AttentionBlock], adapted: list, watchers: Watchers):
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
@@ -27,32 +28,44 @@ class StepHook:
         if not self.told:
             self.told = True
             tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints])
-        self.step.index += 1
-        for checkpoint in self.patch.checkpoints:
-            checkpoint.bind()
-        # a loop over the layers that is not Hugging Face's own may keep what it likes, and take what it likes
-        stock = is_stock(decoder)
-        if stock and len(args) > 1:
+        if is_stock(decoder) and len(args) > 1:
             names = list(signature(type(decoder).forward).parameters)[2 : 1 + len(args)]
             args, kwargs = args[:1], kwargs | dict(zip(names, args[1:], strict=True))
+        for checkpoint in self.patch.checkpoints:
+            checkpoint.bind()
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        if not self.step.again:
+            self.step.index += 1
+            if self.patch.calibration.follow(_tokens(args, kwargs)) and self.patch.graphs is not None:
+                self.patch.graphs.clear()
+        given = self._begin(decoder, args, dict(kwargs), early=True)
+        # a replay may have been started meanwhile, which comes to nothing then
+        if self.patch.watch.changed():
+            self.patch.watch.look()
+            given = self._begin(decoder, args, dict(kwargs), early=False)
+        return given
+
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict, early: bool) -> tuple[tuple, dict]:
+        """The decoder's arguments, with what the layers get in place of HF's mask; early: a replay may be started."""
+        # a loop over the layers that is not Hugging Face's own may keep what it likes
+        stock = is_stock(decoder)
         embedding = decoder.get_input_embeddings()
-        self.step.private = stock
+        self.step.private = stock and self.patch.watch.stock
         self.step.embeds = stock and kwargs.get("inputs_embeds") is None and not embedding._forward_hooks
         causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
         self.step.stock_attention = asks_for("attentions", decoder, kwargs) or causal is False
         self.step.padding_differs = False
         if stock:
             self._tell_masks(decoder, args, kwargs)
-        if self.patch.graphs is not None:
+        if early and self.patch.graphs is not None:
             asked = foretell(decoder, self.patch.hook.id, *args, **kwargs) if self.step.embeds else None
             self.patch.graphs.foresee(asked, embedding, args[0] if args else kwargs.get("input_ids"))
         return args, kwargs
 
     def _tell_masks(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """Keep the cache off, and have each token see what it sees in HF; bounds do that at the least cost."""
-        tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+        tokens = _tokens(args, kwargs)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") or tokens is None:
             return
@@ -74,7 +87,9 @@ class StepHook:
 
     def _take_bounds(self) -> bool:
         """Whether the layers know what bounds are; or HF shall make a mask."""
-        if self.step.stock_attention or not all(p.refresh(self.step.index) for p in self.adapted):
+        if self.step.stock_attention or not self.patch.watch.bounded:
+            return False
+        if not all(p.refresh(self.step.index) for p in self.adapted):
             return False
         return all(block.takes_bounds() for block in self.attention)
 
@@ -85,3 +100,8 @@ class StepHook:
             return False
         self.step.padding_differs = unread(padding)
         return self.step.padding_differs
+
+
+def _tokens(args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """What the decoder is called with: ids [B, S], or embeddings [B, S, C]."""
+    return next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)

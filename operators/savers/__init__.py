@@ -2,26 +2,31 @@
 
 exact.py          the tensor itself                          base.py       what a saver is; Recompute, Derived; Keeper
 channel_quant.py  codes of b bits, scales, exact channels    observer.py   calibration on tiles before they are packed
-sparse.py         the largest entries of attention rows
+sparse.py         the largest entries of attention rows  gauge.py      whether statistics still fit
 
 Where the packed bytes wait, if not on the GPU, is operators/store.
 """
 
-from hyclora.operators.savers.base import Derived, Keeper, Recompute, Saver, Step
+from hyclora.operators.savers.base import Derived, Keeper, Recompute, Saver, Source, Step
 from hyclora.operators.savers.channel_quant import ChannelQuant
 from hyclora.operators.savers.exact import Exact
+from hyclora.operators.savers.gauge import GaugedQuant, Readback
 from hyclora.operators.savers.observer import Observer
 from hyclora.operators.savers.sparse import Sparse
 
 __all__ = [
-    "ChannelQuant", "Derived", "Exact", "Keeper", "Observer", "Recompute", "Saver", "Sparse", "Step", "make_saver",
+    "ChannelQuant", "Derived", "Exact", "GaugedQuant", "Keeper", "Observer", "Readback", "Recompute", "Saver", "Source",
+    "Sparse", "Step", "make_saver",
 ]  # fmt: skip
 
 
-def make_saver(name: str, *, scale_rule: str, outlier_ratio: float, softmax_outlier_ratio: float) -> Saver:
-    """Saver of a name: exact, sparse, derived, recompute, or quant2 / quant3 / quant4 / quant8."""
+def make_saver(
+    name: str, *, scale_rule: str, outlier_ratio: float, softmax_outlier_ratio: float, gauged: bool = False
+) -> Saver:
+    """Saver of a name: exact, sparse, derived, recompute, or quant2 / quant3 / quant4 / quant8, gauged if it can be."""
     if name.startswith("quant"):
-        return ChannelQuant(int(name.removeprefix("quant")), scale_rule, outlier_ratio)
+        kind = GaugedQuant if gauged and scale_rule != "paper" else ChannelQuant
+        return kind(int(name.removeprefix("quant")), scale_rule, outlier_ratio)
     if name == "sparse":
         return Sparse(softmax_outlier_ratio)
     return {"exact": Exact, "derived": Derived, "recompute": Recompute}[name]()

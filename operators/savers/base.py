@@ -17,10 +17,12 @@ class Step:
 
     index counts training forwards of the model (a recomputation by gradient checkpointing is not one), token_mask is
     the batch's [B, S] mask of real tokens or None; private: nobody but the layers sees what goes from one to the next;
-    embeds: nor what goes into the first, which the decoder makes. Calibration lasts while index <= threshold.
+    embeds: nor what goes into the first, which the decoder makes. Calibration lasts while index <= threshold (which
+    models/calibration.py moves). since: statistics of forwards before that one are replaced, not added to; informative:
+    this forward says something that those since then did not.
     unread: of whoever calls the decoder and knows what it will read, tells of positions (bool [B, S] on the host)
-    whether nobody reads them; padding_differs: so padded tokens of this forward got other hidden states than in stock.
-    stock_attention: the attentions of this forward run stock code.
+    whether nobody reads them; padding_differs: so padded tokens of this forward got other hidden states than in stock;
+    again: it is the second forward of a batch, for those. stock_attention: its attentions run stock code.
     """
 
     threshold: int
@@ -28,8 +30,11 @@ class Step:
     private: bool = False
     embeds: bool = False
     token_mask: Tensor | None = field(default=None, repr=False)
+    since: int = 1
+    informative: bool = True
     unread: Callable[[Tensor], bool] | None = field(default=None, repr=False)
     padding_differs: bool = False
+    again: bool = False
     stock_attention: bool = False
 
     @property

@@ -19,6 +19,7 @@ from hyclora.operators.savers.base import Step, StoringSaver
 from hyclora.operators.token_tiles import token_tiles
 
 MERGED_BY = {"low": torch.minimum, "high": torch.maximum}  # all other measures are sums
+LAST_STEP = "last_step"
 
 
 class ChannelQuant(StoringSaver):
@@ -51,7 +52,7 @@ class ChannelQuant(StoringSaver):
         return math.ceil(self.outlier_ratio * self.statistics["total"].numel())
 
     def due(self, step: Step) -> bool:
-        return step.calibrating and step.index != self._last_step
+        return step.calibrating and self._last_step < (step.index if step.informative else step.since)
 
     def prepare(self, x: Tensor, step: Step) -> None:
         """Calibrate on x if this is a calibration forward not counted yet; RuntimeError if there never was one."""
@@ -90,20 +91,21 @@ class ChannelQuant(StoringSaver):
 
     @torch.no_grad()
     def calibrate(self, batch: dict[str, Tensor], step: Step) -> None:
-        """Add what was measured of a forward to the running statistics; mean, std and outlier channels follow."""
+        """Add what was measured of a forward to the statistics since step.since; mean, std, outlier channels follow."""
         self._follow(batch["count"].device)
-        self._last_step = step.index
-        batch = _sum_over_ranks(batch)
+        batch = sum_over_ranks(batch)
         batch["steps"] = torch.ones_like(batch["count"])
         batch["range"] = (batch.pop("high") - batch.pop("low")).nan_to_num(neginf=0.0)
-        old = self.statistics
+        old = self.statistics if self._last_step >= step.since else {}
         self.statistics = {name: old[name] + new if old else new for name, new in batch.items()}
+        self._last_step = step.index
         self._set_scales()
 
     def _follow(self, device: torch.device) -> None:
         """Have the statistics where the activations are: they are loaded on the CPU, and models move."""
         if self.statistics and self.mean.device != device:
-            self.load_state_dict({name: t.to(device) for name, t in self.statistics.items()})
+            self.statistics = {name: t.to(device) for name, t in self.statistics.items()}
+            self._set_scales()
 
     def _set_scales(self) -> None:
         s = self.statistics
@@ -129,10 +131,11 @@ class ChannelQuant(StoringSaver):
         return n_groups * per_group + 16.0 * math.ceil(self.outlier_ratio * n_cols)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.statistics)
+        return self.statistics | {LAST_STEP: torch.tensor(self._last_step)} if self.statistics else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.statistics = dict(state)
+        self.statistics = {name: t for name, t in state.items() if name != LAST_STEP}
+        self._last_step = int(state.get(LAST_STEP, 0))
         if state:
             self._set_scales()
 
@@ -161,7 +164,7 @@ def merge(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]
     return {name: MERGED_BY.get(name, torch.add)(t, other[name]) for name, t in one.items()}
 
 
-def _sum_over_ranks(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def sum_over_ranks(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same statistics on every rank of a distributed run, so that all ranks quantize alike."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         operations = {"low": torch.distributed.ReduceOp.MIN, "high": torch.distributed.ReduceOp.MAX}

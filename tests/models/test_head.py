@@ -249,11 +249,11 @@ def stay_stock():
     subclass = llama()
     subclass.get_base_model().__class__ = type("Mine", (LlamaForCausalLM,), {})
     return {
-        "modules_to_save": (saved, "base layer ModulesToSaveWrapper is not a linear layer"),
+        "modules_to_save": (saved, "ModulesToSaveWrapper is not supported"),
         "trainable through a tie": (tied, "the base weight is trainable"),
-        "replaced forward": (replaced, "the forward of LlamaForCausalLM is replaced"),
+        "replaced forward": (replaced, "its forward was replaced"),
         "another loss": (other, "the loss is not ForCausalLMLoss"),
-        "subclass": (subclass, "Mine is not the causal LM of transformers"),
+        "subclass": (subclass, "Mine is not supported, only LlamaForCausalLM"),
         "DoRA": (llama({"target_modules": ["lm_head"], "use_dora": True}), "LoRA variant Dora"),
     }
 

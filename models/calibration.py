@@ -1,0 +1,165 @@
+"""When calibration ends, by what its forwards have shown, and whether it has to begin again.
+
+A step count says little: the first forwards may be a warm-up on one token id, rows that are empty, or rows unlike all
+that follow. So tokens are counted by their context, the ids of a token and the three before it: a std from n of them is
+off by 1 / sqrt(2 n). Afterwards the scales of one quantizer tell whether its statistics still fit (savers/gauge.py).
+"""
+
+import json
+import logging
+import statistics
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hyclora.operators.savers import ChannelQuant, GaugedQuant, Readback, Saver, Step
+from hyclora.operators.savers.channel_quant import sum_over_ranks
+from hyclora.operators.savers.gauge import REFERENCE, SAMPLES
+
+logger = logging.getLogger("hyclora")
+# a std off by 12 %: on tiny-llama gradients are as near the exact ones as with 16 times as many, and not with half
+ENOUGH = 32
+# a forward that says less than one new thing in as many tokens would outweigh others by repetition alone
+REPEATS = 16
+PATIENCE = 8  # times iteration_threshold forwards without enough
+EVERY = 8  # forwards from one look at the gauge to the next
+# log2 of how much wider is too wide: errors of gradients double there; training by itself moved it by 0.15
+TOO_WIDE = 1.0
+LENGTH = 4  # of a context
+BUCKETS = 2**20  # by which contexts are told apart
+MIX = 0x9E3779B97F4A7C15 - 2**64
+NUMBERS = ("begun", "provisional", "restarts")
+STEP_NUMBERS = ("index", "threshold", "since")
+
+
+class Calibration:
+    """Moves step.threshold, the last forward that calibrates.
+
+    It lasts iteration_threshold forwards, the first being one that says something, and longer, up to PATIENCE times as
+    many, until ENOUGH contexts were seen; what went before the first is replaced by it. It begins again if the gauge
+    (None: no look) reads more than TOO_WIDE in most of SAMPLES forwards: after EVERY * SAMPLES, then twice as many each
+    time. The ranks of a distributed run decide together. Allocates BUCKETS bytes while calibrating, and waits for the
+    device then; no more afterwards.
+    """
+
+    def __init__(self, step: Step, savers: list[Saver]):
+        self.step, self.length = step, step.threshold
+        self.active = any(isinstance(saver, ChannelQuant) for saver in savers)
+        self.gauge = next((saver for saver in savers if isinstance(saver, GaugedQuant)), None)
+        self.begun, self.provisional, self.restarts = 0, True, 0
+        self.seen: Tensor | None = None
+        self._readback: Readback | None = None
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def follow(self, tokens: Tensor | None) -> bool:
+        """Weigh the forward that begins, by its ids [B, S] or embeddings [B, S, C]; whether calibration begins anew."""
+        if not self.active or tokens is None:
+            return False
+        again = self.gauge is not None and not self.step.calibrating and self._contradicted()
+        if again:
+            self._begin_again()
+        if self.step.calibrating:
+            self._weigh(tokens)
+        else:
+            self.seen = None
+        return again
+
+    def _weigh(self, tokens: Tensor) -> None:
+        step = self.step
+        n_new, n_seen, n_tokens = self._count(tokens)
+        step.informative = n_new >= ENOUGH or n_new * REPEATS >= n_tokens > 0
+        if step.informative and self.provisional:
+            self.provisional = False
+            step.since, step.threshold = step.index, step.index + self.length - 1
+        if self.gauge is not None and (step.informative or self.provisional):
+            self.gauge.ask(REFERENCE)
+        if step.index < step.threshold or n_seen >= ENOUGH and not self.provisional:
+            return
+        if step.index - self.begun < PATIENCE * self.length:
+            step.threshold += 1
+            return
+        logger.warning(
+            f"HyC-LoRA: {step.index - self.begun} training forwards had only {n_seen} different tokens in context to "
+            "calibrate on (empty, dummy or repeated rows?); quantization stays as poor as that until usual rows come: "
+            "let training begin with these"
+        )
+
+    def _count(self, tokens: Tensor) -> list[int]:
+        """Contexts that are new, all that were seen, and real tokens, of all ranks."""
+        mask = self.step.mask(tokens.shape[:2].numel())
+        keys = _contexts(tokens, mask)
+        now = torch.zeros(BUCKETS, dtype=torch.uint8, device=keys.device).index_fill_(0, keys, 1)
+        found = sum_over_ranks({"high": now, "tokens": torch.tensor(keys.numel(), device=keys.device)})
+        before = torch.zeros_like(now) if self.seen is None else self.seen.to(now.device)
+        self.seen = before | found["high"]
+        n_before, n_seen = before.sum(), self.seen.sum()
+        return torch.stack((n_seen - n_before, n_seen, found["tokens"])).tolist()
+
+    def _contradicted(self) -> bool:
+        """Whether the gauge says so; has it look at this forward, or its numbers fetched, if it is time for that."""
+        every = EVERY << self.restarts
+        age, window = self.step.index - self.step.threshold, every * SAMPLES
+        if age > window and age % window == 1:
+            self._readback = Readback(self.gauge.widths)
+        if age % every:
+            return False
+        if age > window and age % window == every and self._too_wide():
+            return True
+        self.gauge.ask(1 + (age // every - 1) % SAMPLES)
+        return False
+
+    def _too_wide(self) -> bool:
+        reference, *widths = (self._readback or Readback(self.gauge.widths)).read()
+        self._readback = None
+        widths = [width - reference for width in widths if width == width]  # nan where no token was
+        too_wide = bool(widths) and statistics.median(widths) > TOO_WIDE
+        if too_wide:
+            logger.warning(
+                f"HyC-LoRA: activations are {2 ** statistics.median(widths):.1f} times as wide as those that "
+                f"calibration saw (rows sorted by length or kind?): calibrating again for {self.length} forwards; "
+                "shuffled rows would need it once"
+            )
+        return too_wide
+
+    def _begin_again(self) -> None:
+        self.begun, self.provisional, self.seen = self.step.index - 1, True, None
+        self.step.threshold = self.begun + self.length
+        self.restarts += 1
+        self.gauge.forget()
+
+    def state_dict(self) -> tuple[str, dict[str, Tensor]]:
+        """All that decides, for a run that goes on: numbers as text, and tensors by name."""
+        numbers = {name: getattr(self, name) for name in NUMBERS} | {n: getattr(self.step, n) for n in STEP_NUMBERS}
+        tensors = {} if self.gauge is None else {"widths": self.gauge.widths}
+        if self.seen is not None and self.step.calibrating:
+            tensors["seen"] = self.seen.nonzero().flatten()
+        return json.dumps(numbers), tensors
+
+    def load_state_dict(self, numbers: str, tensors: dict[str, Tensor]) -> None:
+        numbers = json.loads(numbers)
+        for owner, names in ((self, NUMBERS), (self.step, STEP_NUMBERS)):
+            for name in names:
+                setattr(owner, name, numbers[name])
+        self.seen = self._readback = None
+        if "seen" in tensors:
+            self.seen = torch.zeros(BUCKETS, dtype=torch.uint8).index_fill_(0, tensors["seen"], 1)
+        if self.gauge is not None:
+            self.gauge.forget()
+            self.gauge.widths = tensors["widths"]
+
+
+def _contexts(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """A bucket for each real token, int64 [T]: the same for the same last LENGTH tokens of a row."""
+    # equal embeddings have equal sums
+    ids = tokens if tokens.dim() == 2 else tokens.sum(dim=-1, dtype=torch.float32).view(torch.int32)
+    ids = ids.long()
+    if mask is not None:
+        mask = mask.to(ids.device)
+        ids = ids.masked_fill(~mask.view(ids.shape), -1)
+    keys = ids
+    for i in range(1, LENGTH):
+        keys = keys * MIX + pad(ids, (i, 0), value=-1)[:, : ids.shape[1]]
+    keys = (keys * MIX >> 44) & (BUCKETS - 1)
+    return keys.flatten() if mask is None else keys.view(-1)[mask]
