@@ -122,15 +122,14 @@ class Calibration:
     def _too_wide(self) -> bool:
         reference, *widths = (self._readback or Readback(self.gauge.widths)).read()
         self._readback = None
-        widths = [width - max(reference, USUAL) for width in widths if width == width]  # nan where no token was
-        too_wide = bool(widths) and statistics.median(widths) > TOO_WIDE
-        if too_wide:
+        widths = [width for width in widths if width == width]  # nan where no token was
+        wider = statistics.median(widths) - max(reference, USUAL) if widths else 0.0
+        if wider > TOO_WIDE:
             logger.warning(
-                f"HyC-LoRA: activations are {2 ** statistics.median(widths):.1f} times as wide as those that calibration "
-                f"saw (rows sorted by length or kind?): calibrating again for {self.length} forwards; shuffled rows "
-                "would need it once"
+                f"HyC-LoRA: activations are {2**wider:.1f} times as wide as those that calibration saw (rows sorted by "
+                f"length or kind?): calibrating again for {self.length} forwards; shuffle the rows to need it once"
             )
-        return too_wide
+        return wider > TOO_WIDE
 
     def _begin_again(self) -> None:
         self.begun, self.counted, self.seen = self.step.index - 1, 0, None

@@ -10,7 +10,7 @@ from hyclora.models.report import tell_of_checkpointing
 
 
 class StepHook:
-    """Runs before a decoder forward: counts and weighs it, notes padding, binds checkpoints, keeps cache and masks off."""
+    """Runs before a decoder forward: counts and weighs it, notes padding, binds checkpoints, keeps cache, masks off."""
 
     def __init__(self, patch, attention: list[AttentionBlock], adapted: list):
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
