@@ -5,6 +5,7 @@ generation, disabled or merged adapters run the stock forward.
 """
 
 import logging
+import sys
 from operator import attrgetter
 
 import torch
@@ -140,7 +141,9 @@ class AttentionBlock(Block):
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
         self.window_of = family.sliding_window
         self.settings = implementation, window = self.read_settings()
-        interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
+        # what others give where nothing is seen, and its gradients, differs
+        eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         causal = getattr(module.config, "is_causal", True)
         self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and causal
         core = CORES[attention](module, interface, window)
@@ -161,7 +164,7 @@ class AttentionBlock(Block):
     def applies(
         self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
     ):
-        ours = past_key_values is None and super().applies()
+        ours = past_key_values is None and not self.step.stock_attention and super().applies()
         return ours and (hidden_states is None or self.can_derive(hidden_states))
 
     def run(

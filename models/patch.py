@@ -15,10 +15,12 @@ from hyclora.models.calibration import Calibration
 from hyclora.models.config import SLOTS, HycloraConfig
 from hyclora.models.families import FAMILIES
 from hyclora.models.families.family import Family
+from hyclora.models.foreign_head import ForeignHead, reads_labelled_positions
 from hyclora.models.graphs.layer_graphs import LayerGraphs
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
 from hyclora.models.layers import CheckpointBlock, LayerBlock
+from hyclora.models.readers import Watchers
 from hyclora.models.report import PatchReport, make_report
 from hyclora.models.step_hook import StepHook
 from hyclora.models.watch import Watch
@@ -102,6 +104,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     report = make_report(config, layers, widths, inside, head_name, not_patched)
     blocks += [] if stock_norm else [_final_norm(config, norm, names, step, blocks)]
     blocks += [] if head is None else [head]
+    if reads_labelled_positions(_base(model)):
+        blocks.append(ForeignHead(_base(model), names[id(_base(model))], step))
     savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
     checkpoints = [CheckpointBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
     calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
@@ -115,7 +119,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    hook = StepHook(patch, attention, _adapted(blocks))
+    watchers = Watchers(decoder, layers, getattr(decoder, family.final_norm))
+    hook = StepHook(patch, attention, _adapted(blocks), watchers)
     patch.hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     setattr(decoder, PATCH, patch)
     if stock:

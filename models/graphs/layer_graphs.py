@@ -133,9 +133,9 @@ class LayerGraphs(Pausable):
         return ticket
 
     def _possible(self) -> bool:
-        """Whether a replay could start now: nothing is in its memory, and savers do not change."""
+        """Whether a replay could start now: nothing is in its memory, savers do not change, and attention is ours."""
         able = self.active and self.patch.watch.whole and torch.is_grad_enabled()
-        return able and not self.step.calibrating and self._pending() is None
+        return able and not (self.step.calibrating or self.step.stock_attention) and self._pending() is None
 
     def _given(self, hidden: Tensor, leaves: list, spec) -> tuple:
         """What the inputs of two steps must have in common to be replayed alike."""
