@@ -2,11 +2,14 @@
 
     python -m benchmarks.fidelity --model ckpt/tiny-llama --data demo
     python -m benchmarks.fidelity --model FOLDER --data FOLDER --settings '[{"q_bit": 2}]'
+    python -m benchmarks.fidelity --first usual empty one_id short code --settings '[{"q_bit": 4}]'
 
 For each setting: cosine of every LoRA gradient with exact LoRA's on the same batch, averaged over batches after
 calibration; the mean and the smallest over adapters, and the average bits of what is kept, scales included. Adapters
 are first trained exactly for some steps, so that LoRA B is not zero. The data folder has GSM8K's train.jsonl and
 test.jsonl. One JSON line a setting.
+
+--first: what is calibrated on instead of usual rows, a JSON line each, at once and again LATER usual forwards later.
 """
 
 import argparse
@@ -34,6 +37,14 @@ SETTINGS = [
     {"q_bit": 4, "layer_type": "intra"},
     *({"layer_type": "intra_inter", "q_bit": bits, "slot_savers": LSE_KEPT} for bits in (4, 2)),
 ]
+# in place of the usual first rows: warm-ups, rows that are empty, data sorted by length or by kind
+FIRST = {
+    "empty": lambda tokenizer, i: [tokenizer.bos_token_id, tokenizer.eos_token_id],
+    "one_id": lambda tokenizer, i: [tokenizer.eos_token_id] * 64,
+    "short": lambda tokenizer, i: tokenizer(("Yes", "No", "Ok", "Fine")[i % 4]).input_ids,
+    "code": lambda tokenizer, i: tokenizer(f"def f{i}(x):\n    return x * {i} + {i % 4}\n\nprint(f{i}(2))").input_ids,
+}
+LATER = 56
 SLOT_GROUPS = {"norm_in": ["norm_in"], "attn_in + mlp_in": ["attn_in", "mlp_in"]} | {
     name: [name] for name in ("q", "k", "v", "gate", "up")
 }
@@ -55,6 +66,16 @@ def load_batches(
     where = {"data_name": "demo"} if data == "demo" else {"data_name": "gsm8k", "data_dir": data}
     rows = load_rows(DataArguments(**where, max_train_samples=rows, max_eval_samples=rows, seq_len=seq_len), split)
     rows = tokenize_rows(examples_of(rows), tokenizer, seq_len).rows
+    collate = Collator(tokenizer.pad_token_id)
+    batches = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
+
+
+def first_batches(kind: str, folder: str, batch_size: int, count: int, device: str) -> list[dict]:
+    """count batches of rows of a kind in FIRST."""
+    tokenizer = load_tokenizer(folder)
+    rows = [FIRST[kind](tokenizer, i) for i in range(batch_size * count)]
+    rows = [{"input_ids": ids, "labels": ids} for ids in rows]
     collate = Collator(tokenizer.pad_token_id)
     batches = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
@@ -95,6 +116,17 @@ def measure(model: torch.nn.Module, config: HycloraConfig, calibration: list[dic
     }  # fmt: skip
 
 
+def after(first: str, folder: str, args: argparse.Namespace, calibration: list[dict], usual: list[dict]) -> list[tuple]:
+    """What to call it, what to record, and the forwards before measuring: at once and LATER usual ones later."""
+    rows = calibration
+    if first != "usual":
+        rows = first_batches(first, folder, args.batch_size, len(calibration), args.device)
+    return [
+        (f", {first} first, {later} usual later", {"first": first, "later": later}, rows + usual[:later])
+        for later in (0, LATER)
+    ]
+
+
 def slot_settings(bits: int) -> dict[str, dict]:
     """One setting a slot: that slot alone at `bits`, everything else exact."""
     settings = {}
@@ -114,6 +146,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--data", default="demo", help="demo, or a folder with GSM8K's train.jsonl")
     parser.add_argument("--settings", type=json.loads, default=SETTINGS, help="JSON list of HycloraConfig arguments")
     parser.add_argument("--slots", type=int, default=0, metavar="BITS", help="instead: every slot alone at BITS")
+    parser.add_argument("--first", nargs="+", default=[], choices=["usual", *FIRST], help="rows to calibrate on")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--exact_steps", type=int, default=20, help="training steps before anything is measured")
@@ -134,14 +167,18 @@ def main(argv: list[str] | None = None) -> list[dict]:
         calibration = batches[args.exact_steps : args.exact_steps + calibration_steps]
         exact = [(batch, lora_gradients(model, batch)) for batch in batches[args.exact_steps + calibration_steps :]]
         arguments = {"arguments": {**vars(args), "settings": None}}
+        warm_ups = [("", {}, calibration)]
+        if args.first:
+            usual = batches[: args.exact_steps] * LATER
+            warm_ups = [found for first in args.first for found in after(first, folder, args, calibration, usual)]
         for label, setting in settings.items():
-            result = measure(model, HycloraConfig(**setting), calibration, exact)
-            line = record(
-                "fidelity",
-                {"model": Path(folder).name, "setting": whole(setting), "label": label, **result, **arguments},
-            )
-            print(f"{folder:<24}{label:<56}{result['cosine']:.4f} ({result['smallest']:.3f}) {result['bits']:.2f} bits")
-            lines.append(line)
+            for said, values, forwards in warm_ups:
+                result = measure(model, HycloraConfig(**setting), forwards, exact) | values
+                whole_setting = {"setting": whole(setting), "label": label + said}
+                line = record("fidelity", {"model": Path(folder).name, **whole_setting, **result, **arguments})
+                found = f"{result['cosine']:.4f} ({result['smallest']:.3f}) {result['bits']:.2f} bits"
+                print(f"{folder:<24}{label + said:<56}{found}")
+                lines.append(line)
     return lines
 
 

@@ -55,7 +55,7 @@ def fidelity():
     """Gradient error against bits: a line a model and quantizer."""
     figure, axes = plt.subplots(figsize=(9, 4.2))
     lines = [line for line in load("fidelity", "model", "label") if not line["setting"]["slot_savers"]]
-    lines = [line for line in lines if line["setting"]["layer_type"].startswith("intra_inter")]
+    lines = [line for line in lines if line["setting"]["layer_type"].startswith("intra_inter") and "first" not in line]
     for color, model in enumerate(dict.fromkeys(line["model"] for line in lines)):
         for rule, style, said in (("channel_group", "o-", ""), ("paper", "x--", ", published quantizer")):
             points = {

@@ -120,7 +120,8 @@ def buffered_table(lines: list[dict]) -> str:
 def accuracy() -> str:
     """Gradients and test loss of the 27M LLaMA, by bits."""
     tuned = finetune_lines()
-    cosines = {name_of(line["setting"]): line for line in load("fidelity", "model") if line["model"] == "small-llama"}
+    lines = [line for line in load("fidelity", "model", "later") if line["model"] == "small-llama"]
+    cosines = {name_of(line["setting"]): line for line in lines if "first" not in line}
     rows, used = [], []
     for line in sorted(tuned, key=lambda line: line["setting"]["scale_rule"] if line["setting"] else ""):
         found = cosines.get(name_of(line["setting"]))
@@ -133,8 +134,8 @@ def accuracy() -> str:
 
 
 def fidelity() -> str:
-    lines = load("fidelity", "model", "label")
-    lines = [line for line in lines if line["setting"]["slot_savers"] in ({}, LSE_KEPT)]
+    measured = load("fidelity", "model", "label")
+    lines = [line for line in measured if line["setting"]["slot_savers"] in ({}, LSE_KEPT) and "first" not in line]
     models = list(dict.fromkeys(line["model"] for line in lines))
     cells: dict[str, dict[str, str]] = {}
     for line in lines:
@@ -142,11 +143,22 @@ def fidelity() -> str:
         cells.setdefault(name_of(line["setting"]), {})[line["model"]] = cell
     rows = [[name, *(found.get(model, "") for model in models)] for name, found in cells.items()]
     head = ["cosine of LoRA gradients (smallest), bits an element"]
-    return (
-        table([*head, *models], rows)
-        + "\n\n"
-        + source(lines, "python -m benchmarks.fidelity --model FOLDER --data DATA")
-    )
+    command = "python -m benchmarks.fidelity --model FOLDER --data DATA"
+    parts = [table([*head, *models], rows), source(lines, command)]
+    return "\n\n".join([*parts, *poor_rows_first([line for line in measured if "first" in line])])
+
+
+def poor_rows_first(lines: list[dict]) -> list[str]:
+    """A row a kind of first rows, for each model and setting at once and so many usual forwards later."""
+    cells: dict[str, dict[str, str]] = {}
+    for line in lines:
+        later = f"{line['later']} usual forwards later" if line["later"] else "at once"
+        column = f"{line['model']}, {name_of(line['setting'])}, {later}"
+        cells.setdefault(line["first"], {})[column] = f"{line['cosine']:.4f} ({line['smallest']:.2f})"
+    columns = list(dict.fromkeys(column for found in cells.values() for column in found))
+    rows = [[f"`{first}`", *(found.get(column, "") for column in columns)] for first, found in cells.items()]
+    command = "python -m benchmarks.fidelity --first usual empty one_id short code"
+    return [table(["what calibration saw first", *columns], rows), source(lines, command)] if lines else []
 
 
 def finetune_lines() -> list[dict]:

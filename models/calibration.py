@@ -26,28 +26,31 @@ PATIENCE = 8  # times iteration_threshold forwards without enough
 EVERY = 8  # forwards from one look at the gauge to the next
 # log2 of how much wider is too wide: errors of gradients double there; training by itself moved it by 0.15
 TOO_WIDE = 1.0
+USUAL = 1.0  # what the gauge reads at least where many kinds of tokens fit; less where all of them are alike
 LENGTH = 4  # of a context
 BUCKETS = 2**20  # by which contexts are told apart
 MIX = 0x9E3779B97F4A7C15 - 2**64
-NUMBERS = ("begun", "provisional", "restarts")
+NUMBERS = ("begun", "counted", "restarts")
 STEP_NUMBERS = ("index", "threshold", "since")
 
 
 class Calibration:
     """Moves step.threshold, the last forward that calibrates.
 
-    It lasts iteration_threshold forwards, the first being one that says something, and longer, up to PATIENCE times as
-    many, until ENOUGH contexts were seen; what went before the first is replaced by it. It begins again if the gauge
-    (None: no look) reads more than TOO_WIDE in most of SAMPLES forwards: after EVERY * SAMPLES, then twice as many each
-    time. The ranks of a distributed run decide together. Allocates BUCKETS bytes while calibrating, and waits for the
-    device then; no more afterwards.
+    It lasts iteration_threshold forwards, and longer, up to PATIENCE times as many, until ENOUGH contexts were seen.
+    Forwards add up, but what repetition alone gave is replaced by the first that is novel, from which it lasts as long
+    anew; one that has all that was seen replaces it; one without news adds nothing once there is enough.
+    It begins again if the gauge (None: nobody looks) reads more than TOO_WIDE in most of SAMPLES forwards: after
+    EVERY * SAMPLES, then twice as many each time. The ranks of a distributed run decide together. Allocates 3 BUCKETS
+    bytes while calibrating, and waits for the device then; no more afterwards.
+    counted: tokens in the statistics.
     """
 
     def __init__(self, step: Step, savers: list[Saver]):
         self.step, self.length = step, step.threshold
         self.active = any(isinstance(saver, ChannelQuant) for saver in savers)
         self.gauge = next((saver for saver in savers if isinstance(saver, GaugedQuant)), None)
-        self.begun, self.provisional, self.restarts = 0, True, 0
+        self.begun, self.counted, self.restarts = 0, 0, 0
         self.seen: Tensor | None = None
         self._readback: Readback | None = None
 
@@ -68,34 +71,40 @@ class Calibration:
 
     def _weigh(self, tokens: Tensor) -> None:
         step = self.step
-        n_new, n_seen, n_tokens = self._count(tokens)
-        step.informative = n_new >= ENOUGH or n_new * REPEATS >= n_tokens > 0
-        if step.informative and self.provisional:
-            self.provisional = False
+        n_before, n_own, n_seen, n_tokens = self._count(tokens)
+        n_new = n_seen - n_before
+        novel = n_new >= ENOUGH or n_new * REPEATS >= n_tokens > 0
+        repetitive = n_before < ENOUGH and n_before * REPEATS < self.counted
+        if novel and (repetitive or not n_before):
             step.since, step.threshold = step.index, step.index + self.length - 1
-        if self.gauge is not None and (step.informative or self.provisional):
-            self.gauge.ask(REFERENCE)
-        if step.index < step.threshold or n_seen >= ENOUGH and not self.provisional:
+        elif n_own == n_seen:
+            # it has all that was seen, with parameters as they are now
+            step.since = step.index
+        step.informative = novel or n_own == n_seen or n_seen < ENOUGH
+        if step.informative:
+            self.counted = n_tokens + (self.counted if step.since < step.index else 0)
+            if self.gauge is not None:
+                self.gauge.ask(REFERENCE)
+        if step.index < step.threshold or n_seen >= ENOUGH:
             return
         if step.index - self.begun < PATIENCE * self.length:
             step.threshold += 1
             return
         logger.warning(
             f"HyC-LoRA: {step.index - self.begun} training forwards had only {n_seen} different tokens in context to "
-            "calibrate on (empty, dummy or repeated rows?); quantization stays as poor as that until usual rows come: "
-            "let training begin with these"
+            "calibrate on (empty, dummy or repeated rows?); gradients of other rows may be far off: let training begin "
+            "with usual rows"
         )
 
     def _count(self, tokens: Tensor) -> list[int]:
-        """Contexts that are new, all that were seen, and real tokens, of all ranks."""
+        """Contexts seen before, those of this forward, all of them, and its real tokens; of all ranks."""
         mask = self.step.mask(tokens.shape[:2].numel())
         keys = _contexts(tokens, mask)
-        now = torch.zeros(BUCKETS, dtype=torch.uint8, device=keys.device).index_fill_(0, keys, 1)
-        found = sum_over_ranks({"high": now, "tokens": torch.tensor(keys.numel(), device=keys.device)})
-        before = torch.zeros_like(now) if self.seen is None else self.seen.to(now.device)
+        own = torch.zeros(BUCKETS, dtype=torch.uint8, device=keys.device).index_fill_(0, keys, 1)
+        found = sum_over_ranks({"high": own, "tokens": torch.tensor(keys.numel(), device=keys.device)})
+        before = torch.zeros_like(own) if self.seen is None else self.seen.to(own.device)
         self.seen = before | found["high"]
-        n_before, n_seen = before.sum(), self.seen.sum()
-        return torch.stack((n_seen - n_before, n_seen, found["tokens"])).tolist()
+        return torch.stack((before.sum(), found["high"].sum(), self.seen.sum(), found["tokens"])).tolist()
 
     def _contradicted(self) -> bool:
         """Whether the gauge says so; has it look at this forward, or its numbers fetched, if it is time for that."""
@@ -113,18 +122,17 @@ class Calibration:
     def _too_wide(self) -> bool:
         reference, *widths = (self._readback or Readback(self.gauge.widths)).read()
         self._readback = None
-        widths = [width - reference for width in widths if width == width]  # nan where no token was
-        too_wide = bool(widths) and statistics.median(widths) > TOO_WIDE
-        if too_wide:
+        widths = [width for width in widths if width == width]  # nan where no token was
+        wider = statistics.median(widths) - max(reference, USUAL) if widths else 0.0
+        if wider > TOO_WIDE:
             logger.warning(
-                f"HyC-LoRA: activations are {2 ** statistics.median(widths):.1f} times as wide as those that "
-                f"calibration saw (rows sorted by length or kind?): calibrating again for {self.length} forwards; "
-                "shuffled rows would need it once"
+                f"HyC-LoRA: activations are {2**wider:.1f} times as wide as those that calibration saw (rows sorted by "
+                f"length or kind?): calibrating again for {self.length} forwards; shuffle the rows to need it once"
             )
-        return too_wide
+        return wider > TOO_WIDE
 
     def _begin_again(self) -> None:
-        self.begun, self.provisional, self.seen = self.step.index - 1, True, None
+        self.begun, self.counted, self.seen = self.step.index - 1, 0, None
         self.step.threshold = self.begun + self.length
         self.restarts += 1
         self.gauge.forget()

@@ -107,7 +107,9 @@ class HycloraConfig:
     layer_type: str = _option("intra_inter_full_fuse", f"Compression strategy: {', '.join(POLICIES)}.")
     q_bit: int | str = _option(4, "Bits of a quantized slot: 2, 3, 4, 8, or auto (chosen a slot within average_bits).")
     average_bits: float = _option(3.0, "With q_bit=auto: average bits per kept element, scales included.")
-    iteration_threshold: int = _option(5, "Training forwards that calibrate the channel statistics before they freeze.")
+    iteration_threshold: int = _option(
+        5, "Training forwards that calibrate the channel statistics before they freeze; more while rows are poor."
+    )
     softmax_outlier_ratio: float = _option(0.05, "With attention=eager: share of each attention row that is kept.")
     layernorm_outlier_ratio: float = _option(0.005, "Share of the norm's channels that is kept exactly.")
     attention: str = _option("flash", "flash (no attention map) or eager (keeps a sparse map, as the paper does).")

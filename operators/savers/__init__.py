@@ -2,7 +2,7 @@
 
 exact.py          the tensor itself                          base.py       what a saver is; Recompute, Derived; Keeper
 channel_quant.py  codes of b bits, scales, exact channels    observer.py   calibration on tiles before they are packed
-sparse.py         the largest entries of attention rows  gauge.py      whether statistics still fit
+sparse.py         the largest entries of attention rows      gauge.py      whether statistics still fit
 
 Where the packed bytes wait, if not on the GPU, is operators/store.
 """
@@ -23,7 +23,7 @@ __all__ = [
 def make_saver(
     name: str, *, scale_rule: str, outlier_ratio: float, softmax_outlier_ratio: float, gauged: bool = False
 ) -> Saver:
-    """Saver of a name: exact, sparse, derived, recompute, or quant2 / quant3 / quant4 / quant8, gauged if it can be."""
+    """Saver of a name: exact, sparse, derived, recompute, or quant2 / quant3 / quant4 / quant8, gauged if so."""
     if name.startswith("quant"):
         kind = GaugedQuant if gauged and scale_rule != "paper" else ChannelQuant
         return kind(int(name.removeprefix("quant")), scale_rule, outlier_ratio)

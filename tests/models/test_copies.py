@@ -70,7 +70,12 @@ def parts(model) -> set[int]:
     """All tensors that training may change, and the objects that count."""
     patch = find_patch(model)
     tensors = [*model.parameters(), *model.buffers()]
-    tensors += [t for block in patch.blocks for saver in block.savers.values() for t in saver.state_dict().values()]
+    tensors += [
+        t
+        for block in patch.blocks
+        for saver in block.savers.values()
+        for t in getattr(saver, "statistics", {}).values()
+    ]
     return {t.data_ptr() for t in tensors if t.numel()} | {id(patch), id(patch.step), *map(id, model.modules())}
 
 

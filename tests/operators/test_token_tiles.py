@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+from hyclora.models import calibration
 from hyclora.models.config import POLICIES, SLOTS
 from hyclora.models.patch import find_patch
 from hyclora.operators import token_tiles
@@ -115,8 +116,9 @@ def test_dropout_is_that_of_peft_on_the_same_tiles(tile, layer_type):
 
 
 @pytest.mark.parametrize("layer_type", list(POLICIES))
-def test_no_tensor_of_all_tokens_and_channels(tile, layer_type):
+def test_no_tensor_of_all_tokens_and_channels(tile, layer_type, monkeypatch):
     """Calibrating or not; a whole input takes [T, 2 F] at once."""
+    monkeypatch.setattr(calibration, "BUCKETS", 2**12)  # of contexts, however many tokens there are
     model, batch = llama(intermediate_size=600, num_hidden_layers=1), padded_batch(rows=4, width=64)
 
     def largest() -> int:

@@ -71,7 +71,7 @@ def test_padding_is_left_out_of_statistics():
 def test_a_batch_of_padding_alone_leaves_finite_statistics():
     saver = quant(rule="paper")
     x = rand(8, 16)
-    restored = round_trip(saver, x, Step(1, 1, torch.zeros(2, 4, device=DEVICE)))
+    restored = round_trip(saver, x, Step(1, 1, token_mask=torch.zeros(2, 4, device=DEVICE)))
     assert torch.isfinite(restored).all()
 
 
