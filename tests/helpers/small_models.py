@@ -13,6 +13,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hyclora.models.outputs import Deferred
 from hyclora.utils.args import LINEARS
 from hyclora.utils.loading import quantize_linears
 from tests.helpers.kernel_checks import DEVICE
@@ -65,6 +66,11 @@ def padded_batch(rows=3, width=21, vocab=128, seed=0) -> dict:
     mask = (torch.arange(width) < lengths[:, None]).long()
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     return {name: t.to(DEVICE) for name, t in batch.items()}
+
+
+def is_late(outputs) -> bool:
+    """Whether logits of a training forward do not exist yet, as nobody has looked."""
+    return isinstance(dict(outputs.items())["logits"], Deferred)
 
 
 def gradients(model, batch, seed=1) -> tuple[float, dict[str, torch.Tensor]]:

@@ -11,11 +11,10 @@ from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, Trai
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES
 from hyclora.models.head import HeadBlock
-from hyclora.models.outputs import Deferred
 from hyclora.models.patch import find_patch
 from hyclora.operators import cross_entropy
 from hyclora.utils.args import LINEARS
-from tests.helpers.small_models import gradients, largest_error, llama, padded_batch
+from tests.helpers.small_models import gradients, is_late, largest_error, llama, padded_batch
 
 BASELINE = HycloraConfig(layer_type="baseline")
 ON_HEAD = [*LINEARS, "lm_head"]
@@ -39,11 +38,6 @@ def several_chunks(monkeypatch):
 
 def is_chunked(model) -> bool:
     return any(isinstance(block, HeadBlock) for block in find_patch(model).blocks)
-
-
-def is_late(outputs) -> bool:
-    """Whether logits do not exist yet."""
-    return isinstance(dict(outputs.items())["logits"], Deferred)
 
 
 def prompts(batch: dict, length: int) -> dict:
