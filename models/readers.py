@@ -1,7 +1,6 @@
 """Who, beside the head, looks at what a decoder's forward computes: whoever asks for it, and other people's hooks."""
 
 from torch import nn
-from torch.nn.modules import module as every_module
 
 from hyclora.models.trust import look
 
@@ -22,6 +21,4 @@ class Watchers:
 
     def there(self) -> bool:
         """Whether somebody's hook may look; Hugging Face's own look at what is asked for."""
-        if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
-            return True
         return any(self._hooks) and any(look(hooks) for hooks in self._hooks)

@@ -1,4 +1,4 @@
-"""The causal LM's block against stock HF + PEFT: same loss and gradients, and no logits in training."""
+"""The causal LM's block against stock HF + PEFT: same loss and gradients, and logits only when looked at."""
 
 import copy
 
