@@ -4,6 +4,8 @@ from types import FunctionType, MethodType
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import (
     LlamaConfig,
@@ -238,6 +240,8 @@ def test_states_and_maps_that_are_asked_for(asked, kind, implementation, how, la
         if implementation == "sdpa" and "output_attentions" in asked:
             pytest.skip("Hugging Face refuses it")
         for name, value in asked.items():
+            if type(value) is not bool and Version(transformers.__version__) < Version("5.23"):
+                pytest.skip("a configuration takes no indices yet")
             setattr(model.get_base_model().config, name, value)
     else:
         batch |= asked

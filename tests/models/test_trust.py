@@ -264,7 +264,7 @@ def build(seed: int, patched: bool):
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets))
     for i, (name, p) in enumerate(model.named_parameters()):
         if "lora_" in name:
-            nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     swap("adapted")
     model.to(DEVICE).train()
     batch, report = padded_batch(rows=2, width=13), None
