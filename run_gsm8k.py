@@ -27,14 +27,15 @@ def main(argv=None):
     groups = parse_arguments(argv)
     model_args, data_args, lora_args, hyclora_args, eval_args, training = groups
     source = find_base(model_args, lora_args)
-    tokenizer = load_tokenizer(source)
+    decided = []
+    tokenizer = load_tokenizer(source, decided.append)
     task = load_task(data_args, eval_args, tokenizer)
 
     run = begin(groups, source, task.train, argv)
     core = results.core_of(training, len(task.train))
     with run.at_work():
         results.print_settings(groups[:-1], core)
-        print(task.summary)
+        print(*decided, task.summary, sep="\n")
         clock = results.Clock()
         model = load_model(model_args, lora_args, source, training.device, training.seed)
         clock.lap("load")

@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks.record import record
 from benchmarks.rows import LSE_KEPT, whole
@@ -28,6 +28,7 @@ from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.utils.args import LINEARS, DataArguments
 from hyclora.utils.data.gsm8k import examples_of, load_rows
 from hyclora.utils.data.tokens import Collator, tokenize_rows
+from hyclora.utils.loading import load_tokenizer
 
 SETTINGS = [
     *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 3, 2)),
@@ -60,8 +61,7 @@ def load_batches(
     folder: str, data: str, batch_size: int, count: int, seq_len: int, device: str, split: str = "train"
 ) -> list[dict]:
     """count padded batches of a split."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = load_tokenizer(folder)
     rows = batch_size * count
     where = {"data_name": "demo"} if data == "demo" else {"data_name": "gsm8k", "data_dir": data}
     rows = load_rows(DataArguments(**where, max_train_samples=rows, max_eval_samples=rows, seq_len=seq_len), split)
@@ -73,10 +73,10 @@ def load_batches(
 
 def first_batches(kind: str, folder: str, batch_size: int, count: int, device: str) -> list[dict]:
     """count batches of rows of a kind in FIRST."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     rows = [FIRST[kind](tokenizer, i) for i in range(batch_size * count)]
     rows = [{"input_ids": ids, "labels": ids} for ids in rows]
-    collate = Collator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    collate = Collator(tokenizer.pad_token_id)
     batches = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
 

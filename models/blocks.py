@@ -1,18 +1,18 @@
 """The three blocks inside a decoder layer: what is bound to a norm, an attention and an MLP module.
 
-A block owns the training forward of one module. It is bound to that instance alone (MethodType in the instance's
-__dict__); evaluation, generation, disabled or merged adapters run the stock forward.
+A block owns the training forward of one module. It is bound to that instance alone (binding.py); evaluation,
+generation, disabled or merged adapters run the stock forward.
 """
 
-from functools import wraps
+import logging
+import sys
 from operator import attrgetter
-from types import MethodType
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hyclora.models.binding import BoundForward, bind, unbind
 from hyclora.models.families.family import Family
 from hyclora.operators import reference
 from hyclora.operators.attention.attention import CORES, AttentionFunction, AttentionSpec
@@ -20,16 +20,15 @@ from hyclora.operators.attention.flash import is_bounds
 from hyclora.operators.attention.fused_qkv import fits
 from hyclora.operators.attention.rope import rope
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
-from hyclora.operators.linear.nf4 import is_4bit
 from hyclora.operators.mlp import fused_mlp
 from hyclora.operators.mlp.mlp import MlpFunction, MlpSpec
 from hyclora.operators.norm import RMSNormFunction
-from hyclora.operators.savers import Derived, Keeper, Saver, Step
+from hyclora.operators.savers import Derived, Keeper, Saver, Source, Step
 from hyclora.operators.store import Store
 from hyclora.operators.token_tiles import place, token_tiles
 
+logger = logging.getLogger("hyclora")
 SOURCE = "_hyclora_source"
-BLOCK = "_hyclora_block"
 
 
 class Block:
@@ -37,35 +36,29 @@ class Block:
 
     store: Store | None = None
     span = 1
+    bound: BoundForward
     norms: tuple[nn.Module, ...] = ()  # whose weights it reads
+    reason: str | None = None  # why it may not run (models/watch.py)
 
     def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step):
         self.module, self.name, self.savers, self.step = module, name, savers, step
         self.projections: list[Projection] = []
+        self.told = False
+        self.derives = any(isinstance(saver, Derived) for saver in savers.values())
 
     def bind(self) -> None:
         """Put this block in front of the module's forward."""
-        self.stock = self.module.__dict__.get("forward")
-        setattr(self.module, BLOCK, self)
-
-        # HF's Trainer and generate read off the signature which inputs a model takes
-        @wraps(type(self.module).forward)
-        def forward(module, *args, **kwargs):
-            return getattr(module, BLOCK).forward(*args, **kwargs)
-
-        self.module.forward = self.bound = MethodType(forward, self.module)
-
-    @property
-    def wrapped(self) -> bool:
-        """Whether something has replaced the module's forward since, and may call this one from inside."""
-        return self.module.__dict__.get("forward") != self.bound
+        self.bound = bind(self.module, self)
 
     def unbind(self) -> None:
         """Give the module its own forward back."""
-        del self.module.__dict__["forward"]
-        delattr(self.module, BLOCK)
-        if self.stock is not None:
-            self.module.forward = self.stock
+        unbind(self.bound)
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else has replaced the module's forward, before or since."""
+        bound = self.bound
+        return bound.block is self and bound.former is None and self.module.__dict__.get("forward") is bound
 
     def forward(self, *args, **kwargs):
         if not self.applies(*args, **kwargs):
@@ -82,13 +75,11 @@ class Block:
             torch.set_autocast_enabled(device_type, True)
 
     def run_stock(self, *args, **kwargs):
-        if self.stock is not None:
-            return self.stock(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return self.bound.run_stock(*args, **kwargs)
 
     def applies(self, *args, **kwargs) -> bool:
         """Only training forwards with grad enabled and active, unmerged adapters are ours."""
-        if not (self.module.training and torch.is_grad_enabled()):
+        if self.reason is not None or not (self.module.training and torch.is_grad_enabled()):
             return False
         return all([p.refresh(self.step.index) for p in self.projections])
 
@@ -96,17 +87,21 @@ class Block:
         store = self.store if self.store is not None and self.store.active else None
         return Keeper(self.savers, self.step, store, self.span)
 
-    def input_source(self, x: torch.Tensor, slot: str):
-        """Where the norm before keeps x_hat, if the slot is derived from it; RuntimeError if x is not its output."""
-        if not isinstance(self.savers[slot], Derived):
-            return None
-        source = getattr(x, SOURCE, None)
-        if source is None:
-            raise RuntimeError(
-                f"{self.name}: {slot} is derived from the norm before it, but its input is not the output of a patched "
-                f'norm; keep it by itself with slot_savers={{"{slot}": "quant4"}}'
+    def input_source(self, x: torch.Tensor) -> Source | None:
+        """Where the norm before keeps x_hat, if this block derives its input from it."""
+        return getattr(x, SOURCE)[0] if self.derives else None
+
+    def can_derive(self, x: torch.Tensor) -> bool:
+        """Whether x is the norm's output as it came, or is kept by itself; a hook or a loop may give another tensor."""
+        if not self.derives or getattr(x, SOURCE, (None, None))[1] == x._version:
+            return True
+        if not self.told:
+            self.told = True
+            logger.warning(
+                f"HyC-LoRA: {self.name} runs stock code, as its input is not the output of the norm before it. To have "
+                'it packed keep the input by itself: slot_savers={"attn_in": "quant4", "mlp_in": "quant4"}'
             )
-        return source
+        return False
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -129,7 +124,8 @@ class NormBlock(Block):
         """The norm's output; with its input beside it if asked for, as the residual branch."""
         keeper, norm = self.keeper(), self.module
         y = RMSNormFunction.apply(hidden_states, norm.weight, norm.variance_epsilon, keeper, self.fused, residual)
-        setattr(y[0] if residual else y, SOURCE, keeper.source("norm_in", norm.weight))
+        x = y[0] if residual else y
+        setattr(x, SOURCE, (keeper.source("norm_in", norm.weight), x._version))
         return y
 
 
@@ -143,40 +139,40 @@ class AttentionBlock(Block):
         self.projections = [*qkv.projections, *out.projections]
         if attention == "eager" and module.attention_dropout > 0:
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
-        implementation = module.config._attn_implementation
-        interface = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
+        self.window_of = family.sliding_window
+        self.settings = implementation, window = self.read_settings()
+        # what others give where nothing is seen, and its gradients, differs
+        eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         causal = getattr(module.config, "is_causal", True)
         self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and causal
-        window = attrgetter(family.sliding_window)(module) if family.sliding_window else None
         core = CORES[attention](module, interface, window)
-        self.norm_names = family.head_norms
         self.norms = tuple(getattr(module, norm) for norm in family.head_norms)
-        self._refuse_trained_norms()
         fused = fused and fits(module.head_dim, savers, bool(self.norms))
         norms = dict(zip("qk", self.norms, strict=False))
         self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim, norms)
 
+    def read_settings(self) -> tuple[str, int | None]:
+        """Which attention is asked for, and how many keys a query sees."""
+        window = attrgetter(self.window_of)(self.module) if self.window_of else None
+        return self.module.config._attn_implementation, window
+
     def takes_bounds(self) -> bool:
         """Whether operators/attention/flash.py can run here, so that bounds may stand in for HF's mask."""
-        return self.own_flash and getattr(self.module, BLOCK, None) is self and self.module.training
+        return self.own_flash and self.alone and self.module.training
 
     def applies(
         self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
     ):
-        return past_key_values is None and super().applies()
-
-    def _refuse_trained_norms(self) -> None:
-        for name, norm in zip(self.norm_names, self.norms, strict=True):
-            if norm.weight.requires_grad:
-                raise ValueError(f"{self.name}.{name}: the weight is trainable; a norm of heads must be frozen")
+        ours = past_key_values is None and not self.step.stock_attention and super().applies()
+        return ours and (hidden_states is None or self.can_derive(hidden_states))
 
     def run(
         self, dtype, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, residual=None,
         overwrite=False, **kwargs,
     ):  # fmt: skip
         """The attention's output, the residual branch added if given (overwrite: in its memory); and None."""
-        self._refuse_trained_norms()
-        source = self.input_source(hidden_states, "attn_in")
+        source = self.input_source(hidden_states)
         cos, sin = position_embeddings
         y = AttentionFunction.apply(
             hidden_states if dtype is None else hidden_states.to(dtype), residual, overwrite,
@@ -200,20 +196,21 @@ class AttentionBlock(Block):
 
 
 class MlpBlock(Block):
-    """LlamaMLP's signature on MlpFunction, which says what is kept; ValueError for what it cannot do."""
+    """LlamaMLP's signature on MlpFunction, which says what is kept."""
 
     def __init__(self, module, name, savers, step, family: Family, compensate: bool, fused: bool):
         super().__init__(module, name, savers, step)
         gate_up = ProjectionGroup([projection(module, name, n) for n in family.gate_up])
         down = ProjectionGroup([projection(module, name, family.down)])
         self.projections = [*gate_up.projections, *down.projections]
-        if not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
-            raise ValueError(f"{name}: activation {type(module.act_fn).__name__} is not supported, only SiLU is")
         self.spec = MlpSpec(gate_up, down, compensate, fused and fused_mlp.fits(savers))
+
+    def applies(self, x=None, **kwargs) -> bool:
+        return super().applies() and (x is None or self.can_derive(x))
 
     def run(self, dtype, hidden_states, residual=None):
         """The MLP's output, added to the residual branch if given: a layer's own tensor, of nobody else."""
-        source = self.input_source(hidden_states, "mlp_in")
+        source = self.input_source(hidden_states)
         x = hidden_states if dtype is None else hidden_states.to(dtype)
         return MlpFunction.apply(x, residual, self.spec, self.keeper(), source, *self.spec.parameters())
 
@@ -230,15 +227,5 @@ class MlpBlock(Block):
 
 
 def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projection:
-    """The Projection of a module's linear; ValueError naming it for what is not supported."""
-    module, name = getattr(parent, attribute), f"{parent_name}.{attribute}"
-    base = getattr(module, "base_layer", module)
-    if base is not module and not isinstance(module, LoraLayer):
-        raise ValueError(f"{name}: {type(module).__name__} is not a LoRA layer; only LoRA adapters are supported")
-    if not isinstance(base, nn.Linear):
-        raise ValueError(f"{name}: base layer {type(base).__name__} is not a linear layer")
-    if not is_4bit(base.weight) and not base.weight.is_floating_point():
-        raise ValueError(f"{name}: base weights of {type(base).__name__} are not supported; use NF4 or floating point")
-    if base.weight.requires_grad:
-        raise ValueError(f"{name}: the base weight is trainable; only LoRA adapters and biases may be")
-    return Projection(module, attribute, parent, name)
+    """The Projection of a module's linear."""
+    return Projection(getattr(parent, attribute), attribute, parent, f"{parent_name}.{attribute}")

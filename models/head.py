@@ -1,55 +1,59 @@
-"""The block of a causal LM: decoder, then LM head and loss chunk by chunk, so that training has no logits."""
+"""The block of a causal LM: decoder, then LM head and loss chunk by chunk, so that training has no logits.
+
+They are there for whoever looks at them (outputs.py, late_logits.py).
+"""
+
+from contextlib import nullcontext
 
 import torch
 from torch import nn
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from hyclora.models.blocks import Block, autocast_dtype, projection
+from hyclora.models.families.family import Family
+from hyclora.models.late_logits import LateLogits
+from hyclora.models.outputs import LateCausalLMOutput
+from hyclora.models.trust import why_not_head
 from hyclora.operators.cross_entropy import Targets, linear_cross_entropy
-from hyclora.operators.linear.lora import Projection
+from hyclora.operators.linear.lora import Projection, get_rng_state, replayed_rng
 from hyclora.operators.savers import Step
 
 
 class HeadBlock(Block):
-    """LlamaForCausalLM's signature on LinearCrossEntropyFunction: the same loss and gradients, and logits None.
+    """LlamaForCausalLM's signature on LinearCrossEntropyFunction: the same loss and gradients, logits when looked at.
 
     adapted: a projection of the decoder. PEFT disables and merges all adapters together, so it tells when the model
-    as a whole runs stock code. Keeps what linear_cross_entropy does: dh, but no logits. Raises ValueError where the
-    stock head must stay.
+    as a whole runs stock code. Keeps what linear_cross_entropy does: dh, but no logits; hidden states as long as the
+    outputs live.
     """
 
-    def __init__(self, module: nn.Module, name: str, step: Step, attribute: str, adapted: list[Projection]):
+    # from the first look at logits of a batch in which padded tokens are not as in stock
+    logits_read = False
+
+    def __init__(self, module: nn.Module, name: str, step: Step, family: Family, adapted: list[Projection]):
         super().__init__(module, name, {}, step)
-        self.head = projection(module, name, attribute)
+        self.family = family
+        self.head = projection(module, name, family.head)
         self.projections = [self.head, *adapted]
         # can_return_tuple reads the default of return_dict off it
         self.config = module.config
-        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(module.config.model_type) != type(module).__name__:
-            raise ValueError(f"{name}.{attribute}: {type(module).__name__} is not the causal LM of transformers")
-        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
-            raise ValueError(f"{name}.{attribute}: the forward of {type(module).__name__} is replaced by another one")
-        if module.loss_function is not ForCausalLMLoss:
-            raise ValueError(f"{name}.{attribute}: the loss is not ForCausalLMLoss")
 
     def forward(self, *args, **kwargs):
         """Unlike in a layer's block, autocast stays on: the decoder runs inside."""
         return self.run(*args, **kwargs) if self.applies(*args, **kwargs) else self.run_stock(*args, **kwargs)
 
     def applies(self, *args, labels=None, logits_to_keep=0, **kwargs) -> bool:
-        """Also: HF's default loss of all positions is asked for, and the head's weight is still frozen."""
+        """Also: HF's default loss of all positions is asked for, and model and head are what they were."""
         return (
             labels is not None
             and len(args) <= 1
             and isinstance(logits_to_keep, int)
             and logits_to_keep == 0
             and "ignore_index" not in kwargs
-            and self.module.loss_function is ForCausalLMLoss
-            and not self.head.base.weight.requires_grad
             and self.module.training
             and torch.is_grad_enabled()
+            and self.module._modules.get(self.family.head) is self.head.module
+            and why_not_head(self.family, self.module, self.name) is None
             # not the blocks' answer for this forward: its number is counted when the decoder starts
             and all([p.refresh() for p in self.projections])
         )
@@ -58,21 +62,44 @@ class HeadBlock(Block):
     def run(self, *args, labels, logits_to_keep=0, shift_labels=None, num_items_in_batch=None, **kwargs):
         """The loss (fp32 scalar) of labels or shift_labels [B, S]: their mean, or their sum / num_items_in_batch."""
         targets = Targets(labels, ahead=1) if shift_labels is None else Targets(shift_labels)
-        outputs = self.module.base_model(*args, **kwargs)
+        device = self.head.base.weight.device
+        drops = self.head.dropout or self.projections[-1].dropout or self.config.attention_dropout
+        rng = get_rng_state(device) if drops and kwargs.get("attention_mask") is not None else None
+        outputs = self._decode(args, kwargs, unread=None if self.logits_read else targets.miss)
         hidden = outputs.last_hidden_state
-        device_type = hidden.device.type
-        dtype = autocast_dtype(device_type)
+        dtype = autocast_dtype(hidden.device.type)
         given = labels if shift_labels is None else shift_labels
         if given.numel() != hidden.shape[:-1].numel():
             raise ValueError(
                 f"labels of shape {list(given.shape)} do not belong to tokens of shape {list(hidden.shape[:-1])}"
             )
-        with torch.autocast(device_type, enabled=False):
-            hidden = hidden.to(self.head.base.weight.device, dtype)
+        again = (lambda: self._decode_again(args, kwargs, rng)) if self.step.padding_differs else None
+        drawn = get_rng_state(hidden.device) if self.head.dropout else None
+        logits = LateLogits(self, hidden, dtype, drawn, again).defer()
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(device, dtype)
             loss = linear_cross_entropy(hidden, targets, self.head, num_items_in_batch)
-        return CausalLMOutputWithPast(
+        return LateCausalLMOutput(
             loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _decode(self, args: tuple, kwargs: dict, unread=None):
+        """The decoder's outputs; unread tells it of positions whether nobody reads them."""
+        self.step.unread = unread
+        try:
+            return self.module.base_model(*args, **kwargs)
+        finally:
+            self.step.unread = None
+
+    def _decode_again(self, args: tuple, kwargs: dict, rng: torch.Tensor | None) -> torch.Tensor:
+        """The hidden states of a forward with padded tokens as in stock, as they are from now on; not another step."""
+        self.logits_read = self.step.again = True
+        try:
+            with nullcontext() if rng is None else replayed_rng(self.head.base.weight.device, rng):
+                return self._decode(args, kwargs).last_hidden_state
+        finally:
+            self.step.again = False

@@ -3,27 +3,16 @@
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import output_capturing
 
-from hyclora.models.blocks import BLOCK, AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.binding import BoundForward
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.trust import HOOKS, look
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Step
 from hyclora.operators.store import UNITS_A_LAYER
 
 # on the output of a layer that nobody else looks at: the next layer may overwrite it
 OURS = "_hyclora_ours"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def look(hooks: dict) -> bool:
-    """Whether some of a module's hooks may look at what passes.
-
-    Hugging Face's stay on the layers after one output_hidden_states=True, and look only while it is asked for again.
-    """
-    if not hooks:
-        return False
-    asked = output_capturing._active_collector.get()
-    return any(asked or getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values())
 
 
 class LayerBlock(Block):
@@ -31,10 +20,12 @@ class LayerBlock(Block):
 
     A branch leaves from the norm, whose backward adds its gradient on the way, and is added where the attention or
     the MLP ends: in its own memory, so that all layers have one residual stream. first: of the decoder's layers.
-    graphs: a LayerGraphs that may replay the layer, and all others with it.
+    graphs: a LayerGraphs that may replay the layer, and all others with it. together: whether the layer is as it came,
+    so that its blocks may be run without its own forward (models/watch.py).
     """
 
     graphs = None
+    together = False
 
     def __init__(
         self, module: nn.Module, name: str, step: Step, blocks: tuple[NormBlock, AttentionBlock, NormBlock, MlpBlock],
@@ -54,13 +45,12 @@ class LayerBlock(Block):
         return run(hidden_states, *args, **kwargs)
 
     def applies(self, *args, past_key_values=None, **kwargs) -> bool:
-        """Nobody else has replaced or hooked what is called in another way here, and all four blocks are at work."""
+        """Nobody looks between the blocks, and all four are at work."""
         return (
-            self.stock is None
+            self.together
             and not args
             and not getattr(self.module, "gradient_checkpointing", False)
             and not any(look(block.module.__dict__[name]) for block in self.blocks for name in HOOKS)
-            and all(getattr(block.module, BLOCK, None) is block and block.stock is None for block in self.blocks)
             and all(block.applies(past_key_values=past_key_values) for block in self.blocks)
         )
 
@@ -91,16 +81,18 @@ class CheckpointBlock(Block):
     """
 
     span = UNITS_A_LAYER
-    stock = None
+    bound = None
 
     def bind(self) -> None:
         if not getattr(self.module, "gradient_checkpointing", False):
             return
         installed = getattr(self.module, "_gradient_checkpointing_func", None)
         better = self.store is not None or not isinstance(self.savers["layer_in"], Exact)
-        if better and installed is not self:
+        if better and (self.bound is None or installed is not self.bound):
+            if isinstance(installed, BoundForward):  # a copied layer's, which has no block any more
+                installed = installed.former
             self._check(installed)
-            self.stock, self.module._gradient_checkpointing_func = installed, self
+            self.module._gradient_checkpointing_func = self.bound = BoundForward(self.module, installed, self)
 
     def _check(self, installed) -> None:
         """ValueError if this would drop what somebody asked of checkpointing; a store takes the place of HF's own."""
@@ -113,10 +105,10 @@ class CheckpointBlock(Block):
             )
 
     def unbind(self) -> None:
-        if getattr(self.module, "_gradient_checkpointing_func", None) is self:
-            self.module._gradient_checkpointing_func = self.stock
+        if self.bound is not None and getattr(self.module, "_gradient_checkpointing_func", None) is self.bound:
+            self.module._gradient_checkpointing_func = self.bound.former
 
-    def __call__(self, function, hidden_states, *args):
+    def forward(self, function, hidden_states, *args):
         if not torch.is_grad_enabled():
             return function(hidden_states, *args)
         parameters = [p for p in self.module.parameters() if p.requires_grad]

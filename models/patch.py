@@ -1,27 +1,36 @@
 """apply_hyclora and remove_hyclora: bind blocks to the modules of a PEFT model, and take them off again."""
 
+import logging
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from torch import nn
 
+from hyclora.models import trust
 from hyclora.models.bits import allocate_bits
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.calibration import Calibration
 from hyclora.models.config import SLOTS, HycloraConfig
 from hyclora.models.families import FAMILIES
 from hyclora.models.families.family import Family
+from hyclora.models.foreign_head import ForeignHead, reads_labelled_positions
 from hyclora.models.graphs.layer_graphs import LayerGraphs
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
 from hyclora.models.layers import CheckpointBlock, LayerBlock
+from hyclora.models.readers import Watchers
 from hyclora.models.report import PatchReport, make_report
 from hyclora.models.step_hook import StepHook
+from hyclora.models.watch import Watch
 from hyclora.operators.savers import ChannelQuant, Saver, Step, make_saver
 from hyclora.operators.store import CudaCopies, Store
 
+logger = logging.getLogger("hyclora")
 PATCH = "_hyclora_patch"
+# Halves of a layer, by block kind: the attributes of Family that name a norm and what it feeds
+HALVES = {"attention": ("attention_norm", "attention"), "mlp": ("mlp_norm", "mlp")}
 
 
 @dataclass
@@ -30,12 +39,21 @@ class Patch:
 
     config: HycloraConfig
     step: Step
+    decoder: nn.Module = field(repr=False)  # has it as an attribute
     calibration: Calibration
     blocks: list[Block] = field(default_factory=list)
     checkpoints: list[CheckpointBlock] = field(default_factory=list)
     hook: torch.utils.hooks.RemovableHandle | None = None
     store: Store | None = None
     graphs: LayerGraphs | None = None
+    watch: Watch | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy of the whole model: its blocks go to work, of which the copied modules do not know by themselves."""
+        self.__dict__.update(state)
+        for block in [*self.blocks, *self.checkpoints]:
+            if block.bound is not None:
+                block.bound.block = block
 
     def use(self, store: Store | None) -> None:
         """Send the packed slots of all blocks to a store; None: they stay put."""
@@ -61,63 +79,85 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     that is patched already.
     """
     config = config or HycloraConfig()
-    if getattr(model, PATCH, None) is not None:
-        raise ValueError("this model is patched already; call remove_hyclora first")
     decoder, family = _decoder(model)
+    if patch_of(model) is not None:
+        raise ValueError("this model is patched already; call remove_hyclora first")
     if not any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
     step = Step(config.iteration_threshold)
     names = {id(module): name for name, module in model.named_modules()}
     layers = list(getattr(decoder, family.layers))
-    bits = _bits(config, family, layers)
-    blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step)]
+    stock = _why_not(family, layers, names)
+    if len(stock) == len(HALVES) * len(layers):
+        raise ValueError(f"{stock[0, 'attention']}; so no layer of this model can be patched")
+    halves = {(i, half): layer for i, layer in enumerate(layers) for half in HALVES if (i, half) not in stock}
+    bits = _bits(config, family, halves)
+    blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step, stock)]
     head, stock_head = _head(model, family, names, step, blocks)
     inside = blocks if head is None else [*blocks, head]
-    not_patched = _others(model, family, decoder, layers) + stock_head
+    norm = getattr(decoder, family.final_norm)
+    stock_norm = trust.why_not_norm(family, norm, names[id(norm)])
+    reasons = [*stock.values(), *([stock_norm] if stock_norm else []), *stock_head]
     head_name = None if head is None else f"{head.name}.{family.head}"
-    report = make_report(config, layers, _slot_widths(family, layers[0]), inside, head_name, not_patched)
-    blocks.append(_final_norm(config, getattr(decoder, family.final_norm), names, step, blocks))
+    widths = {slot: n for (_, half), layer in halves.items() for slot, n in _slot_widths(family, layer, half).items()}
+    not_patched = _others(model, family, decoder, layers) + reasons
+    report = make_report(config, layers, widths, inside, head_name, not_patched)
+    blocks += [] if stock_norm else [_final_norm(config, norm, names, step, blocks)]
     blocks += [] if head is None else [head]
+    if reads_labelled_positions(_base(model)):
+        blocks.append(ForeignHead(_base(model), names[id(_base(model))], step))
     savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
     checkpoints = [CheckpointBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
     calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
-    patch = Patch(config, step, calibration, blocks, checkpoints)
+    patch = Patch(config, step, decoder, calibration, blocks, checkpoints)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers, "offload"))))
     recorder = CudaRecorder(_gpu(layers, "cuda_graphs")) if config.cuda_graphs else None
     for block in blocks:
         block.bind()
+    patch.watch = Watch(family, decoder, blocks, report.not_patched)
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    hook = StepHook(patch, attention, _adapted(blocks))
+    watchers = Watchers(decoder, layers, getattr(decoder, family.final_norm))
+    hook = StepHook(patch, attention, _adapted(blocks), watchers)
     patch.hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
-    object.__setattr__(model, PATCH, patch)
+    setattr(decoder, PATCH, patch)
+    if stock:
+        parts = f"{len(stock)} of {len(HALVES) * len(layers)} halves of layers (a norm and what it feeds)"
+        logger.warning(f"HyC-LoRA: {parts} run stock code. The first is {reasons[0]}")
     return report
 
 
 def remove_hyclora(model: PeftModel) -> None:
     """Take every block off again: the model is stock, bit for bit, and the statistics' memory is free.
 
-    ValueError if it was not patched, or if something else has replaced a patched forward since.
+    What has wrapped a patched forward since stays, around the stock one. The base model that merge_and_unload or
+    unload leaves is as good. ValueError if it was not patched.
     """
     patch = find_patch(model)
-    if wrapped := [block.name for block in patch.blocks if block.wrapped]:
-        raise ValueError(f"{wrapped[0]}: its forward was replaced after apply_hyclora; undo that first")
     for block in [*patch.blocks, *patch.checkpoints]:
         block.unbind()
     patch.hook.remove()
     if patch.graphs is not None:
         patch.graphs.clear()
-    object.__setattr__(model, PATCH, None)
+    delattr(patch.decoder, PATCH)
 
 
-def find_patch(model: PeftModel) -> Patch:
+def find_patch(model: nn.Module) -> Patch:
     """The patch on a model; ValueError if there is none."""
-    patch = getattr(model, PATCH, None)
+    patch = patch_of(model)
     if patch is None:
         raise ValueError("this model is not patched; call apply_hyclora first")
     return patch
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """The patch on a model or on one inside it, None without any; ValueError if there are several."""
+    patches = [module.__dict__[PATCH] for module in model.modules() if PATCH in module.__dict__]
+    if len(patches) > 1:
+        raise ValueError(f"there are {len(patches)} patched models in this one; give one of them")
+    return patches[0] if patches else None
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -142,25 +182,33 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:
     return getattr(base, base.base_model_prefix, base), FAMILIES[model_type]
 
 
-def _layer_modules(family: Family, layer: nn.Module) -> dict[tuple[str, str], nn.Module]:
-    """(block kind, attribute) -> module, in the order of the forward."""
-    return {
-        ("norm", family.attention_norm): getattr(layer, family.attention_norm),
-        ("attention", family.attention): getattr(layer, family.attention),
-        ("norm", family.mlp_norm): getattr(layer, family.mlp_norm),
-        ("mlp", family.mlp): getattr(layer, family.mlp),
-    }
+def _half(family: Family, layer: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
+    """A norm of a layer and what it feeds."""
+    return tuple(getattr(layer, getattr(family, name)) for name in HALVES[half])
 
 
-def _bits(config: HycloraConfig, family: Family, layers: list[nn.Module]) -> dict[tuple, int]:
-    """Bits of every quantized slot, keyed (layer, attribute, slot)."""
+def _why_not(family: Family, layers: list[nn.Module], names) -> dict[tuple[int, str], str]:
+    """Why halves of layers stay stock, keyed (layer, half)."""
+    why_not = {"attention": trust.why_not_attention, "mlp": trust.why_not_mlp}
+    halves = {(i, half): _half(family, layer, half) for i, layer in enumerate(layers) for half in HALVES}
+    places = Counter(id(module) for modules in halves.values() for module in modules)
+    reasons = {}
+    for (i, half), (norm, module) in halves.items():
+        shared = next((names[id(m)] for m in (norm, module) if places[id(m)] > 1), None)
+        reason = f"{shared}: several layers share it" if shared else None
+        reason = reason or trust.why_not_norm(family, norm, names[id(norm)])
+        if reason := reason or why_not[half](family, module, names[id(module)]):
+            reasons[i, half] = reason
+    return reasons
+
+
+def _bits(config: HycloraConfig, family: Family, halves: dict[tuple[int, str], nn.Module]) -> dict[tuple, int]:
+    """Bits of every quantized slot, keyed (layer, half, block kind, slot)."""
     sizes = {}
-    for i, layer in enumerate(layers):
-        widths = _slot_widths(family, layer)
-        for kind, attribute in _layer_modules(family, layer):
-            for slot, spec in SLOTS.items():
-                if spec.block == kind and config.saver_name(slot, 2) == "quant2" and slot not in config.slot_savers:
-                    sizes[i, attribute, slot] = widths[slot]
+    for (i, half), layer in halves.items():
+        for slot, width in _slot_widths(family, layer, half).items():
+            if config.saver_name(slot, 2) == "quant2" and slot not in config.slot_savers:
+                sizes[i, half, slot] = width
     if config.q_bit == "auto":
 
         def packed_bits(key, width):
@@ -171,34 +219,39 @@ def _bits(config: HycloraConfig, family: Family, layers: list[nn.Module]) -> dic
     return dict.fromkeys(sizes, config.q_bit)
 
 
-def _slot_widths(family: Family, layer: nn.Module) -> dict[str, int]:
-    """Elements a token of each slot of one layer."""
-    attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
-    q, k, v = (getattr(attention, name).out_features for name in family.qkv)
-    gate, up = (getattr(mlp, name).out_features for name in family.gate_up)
-    hidden = getattr(attention, family.qkv[0]).in_features
-    return {
-        "norm_in": hidden, "attn_in": hidden, "mlp_in": hidden, "q": q, "k": k, "v": v, "attn_out": q,
-        "lse": 2 * q // attention.head_dim,  # in fp32
-        "gate": gate, "up": up, "act": gate, "hidden": gate,
-    }  # fmt: skip
+def _slot_widths(family: Family, layer: nn.Module, half: str) -> dict[str, int]:
+    """Elements a token of each slot of half a layer."""
+    if half == "mlp":
+        mlp = getattr(layer, family.mlp)
+        gate, up = (getattr(mlp, name) for name in family.gate_up)
+        n_in, n = gate.in_features, gate.out_features
+        return {"norm_in": n_in, "mlp_in": n_in, "gate": n, "up": up.out_features, "act": n, "hidden": n}
+    attention = getattr(layer, family.attention)
+    projections = [getattr(attention, name) for name in family.qkv]
+    n_in, (q, k, v) = projections[0].in_features, (p.out_features for p in projections)
+    lse = 2 * q // attention.head_dim  # in fp32
+    return {"norm_in": n_in, "attn_in": n_in, "q": q, "k": k, "v": v, "attn_out": q, "lse": lse}
 
 
-def _blocks(config, family, index, layer, names, bits, step) -> list[Block]:
-    """The blocks of one layer and of what is in it, not bound yet."""
-    compensate = config.policy.compensate
-    extra = {
-        "norm": (config.policy.fused,),
-        "attention": (family, config.attention, compensate, config.policy.fused),
-        "mlp": (family, compensate, config.policy.fused),
+def _blocks(config, family, index, layer, names, bits, step, stock) -> list[Block]:
+    """The blocks of one layer and of what is in it, not bound yet; none for halves that stay stock."""
+    policy = config.policy
+    kinds = {
+        "attention": (AttentionBlock, (family, config.attention, policy.compensate, policy.fused)),
+        "mlp": (MlpBlock, (family, policy.compensate, policy.fused)),
     }
-    kinds = {"norm": NormBlock, "attention": AttentionBlock, "mlp": MlpBlock}
     blocks = []
-    for (kind, attribute), module in _layer_modules(family, layer).items():
-        savers = _savers(config, kind, {slot: bits.get((index, attribute, slot), 8) for slot in SLOTS})
-        blocks.append(kinds[kind](module, names[id(module)], savers, step, *extra[kind]))
-    for norm, fed in zip(blocks[::2], blocks[1::2], strict=True):
-        norm.projections = fed.projections
+    for half, (block, extra) in kinds.items():
+        if (index, half) in stock:
+            continue
+        norm, module = _half(family, layer, half)
+        slot_bits = {slot: bits.get((index, half, slot), 8) for slot in SLOTS}
+        fed = block(module, names[id(module)], _savers(config, half, slot_bits), step, *extra)
+        blocks.append(NormBlock(norm, names[id(norm)], _savers(config, "norm", slot_bits), step, policy.fused))
+        blocks[-1].projections = fed.projections
+        blocks.append(fed)
+    if len(blocks) < 2 * len(kinds) or trust.why_not_layer(family, layer, ""):
+        return blocks
     return [*blocks, LayerBlock(layer, names[id(layer)], step, tuple(blocks), first=index == 0)]
 
 
@@ -223,10 +276,10 @@ def _head(model, family, names, step, blocks) -> tuple[HeadBlock | None, list[st
     base = _base(model)
     if not hasattr(base, family.head):
         return None, []
-    try:
-        return HeadBlock(base, names[id(base)], step, family.head, _adapted(blocks)), []
-    except ValueError as reason:
-        return None, [str(reason)]
+    name = names[id(base)]
+    if reason := trust.why_not_head(family, base, name):
+        return None, [reason]
+    return HeadBlock(base, name, step, family, _adapted(blocks)), []
 
 
 def _savers(config: HycloraConfig, kind: str, bits: dict[str, int], gauged: bool = False) -> dict[str, Saver]:

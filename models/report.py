@@ -40,7 +40,7 @@ class PatchReport:
             kinds = ", ".join(f"{name} x{names.count(name)}" for name in dict.fromkeys(names))
             lines.append(f"  {slot:<9}{kinds if len(set(names)) > 1 else names[0]}")
         if self.head is not None:
-            lines.append(f"  {self.head}: chunked cross-entropy, no logits in training")
+            lines.append(f"  {self.head}: chunked cross-entropy, logits only for whoever looks at them")
         adapted = ", ".join(f"{name} x{count}" for name, count in self.adapters.items())
         lines.append(f"  LoRA on  {adapted}")
         if self.single_kernels:

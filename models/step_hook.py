@@ -1,19 +1,25 @@
 """What happens before a decoder's forward in training: the step is counted, masks are told in a few numbers."""
 
+from functools import partial
+from inspect import signature
+
 import torch
 from torch import nn
 
 from hyclora.models.blocks import AttentionBlock
-from hyclora.models.graphs.foresight import foretell, is_stock
+from hyclora.models.graphs.foresight import foretell
 from hyclora.models.masks import causal_bounds
+from hyclora.models.readers import Watchers, asks_for
 from hyclora.models.report import tell_of_checkpointing
+from hyclora.models.trust import is_stock
 
 
 class StepHook:
-    """Runs before a decoder forward: counts and weighs it, notes padding, binds checkpoints, keeps cache, masks off."""
+    """Runs before a decoder forward: counts and weighs it, binds checkpoints, keeps the cache and S x S masks off."""
 
-    def __init__(self, patch, attention: list[AttentionBlock], adapted: list):
+    def __init__(self, patch, attention: list[AttentionBlock], adapted: list, watchers: Watchers):
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
+        self.watchers = watchers
         self.told = False
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
@@ -22,39 +28,78 @@ class StepHook:
         if not self.told:
             self.told = True
             tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints])
-        self.step.index += 1
+        if is_stock(decoder) and len(args) > 1:
+            names = list(signature(type(decoder).forward).parameters)[2 : 1 + len(args)]
+            args, kwargs = args[:1], kwargs | dict(zip(names, args[1:], strict=True))
         for checkpoint in self.patch.checkpoints:
             checkpoint.bind()
         mask = kwargs.get("attention_mask")
         self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        if self.patch.calibration.follow(_tokens(args, kwargs)) and self.patch.graphs is not None:
-            self.patch.graphs.clear()
+        if not self.step.again:
+            self.step.index += 1
+            if self.patch.calibration.follow(_tokens(args, kwargs)) and self.patch.graphs is not None:
+                self.patch.graphs.clear()
+        given = self._begin(decoder, args, dict(kwargs), early=True)
+        # a replay may have been started meanwhile, which comes to nothing then
+        if self.patch.watch.changed():
+            self.patch.watch.look()
+            given = self._begin(decoder, args, dict(kwargs), early=False)
+        return given
+
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict, early: bool) -> tuple[tuple, dict]:
+        """The decoder's arguments, with what the layers get in place of HF's mask; early: a replay may be started."""
         # a loop over the layers that is not Hugging Face's own may keep what it likes
         stock = is_stock(decoder)
-        given = len(args) > 1 or kwargs.get("inputs_embeds") is not None
         embedding = decoder.get_input_embeddings()
-        self.step.private = stock
-        self.step.embeds = stock and not given and not embedding._forward_hooks
-        if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
-            # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
-            kwargs["use_cache"] = False
-        bounds = self._bounds(args, kwargs)
-        if bounds is not None:
-            kwargs["attention_mask"] = bounds
-        if self.patch.graphs is not None:
+        self.step.private = stock and self.patch.watch.stock
+        self.step.embeds = stock and kwargs.get("inputs_embeds") is None and not embedding._forward_hooks
+        causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
+        self.step.stock_attention = asks_for("attentions", decoder, kwargs) or causal is False
+        self.step.padding_differs = False
+        if stock:
+            self._tell_masks(decoder, args, kwargs)
+        if early and self.patch.graphs is not None:
             asked = foretell(decoder, self.patch.hook.id, *args, **kwargs) if self.step.embeds else None
             self.patch.graphs.foresee(asked, embedding, args[0] if args else kwargs.get("input_ids"))
         return args, kwargs
 
-    def _bounds(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
-        """What the layers get for HF's mask; None if HF shall make one, as some would not know what bounds are."""
+    def _tell_masks(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Keep the cache off, and have each token see what it sees in HF; bounds do that at the least cost."""
         tokens = _tokens(args, kwargs)
-        cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
-        if tokens is None or len(args) > 1 or cached or not all(p.refresh(self.step.index) for p in self.adapted):
-            return None
-        if not all(block.takes_bounds() for block in self.attention):
-            return None
-        return causal_bounds(kwargs.get("attention_mask"), kwargs.get("position_ids"), *tokens.shape[:2])
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") or tokens is None:
+            return
+        if kwargs.get("use_cache") is None:
+            # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
+            kwargs["use_cache"] = False
+            # but HF looks for packed rows only without one
+            if decoder.config.use_cache and not getattr(decoder, "gradient_checkpointing", False):
+                positions = None
+        if self._take_bounds():
+            unread = partial(self._unread, decoder, kwargs)
+            zero = decoder.config._attn_implementation == "sdpa"  # where it masks all keys; eager takes their mean
+            bounds = causal_bounds(mask, positions, *tokens.shape[:2], unread, zero)
+            if bounds is not None:
+                kwargs["attention_mask"] = bounds
+                return
+        if mask is None and positions is None and kwargs.get("position_ids") is not None:
+            kwargs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+
+    def _take_bounds(self) -> bool:
+        """Whether the layers know what bounds are; or HF shall make a mask."""
+        if self.step.stock_attention or not self.patch.watch.bounded:
+            return False
+        if not all(p.refresh(self.step.index) for p in self.adapted):
+            return False
+        return all(block.takes_bounds() for block in self.attention)
+
+    def _unread(self, decoder: nn.Module, kwargs: dict, padding: torch.Tensor) -> bool:
+        """Whether nobody reads what comes out at padding, bool [B, S] on the host."""
+        unread = self.step.unread
+        if unread is None or asks_for("hidden_states", decoder, kwargs) or self.watchers.there():
+            return False
+        self.step.padding_differs = unread(padding)
+        return self.step.padding_differs
 
 
 def _tokens(args: tuple, kwargs: dict) -> torch.Tensor | None:

@@ -91,13 +91,22 @@ class Targets:
 
     def counted(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row indices [N] and labels [N] that are in the loss."""
-        labels = F.pad(self._labels, (0, self._ahead), value=IGNORED)[..., self._ahead :].reshape(-1)
+        labels = self._by_row()
         # a stable sort moves the counted rows to the front; nonzero() would wait for the decoder's kernels
         rows = torch.argsort((labels == IGNORED).to(torch.uint8), stable=True)
         if self._copied is not None:
             self._copied.synchronize()
         rows = rows[: int(self._host)]
         return rows.to(device), labels[rows].to(device)
+
+    def miss(self, rows: Tensor) -> bool:
+        """Whether none of these rows, bool [B, S] on the host, is in the loss; waits for the GPU."""
+        labels = self._by_row()
+        return labels.numel() == rows.numel() and not ((labels != IGNORED).cpu() & rows.flatten()).any()
+
+    def _by_row(self) -> Tensor:
+        """The label of each row."""
+        return F.pad(self._labels, (0, self._ahead), value=IGNORED)[..., self._ahead :].reshape(-1)
 
 
 def linear_cross_entropy(hidden: Tensor, targets: Targets, p: Projection, num_items: Tensor | int | None) -> Tensor:

@@ -24,6 +24,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def as_output(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Rows [T, C] of a Function in the caller's shape; no view for autograd, so that it may be written to in place."""
+    return torch.ops.aten._unsafe_view(rows, (*shape[:-1], rows.shape[-1]))
+
+
 def device_guard(x: Tensor):
     """Make x's GPU current while a kernel is launched (Triton launches on the current device)."""
     if not x.is_cuda or torch.cuda.device_count() == 1 or x.get_device() == torch.cuda.current_device():

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hyclora.operators import reference
-from hyclora.operators.dispatch import as_rows, cdiv, device_guard, next_power_of_2, use_triton
+from hyclora.operators.dispatch import as_output, as_rows, cdiv, device_guard, next_power_of_2, use_triton
 from hyclora.operators.packing.codebook import book_constants
 from hyclora.operators.packing.layout import carve, packed_shapes
 from hyclora.operators.packing.quantize import (
@@ -263,7 +263,7 @@ class RMSNormFunction(torch.autograd.Function):
         keeper.keep_exact("weight", weight)
         keeper.save(ctx)
         ctx.x_dtype = x.dtype
-        y = y.view(x.shape)
+        y = as_output(y, x.shape)
         return (y, x) if residual else y
 
     @staticmethod

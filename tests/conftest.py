@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hyclora.operators import dispatch
 from hyclora.utils.data.gsm8k import prompt_of, target_of
 from hyclora.utils.data.word_problems import word_problems
+from tests.helpers.kernel_checks import refuse_bfloat16
 from tests.helpers.replaying import record
 
 # a shell's background job ignores Ctrl-C, and so would all that the tests start and stop by it
@@ -32,6 +33,8 @@ def cpu_runs_reference(monkeypatch):
 def kernels(monkeypatch):
     """CPU tensors run the Triton kernels in the interpreter, and torch.empty is full of NaN (bytes of 0xFF)."""
     monkeypatch.setattr(dispatch, "INTERPRETING", not torch.cuda.is_available())
+    if dispatch.INTERPRETING:
+        refuse_bfloat16(monkeypatch)
 
     def poison(allocate):
         def poisoned(*args, **kwargs):

@@ -7,6 +7,7 @@ GPU and float32 on a CPU unless told otherwise; adapters are float32, as PEFT ma
 import contextlib
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,20 +20,20 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    LlamaTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import cached_file
 
 from hyclora.models.families import FAMILIES
 from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.errors import UserError
+from hyclora.utils.tokenizer import TOKENIZER_FILES, load_as_trained
+from hyclora.utils.weights import stored_dtypes
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _INIT = {"qlora": True, "loftq": True, "gaussian": "gaussian", "pissa": "pissa_niter_16"}
 _NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -62,7 +63,7 @@ def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True)
         AutoConfig.from_pretrained(folder)
     except StrictDataclassError as error:
         raise UserError(f"{folder / 'config.json'} cannot work: {error.__cause__ or error}") from None
-    if tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder} has no tokenizer: it needs tokenizer.json or tokenizer.model")
     if not args.random_weights and not list(folder.glob("*.safetensors")):
         if list(folder.glob("*.bin")):
@@ -90,51 +91,52 @@ def _reading(source: str):
         ) from error
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right with an existing token: the embedding is never resized."""
-    folder = Path(source)
+def load_tokenizer(source: str, tell: Callable[[str], None] = print) -> PreTrainedTokenizerBase:
+    """The tokenizer of `load_as_trained`; tell gets what was decided, line by line."""
     with _reading(source):
         config = AutoConfig.from_pretrained(source)
-        if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES[:2]):
-            # AutoTokenizer would drop bos and the leading space that a bare SentencePiece file stands for.
-            tokenizer = LlamaTokenizer.from_pretrained(source, add_bos_token=True)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-    _check_family(config.model_type, source)
+        _check_family(config.model_type, source)
+        tokenizer, decided = load_as_trained(source, config)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens, the model only {config.vocab_size}: "
             "they do not belong together"
         )
-    if tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {source} has no eos token: name it in tokenizer_config.json")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.padding_side = "right"
+    for line in decided:
+        tell(line)
     return tokenizer
 
 
-def load_base(args: ModelArguments, source: str, device: torch.device) -> PreTrainedModel:
-    """The frozen model on its device; NF4 if asked for."""
-    dtype = _dtype_of(args, device)
+def load_base(
+    args: ModelArguments, source: str, device: torch.device, tell: Callable[[str], None] = print
+) -> PreTrainedModel:
+    """The frozen model on its device; NF4 if asked for. All of it in one dtype, which `tell` gets with the reason."""
+    dtype, why = _dtype_of(args, device)
+    loaded = f"{'NF4, the rest and what is computed ' if args.load_in_4bit else ''}{str(dtype).removeprefix('torch.')}"
     if args.random_weights:
+        tell(f"base weights: random, {loaded} ({why})")
         return _random_base(args, source, device, dtype)
     quantization = None
     if args.load_in_4bit:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **_NF4)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": device},
         use_safetensors=True,
     )
+    stored = stored_dtypes(Path(cached_file(source, "config.json")).parent)
+    tell(f"base weights: {loaded} ({why}){stored and f'; in the checkpoint {stored}'}")
+    return model
 
 
-def _dtype_of(args: ModelArguments, device: torch.device) -> torch.dtype:
+def _dtype_of(args: ModelArguments, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of the base weights, whatever the checkpoint has, and why it is that."""
     if args.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, args.dtype)
+        on_gpu = device.type == "cuda"
+        return torch.bfloat16 if on_gpu else torch.float32, f"dtype auto on a {'GPU' if on_gpu else 'CPU'}"
+    return getattr(torch, args.dtype), f"dtype {args.dtype} is set"
 
 
 def _random_base(args: ModelArguments, source: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -168,15 +170,22 @@ def quantize_linears(model: PreTrainedModel, compute_dtype: torch.dtype):
     model.is_loaded_in_4bit = model.is_quantized = True
 
 
-def load_model(args: ModelArguments, lora: LoraArguments, source: str, device: torch.device, seed: int) -> PeftModel:
-    """The base of `find_base` with fresh adapters drawn from `seed`."""
+def load_model(
+    args: ModelArguments,
+    lora: LoraArguments,
+    source: str,
+    device: torch.device,
+    seed: int,
+    tell: Callable[[str], None] = print,
+) -> PeftModel:
+    """The base of `find_base` with fresh adapters drawn from `seed`; tell gets what was decided."""
     if lora.lora_init_type == "loftq" and device.type != "cuda":
         raise UserError(f"lora_init_type loftq is computed by PEFT on a GPU only, not on {device.type}: choose another")
     # PiSSA splits the float weights; what is left of them is quantized afterwards.
     float_first = args.load_in_4bit and lora.lora_init_type == "pissa"
     set_seed(seed)
     with _reading(source):
-        base = load_base(replace(args, load_in_4bit=False) if float_first else args, source, device)
+        base = load_base(replace(args, load_in_4bit=False) if float_first else args, source, device, tell)
     base.config.use_cache = False
     set_seed(seed)
     model = add_lora(base, lora, quantize_after=float_first)

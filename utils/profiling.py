@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyclora.models.config import HycloraConfig
-from hyclora.models.patch import PATCH
+from hyclora.models.patch import patch_of
 
 MIB = 2**20
 AFTER_CALIBRATION = 2  # forwards: a kind of input is recorded as CUDA graphs the second time that it comes
@@ -30,7 +30,7 @@ def undisturbed(model: nn.Module, *, train: bool):
 
 def graphs_of(model: nn.Module):
     """The LayerGraphs of a patched model, None without any."""
-    return getattr(getattr(model, PATCH, None), "graphs", None)
+    return getattr(patch_of(model), "graphs", None)
 
 
 def layer_by_layer(model: nn.Module):
@@ -61,7 +61,7 @@ def buffered_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with undisturbed(model, train=True), layer_by_layer(model), hooks:
         output = model(**batch)
-        patch = getattr(model, PATCH, None)
+        patch = patch_of(model)
         in_store = patch.store.device_bytes if patch is not None and patch.store is not None else 0
         del output
     return in_store + sum(storage.nbytes() for storage in kept.values())
@@ -75,7 +75,7 @@ def random_batch(vocab: int, batch_size: int, seq_len: int, device: torch.device
 
 def host_bytes(model: nn.Module) -> int:
     """Host memory that holds offloaded activations: as HyC-LoRA's store counts it, otherwise all that is pinned."""
-    patch = getattr(model, PATCH, None)
+    patch = patch_of(model)
     if patch is not None:
         return 0 if patch.store is None else patch.store.host_bytes
     pinned = torch.cuda.host_memory_stats()
@@ -84,7 +84,7 @@ def host_bytes(model: nn.Module) -> int:
 
 def pinned_bytes(model: nn.Module) -> int:
     """Host memory that HyC-LoRA's store holds for offloaded activations, whether or not any are in it."""
-    store = getattr(getattr(model, PATCH, None), "store", None)
+    store = getattr(patch_of(model), "store", None)
     return 0 if store is None else store.arena.pinned
 
 
@@ -109,7 +109,7 @@ class MicroStep:
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=1e-3)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-        patch = getattr(model, PATCH, None)
+        patch = patch_of(model)
         threshold = HycloraConfig().iteration_threshold if patch is None else patch.step.threshold
         for _ in range(threshold + AFTER_CALIBRATION):
             self.forward(warm_up_batch or batch).backward()

@@ -1,8 +1,10 @@
-"""LLaMA: attribute names of one family."""
+"""LLaMA: the names of one family."""
 
 from hyclora.models.families.family import Family
 
 LLAMA = Family(
+    modeling="llama.modeling_llama",
+    prefix="Llama",
     layers="layers",
     final_norm="norm",
     attention="self_attn",

@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from hyclora.models.families.llama import LLAMA
 
-MISTRAL = replace(LLAMA, sliding_window="config.sliding_window")
+MISTRAL = replace(LLAMA, modeling="mistral.modeling_mistral", prefix="Mistral", sliding_window="config.sliding_window")

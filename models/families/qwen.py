@@ -4,5 +4,5 @@ from dataclasses import replace
 
 from hyclora.models.families.llama import LLAMA
 
-QWEN2 = replace(LLAMA, sliding_window="sliding_window")
-QWEN3 = replace(QWEN2, head_norms=("q_norm", "k_norm"))
+QWEN2 = replace(LLAMA, modeling="qwen2.modeling_qwen2", prefix="Qwen2", sliding_window="sliding_window")
+QWEN3 = replace(QWEN2, modeling="qwen3.modeling_qwen3", prefix="Qwen3", head_norms=("q_norm", "k_norm"))

@@ -5,17 +5,11 @@ Between the two Hugging Face's code looks embeddings up and makes position ids, 
 """
 
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 
+from hyclora.models.trust import GLOBAL_HOOKS, is_stock
 from hyclora.operators.attention.flash import is_bounds
 
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # of others inv_freq changes with the lengths that were seen
-
-
-def is_stock(module: nn.Module) -> bool:
-    """Whether a module's forward is Hugging Face's."""
-    defined = type(module).__module__, type(module).forward.__module__
-    return all(name.startswith("transformers.") for name in defined) and "forward" not in module.__dict__
 
 
 def foretell(decoder: nn.Module, hook: int, input_ids=None, *args, attention_mask=None, **kwargs) -> tuple | None:
@@ -40,7 +34,7 @@ def foretell(decoder: nn.Module, hook: int, input_ids=None, *args, attention_mas
 def _alone(decoder: nn.Module, hook: int) -> bool:
     """Whether no hook runs after this one and before the first layer."""
     last = next(reversed(decoder._forward_pre_hooks)) == hook
-    return last and not (every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
+    return last and not any(GLOBAL_HOOKS)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hyclora.models.blocks import Block, autocast_dtype
 from hyclora.models.graphs.gradients import GradientBuffers, add_gradients
 from hyclora.models.graphs.recording import Recording
-from hyclora.models.layers import HOOKS, OURS, LayerBlock, look
+from hyclora.models.layers import OURS, LayerBlock
+from hyclora.models.trust import HOOKS, look
 from hyclora.operators.attention.flash import is_bounds
 from hyclora.operators.pausable import Pausable
 
@@ -132,8 +133,9 @@ class LayerGraphs(Pausable):
         return ticket
 
     def _possible(self) -> bool:
-        """Whether a replay could start now: nothing is in its memory, and savers do not change."""
-        return self.active and torch.is_grad_enabled() and not self.step.calibrating and self._pending() is None
+        """Whether a replay could start now: nothing is in its memory, savers do not change, and attention is ours."""
+        able = self.active and self.patch.watch.whole and torch.is_grad_enabled()
+        return able and not (self.step.calibrating or self.step.stock_attention) and self._pending() is None
 
     def _given(self, hidden: Tensor, leaves: list, spec) -> tuple:
         """What the inputs of two steps must have in common to be replayed alike."""
@@ -161,7 +163,8 @@ class LayerGraphs(Pausable):
             return None
         if (
             self._drops
-            or any(look(hooks) for hooks in self._hooks)
+            or any(self._hooks)
+            and any(look(hooks) for hooks in self._hooks)
             or torch.distributed.is_available()
             and torch.distributed.is_initialized()
         ):

@@ -21,7 +21,7 @@ from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_resto
 from hyclora.operators.attention.hollow_graph import HollowGraph, record
 from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
-from hyclora.operators.dispatch import use_triton
+from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
 from hyclora.operators.linear.residual import overwritable
 from hyclora.operators.savers import Keeper
@@ -162,6 +162,10 @@ class AttentionSpec:
         """Whether the fused kernels run on a GPU; what they pack is the same either way."""
         return self.fused and not self.qkv.has_lora_bias
 
+    def fuses(self, y: Tensor) -> bool:
+        """Whether they run on y; Triton 3.6 scales normalized heads in fp32 by the RMS of another row (on an H200)."""
+        return self.can_fuse and use_triton(y) and not (self.norms and y.dtype == torch.float32)
+
     def to_heads(self, x: Tensor, batch: int) -> Tensor:
         """[T, H D] to [B, S, H, D]."""
         return x.view(batch, x.shape[0] // batch, -1, self.head_dim)
@@ -197,7 +201,7 @@ class AttentionFunction(torch.autograd.Function):
         if spec.qkv.needs_input:
             keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
         y, low_rank = spec.qkv.project(rows, parameters[:n_qkv], keeper, rng)
-        fused = spec.can_fuse and use_triton(y)
+        fused = spec.fuses(y)
         if fused:
             y = fused_qkv_fwd(spec, y, cos, sin, batch, low_rank, keeper)
             heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
@@ -215,7 +219,7 @@ class AttentionFunction(torch.autograd.Function):
             keeper.keep_exact(name, tensor)
         keeper.save(ctx)
         ctx.spec, ctx.kwargs, ctx.rng, ctx.shape, ctx.fused, ctx.dtype = spec, kwargs, rng, x.shape, fused, x.dtype
-        return y.view(*x.shape[:-1], -1)
+        return as_output(y, x.shape)
 
     @staticmethod
     @once_differentiable

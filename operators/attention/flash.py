@@ -23,8 +23,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def is_bounds(mask) -> bool:
-    """Whether an attention mask is bounds; Hugging Face's own are bool or floating point."""
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32
+    """Whether an attention mask is bounds; Hugging Face's own are bool or floating point, a user's may be anything."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 2
 
 
 def flash_attention(

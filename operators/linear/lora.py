@@ -58,17 +58,14 @@ class Projection:
         self.refresh()
 
     def refresh(self, forward: int | None = None) -> bool:
-        """Follow PEFT's switches; False while it has the adapter disabled or merged.
+        """Follow PEFT's switches; False while it has the adapter disabled or merged, or several active ones.
 
-        forward: number of the model's training forward; within one, what was read is not read again. ValueError for
-        several active adapters, for one that is not supported, and if the module was replaced.
+        forward: number of the model's training forward; within one, what was read is not read again.
         """
         if forward is not None and forward == self._forward:
             return self._active
         self._forward = forward
         module = self.module
-        if self.owner is not None and self.owner._modules.get(self.name) is not module:
-            raise ValueError(f"{self.where} was replaced after apply_hyclora; call remove_hyclora and apply it again")
         self.adapter, self.rank, self.scaling, self.dropout = None, 0, 0.0, 0.0
         self._active = True
         if self._adapters is None:
@@ -76,26 +73,17 @@ class Projection:
             return True
         lora_A, lora_B, dropouts = self._adapters
         active = [a for a in module.active_adapters if a in lora_A]
-        if len(active) > 1:
-            raise ValueError(f"{self.where}: several active adapters, {', '.join(active)}; activate one")
         weights = None, None, None
         if active:
-            (self.adapter,) = active
+            self.adapter = active[0]
             up = lora_B[self.adapter]
-            self._refuse()
             weights = lora_A[self.adapter].weight, up.weight, up.bias
             self.rank, self.scaling = weights[0].shape[0], module.scaling[self.adapter]
             dropout = dropouts[self.adapter]
             self.dropout = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         self._parameters = *weights, self.base.bias
-        self._active = not (module.disable_adapters or module.merged)
+        self._active = len(active) <= 1 and not (module.disable_adapters or module.merged)
         return self._active
-
-    def _refuse(self) -> None:
-        """ValueError if the active adapter is one that the Functions do not compute."""
-        if variant := getattr(self.module, "lora_variant", {}).get(self.adapter):
-            kind = type(variant).__name__
-            raise ValueError(f"{self.where}: LoRA variant {kind} is not supported; use plain LoRA or rsLoRA")
 
     @property
     def has_adapter(self) -> bool:

@@ -49,8 +49,8 @@ def _nf4_kernel(
 
 
 def is_4bit(weight: Tensor) -> bool:
-    """Whether a weight is one of bitsandbytes' 4-bit parameters."""
-    return bnb is not None and isinstance(weight, bnb.nn.Params4bit)
+    """Whether a weight is one of bitsandbytes' 4-bit parameters, which after pickling is a plain one with its state."""
+    return bnb is not None and (isinstance(weight, bnb.nn.Params4bit) or "quant_state" in weight.__dict__)
 
 
 def dequantize_4bit(weight: Tensor, out: Tensor, row: int = 0, column: int = 0, below: Tensor | None = None) -> Tensor:

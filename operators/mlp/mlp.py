@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hyclora.operators.dispatch import use_triton
+from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
 from hyclora.operators.linear.residual import overwritable
 from hyclora.operators.mlp.activation import silu_mul_bwd, silu_mul_fwd
@@ -67,7 +67,7 @@ class MlpFunction(torch.autograd.Function):
             y = branch.detach() if overwrite else place(y, part, tile, len(rows))
         keeper.save(ctx)
         ctx.spec, ctx.shape, ctx.dtype = spec, x.shape, x.dtype
-        return y.view(*x.shape[:-1], -1)
+        return as_output(y, x.shape)
 
     @staticmethod
     @once_differentiable

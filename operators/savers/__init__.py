@@ -7,7 +7,7 @@ sparse.py         the largest entries of attention rows      gauge.py      wheth
 Where the packed bytes wait, if not on the GPU, is operators/store.
 """
 
-from hyclora.operators.savers.base import Derived, Keeper, Recompute, Saver, Step
+from hyclora.operators.savers.base import Derived, Keeper, Recompute, Saver, Source, Step
 from hyclora.operators.savers.channel_quant import ChannelQuant
 from hyclora.operators.savers.exact import Exact
 from hyclora.operators.savers.gauge import GaugedQuant, Readback
@@ -15,8 +15,8 @@ from hyclora.operators.savers.observer import Observer
 from hyclora.operators.savers.sparse import Sparse
 
 __all__ = [
-    "ChannelQuant", "Derived", "Exact", "GaugedQuant", "Keeper", "Observer", "Readback", "Recompute", "Saver", "Sparse",
-    "Step", "make_saver",
+    "ChannelQuant", "Derived", "Exact", "GaugedQuant", "Keeper", "Observer", "Readback", "Recompute", "Saver", "Source",
+    "Sparse", "Step", "make_saver",
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What a saver is, and the keeper that carries a block's packed slots from its forward to its backward."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -19,6 +20,9 @@ class Step:
     embeds: nor what goes into the first, which the decoder makes. Calibration lasts while index <= threshold (which
     models/calibration.py moves). since: statistics of forwards before that one are replaced, not added to; informative:
     this forward says something that those since then did not.
+    unread: of whoever calls the decoder and knows what it will read, tells of positions (bool [B, S] on the host)
+    whether nobody reads them; padding_differs: so padded tokens of this forward got other hidden states than in stock;
+    again: it is the second forward of a batch, for those. stock_attention: its attentions run stock code.
     """
 
     threshold: int
@@ -28,6 +32,10 @@ class Step:
     token_mask: Tensor | None = field(default=None, repr=False)
     since: int = 1
     informative: bool = True
+    unread: Callable[[Tensor], bool] | None = field(default=None, repr=False)
+    padding_differs: bool = False
+    again: bool = False
+    stock_attention: bool = False
 
     @property
     def calibrating(self) -> bool:

@@ -2,6 +2,6 @@
 
 small_models.py    PEFT models and batches, their gradients  kernel_checks.py  error against float64 truth
 counting.py        bytes alive, and kept for backward        replaying.py      CUDA graphs, without a GPU
-offloading.py      a store whose copies come late
+offloading.py      a store whose copies come late            small_tokenizers.py  folders with a tokenizer only
 compile_kernels.py every kernel compiled for a GPU, without one
 """

@@ -43,15 +43,16 @@ def batch_of(kind: str, rows=3, width=21, seed=0) -> dict:
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def masks_at_layers(model, batch) -> list:
-    """What the decoder layers are given as attention mask, in training."""
+def masks_given(model, batch) -> list:
+    """What the decoder is given as attention mask, in training; a hook further inside would be somebody who reads."""
     found = []
-    layers = model.get_base_model().model.layers
-    hooks = [x.register_forward_pre_hook(lambda _, __, kw: found.append(kw["attention_mask"]), with_kwargs=True)
-             for x in layers]  # fmt: skip
+    hook = model.get_base_model().model.register_forward_pre_hook(
+        lambda _, __, kwargs: found.append(kwargs["attention_mask"] if "attention_mask" in kwargs else None),
+        with_kwargs=True,
+    )
     model(**batch)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
+    assert found
     return found
 
 
@@ -65,7 +66,7 @@ def test_baseline_equals_stock(family, kind, attention):
     apply_hyclora(model, HycloraConfig(layer_type="baseline", attention=attention))
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
-    assert all(is_bounds(mask) == (attention == "flash") for mask in masks_at_layers(model, batch))
+    assert all(is_bounds(mask) == (attention == "flash") for mask in masks_given(model, batch))
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -161,7 +162,7 @@ def test_stock_code_gets_stock_masks(family, kind):
     remove_hyclora(model)
     again_loss, again = gradients(model, batch)
     assert again_loss == loss and equal(again, exact)
-    assert not any(is_bounds(mask) for mask in masks_at_layers(model, batch))
+    assert not any(is_bounds(mask) for mask in masks_given(model, batch))
 
 
 @pytest.mark.parametrize("kind", ["right-padded", "left-padded", "packed"])
@@ -182,7 +183,7 @@ def test_a_cache_in_training_runs_stock_code():
     model, batch = llama(), padded_batch() | {"use_cache": True}
     loss, exact = gradients(model, batch)
     apply_hyclora(model)
-    assert not any(is_bounds(mask) for mask in masks_at_layers(model, batch))
+    assert not any(is_bounds(mask) for mask in masks_given(model, batch))
     assert abs(gradients(model, batch)[0] - loss) < 1e-5
 
 
@@ -197,7 +198,7 @@ def test_masks_that_bounds_cannot_tell():
     for batch in (apart, own):
         loss, exact = gradients(model, batch)
         apply_hyclora(model, HycloraConfig(layer_type="baseline"))
-        assert not any(is_bounds(mask) for mask in masks_at_layers(model, batch))
+        assert not any(is_bounds(mask) for mask in masks_given(model, batch))
         our_loss, ours = gradients(model, batch)
         assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
         remove_hyclora(model)
@@ -242,14 +243,14 @@ def test_one_synchronisation_a_forward(kind):
     apply_hyclora(model, HycloraConfig(iteration_threshold=1))
     for _ in range(2):
         gradients(model, batch)
-    batch.pop("labels")
-    decoder = model.get_base_model().model
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning) as caught:
-            decoder(**batch)
+            model(**batch)
             torch.ones(1, device=DEVICE).item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) <= 2
+    # padding behind is looked for among the labels, while the GPU still waits
+    expected = 3 if kind in ("right-padded", "both sides") else 2
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) <= expected
     assert find_patch(model).step.index == 3

@@ -6,7 +6,16 @@ import torch
 from hyclora.operators import reference
 from hyclora.operators.norm import RMSNormFunction, rms_norm_bwd, rms_norm_fwd, rms_norm_pack, rms_norm_unpack_bwd
 from hyclora.operators.savers import ChannelQuant, Exact, Keeper, Step
-from tests.helpers.kernel_checks import DEVICE, DTYPES, assert_as_good_as_torch, rand, relative_error, strided
+from tests.helpers.kernel_checks import (
+    DEVICE,
+    DTYPES,
+    HALF,
+    ROUNDING,
+    assert_as_good_as_torch,
+    rand,
+    relative_error,
+    strided,
+)
 
 SHAPES = [(1, 33), (3, 7), (5, 96), (33, 257)]
 
@@ -60,7 +69,7 @@ def test_eps_is_the_modules(eps):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("outliers", [0.0, 0.05])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(1, 33), (5, 96), (7, 257)], ids=str)
@@ -82,18 +91,18 @@ def test_packing_inside_the_kernels_changes_nothing(kernels, shape, bits, outlie
     assert relative_error(ours[:, exact], x_hat[:, exact]) < 1e-6
     restored = saver.unpack(packed, x_hat.shape, torch.float32)
     expected = reference.rms_norm_bwd(dy.float(), restored, rstd, weight.float())
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    tolerance = ROUNDING[dtype]
     assert relative_error(rms_norm_unpack_bwd(strided(dy), rstd, weight, packed, saver.book), expected) < tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("outliers", [0.0, 0.05])
 @pytest.mark.parametrize("shape", [(1, 33), (5, 96), (7, 257)], ids=str)
 def test_the_gradient_around_the_norm_is_added(kernels, shape, outliers, dtype):
     """dx + dresidual in fp32, at exact channels too; a view with any row stride, and a dtype of its own."""
     x, dy = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=1)
     weight = (1 + 0.2 * rand(shape[1], seed=2)).to(dtype)
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    tolerance = 1e-6 if dtype == torch.float32 else ROUNDING[dtype]
     saver = ChannelQuant(4, "channel_group", outliers)
     _, x_hat, rstd = rms_norm_fwd(x, weight, 1e-5)
     packed = saver.pack(x_hat, Step(threshold=1, index=1))

@@ -40,6 +40,8 @@ def test_a_run_reports_and_keeps_everything(run, tiny_llama_folder):
     train = results["train"]
     assert 0 < train["tokens"] <= 4 * 2 * 512 and f"{train['tokens_per_second']:.0f}" in printed
     assert {"peak_bytes", "held_bytes", "host_bytes"} <= set(train)
+    assert "\ntokenizer: bos <s> before a text (as tokenizer.json does)" in printed
+    assert "\nbase weights: float32 (dtype auto on a CPU); in the checkpoint float32\n" in printed
     assert "seed: 11" in printed and "steps: 4" in printed and f"output_dir: {file.with_suffix('')}" in printed
     assert "average_bits" not in printed and "softmax_outlier_ratio" not in printed
     assert all(f"({kept[name] / kept['hyclora']:.2f}x)" in printed for name in ("lora", "lora_checkpointing"))

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.errors import UserError
@@ -20,10 +20,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PEFT compu
 IDS = torch.arange(40).view(2, 20)
 
 
-def load(folder, lora=None, seed=0, device=CPU, **settings):
+def load(folder, lora=None, seed=0, device=CPU, tell=print, **settings):
     arguments = ModelArguments(model_name=folder.name, model_dir=str(folder.parent), **settings)
     lora = lora or LoraArguments(lora_rank=4, lora_alpha=4)
-    return load_model(arguments, lora, find_base(arguments, lora), device, seed)
+    return load_model(arguments, lora, find_base(arguments, lora), device, seed, tell)
 
 
 def stock(folder):
@@ -65,6 +65,56 @@ def test_base_dtype_is_as_asked_and_adapters_stay_float32(tiny_llama_folder):
     model = load(tiny_llama_folder, dtype="bfloat16")
     dtypes = {("lora_" in name, p.dtype) for name, p in model.named_parameters()}
     assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
+
+
+MIXED = {
+    "": {},
+    "lm_head in float32, the rest in bfloat16": {"lm_head": torch.float32},
+    "lm_head in float16, the rest in bfloat16": {"lm_head": torch.float16},
+    "model.layers.0.input_layernorm and 4 more in float32, the rest in bfloat16": {"norm": torch.float32},
+    "model.layers.0.input_layernorm and 18 more in bfloat16, the rest in float32": {
+        "embed_tokens": torch.float32, "lm_head": torch.float32,
+    },
+    "lm_head in float32, model.norm in float16, the rest in bfloat16": {
+        "lm_head": torch.float32, "model.norm": torch.float16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, why", [("auto", "dtype auto on a CPU"), ("bfloat16", "dtype bfloat16 is set")])
+@pytest.mark.parametrize("stored", MIXED)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_one_dtype_for_all_and_the_checkpoints_are_said(tiny_llama_folder, tmp_path, stored, dtype, why, shards):
+    """Transformers' own "auto" takes the first tensor's: one float32 tensor makes all of them float32."""
+    folder = Path(shutil.copytree(tiny_llama_folder, tmp_path / "copy"))
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        other = [chosen for part, chosen in MIXED[stored].items() if part in name]
+        tensors[name] = tensor.to(*other or [torch.bfloat16])
+    (folder / "model.safetensors").unlink()
+    files = [f"model-{i}.safetensors" if shards > 1 else "model.safetensors" for i in range(shards)]
+    held = {file: dict(list(tensors.items())[i::shards]) for i, file in enumerate(files)}
+    for file, part in held.items():
+        save_file(part, folder / file, {"format": "pt"})
+    if shards > 1:
+        where = {name: file for file, part in held.items() for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        save_file({"x": torch.ones(10**5)}, folder / "consolidated.safetensors")  # not what transformers reads
+    said = []
+    model = load(folder, tell=said.append, dtype=dtype)
+    loaded = torch.float32 if dtype == "auto" else torch.bfloat16
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {loaded}
+    assert said == [f"base weights: {str(loaded)[6:]} ({why}); in the checkpoint {stored or 'bfloat16'}"]
+
+
+def test_quantized_and_random_weights_say_their_dtype_too(tiny_llama_folder, capsys):
+    load(tiny_llama_folder, load_in_4bit=True)
+    load(tiny_llama_folder, random_weights=True, dtype="bfloat16")
+    quantized, random = capsys.readouterr().out.splitlines()
+    assert quantized == (
+        "base weights: NF4, the rest and what is computed float32 (dtype auto on a CPU); in the checkpoint float32"
+    )
+    assert random == "base weights: random, bfloat16 (dtype bfloat16 is set)"
 
 
 @pytest.mark.parametrize("init", ["qlora", "gaussian", "pissa"])
@@ -113,22 +163,6 @@ def test_saved_adapters_load_into_the_stock_model(tiny_llama_folder, tmp_path):
         model.save_pretrained(tmp_path / init, path_initial_model_for_weight_conversion=initial)
         again = PeftModel.from_pretrained(stock(tiny_llama_folder), tmp_path / init)
         assert torch.allclose(again(IDS).logits, trained, atol=1e-4)
-
-
-def test_a_bare_sentencepiece_file_tokenizes_as_llama_does(tmp_path):
-    folder = tmp_path / "llama-2"
-    LlamaConfig(vocab_size=400, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
-    (tmp_path / "text").write_text("one two three four five six seven eight nine ten\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        split_digits=True, minloglevel=2,
-    )  # fmt: skip
-    tokenizer = load_tokenizer(str(folder))
-    text = "two three\nfour 12"
-    reference = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
-    assert tokenizer(text).input_ids == [reference.bos_id(), *reference.encode(text)]
-    assert (tokenizer.pad_token, tokenizer.padding_side) == ("<unk>", "right")
 
 
 def write_config(folder, **changes):

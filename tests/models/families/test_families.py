@@ -112,20 +112,21 @@ def test_norms_of_heads_in_kernels(layer_type, kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["q_norm", "k_norm"])
-def test_a_trained_norm_of_heads_is_refused(name):
-    """Before anything is patched, and in the step after it was made trainable."""
-    model = FAMILY["qwen3"]()
+def test_a_trained_norm_of_heads_gets_its_gradient(name):
+    """From stock code, whether it was made trainable before the patch or a step after; the report says so."""
+    model, batch = FAMILY["qwen3"](), padded_batch()
     weight = model.get_submodule(f"base_model.model.model.layers.1.self_attn.{name}").weight
     weight.requires_grad_()
-    with pytest.raises(ValueError, match=f"layers.1.self_attn.{name}: the weight is trainable"):
-        apply_hyclora(model)
-    assert not any("forward" in m.__dict__ for m in model.modules())
-    weight.requires_grad_(False)
-    apply_hyclora(model)
-    gradients(model, padded_batch())
-    weight.requires_grad_()
-    with pytest.raises(ValueError, match=f"layers.1.self_attn.{name}: the weight is trainable"):
-        model(**padded_batch())
+    _, exact = gradients(model, batch)
+    for earlier in (True, False):
+        weight.requires_grad_(earlier)
+        report = apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+        gradients(model, batch)
+        weight.requires_grad_()
+        assert largest_error(gradients(model, batch)[1], exact) < 1e-5
+        reason = f"layers.1.self_attn.{name}: the weight is trainable"
+        assert sum(reason in line for line in report.not_patched) == 1
+        remove_hyclora(model)
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "benchmarks/shapes").iterdir()), ids=lambda folder: folder.name)

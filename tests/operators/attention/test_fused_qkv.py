@@ -10,7 +10,7 @@ from hyclora.operators.attention.fused_qkv import fits, fused_qkv_fwd, fused_qkv
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
 from hyclora.operators.reference import padded_rank
 from hyclora.operators.savers import ChannelQuant, Exact, Keeper, Step
-from tests.helpers.kernel_checks import rand, relative_error
+from tests.helpers.kernel_checks import HALF, ROUNDING, rand, relative_error
 from tests.helpers.small_models import llama
 
 BATCH, SEQ_LEN = 2, 19
@@ -47,10 +47,15 @@ def prepare(bits, dtype, heads=3, kv_heads=1, head_dim=128, targets=("q_proj", "
     return spec, y, group.low_rank(group.parameters(), dtype), cos, sin, keeper
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+PLAIN = [(2, 2, 128, False), (3, 1, 128, False), (1, 1, 256, False)]
+NORMALIZED = [(2, 1, 128, True)]
+
+
 @pytest.mark.parametrize("bits", [(2, 2, 2), (4, 4, 4), (3, 8, 2)], ids=str)
 @pytest.mark.parametrize(
-    "heads, kv_heads, head_dim, norms", [(2, 2, 128, False), (3, 1, 128, False), (1, 1, 256, False), (2, 1, 128, True)]
+    "heads, kv_heads, head_dim, norms, dtype",
+    [(*heads, dtype) for heads in PLAIN for dtype in (torch.float32, HALF)] + [(*heads, HALF) for heads in NORMALIZED],
+    ids=str,
 )
 def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, dtype):
     spec, y, low_rank, cos, sin, keeper = prepare(bits, dtype, heads, kv_heads, head_dim, norms=norms)
@@ -58,7 +63,7 @@ def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, d
     out = fused_qkv_fwd(spec, y.clone(), cos, sin, BATCH, low_rank, fused)
     heads_of = attention._rotate_fwd(spec, y.clone(), cos, sin, BATCH, low_rank, plain)
     expected = torch.cat([head.flatten(0, 1).flatten(1) for head in heads_of], dim=1)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    tolerance = ROUNDING[dtype]
     assert relative_error(out, expected) < tolerance
     for name in "qkv":
         first, count, *_ = fused._layout[name]
@@ -74,6 +79,16 @@ def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, d
         assert relative_error(ours.x, theirs.x) < tolerance
     expected = torch.cat([head.flatten(0, 1).flatten(1) for head in heads_of], dim=1)
     assert relative_error(restored, expected) < tolerance
+
+
+def test_normalized_heads_in_fp32_are_not_fused(kernels):
+    for norms, dtype, fuses in (
+        (True, torch.float32, False),
+        (True, HALF, True),
+        (False, torch.float32, True),
+    ):
+        spec, y, *_ = prepare((4, 4, 4), dtype, norms=norms)
+        assert spec.fuses(y) == fuses
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj",), ()], ids=str)

@@ -6,7 +6,7 @@ import torch
 from hyclora.operators import reference
 from hyclora.operators.linear import low_rank_grad
 from hyclora.operators.linear.low_rank_grad import in_one_pass, low_rank_grads
-from tests.helpers.kernel_checks import DTYPES, rand, relative_error
+from tests.helpers.kernel_checks import DTYPES, ROUNDING, rand, relative_error
 
 GROUPS = {
     "one": ([40], [4]),
@@ -36,7 +36,7 @@ def test_both_products(kernels, monkeypatch, name, dtype, n_rows):
     xa[:, sum(ranks) :] = 0
     expected_g, expected_dB = reference.low_rank_grads(dy.double(), xa.double(), B.double(), widths, ranks)
     dB = low_rank_grads(dy, xa, B, widths, ranks, g)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    tolerance = ROUNDING[dtype]
     assert relative_error(g, expected_g) < tolerance
     for ours, theirs in zip(dB, expected_dB, strict=True):
         assert ours.dtype == torch.float32 and ours.is_contiguous() and ours.shape == theirs.shape

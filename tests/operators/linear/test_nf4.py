@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hyclora.operators.linear.nf4 import dequantize_4bit
-from tests.helpers.kernel_checks import DEVICE, rand
+from tests.helpers.kernel_checks import DEVICE, DTYPES, HALF, rand
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -18,27 +18,19 @@ def packed(*shape, dtype=torch.float32, quant_type="nf4", nested=True):
     ).to(DEVICE)
 
 
-def assert_equals(out, expected):
-    """Bit for bit; the interpreter truncates to bfloat16."""
-    if DEVICE == "cpu" and out.dtype == torch.bfloat16:
-        assert (out.float() - expected.float()).abs().max() <= 2**-7 * expected.float().abs().max()
-    else:
-        assert torch.equal(out, expected)
-
-
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(8, 64), (33, 192), (130, 264), (3, 5)], ids=str)
 def test_equals_bitsandbytes(kernels, shape, dtype, quant_type, nested):
     """Any shape, also one whose blocks and bytes do not come out even."""
     weight = packed(*shape, dtype=dtype, quant_type=quant_type, nested=nested)
     expected = bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
-    assert_equals(dequantize_4bit(weight, torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)), expected)
+    assert torch.equal(dequantize_4bit(weight, torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)), expected)
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize(
     "shape, rows, columns",
     [
@@ -58,11 +50,11 @@ def test_a_part_is_that_of_the_whole(kernels, shape, rows, columns, dtype, neste
     expected = bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
     expected = expected[slice(*rows), slice(*columns)]
     out = torch.full(expected.shape, float("nan"), dtype=dtype, device=DEVICE)
-    assert_equals(dequantize_4bit(weight, out, rows[0], columns[0]), expected)
+    assert torch.equal(dequantize_4bit(weight, out, rows[0], columns[0]), expected)
     below = rand(19, shape[1] + 3, dtype=dtype)[:, : shape[1]]
     out = torch.full((len(expected) + 19, expected.shape[1]), float("nan"), dtype=dtype, device=DEVICE)
     dequantize_4bit(weight, out, rows[0], columns[0], below)
-    assert_equals(out[:-19], expected)
+    assert torch.equal(out[:-19], expected)
     assert torch.equal(out[-19:], below[:, slice(*columns)])
 
 

@@ -5,7 +5,7 @@ import torch
 
 from hyclora.operators import reference
 from hyclora.operators.linear.residual import add_residual, overwritable
-from tests.helpers.kernel_checks import DTYPES, rand, relative_error, strided
+from tests.helpers.kernel_checks import DTYPES, HALF, rand, relative_error, strided
 
 SHAPES = [(1, 8, 16), (70, 130, 16), (64, 64, 48), (33, 200, 0), (129, 96, 272)]  # T, N, R
 
@@ -37,10 +37,10 @@ def test_sum(kernels, shape, dtype, residual_dtype, overwrite):
 
 
 def test_a_view_of_any_stride_is_added_and_left_alone(kernels):
-    y, xa, B, residual = summands((21, 72, 16), torch.bfloat16, torch.bfloat16)
+    y, xa, B, residual = summands((21, 72, 16), HALF, HALF)
     expected = add_residual(y.clone(), xa, B, residual, overwrite=False)
     assert torch.equal(add_residual(y, xa, B, strided(residual), overwrite=False), expected)
-    assert not overwritable(strided(residual), torch.bfloat16)
+    assert not overwritable(strided(residual), HALF)
 
 
 def test_what_does_not_fit_is_not_overwritten():

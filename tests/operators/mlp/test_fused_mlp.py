@@ -8,7 +8,7 @@ from hyclora.operators.mlp import fused_mlp, mlp
 from hyclora.operators.mlp.mlp import MlpSpec
 from hyclora.operators.reference import padded_rank
 from hyclora.operators.savers import ChannelQuant, Keeper, Recompute, Step
-from tests.helpers.kernel_checks import DEVICE, rand, relative_error
+from tests.helpers.kernel_checks import DEVICE, HALF, ROUNDING, rand, relative_error
 from tests.helpers.small_models import llama
 
 SHAPES = [(1, 40), (5, 64), (37, 200)]
@@ -41,7 +41,7 @@ def prepare(n_rows, n_cols, bits, rank, dtype, targets=("gate_proj", "up_proj"))
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_fused_equals_unfused(kernels, shape, bits, dtype):
     """Packed bytes bit for bit; hidden, dgate, dup within the rounding of dtype, in all pairings of directions."""
     spec, frozen, low_rank, keeper = prepare(*shape, bits, 8, dtype)
@@ -49,7 +49,7 @@ def test_fused_equals_unfused(kernels, shape, bits, dtype):
     hidden = fused_mlp.fused_mlp_fwd(spec, frozen.clone(), low_rank, fused_keeper)
     plain_keeper = keeper()
     expected = mlp._activate_fwd(spec, frozen.clone(), low_rank, plain_keeper)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    tolerance = ROUNDING[dtype]
     assert relative_error(hidden, expected) < tolerance
     for name in ("gate", "up"):
         fused_packed, plain_packed = fused_keeper._layout[name], plain_keeper._layout[name]

@@ -1,0 +1,51 @@
+"""The logits of a training forward that had none, computed when somebody looks: as the stock model would have."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from hyclora.models.outputs import Deferred
+from hyclora.operators.linear.lora import replayed_rng
+
+
+class LateLogits:
+    """The stock head on the hidden states of a forward, with the autocast, the grad mode and the dropout of then.
+
+    head: the HeadBlock. again: runs the decoder once more with Hugging Face's mask; given if padded tokens got other
+    hidden states than in stock, which nobody was expected to look at. Keeps the hidden states as long as somebody
+    keeps the outputs. ValueError if the model is not any more what it was.
+    """
+
+    def __init__(self, head, hidden: Tensor, dtype: torch.dtype | None, rng: Tensor | None, again=None):
+        self.head, self.hidden, self.dtype, self.rng, self.again = head, hidden, dtype, rng, again
+        self.projections = head.projections if again is not None else [head.head]
+        self.state = self._state()
+
+    def defer(self) -> Deferred:
+        return Deferred(self, self.dtype or self.hidden.dtype)
+
+    def __call__(self) -> Tensor:
+        self._check()
+        device = self.hidden.device
+        autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
+        with torch.enable_grad(), autocast:
+            hidden = self.hidden if self.again is None else self.again()
+            with nullcontext() if self.rng is None else replayed_rng(device, self.rng):
+                return self.head.head.module(hidden)
+
+    def _state(self) -> list:
+        """What the logits depend on, beside the hidden states, and cannot be had again once it has changed."""
+        read = [t for p in self.projections for t in (p.base.weight, *p.parameters()) if t is not None]
+        adapters = [(p.adapter, p.scaling, p.dropout) for p in self.projections]
+        return [adapters, *((id(t), t._version) for t in read)]
+
+    def _check(self) -> None:
+        active = all([p.refresh() for p in self.projections])
+        if active and self.state == self._state() and (self.again is None or self.head.module.training):
+            return
+        why = "" if self.again is None else "those of padded tokens take a second forward, "
+        raise ValueError(
+            f"{self.head.name}: outputs.logits are computed when they are first looked at; {why}and the model was "
+            "trained or switched over since the forward. Look at them before that"
+        )

@@ -1,0 +1,239 @@
+"""Which modules are what they look like, so that a block may compute in their place.
+
+A block reads tensors and numbers of a module and does what the module's class does; the module's own forward is not
+run. So a module must be known by identity: its class, the code of that class's forward, its weights, and nobody's
+hooks inside. Whatever else there is runs as it is, and the report says why. Nowhere else is this decided.
+
+All why_not_... give the reason, "name: sentence", or None. They read attributes only, and cost about 10 us a module.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FunctionType
+
+import accelerate
+import peft
+import torch
+import transformers
+from accelerate.hooks import AlignDevicesHook
+from torch import nn
+from torch.nn.modules import module as every_module
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
+
+from hyclora.models.binding import is_replaced
+from hyclora.models.families.family import Family
+from hyclora.operators.linear.nf4 import bnb, is_4bit
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Hooks on all modules: dictionaries, never replaced
+GLOBAL_HOOKS = tuple(getattr(every_module, f"_global{name}") for name in HOOKS)
+# Whose code is known; a name can be taken over, as functools.wraps does, the file that a code is from cannot
+PACKAGES = (torch, transformers, peft, accelerate, *([bnb] if bnb else []))
+ROOTS = tuple(f"{Path(package.__file__).parent}{os.sep}" for package in PACKAGES)
+
+LINEAR = "torch.nn.modules.linear.Linear"
+FROZEN = (LINEAR, "bitsandbytes.nn.modules.Linear4bit")
+ADAPTED = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
+DROPOUTS = ("torch.nn.modules.dropout.Dropout", "torch.nn.modules.linear.Identity")
+SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
+INTERFACES = ("sdpa_attention_forward", "eager_attention_forward", "flash_attention_forward")
+
+
+def look(hooks: dict) -> bool:
+    """Whether some of a module's hooks may look at what passes.
+
+    Hugging Face's stay on the layers after one output_hidden_states=True, and look only while it is asked for again.
+    """
+    if not hooks:
+        return False
+    asked = output_capturing._active_collector.get()
+    return any(asked or getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values())
+
+
+def is_known(function: Callable) -> bool:
+    """Whether a function and all that wraps it are code of the packages."""
+    while True:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(ROOTS):
+            return False
+        if not hasattr(function, "__wrapped__"):
+            return True
+        function = function.__wrapped__
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a module of transformers runs the forward of its class, as it came."""
+    cls = type(module)
+    return cls.__module__.startswith("transformers.") and why_foreign(module, "", (_path(cls),)) is None
+
+
+def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...]) -> str | None:
+    """Not of one of these classes itself, or with another forward; a block in front of it does not count."""
+    cls = type(module)
+    if _path(cls) not in classes:
+        known = " or ".join(dict.fromkeys(path.rpartition(".")[2] for path in classes))
+        return f"{name}: {cls.__name__} is not supported, only {known}"
+    forward = cls.forward
+    if not (
+        is_known(forward) and is_known(cls.__call__) and innermost(forward).__qualname__ == f"{cls.__name__}.forward"
+    ):
+        return f"{name}: the forward of {cls.__name__} was replaced by another one"
+    if is_replaced(module) and not _is_moved(module):
+        return f"{name}: its forward was replaced by another one"
+    return None
+
+
+def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
+    """A decoder layer as a whole; what is in it is another question."""
+    return why_foreign(layer, name, family.classes("DecoderLayer"))
+
+
+def why_not_norm(family: Family, norm: nn.Module, name: str) -> str | None:
+    return why_foreign(norm, name, family.classes("RMSNorm")) or _why_not_tensor(norm, name, "weight")
+
+
+def why_not_attention(family: Family, module: nn.Module, name: str) -> str | None:
+    if reason := why_foreign(module, name, family.classes("Attention")) or _why_not_interface(module, name):
+        return reason
+    if module.is_causal is not True:
+        return f"{name}: is_causal={module.is_causal}, so that tokens see later ones"
+    for attribute in family.head_norms:
+        norm, norm_name = getattr(module, attribute), f"{name}.{attribute}"
+        if reason := why_not_norm(family, norm, norm_name):
+            return reason
+        if norm.weight.requires_grad:
+            return f"{norm_name}: the weight is trainable; a norm of heads must be frozen"
+    return _why_not_inside(module, name, (*family.qkv, family.out))
+
+
+def why_not_mlp(family: Family, module: nn.Module, name: str) -> str | None:
+    return (
+        why_foreign(module, name, family.classes("MLP"))
+        or why_foreign(module.act_fn, f"{name}.act_fn", SILU)
+        or _why_not_inside(module, name, (*family.gate_up, family.down))
+    )
+
+
+def why_not_head(family: Family, model: nn.Module, name: str) -> str | None:
+    """The causal LM with its head: that of transformers, with its loss."""
+    head_name = f"{name}.{family.head}"
+    if reason := why_foreign(model, head_name, family.classes("ForCausalLM")):
+        return reason
+    if model.loss_function is not ForCausalLMLoss:
+        return f"{head_name}: the loss is not ForCausalLMLoss"
+    return _why_not_inside(model, name, (family.head,), hooks_below=getattr(model, family.head))
+
+
+def why_not_linear(module: nn.Module, name: str) -> str | None:
+    """A linear layer, with LoRA or without."""
+    base = getattr(module, "base_layer", module)
+    if base is not module:
+        if reason := why_foreign(module, name, ADAPTED) or _why_not_adapter(module, name):
+            return reason
+    if reason := why_foreign(base, name, FROZEN) or _why_not_tensor(base, name, "weight", "bias"):
+        return reason
+    weight = base.weight
+    if is_4bit(weight) != (_path(type(base)) != LINEAR) or not (is_4bit(weight) or weight.is_floating_point()):
+        return f"{name}: base weights of {type(base).__name__} are not supported; use NF4 or floating point"
+    if is_4bit(weight) and weight.quant_state is None:
+        return f"{name}: the base weight is not quantized yet; move the model to its device first"
+    if weight.requires_grad:
+        return f"{name}: the base weight is trainable; only LoRA adapters and biases may be"
+    return None
+
+
+def _why_not_adapter(module: nn.Module, name: str) -> str | None:
+    """What a LoRA layer adds to its base layer's output."""
+    if module.fan_in_fan_out:
+        return f"{name}: fan_in_fan_out is not supported"
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    if len(active) > 1:
+        return f"{name}: several active adapters, {', '.join(active)}; activate one"
+    for adapter in active:
+        if variant := getattr(module, "lora_variant", {}).get(adapter):
+            return f"{name}: LoRA variant {type(variant).__name__} is not supported; use plain LoRA or rsLoRA"
+        for part in ("lora_A", "lora_B"):
+            linear, part_name = getattr(module, part)[adapter], f"{name}.{part}.{adapter}"
+            if reason := why_foreign(linear, part_name, (LINEAR,)) or _why_not_tensor(
+                linear, part_name, "weight", "bias"
+            ):
+                return reason
+        if module.lora_A[adapter].bias is not None:
+            return f"{name}.lora_A.{adapter}: a bias is not supported"
+        if reason := why_foreign(module.lora_dropout[adapter], f"{name}.lora_dropout.{adapter}", DROPOUTS):
+            return reason
+    return None
+
+
+def _why_not_inside(module: nn.Module, name: str, linears: tuple[str, ...], hooks_below: nn.Module | None = None):
+    """The linear layers of a module, and hooks on whatever is below it, which nobody would call."""
+    for attribute in linears:
+        if reason := why_not_linear(getattr(module, attribute), f"{name}.{attribute}"):
+            return reason
+    if any(GLOBAL_HOOKS):
+        return f"{name}: there are hooks on all modules, which would not be called"
+    inside = f"{name}.{linears[0]}" if hooks_below is not None else name
+    for below, m in (module if hooks_below is None else hooks_below).named_modules(prefix=inside):
+        if m is not module and any(look(m.__dict__[hooks]) for hooks in HOOKS):
+            return f"{below}: it has hooks, which would not be called"
+    return None
+
+
+def _why_not_tensor(module: nn.Module, name: str, *attributes: str) -> str | None:
+    """A parameter that is a tensor like any other: not a subclass that computes in its own way, and in memory."""
+    for attribute in attributes:
+        tensor = module._parameters.get(attribute, getattr(module, attribute))
+        if tensor is None:
+            continue
+        if not (type(tensor) is nn.Parameter or is_4bit(tensor)) or tensor.layout is not torch.strided:
+            return f"{name}: a {attribute} of type {type(tensor).__name__} is not supported"
+        if tensor.is_meta:
+            return f"{name}: its {attribute} is not in memory (offloaded, or not loaded)"
+    return None
+
+
+def _why_not_interface(module: nn.Module, name: str) -> str | None:
+    """The attention function that is asked for, and whatever else an attention's forward calls by name."""
+    forward = innermost(type(module).forward)
+    for called in calls(forward):
+        if not is_known(called):
+            return f"{name}: {called.__name__}, which its forward calls, was replaced by another one"
+    implementation = module.config._attn_implementation
+    eager = forward.__globals__.get("eager_attention_forward")
+    interface = eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if not (isinstance(interface, FunctionType) and is_known(interface) and interface.__name__ in INTERFACES):
+        return f"{name}: attention {implementation!r} is not one of transformers' sdpa, eager and flash attention"
+    return None
+
+
+def calls(function: FunctionType, seen: set | None = None) -> Iterator[FunctionType]:
+    """Functions that a function's code names, and theirs in the same file."""
+    seen = {function} if seen is None else seen
+    for name in function.__code__.co_names:
+        called = function.__globals__.get(name)
+        if isinstance(called, FunctionType) and called not in seen:
+            seen.add(called)
+            yield called
+            if called.__globals__ is function.__globals__:
+                yield from calls(called, seen)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def innermost(function: Callable) -> Callable:
+    """The function inside of all wrappers."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def _is_moved(module: nn.Module) -> bool:
+    """Whether accelerate has replaced the forward by one that moves inputs to the module's device, and does no more."""
+    hook, former = module.__dict__.get("_hf_hook"), module.__dict__.get("_old_forward")
+    own = getattr(former, "__func__", None) is type(module).forward
+    return type(hook) is AlignDevicesHook and not hook.offload and own and former.__self__ is module

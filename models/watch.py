@@ -1,0 +1,143 @@
+"""Notices when a module is no longer what it was: hooks, other forwards, other weights, other adapters.
+
+Users, callbacks and trainers change a model while it trains. What models/trust.py finds of the layers holds as long as
+nothing that it read has changed, which is looked at before each training forward.
+"""
+
+import logging
+from operator import attrgetter, getitem, is_
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hyclora.models import trust
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.families.family import Family
+from hyclora.models.layers import LayerBlock
+
+AGAIN = "call remove_hyclora and apply it again"
+logger = logging.getLogger("hyclora")
+
+# of PEFT, and not called
+CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
+
+
+class Watch:
+    """What may be relied on in the layers of a patched decoder.
+
+    A norm and the block that it feeds, half a layer, get the same `reason` when they may not run. stock: each layer of
+    the decoder is transformers' own, whatever runs in it; bounded: and each attention a block at work; whole: and each
+    layer a LayerBlock at work, none added, moved or taken away. told: where reasons found later are added.
+    """
+
+    def __init__(self, family: Family, decoder: nn.Module, blocks: list[Block], told: list[str]):
+        self.family, self.decoder, self.told = family, decoder, told
+        self.layers = [block for block in blocks if isinstance(block, LayerBlock)]
+        fed = [block for block in blocks if isinstance(block, (AttentionBlock, MlpBlock))]
+        norms = [block for block in blocks if isinstance(block, NormBlock)]
+        self.halves = list(zip(norms, fed, strict=False))  # the norm that is left over feeds the head
+        self.look()
+
+    def changed(self) -> bool:
+        """Whether anything may be otherwise than at the last look: 0.5 ms for 32 layers, as no loop is in Python."""
+        if self._seen is None:
+            return True
+        try:
+            same = all(map(is_, map(getitem, self._owners, self._keys), self._owned))
+        except KeyError:
+            return True
+        return not (same and all(map(is_, map(type, self._modules), self._types)) and self._state() == self._seen)
+
+    def __getstate__(self) -> dict:
+        """A copy looks for itself."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")} | {"_seen": None}
+
+    def look(self) -> None:
+        """Find all reasons anew and tell of new ones; ValueError if blocks may run nowhere in the layers."""
+        before = {block.reason for _, block in self.halves}
+        for norm, block in self.halves:
+            norm.reason = block.reason = self._why_not(norm, block)
+        for layer in self.layers:
+            layer.together = self._fits_together(layer)
+        modules = list(getattr(self.decoder, self.family.layers))
+        at_work = {id(block.module) for _, block in self.halves if block.reason is None and block.alone}
+        self.stock = not any(trust.why_not_layer(self.family, m, "") for m in modules)
+        self.bounded = self.stock and all(id(getattr(m, self.family.attention)) in at_work for m in modules)
+        self.whole = self.stock and modules == [layer.module for layer in self.layers if layer.together]
+        self._remember(modules)
+        reasons = [block.reason for _, block in self.halves]
+        if all(reasons):
+            first = next((reason for reason in reasons if AGAIN in reason), reasons[0])
+            raise ValueError(f"{first}; so no layer of this model can be patched")
+        if new := [reason for reason in reasons if reason and reason not in before]:
+            self.told += new
+            logger.warning(f"HyC-LoRA: {len(new)} parts of layers run stock code from now on. The first is {new[0]}")
+
+    def _why_not(self, norm: NormBlock, block: AttentionBlock | MlpBlock) -> str | None:
+        for p in block.projections:
+            if p.owner._modules.get(p.name) is not p.module or getattr(p.module, "base_layer", p.module) is not p.base:
+                return f"{p.where} was replaced after apply_hyclora; {AGAIN}"
+        if isinstance(block, AttentionBlock) and block.settings != block.read_settings():
+            return f"{block.name}: attention implementation or window were changed after apply_hyclora; {AGAIN}"
+        why_not = trust.why_not_attention if isinstance(block, AttentionBlock) else trust.why_not_mlp
+        return trust.why_not_norm(self.family, norm.module, norm.name) or why_not(self.family, block.module, block.name)
+
+    def _fits_together(self, layer: LayerBlock) -> bool:
+        """Whether a layer's blocks may be run one after the other without its own forward."""
+        names = (self.family.attention_norm, self.family.attention, self.family.mlp_norm, self.family.mlp)
+        return (
+            trust.why_not_layer(self.family, layer.module, layer.name) is None
+            and layer.alone
+            and all(layer.module._modules.get(n) is b.module for n, b in zip(names, layer.blocks, strict=True))
+            and all(b.reason is None and b.alone for b in layer.blocks)
+        )
+
+    def _remember(self, modules: list[nn.Module]) -> None:
+        """List what changed() looks at, as it is now."""
+        inside = [m for module in modules for m in module.modules()]
+        inside += [norm for _, block in self.halves for norm in block.norms]
+        self._modules = [m for m in inside if m._modules or m._parameters or not isinstance(m, CONTAINERS)]
+        self._types = list(map(type, self._modules))
+        self._dicts = [m.__dict__ for m in self._modules]
+        self._hooks = [m.__dict__[name] for m in self._modules for name in trust.HOOKS]
+        holders = (self.decoder, getattr(self.decoder, self.family.layers), *inside)
+        places = [(d, name) for m in holders for d in (m._modules, m._parameters) for name in d]
+        places += [(d, "forward") for d in self._dicts if "forward" in d]
+        self._owners, self._keys = zip(*places, strict=True)
+        self._owned = list(map(getitem, self._owners, self._keys))
+        projections = [p for _, block in self.halves for p in block.projections]
+        bases = [*(p.base for p in projections), *(norm for _, block in self.halves for norm in block.norms)]
+        self._frozen = [m.weight for m in bases if hasattr(m, "weight")]
+        self._adapted = [p.module for p in projections if p.module is not p.base]
+        self._attention = [block.module for _, block in self.halves if isinstance(block, AttentionBlock)]
+        self._configs = [module.config for module in self._attention]
+        self._classes = list(set(self._types))
+        forwards = {trust.innermost(type(m).forward) for m in self._attention}
+        called = {f.__name__: f.__globals__ for forward in forwards for f in (forward, *trust.calls(forward))}
+        self._called = list(called.items())
+        self._latest, self._counts = -1, []
+        self._seen = self._state()
+
+    def _state(self) -> tuple:
+        """What is compared by value."""
+        layers, interfaces = getattr(self.decoder, self.family.layers), ALL_ATTENTION_FUNCTIONS
+        return (
+            len(layers),
+            self._count_hooks(),
+            list(map(len, self._dicts)),
+            list(map(attrgetter("forward", "__call__"), self._classes)),
+            [functions.get(name) for name, functions in self._called],
+            list(map(attrgetter("requires_grad"), self._frozen)),
+            list(map(attrgetter("_active_adapter"), self._adapted)),
+            list(map(attrgetter("is_causal"), self._attention)),
+            list(map(attrgetter(self.family.sliding_window or "is_causal"), self._attention)),
+            all(map(is_, map(attrgetter("config"), self._attention), self._configs)),
+            [(name, interfaces.get(name)) for name in set(map(attrgetter("_attn_implementation"), self._configs))],
+        )
+
+    def _count_hooks(self) -> tuple:
+        """Hooks on all modules, and on each: counted again only if any was added anywhere, or some are there."""
+        if self._latest != RemovableHandle.next_id or any(self._counts):
+            self._latest, self._counts = RemovableHandle.next_id, list(map(len, self._hooks))
+        return list(map(len, trust.GLOBAL_HOOKS)), self._counts
