@@ -55,7 +55,6 @@ class Calibration:
         self._readback: Readback | None = None
 
     @torch.compiler.disable
-    @torch.no_grad()
     def follow(self, tokens: Tensor | None) -> bool:
         """Weigh the forward that begins, by its ids [B, S] or embeddings [B, S, C]; whether calibration begins anew."""
         if not self.active or tokens is None:
@@ -69,6 +68,7 @@ class Calibration:
             self.seen = None
         return again
 
+    @torch.no_grad()
     def _weigh(self, tokens: Tensor) -> None:
         step = self.step
         n_before, n_own, n_seen, n_tokens = self._count(tokens)
