@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import buffered, cross_entropy, fidelity, finetune, profile_step, record
+from benchmarks import buffered, cross_entropy, fidelity, finetune, profile_step, record, report
 from benchmarks.rows import name_of, whole
 from hyclora.operators.reference import IGNORED
 
@@ -37,6 +37,23 @@ def test_fidelity(results, tiny_llama_folder):
     assert 1 > eight["cosine"] > two["cosine"] > 0.5 and two["bits"] < 3
     fidelity.main([*common, "--slots", "4"])
     assert {line["label"] for line in lines(results, "fidelity")[3:]} == {f"{n} at 4 bit" for n in fidelity.SLOT_GROUPS}
+
+
+def test_fidelity_after_other_rows_first(results, tiny_llama_folder):
+    """At once and later; told apart in the report's table, and not mixed with what usual rows give."""
+    common = ["--model", str(tiny_llama_folder), "--device", "cpu", "--exact_steps", "2", "--batches", "1"]
+    common += ["--batch_size", "2", "--settings", '[{"q_bit": 8}]']
+    kinds = ["usual", *fidelity.FIRST]
+    fidelity.main([*common, "--first", *kinds])
+    found = lines(results, "fidelity")
+    expected = [(kind, later) for kind in kinds for later in (0, fidelity.LATER)]
+    assert [(line["first"], line["later"]) for line in found] == expected
+    assert all(line["cosine"] > 0.99 for line in found) and len({line["label"] for line in found}) == len(found)
+    for line in found:
+        line["setting"] = whole(line["setting"])
+    table, _ = report.poor_rows_first(found)
+    assert all(f"| `{kind}` | 1.0" in table or f"| `{kind}` | 0.99" in table for kind in kinds)
+    assert report.poor_rows_first([]) == []
 
 
 def test_finetune(results, tiny_llama_folder):
