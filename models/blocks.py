@@ -162,14 +162,17 @@ class AttentionBlock(Block):
         return self.own_flash and self.alone and self.module.training
 
     def applies(
-        self, hidden_states=None, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-    ):
-        ours = past_key_values is None and not self.step.stock_attention and super().applies()
+        self, hidden_states=None, position_embeddings=None, attention_mask=None, cache=None, past_key_values=None,
+        **kwargs,
+    ):  # fmt: skip
+        """Without a cache, whose name was another before transformers 5.24."""
+        cached = cache is not None or past_key_values is not None
+        ours = not cached and not self.step.stock_attention and super().applies()
         return ours and (hidden_states is None or self.can_derive(hidden_states))
 
     def run(
-        self, dtype, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, residual=None,
-        overwrite=False, **kwargs,
+        self, dtype, hidden_states, position_embeddings=None, attention_mask=None, cache=None, past_key_values=None,
+        residual=None, overwrite=False, **kwargs,
     ):  # fmt: skip
         """The attention's output, the residual branch added if given (overwrite: in its memory); and None."""
         source = self.input_source(hidden_states)

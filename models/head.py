@@ -79,13 +79,8 @@ class HeadBlock(Block):
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(device, dtype)
             loss = linear_cross_entropy(hidden, targets, self.head, num_items_in_batch)
-        return LateCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return LateCausalLMOutput(loss=loss, logits=logits, **others)
 
     def _decode(self, args: tuple, kwargs: dict, unread=None):
         """The decoder's outputs; unread tells it of positions whether nobody reads them."""

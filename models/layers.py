@@ -44,14 +44,14 @@ class LayerBlock(Block):
         run = self.run if self.applies(*args, **kwargs) else self.run_stock
         return run(hidden_states, *args, **kwargs)
 
-    def applies(self, *args, past_key_values=None, **kwargs) -> bool:
+    def applies(self, *args, cache=None, past_key_values=None, **kwargs) -> bool:
         """Nobody looks between the blocks, and all four are at work."""
         return (
             self.together
             and not args
             and not getattr(self.module, "gradient_checkpointing", False)
             and not any(look(block.module.__dict__[name]) for block in self.blocks for name in HOOKS)
-            and all(block.applies(past_key_values=past_key_values) for block in self.blocks)
+            and all(block.applies(cache=cache, past_key_values=past_key_values) for block in self.blocks)
         )
 
     def run(self, hidden_states, **kwargs):

@@ -72,12 +72,12 @@ class LateCausalLMOutput(CausalLMOutputWithPast):
 
     def __getitem__(self, key):
         if isinstance(key, str):
-            return self.logits if key == "logits" and key in self.keys() else super().__getitem__(key)
+            return self.logits if key == "logits" and key in self else super().__getitem__(key)
         keys = list(self.keys())[key]  # of the first item, usually the loss: not a look at the others
         return self[keys] if isinstance(keys, str) else tuple(self[k] for k in keys)
 
     def get(self, key, default=None):
-        return self[key] if key in self.keys() else default
+        return self[key] if key in self else default
 
     def __reduce__(self):
         self.logits  # noqa: B018  a copy or a pickle has them

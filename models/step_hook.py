@@ -54,7 +54,8 @@ class StepHook:
         self.step.private = stock and self.patch.watch.stock
         self.step.embeds = stock and kwargs.get("inputs_embeds") is None and not embedding._forward_hooks
         causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
-        self.step.stock_attention = asks_for("attentions", decoder, kwargs) or causal is False
+        maps = asks_for("attentions", decoder, kwargs)
+        self.step.stock_attention = maps or causal is False or _has_cache(decoder, kwargs)
         self.step.padding_differs = False
         if stock:
             self._tell_masks(decoder, args, kwargs)
@@ -67,13 +68,13 @@ class StepHook:
         """Keep the cache off, and have each token see what it sees in HF; bounds do that at the least cost."""
         tokens = _tokens(args, kwargs)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") or tokens is None:
+        if tokens is None or _has_cache(decoder, kwargs):
             return
         if kwargs.get("use_cache") is None:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False
             # but HF looks for packed rows only without one
-            if decoder.config.use_cache and not getattr(decoder, "gradient_checkpointing", False):
+            if _has_cache(decoder, {"use_cache": decoder.config.use_cache}):
                 positions = None
         if self._take_bounds():
             unread = partial(self._unread, decoder, kwargs)
@@ -105,3 +106,9 @@ class StepHook:
 def _tokens(args: tuple, kwargs: dict) -> torch.Tensor | None:
     """What the decoder is called with: ids [B, S], or embeddings [B, S, C]."""
     return next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+
+
+def _has_cache(decoder: nn.Module, kwargs: dict) -> bool:
+    """Whether a forward is given a cache, whose name was another before transformers 5.24, or makes one."""
+    given = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+    return given or bool(kwargs.get("use_cache")) and not getattr(decoder, "gradient_checkpointing", False)

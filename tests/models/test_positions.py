@@ -1,8 +1,10 @@
 """Position ids, masks and caches mean what they mean to stock: rows are cut only where it cuts them."""
 
+from inspect import signature
+
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, LlamaModel
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.operators.attention.flash import is_bounds
@@ -11,6 +13,10 @@ from tests.helpers.small_models import gradients, llama, mistral, padded_batch, 
 from tests.models.test_masks import masks_given
 from tests.models.test_readers import BASELINE, apart, assert_as_stock
 from tests.operators.attention.test_flash import Recorder
+
+# of a cache; before transformers 5.24 the second alone
+NAMES = [name for name in ("cache", "past_key_values") if name in signature(LlamaModel.forward).parameters]
+NAMES += ["past_key_values"] if "past_key_values" not in NAMES else []
 
 
 def positions(kind: str, rows=3, width=24) -> torch.Tensor:
@@ -142,23 +148,43 @@ def test_masks_by_kind_of_layer(family):
     assert abs(our_loss - loss) < 1e-5 and apart(ours, exact) < 1e-5
 
 
-def test_a_cache_that_is_given():
+@pytest.mark.parametrize("attention", ["flash", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", [llama, mistral, qwen3], ids=["llama", "mistral", "qwen3"])
+def test_a_cache_that_is_given(family, name, attention):
     """Its keys and values are of the tokens before; a forward in training goes on from them, as in stock."""
-    model, ids = llama(), padded_batch()["input_ids"]
+    model, ids = family(), padded_batch()["input_ids"]
 
     def run():
         with torch.no_grad():
-            past = model(ids[:, :10], use_cache=True).past_key_values
+            past = model(ids[:, :10], use_cache=True)[NAMES[0]]
         model.zero_grad()
-        outputs = model(ids[:, 10:], past_key_values=past, labels=ids[:, 10:])
+        outputs = model(ids[:, 10:], **{name: past}, labels=ids[:, 10:])
         outputs.loss.backward()
         return outputs, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     expected, exact = run()
-    apply_hyclora(model, BASELINE)
+    apply_hyclora(model, HycloraConfig(layer_type="baseline", attention=attention))
     outputs, ours = run()
     torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    assert apart(ours, exact) < 1e-5 and outputs.past_key_values.get_seq_length() == 21
+    assert apart(ours, exact) < 1e-5 and outputs[NAMES[0]].get_seq_length() == 21
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_cache_that_is_asked_for(checkpointing):
+    """It holds the keys and values of all tokens, as in stock; under gradient checkpointing there is none."""
+    model, batch = llama(), padded_batch() | {"use_cache": True}
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = model(**batch)[NAMES[0]] if not checkpointing else model(**batch).get(NAMES[0])
+    apply_hyclora(model, BASELINE)
+    outputs = model(**batch)
+    outputs.loss.backward()
+    found = outputs.get(NAMES[0])
+    assert (found is None) == (expected is None) == checkpointing
+    for ours, theirs in zip(found.layers if found else (), expected.layers if expected else (), strict=True):
+        torch.testing.assert_close((ours.keys, ours.values), (theirs.keys, theirs.values), atol=1e-5, rtol=1e-5)
+    assert outputs.loss is not None and NAMES[0] not in model(**padded_batch())
 
 
 def test_a_decoder_with_a_forward_of_its_own_gets_what_it_was_given():
