@@ -130,6 +130,7 @@ def test_a_copy_on_nf4_weights(clone, family):
     assert found[0][0] == found[1][0] and equal(found[0][1], found[1][1])
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="memory of a GPU is not shared within one process")
 def test_a_model_that_goes_to_another_process():
     """As torch.multiprocessing sends it: its parameters are shared, all else is a copy."""
     model, batch = llama(), padded_batch()
@@ -344,7 +345,8 @@ class Outer(nn.Module):
 def transformers_adapter():
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama().config)
-    model.add_adapter(peft.LoraConfig(target_modules=LINEARS))
+    # what model.add_adapter does; in transformers 5.24.0 that asks for a PEFT after 0.21.2, the newest that there is
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=LINEARS), model)
     return model.to(DEVICE).train()
 
 

@@ -290,7 +290,7 @@ class Layer:
     def known(self, given: list[Tensor]) -> list[Tensor]:
         """What lives anyway: parameters, the savers' own, the norm's."""
         savers = [s for b in self.blocks for s in b.savers.values()]
-        return [*self.model.parameters(), *tensors(savers), *given, *tensors(getattr(given[0], SOURCE).packed)]
+        return [*self.model.parameters(), *tensors(savers), *given, *tensors(getattr(given[0], SOURCE)[0].packed)]
 
 
 NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}

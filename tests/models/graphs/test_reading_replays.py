@@ -83,5 +83,7 @@ def test_states_that_are_asked_for_are_those_of_this_forward():
     assert replayed(ours, graphs, steps[0])
     for batch, states in zip(steps, kept, strict=True):
         expected = stock(**batch, output_hidden_states=[0, 1]).hidden_states
-        assert states[2] is expected[2] is None and states[0].device.type == DEVICE
-        torch.testing.assert_close(states[:2], expected[:2], atol=1e-5, rtol=1e-5)
+        # older transformers give all of them
+        assert len(states) == len(expected) and states[0].device.type == DEVICE
+        for mine, theirs in zip(states, expected, strict=True):
+            assert mine is theirs is None or torch.allclose(mine, theirs, atol=1e-5)
