@@ -104,6 +104,12 @@ class Block:
         return False
 
 
+def is_learned(position_embeddings, attention_mask) -> bool:
+    """Whether angles or a mask want a gradient, which blocks do not give them."""
+    given = (*(position_embeddings or ()), attention_mask)
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in given)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast computes in, None where it is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
@@ -168,6 +174,7 @@ class AttentionBlock(Block):
         """Without a cache, whose name was another before transformers 5.24."""
         cached = cache is not None or past_key_values is not None
         ours = not cached and not self.step.stock_attention and super().applies()
+        ours = ours and not is_learned(position_embeddings, attention_mask)
         return ours and (hidden_states is None or self.can_derive(hidden_states))
 
     def run(

@@ -63,8 +63,8 @@ class HeadBlock(Block):
         """The loss (fp32 scalar) of labels or shift_labels [B, S]: their mean, or their sum / num_items_in_batch."""
         targets = Targets(labels, ahead=1) if shift_labels is None else Targets(shift_labels)
         device = self.head.base.weight.device
-        drops = self.head.dropout or self.projections[-1].dropout or self.config.attention_dropout
-        rng = get_rng_state(device) if drops and kwargs.get("attention_mask") is not None else None
+        # of dropout, and of noise that hooks add
+        rng = get_rng_state(device) if kwargs.get("attention_mask") is not None else None
         outputs = self._decode(args, kwargs, unread=None if self.logits_read else targets.miss)
         hidden = outputs.last_hidden_state
         dtype = autocast_dtype(hidden.device.type)

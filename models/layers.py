@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hyclora.models.binding import BoundForward
-from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock, is_learned
 from hyclora.models.trust import HOOKS, look
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Step
@@ -51,6 +51,7 @@ class LayerBlock(Block):
             and not args
             and not getattr(self.module, "gradient_checkpointing", False)
             and not any(look(block.module.__dict__[name]) for block in self.blocks for name in HOOKS)
+            and not is_learned(kwargs.get("position_embeddings"), kwargs.get("attention_mask"))
             and all(block.applies(cache=cache, past_key_values=past_key_values) for block in self.blocks)
         )
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hyclora.models.blocks import AttentionBlock
-from hyclora.models.graphs.foresight import foretell
+from hyclora.models.graphs.foresight import foretell, is_lookup
 from hyclora.models.masks import causal_bounds
 from hyclora.models.readers import Watchers, asks_for
 from hyclora.models.report import tell_of_checkpointing
@@ -52,7 +52,7 @@ class StepHook:
         stock = is_stock(decoder)
         embedding = decoder.get_input_embeddings()
         self.step.private = stock and self.patch.watch.stock
-        self.step.embeds = stock and kwargs.get("inputs_embeds") is None and not embedding._forward_hooks
+        self.step.embeds = stock and kwargs.get("inputs_embeds") is None and is_lookup(embedding, decoder.rotary_emb)
         causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
         maps = asks_for("attentions", decoder, kwargs)
         self.step.stock_attention = maps or causal is False or _has_cache(decoder, kwargs)
@@ -70,13 +70,15 @@ class StepHook:
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if tokens is None or _has_cache(decoder, kwargs):
             return
+        if self.step.token_mask is not None and mask.shape != tokens.shape[:2]:
+            return  # without a cache HF takes the number of keys from the mask
         if kwargs.get("use_cache") is None:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False
             # but HF looks for packed rows only without one
             if _has_cache(decoder, {"use_cache": decoder.config.use_cache}):
                 positions = None
-        if self._take_bounds():
+        if self._take_bounds(decoder):
             unread = partial(self._unread, decoder, kwargs)
             zero = decoder.config._attn_implementation == "sdpa"  # where it masks all keys; eager takes their mean
             bounds = causal_bounds(mask, positions, *tokens.shape[:2], unread, zero)
@@ -86,9 +88,11 @@ class StepHook:
         if mask is None and positions is None and kwargs.get("position_ids") is not None:
             kwargs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
 
-    def _take_bounds(self) -> bool:
+    def _take_bounds(self, decoder: nn.Module) -> bool:
         """Whether the layers know what bounds are; or HF shall make a mask."""
         if self.step.stock_attention or not self.patch.watch.bounded:
+            return False
+        if next(reversed(decoder._forward_pre_hooks)) != self.patch.hook.id:  # another one may change the mask
             return False
         if not all(p.refresh(self.step.index) for p in self.adapted):
             return False

@@ -20,6 +20,7 @@ from accelerate.hooks import AlignDevicesHook
 from torch import nn
 from torch.nn.modules import module as every_module
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
@@ -91,6 +92,16 @@ def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
     return why_foreign(layer, name, family.classes("DecoderLayer"))
 
 
+def why_not_masks(decoder: nn.Module, name: str) -> str | None:
+    """What makes a decoder's masks, for which bounds stand in."""
+    makers = [
+        *calls(innermost(type(decoder).forward)),
+        ALL_MASK_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation),
+    ]
+    replaced = next((maker for maker in makers if maker is not None and not is_known(maker)), None)
+    return None if replaced is None else f"{name}: {replaced.__name__}, which makes masks, was replaced by another one"
+
+
 def why_not_norm(family: Family, norm: nn.Module, name: str) -> str | None:
     return why_foreign(norm, name, family.classes("RMSNorm")) or _why_not_tensor(norm, name, "weight")
 
@@ -98,6 +109,8 @@ def why_not_norm(family: Family, norm: nn.Module, name: str) -> str | None:
 def why_not_attention(family: Family, module: nn.Module, name: str) -> str | None:
     if reason := why_foreign(module, name, family.classes("Attention")) or _why_not_interface(module, name):
         return reason
+    if family.sliding_window == "sliding_window" and module.sliding_window not in (None, module.config.sliding_window):
+        return f"{name}: its sliding window is not the one in the configuration, by which masks are made"
     if module.is_causal is not True:
         return f"{name}: is_causal={module.is_causal}, so that tokens see later ones"
     for attribute in family.head_norms:
@@ -124,6 +137,9 @@ def why_not_head(family: Family, model: nn.Module, name: str) -> str | None:
         return reason
     if model.loss_function is not ForCausalLMLoss:
         return f"{head_name}: the loss is not ForCausalLMLoss"
+    for called in (*calls(ForCausalLMLoss), nn.functional.cross_entropy):
+        if not is_known(called):
+            return f"{head_name}: {called.__name__}, which the loss calls, was replaced by another one"
     return _why_not_inside(model, name, (family.head,), hooks_below=getattr(model, family.head))
 
 

@@ -6,9 +6,11 @@ nothing that it read has changed, which is looked at before each training forwar
 
 import logging
 from operator import attrgetter, getitem, is_
+from types import FunctionType
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hyclora.models import trust
@@ -36,7 +38,8 @@ class Watch:
         self.layers = [block for block in blocks if isinstance(block, LayerBlock)]
         fed = [block for block in blocks if isinstance(block, (AttentionBlock, MlpBlock))]
         norms = [block for block in blocks if isinstance(block, NormBlock)]
-        self.halves = list(zip(norms, fed, strict=False))  # the norm that is left over feeds the head
+        self.halves = list(zip(norms, fed, strict=False))
+        self.last_norms = norms[len(fed) :]  # which feed the head
         self.look()
 
     def changed(self) -> bool:
@@ -58,12 +61,15 @@ class Watch:
         before = {block.reason for _, block in self.halves}
         for norm, block in self.halves:
             norm.reason = block.reason = self._why_not(norm, block)
+        for norm in self.last_norms:
+            norm.reason = trust.why_not_norm(self.family, norm.module, norm.name)
         for layer in self.layers:
             layer.together = self._fits_together(layer)
         modules = list(getattr(self.decoder, self.family.layers))
         at_work = {id(block.module) for _, block in self.halves if block.reason is None and block.alone}
         self.stock = not any(trust.why_not_layer(self.family, m, "") for m in modules)
-        self.bounded = self.stock and all(id(getattr(m, self.family.attention)) in at_work for m in modules)
+        known = self.stock and trust.why_not_masks(self.decoder, "") is None
+        self.bounded = known and all(id(getattr(m, self.family.attention)) in at_work for m in modules)
         self.whole = self.stock and modules == [layer.module for layer in self.layers if layer.together]
         self._remember(modules)
         reasons = [block.reason for _, block in self.halves]
@@ -97,6 +103,7 @@ class Watch:
         """List what changed() looks at, as it is now."""
         inside = [m for module in modules for m in module.modules()]
         inside += [norm for _, block in self.halves for norm in block.norms]
+        inside += [norm.module for norm in self.last_norms]
         self._modules = [m for m in inside if m._modules or m._parameters or not isinstance(m, CONTAINERS)]
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
@@ -104,6 +111,8 @@ class Watch:
         holders = (self.decoder, getattr(self.decoder, self.family.layers), *inside)
         places = [(d, name) for m in holders for d in (m._modules, m._parameters) for name in d]
         places += [(d, "forward") for d in self._dicts if "forward" in d]
+        # which some replace to be rid of hooks
+        places += [(d, name) for d in self._dicts for name in trust.HOOKS[:2]]
         self._owners, self._keys = zip(*places, strict=True)
         self._owned = list(map(getitem, self._owners, self._keys))
         projections = [p for _, block in self.halves for p in block.projections]
@@ -113,27 +122,30 @@ class Watch:
         self._attention = [block.module for _, block in self.halves if isinstance(block, AttentionBlock)]
         self._configs = [module.config for module in self._attention]
         self._classes = list(set(self._types))
-        forwards = {trust.innermost(type(m).forward) for m in self._attention}
-        called = {f.__name__: f.__globals__ for forward in forwards for f in (forward, *trust.calls(forward))}
-        self._called = list(called.items())
+        forwards = {trust.innermost(type(m).forward) for m in (self.decoder, *self._attention)}
+        own = [f for g in forwards for f in (g, *trust.calls(g)) if f.__globals__ is g.__globals__]
+        named = [(f.__globals__, name) for f in own for name in f.__code__.co_names]
+        self._called = [(g, name) for g, name in named if isinstance(g.get(name), FunctionType)]
         self._latest, self._counts = -1, []
         self._seen = self._state()
 
     def _state(self) -> tuple:
         """What is compared by value."""
-        layers, interfaces = getattr(self.decoder, self.family.layers), ALL_ATTENTION_FUNCTIONS
+        layers = getattr(self.decoder, self.family.layers)
+        interfaces, masks = ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
         return (
             len(layers),
             self._count_hooks(),
             list(map(len, self._dicts)),
             list(map(attrgetter("forward", "__call__"), self._classes)),
-            [functions.get(name) for name, functions in self._called],
+            [functions.get(name) for functions, name in self._called],
             list(map(attrgetter("requires_grad"), self._frozen)),
             list(map(attrgetter("_active_adapter"), self._adapted)),
             list(map(attrgetter("is_causal"), self._attention)),
             list(map(attrgetter(self.family.sliding_window or "is_causal"), self._attention)),
             all(map(is_, map(attrgetter("config"), self._attention), self._configs)),
-            [(name, interfaces.get(name)) for name in set(map(attrgetter("_attn_implementation"), self._configs))],
+            [(n, interfaces.get(n), masks.get(n)) for n in set(map(attrgetter("_attn_implementation"), self._configs))],
+            set(map(attrgetter(self.family.sliding_window and "sliding_window" or "model_type"), self._configs)),
         )
 
     def _count_hooks(self) -> tuple:

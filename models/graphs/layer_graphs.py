@@ -105,6 +105,8 @@ class LayerGraphs(Pausable):
             return None
         self._arguments, spec = tree_flatten((args, kwargs))
         inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]
+        if any(t.requires_grad for t in inputs[1:]):
+            return None
         given = self._given(hidden, self._arguments, spec)
         # PEFT's state takes a while to read: if the rest is as last time the GPU starts meanwhile, at worst in vain
         started = self._likely(given)

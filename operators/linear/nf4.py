@@ -50,7 +50,7 @@ def _nf4_kernel(
 
 def is_4bit(weight: Tensor) -> bool:
     """Whether a weight is one of bitsandbytes' 4-bit parameters, which after pickling is a plain one with its state."""
-    return bnb is not None and (isinstance(weight, bnb.nn.Params4bit) or "quant_state" in weight.__dict__)
+    return bnb is not None and (isinstance(weight, bnb.nn.Params4bit) or hasattr(weight, "quant_state"))
 
 
 def dequantize_4bit(weight: Tensor, out: Tensor, row: int = 0, column: int = 0, below: Tensor | None = None) -> Tensor:

@@ -149,7 +149,10 @@ def measure(x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
 
 
 def _measure_tile(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    x = torch.where(mask, x.float(), 0.0)
+    x = x.float()
+    # a step that overflows is skipped by whoever trains; statistics would keep it
+    mask = mask & x.isfinite().all(dim=1, keepdim=True)
+    x = torch.where(mask, x, 0.0)
     return {
         "count": mask.sum().float(),
         "total": x.sum(dim=0),

@@ -431,3 +431,113 @@ def test_a_loop_of_ones_own_over_the_layers():
     (exact, seen), (ours, ours_seen) = found
     assert largest_error(ours, exact) < 1e-5
     assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(seen, ours_seen, strict=True))
+
+
+@pytest.mark.parametrize("what", ["model", "layers"])
+def test_torch_compile(what):
+    """Of all, and of each layer: the loss and the gradients are those of the patched model."""
+    model, batch = llama(), padded_batch()
+    _, exact = gradients(model, batch)
+    apply_hyclora(model, BASELINE)
+    gradients(model, batch)
+    torch._dynamo.reset()
+    if what == "model":
+        torch.compile(model, backend="eager")(**batch).loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    else:
+        for layer in layers_of(model):
+            layer.compile(backend="eager")
+        found = gradients(model, batch)[1]
+    if what == "layers":
+        assert largest_error(found, exact) < 1e-5
+
+
+def test_what_makes_masks_losses_and_windows(monkeypatch):
+    """Replaced after the patch: what the decoder's forward or the loss calls, a window in the configuration."""
+    mask, loss = modeling_llama.create_causal_mask, torch.nn.functional.cross_entropy
+
+    def first_four(**kwargs):
+        return mask(**kwargs | {"or_mask_function": lambda batch, head, q, kv: kv < 4})
+
+    def smooth(*args, **kwargs):
+        return loss(*args, **kwargs | {"label_smoothing": 0.1})
+
+    for owner, name, other in (
+        (modeling_llama, "create_causal_mask", first_four),
+        (nn.functional, "cross_entropy", smooth),
+    ):
+        with monkeypatch.context() as patch:
+            model, batch = llama(), padded_batch()
+            apply_hyclora(model, BASELINE)
+            gradients(model, batch)
+            patch.setattr(owner, name, other)
+            expected, exact = gradients(llama(), batch)
+            ours, found = gradients(model, batch)
+            assert abs(ours - expected) < 1e-5 and largest_error(found, exact) < 1e-5, name
+    model, stock = small_models.qwen2(), small_models.qwen2()
+    apply_hyclora(model, BASELINE)
+    for m in (stock, model):
+        m.get_base_model().config.sliding_window = 4
+    assert largest_error(gradients(model, batch)[1], gradients(stock, batch)[1]) < 1e-5
+
+
+def test_a_pre_hook_of_the_decoder_that_changes_the_mask():
+    found = []
+    for patched in (False, True):
+        model, batch = llama(), padded_batch()
+        if patched:
+            apply_hyclora(model, BASELINE)
+
+        def shorter(module, args, kwargs):
+            mask = kwargs["attention_mask"].clone()
+            mask[:, :3] = 0
+            return args, kwargs | {"attention_mask": mask}
+
+        model.get_base_model().model.register_forward_pre_hook(shorter, with_kwargs=True)
+        found.append(gradients(model, batch)[1])
+    assert largest_error(*found) < 1e-5
+
+
+def test_hooks_put_in_a_new_dictionary():
+    """As those do who take all hooks off a module; the next one is seen."""
+    found = []
+    for patched in (False, True):
+        model, batch = llama(), padded_batch()
+        if patched:
+            apply_hyclora(model, BASELINE)
+            gradients(model, batch)
+        linear = layers_of(model)[0].self_attn.q_proj
+        linear._forward_hooks = type(linear._forward_hooks)()
+        if patched:
+            gradients(model, batch)
+        linear.register_forward_hook(times(1.5))
+        found.append(gradients(model, batch)[1])
+    assert largest_error(*found) < 1e-5
+
+
+def test_a_last_norm_of_another_class_later():
+    found = []
+    for patched in (False, True):
+        model, batch = llama(), padded_batch()
+        if patched:
+            apply_hyclora(model, BASELINE)
+            gradients(model, batch)
+        norm = model.get_base_model().model.norm
+        look_alike(norm, scaled(type(norm).forward))
+        found.append(gradients(model, batch)[1])
+    assert largest_error(*found) < 1e-5
+
+
+def test_angles_that_are_trained():
+    found = []
+    for patched in (False, True):
+        model, batch = llama(), padded_batch()
+        if patched:
+            apply_hyclora(model, BASELINE)
+            gradients(model, batch)
+        angles = model.get_base_model().model.rotary_emb
+        del angles._buffers["inv_freq"]
+        angles.inv_freq = nn.Parameter(angles.original_inv_freq.clone())
+        found.append(gradients(model, batch)[1])
+    # the forward of the angles is run without gradients, as stock does
+    assert largest_error(*found) < 1e-5
