@@ -207,6 +207,10 @@ class ProjectionGroup:
         self.down(x, low_rank, parameters, keeper, rng, y[:, self.width :])
         return y[:, : self.width], low_rank
 
+    def _switches(self) -> list[tuple]:
+        """What PEFT has set of all adapters, which forward and backward must find alike."""
+        return [(p.adapter, p.scaling, p.dropout) for p in self.projections]
+
     def _bias(self, y: Tensor) -> Tensor | None:
         """The base layers' biases in y's dtype, as wide as y; None without any."""
         if all(p.base.bias is None for p in self.projections):
@@ -221,6 +225,7 @@ class ProjectionGroup:
         for p, tensors in zip(self.projections, split(parameters), strict=True):
             for part, tensor in zip(("A", "B", "bias_B"), tensors, strict=False):
                 keeper.keep_exact(f"{p.name}_{part}", tensor)
+        rng[self.xa_name] = self._switches()
         if low_rank is None:
             return
         if xa is not None and xa.shape[1]:
@@ -319,6 +324,11 @@ class ProjectionGroup:
 
         Those of half precision are in fp32, to be added up over tiles of tokens; autograd rounds them.
         """
+        if rng[self.xa_name] != self._switches():
+            raise ValueError(
+                f"{self.projections[0].where}: adapter, scaling or dropout were switched between a forward and its "
+                "backward; run the backward first"
+            )
         dy, needs = dy[:, : self.width], split(needs)
         grads: list[Tensor | None] = [None] * (len(needs) * PARAMETERS_PER_PROJECTION)
         xa = keeper.exact(self.xa_name)

@@ -541,3 +541,16 @@ def test_angles_that_are_trained():
         found.append(gradients(model, batch)[1])
     # the forward of the angles is run without gradients, as stock does
     assert largest_error(*found) < 1e-5
+
+
+def test_an_adapter_switched_between_forward_and_backward():
+    """Another scaling would be taken for the first forward's: refused, not computed."""
+    model, batch = llama(), padded_batch()
+    apply_hyclora(model, BASELINE)
+    loss = model(**batch).loss
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(2.0)
+    other = model(**batch).loss
+    with pytest.raises(ValueError, match="switched between a forward and its backward"):
+        (loss + other).backward()
