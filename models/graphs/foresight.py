@@ -6,7 +6,7 @@ Between the two Hugging Face's code looks embeddings up and makes position ids, 
 
 from torch import Tensor, nn
 
-from hyclora.models.trust import GLOBAL_HOOKS, is_known, is_stock
+from hyclora.models.trust import GLOBAL_HOOKS, is_stock
 from hyclora.operators.attention.flash import is_bounds
 
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # of others inv_freq changes with the lengths that were seen
@@ -43,7 +43,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def is_lookup(embedding: nn.Module, angles: nn.Module) -> bool:
     """Whether an embedding makes a tensor of its own that nobody else has seen when the first layer gets it."""
-    own = type(embedding) is nn.Embedding and is_known(nn.Embedding.forward) and "forward" not in embedding.__dict__
+    own = type(embedding) is nn.Embedding and "forward" not in embedding.__dict__
     return own and not (embedding._forward_hooks or angles._forward_hooks or angles._forward_pre_hooks)
 
 
