@@ -52,7 +52,7 @@ def test_embeddings_become_the_fixed_input(monkeypatch):
     assert recording.inputs[0].data_ptr() == made[-1].data_ptr()
 
     graphs.clear()
-    given = [{"inputs_embeds": lookup(batch.pop("input_ids")).detach()} | batch for batch in steps[:2]]
+    given = [{"inputs_embeds": lookup(embedding, batch.pop("input_ids")).detach()} | batch for batch in steps[:2]]
     kept = [batch["inputs_embeds"].clone() for batch in given]
     train(model, given)
     assert len(graphs.recordings) == 1
