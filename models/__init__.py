@@ -4,11 +4,11 @@ blocks.py      a norm, an attention and an MLP module of a layer        layers.p
 head.py        LM head and loss                                         masks.py    which tokens see which
 step_hook.py   before each training forward                             bits.py     q_bit=auto
 trust.py       which modules a block may stand in for                   watch.py    whether they still are the same
-readers.py     who looks at what is computed                            outputs.py  what a training forward returns
-late_logits.py logits when somebody looks at them                       foreign_head.py  a head of TRL's
-binding.py     how a block is put in front of a forward                 state.py    calibration on disk
-calibration.py when calibration ends, and begins again                  graphs/     all layers as CUDA graphs
-report.py      what is said about a patched model                       families/   the names of LLaMA, Mistral, Qwen
+outputs.py     what a training forward returns                          late_logits.py  logits, if somebody looks
+binding.py     how a block is put in front of a forward                 foreign_head.py  a head of TRL's
+calibration.py when calibration ends, and begins again                  state.py    calibration on disk
+report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
+families/      the names of LLaMA, Mistral, Qwen
 """
 
 import logging

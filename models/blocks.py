@@ -165,7 +165,7 @@ class AttentionBlock(Block):
 
     def takes_bounds(self) -> bool:
         """Whether operators/attention/flash.py can run here, so that bounds may stand in for HF's mask."""
-        return self.own_flash and self.alone and self.module.training
+        return self.own_flash and self.module.training
 
     def applies(
         self, hidden_states=None, position_embeddings=None, attention_mask=None, cache=None, past_key_values=None,

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hyclora.models.binding import BoundForward
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock, is_learned
-from hyclora.models.trust import HOOKS, look
+from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Step
 from hyclora.operators.store import UNITS_A_LAYER
@@ -50,7 +50,7 @@ class LayerBlock(Block):
             self.together
             and not args
             and not getattr(self.module, "gradient_checkpointing", False)
-            and not any(look(block.module.__dict__[name]) for block in self.blocks for name in HOOKS)
+            and not any(is_watched(block.module) for block in self.blocks)
             and not is_learned(kwargs.get("position_embeddings"), kwargs.get("attention_mask"))
             and all(block.applies(cache=cache, past_key_values=past_key_values) for block in self.blocks)
         )
@@ -59,7 +59,7 @@ class LayerBlock(Block):
         """Hidden states [B, S, C] through norm, attention, norm, MLP, which add the residual branches themselves."""
         attention_norm, attention, mlp_norm, mlp = (block.module for block in self.blocks)
         # hooks may keep what goes in and comes out
-        watched = any(look(self.module.__dict__[name]) for name in HOOKS)
+        watched = is_watched(self.module)
         ours = self.step.private and getattr(hidden_states, OURS, False) or self.first and self.step.embeds
         x, residual = attention_norm(hidden_states, residual=True)
         hidden_states, _ = attention(hidden_states=x, residual=residual, overwrite=ours and not watched, **kwargs)

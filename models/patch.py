@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from hyclora.models import trust
 from hyclora.models.bits import allocate_bits
@@ -20,7 +21,6 @@ from hyclora.models.graphs.layer_graphs import LayerGraphs
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
 from hyclora.models.layers import CheckpointBlock, LayerBlock
-from hyclora.models.readers import Watchers
 from hyclora.models.report import PatchReport, make_report
 from hyclora.models.step_hook import StepHook
 from hyclora.models.watch import Watch
@@ -119,8 +119,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    watchers = Watchers(decoder, layers, getattr(decoder, family.final_norm))
-    hook = StepHook(patch, attention, _adapted(blocks), watchers)
+    hook = StepHook(patch, attention, _adapted(blocks))
     patch.hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     setattr(decoder, PATCH, patch)
     if stock:
@@ -177,6 +176,8 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:
     """The module that holds the decoder layers, and the model's family."""
     base = _base(model)
     model_type = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is not supported; give a PeftModel or a model of transformers")
     if model_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return getattr(base, base.base_model_prefix, base), FAMILIES[model_type]
@@ -189,15 +190,13 @@ def _half(family: Family, layer: nn.Module, half: str) -> tuple[nn.Module, nn.Mo
 
 def _why_not(family: Family, layers: list[nn.Module], names) -> dict[tuple[int, str], str]:
     """Why halves of layers stay stock, keyed (layer, half)."""
-    why_not = {"attention": trust.why_not_attention, "mlp": trust.why_not_mlp}
     halves = {(i, half): _half(family, layer, half) for i, layer in enumerate(layers) for half in HALVES}
     places = Counter(id(module) for modules in halves.values() for module in modules)
     reasons = {}
     for (i, half), (norm, module) in halves.items():
         shared = next((names[id(m)] for m in (norm, module) if places[id(m)] > 1), None)
         reason = f"{shared}: several layers share it" if shared else None
-        reason = reason or trust.why_not_norm(family, norm, names[id(norm)])
-        if reason := reason or why_not[half](family, module, names[id(module)]):
+        if reason := reason or trust.why_not_half(family, half, norm, names[id(norm)], module, names[id(module)]):
             reasons[i, half] = reason
     return reasons
 

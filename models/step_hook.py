@@ -7,19 +7,17 @@ import torch
 from torch import nn
 
 from hyclora.models.blocks import AttentionBlock
-from hyclora.models.graphs.foresight import foretell, is_lookup
+from hyclora.models.graphs.foresight import foretell, is_last, is_lookup
 from hyclora.models.masks import causal_bounds
-from hyclora.models.readers import Watchers, asks_for
 from hyclora.models.report import tell_of_checkpointing
-from hyclora.models.trust import is_stock
+from hyclora.models.trust import is_stock, look
 
 
 class StepHook:
     """Runs before a decoder forward: counts and weighs it, binds checkpoints, keeps the cache and S x S masks off."""
 
-    def __init__(self, patch, attention: list[AttentionBlock], adapted: list, watchers: Watchers):
+    def __init__(self, patch, attention: list[AttentionBlock], adapted: list):
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
-        self.watchers = watchers
         self.told = False
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
@@ -28,7 +26,9 @@ class StepHook:
         if not self.told:
             self.told = True
             tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints])
-        if is_stock(decoder) and len(args) > 1:
+        # a loop over the layers that is not Hugging Face's own may keep what it likes, and takes what it likes
+        stock = is_stock(decoder)
+        if stock and len(args) > 1:
             names = list(signature(type(decoder).forward).parameters)[2 : 1 + len(args)]
             args, kwargs = args[:1], kwargs | dict(zip(names, args[1:], strict=True))
         for checkpoint in self.patch.checkpoints:
@@ -39,22 +39,20 @@ class StepHook:
             self.step.index += 1
             if self.patch.calibration.follow(_tokens(args, kwargs)) and self.patch.graphs is not None:
                 self.patch.graphs.clear()
-        given = self._begin(decoder, args, dict(kwargs), early=True)
+        given = self._begin(decoder, stock, args, dict(kwargs), early=True)
         # a replay may have been started meanwhile, which comes to nothing then
         if self.patch.watch.changed():
             self.patch.watch.look()
-            given = self._begin(decoder, args, dict(kwargs), early=False)
+            given = self._begin(decoder, stock, args, dict(kwargs), early=False)
         return given
 
-    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict, early: bool) -> tuple[tuple, dict]:
+    def _begin(self, decoder: nn.Module, stock: bool, args: tuple, kwargs: dict, early: bool) -> tuple[tuple, dict]:
         """The decoder's arguments, with what the layers get in place of HF's mask; early: a replay may be started."""
-        # a loop over the layers that is not Hugging Face's own may keep what it likes
-        stock = is_stock(decoder)
         embedding = decoder.get_input_embeddings()
         self.step.private = stock and self.patch.watch.stock
         self.step.embeds = stock and kwargs.get("inputs_embeds") is None and is_lookup(embedding, decoder.rotary_emb)
         causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
-        maps = asks_for("attentions", decoder, kwargs)
+        maps = _asks_for("attentions", decoder, kwargs)
         self.step.stock_attention = maps or causal is False or _has_cache(decoder, kwargs)
         self.step.padding_differs = False
         if stock:
@@ -92,7 +90,7 @@ class StepHook:
         """Whether the layers know what bounds are; or HF shall make a mask."""
         if self.step.stock_attention or not self.patch.watch.bounded:
             return False
-        if next(reversed(decoder._forward_pre_hooks)) != self.patch.hook.id:  # another one may change the mask
+        if not is_last(decoder, self.patch.hook.id):  # another one may change the mask
             return False
         if not all(p.refresh(self.step.index) for p in self.adapted):
             return False
@@ -101,7 +99,8 @@ class StepHook:
     def _unread(self, decoder: nn.Module, kwargs: dict, padding: torch.Tensor) -> bool:
         """Whether nobody reads what comes out at padding, bool [B, S] on the host."""
         unread = self.step.unread
-        if unread is None or asks_for("hidden_states", decoder, kwargs) or self.watchers.there():
+        hooked = self.patch.watch.is_hooked() or look(decoder._forward_hooks)
+        if unread is None or hooked or _asks_for("hidden_states", decoder, kwargs):
             return False
         self.step.padding_differs = unread(padding)
         return self.step.padding_differs
@@ -110,6 +109,11 @@ class StepHook:
 def _tokens(args: tuple, kwargs: dict) -> torch.Tensor | None:
     """What the decoder is called with: ids [B, S], or embeddings [B, S, C]."""
     return next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+
+
+def _asks_for(name: str, decoder: nn.Module, kwargs: dict) -> bool:
+    """Whether a forward shall return its hidden_states or its attentions, by Hugging Face's rules."""
+    return bool(kwargs.get(f"output_{name}", getattr(decoder.config, f"output_{name}", False)))
 
 
 def _has_cache(decoder: nn.Module, kwargs: dict) -> bool:

@@ -4,11 +4,11 @@ A block reads tensors and numbers of a module and does what the module's class d
 run. So a module must be known by identity: its class, the code of that class's forward, its weights, and nobody's
 hooks inside. Whatever else there is runs as it is, and the report says why. Nowhere else is this decided.
 
-All why_not_... give the reason, "name: sentence", or None. They read attributes only, and cost about 10 us a module.
+All why_not_... give the reason, "name: sentence", or None.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FunctionType
 
@@ -54,6 +54,11 @@ def look(hooks: dict) -> bool:
     return any(asked or getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values())
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether some hook of a module may look at what passes."""
+    return any(look(module.__dict__[name]) for name in HOOKS)
+
+
 def is_known(function: Callable) -> bool:
     """Whether a function and all that wraps it are code of the packages."""
     while True:
@@ -92,14 +97,19 @@ def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
     return why_foreign(layer, name, family.classes("DecoderLayer"))
 
 
-def why_not_masks(decoder: nn.Module, name: str) -> str | None:
-    """What makes a decoder's masks, for which bounds stand in."""
-    makers = [
-        *calls(innermost(type(decoder).forward)),
-        ALL_MASK_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation),
-    ]
-    replaced = next((maker for maker in makers if maker is not None and not is_known(maker)), None)
-    return None if replaced is None else f"{name}: {replaced.__name__}, which makes masks, was replaced by another one"
+def makes_known_masks(decoder: nn.Module) -> bool:
+    """Whether a decoder's masks are made by transformers' own code, so that bounds may stand in for them."""
+    interface = ALL_MASK_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation)
+    makers = (*calls(innermost(type(decoder).forward)), interface)
+    return all(maker is None or is_known(maker) for maker in makers)
+
+
+def why_not_half(
+    family: Family, half: str, norm: nn.Module, norm_name: str, module: nn.Module, name: str
+) -> str | None:
+    """Half a layer: "attention" or "mlp", and the norm before it."""
+    why_not = {"attention": why_not_attention, "mlp": why_not_mlp}[half]
+    return why_not_norm(family, norm, norm_name) or why_not(family, module, name)
 
 
 def why_not_norm(family: Family, norm: nn.Module, name: str) -> str | None:
@@ -119,20 +129,20 @@ def why_not_attention(family: Family, module: nn.Module, name: str) -> str | Non
             return reason
         if norm.weight.requires_grad:
             return f"{norm_name}: the weight is trainable; a norm of heads must be frozen"
-    return _why_not_inside(module, name, (*family.qkv, family.out))
+    return _why_not_inside(module, name, *family.qkv, family.out)
 
 
 def why_not_mlp(family: Family, module: nn.Module, name: str) -> str | None:
     return (
         why_foreign(module, name, family.classes("MLP"))
         or why_foreign(module.act_fn, f"{name}.act_fn", SILU)
-        or _why_not_inside(module, name, (*family.gate_up, family.down))
+        or _why_not_inside(module, name, *family.gate_up, family.down)
     )
 
 
 def why_not_head(family: Family, model: nn.Module, name: str) -> str | None:
     """The causal LM with its head: that of transformers, with its loss."""
-    head_name = f"{name}.{family.head}"
+    head, head_name = getattr(model, family.head), f"{name}.{family.head}"
     if reason := why_foreign(model, head_name, family.classes("ForCausalLM")):
         return reason
     if model.loss_function is not ForCausalLMLoss:
@@ -140,7 +150,7 @@ def why_not_head(family: Family, model: nn.Module, name: str) -> str | None:
     for called in (*calls(ForCausalLMLoss), nn.functional.cross_entropy):
         if not is_known(called):
             return f"{head_name}: {called.__name__}, which the loss calls, was replaced by another one"
-    return _why_not_inside(model, name, (family.head,), hooks_below=getattr(model, family.head))
+    return why_not_linear(head, head_name) or _why_not_hooks(head.named_modules(prefix=head_name))
 
 
 def why_not_linear(module: nn.Module, name: str) -> str | None:
@@ -184,17 +194,21 @@ def _why_not_adapter(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def _why_not_inside(module: nn.Module, name: str, linears: tuple[str, ...], hooks_below: nn.Module | None = None):
-    """The linear layers of a module, and hooks on whatever is below it, which nobody would call."""
+def _why_not_inside(module: nn.Module, name: str, *linears: str) -> str | None:
+    """The linear layers of a module, and hooks on whatever is in it."""
     for attribute in linears:
         if reason := why_not_linear(getattr(module, attribute), f"{name}.{attribute}"):
             return reason
-    if any(GLOBAL_HOOKS):
-        return f"{name}: there are hooks on all modules, which would not be called"
-    inside = f"{name}.{linears[0]}" if hooks_below is not None else name
-    for below, m in (module if hooks_below is None else hooks_below).named_modules(prefix=inside):
-        if m is not module and any(look(m.__dict__[hooks]) for hooks in HOOKS):
-            return f"{below}: it has hooks, which would not be called"
+    return _why_not_hooks((below, m) for below, m in module.named_modules(prefix=name) if m is not module)
+
+
+def _why_not_hooks(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Hooks on modules that nobody would call."""
+    for name, module in modules:
+        if any(GLOBAL_HOOKS):
+            return f"{name}: there are hooks on all modules, which would not be called"
+        if is_watched(module):
+            return f"{name}: it has hooks, which would not be called"
     return None
 
 

@@ -10,5 +10,5 @@ mlp/              gate, up, SiLU, product, down                    cross_entropy
 linear/           frozen weights (NF4 too) and LoRA adapters       checkpoint.py      gradient checkpointing of a layer
 packing/          2, 3, 4, 8 bit: codes, scales, layout            token_tiles.py     long inputs, a tile at a time
 savers/           the ways of keeping one slot                     store/             packed slots in host memory
-pausable.py       what can be switched off for a while
+pausable.py       what can be switched off for a while             first_order.py     what a backward refuses
 """

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hyclora.operators.first_order import first_order
 from hyclora.operators.linear.lora import get_rng_state, replayed_rng
 from hyclora.operators.savers import Keeper
 
@@ -38,7 +38,7 @@ class CheckpointFunction(torch.autograd.Function):
         return run(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy: Tensor):
         x = Keeper.load(ctx).restore("layer_in").view(ctx.shape).detach().requires_grad_(ctx.needs_input_grad[0])
         resident = nullcontext() if ctx.store is None else ctx.store.paused()

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hyclora.operators import reference
 from hyclora.operators.dispatch import as_rows, device_guard, next_power_of_2, use_triton
+from hyclora.operators.first_order import first_order
 from hyclora.operators.linear.lora import Projection
 from hyclora.operators.reference import IGNORED
 
@@ -153,7 +153,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dloss):
         dhidden, rows, *grads = ctx.saved_tensors
         if not len(rows):

@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hyclora.operators import reference
 from hyclora.operators.dispatch import as_output, as_rows, cdiv, device_guard, next_power_of_2, use_triton
+from hyclora.operators.first_order import first_order
 from hyclora.operators.packing.codebook import book_constants
 from hyclora.operators.packing.layout import carve, packed_shapes
 from hyclora.operators.packing.quantize import (
@@ -267,7 +267,7 @@ class RMSNormFunction(torch.autograd.Function):
         return (y, x) if residual else y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy: Tensor, dresidual: Tensor | None = None):
         keeper = Keeper.load(ctx)
         rstd, weight = keeper.exact("rstd"), keeper.exact("weight")

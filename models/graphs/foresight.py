@@ -18,36 +18,26 @@ def foretell(decoder: nn.Module, hook: int, input_ids=None, *args, attention_mas
     hook: id of the decoder's pre-hook that asks, with the arguments that it returns.
     """
     embedding, angles = decoder.get_input_embeddings(), getattr(decoder, "rotary_emb", None)
-    if not isinstance(input_ids, Tensor) or args or angles is None or not _alone(decoder, hook):
+    if not is_last(decoder, hook) or not isinstance(input_ids, Tensor) or args or angles is None or any(GLOBAL_HOOKS):
         return None
     if not (attention_mask is None or is_bounds(attention_mask)):
         return None
     if not all(value is None or isinstance(value, (bool, int, float, str)) for value in kwargs.values()):
         return None
-    if not (_is_lookup(embedding) and _is_plain(angles) and angles.rope_type in FIXED_ANGLES):
+    frozen = embedding.max_norm is None and not (embedding._forward_pre_hooks or embedding.weight.requires_grad)
+    if not (is_lookup(embedding, angles) and frozen and is_stock(angles) and angles.rope_type in FIXED_ANGLES):
         return None
     bounds = None if attention_mask is None else attention_mask.flatten().tolist()
     state = angles.inv_freq.data_ptr(), angles.inv_freq._version, angles.attention_scaling
     return input_ids.shape, bounds, kwargs, state
 
 
-def _alone(decoder: nn.Module, hook: int) -> bool:
-    """Whether no hook runs after this one and before the first layer."""
-    last = next(reversed(decoder._forward_pre_hooks)) == hook
-    return last and not any(GLOBAL_HOOKS)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return is_stock(module) and not (module._forward_hooks or module._forward_pre_hooks)
+def is_last(decoder: nn.Module, hook: int) -> bool:
+    """Whether no other pre-hook of a decoder runs after this one, and sees or changes what it returns."""
+    return next(reversed(decoder._forward_pre_hooks)) == hook
 
 
 def is_lookup(embedding: nn.Module, angles: nn.Module) -> bool:
     """Whether an embedding makes a tensor of its own that nobody else has seen when the first layer gets it."""
     own = type(embedding) is nn.Embedding and "forward" not in embedding.__dict__
     return own and not (embedding._forward_hooks or angles._forward_hooks or angles._forward_pre_hooks)
-
-
-def _is_lookup(embedding: nn.Module) -> bool:
-    """Whether an embedding gives the rows of its frozen weight and does nothing else."""
-    own = "forward" not in embedding.__dict__ and not (embedding._forward_hooks or embedding._forward_pre_hooks)
-    return type(embedding) is nn.Embedding and own and embedding.max_norm is None and not embedding.weight.requires_grad

@@ -16,7 +16,6 @@ from copy import copy
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -24,8 +23,8 @@ from hyclora.models.blocks import Block, autocast_dtype
 from hyclora.models.graphs.gradients import GradientBuffers, add_gradients
 from hyclora.models.graphs.recording import Recording
 from hyclora.models.layers import OURS, LayerBlock
-from hyclora.models.trust import HOOKS, look
 from hyclora.operators.attention.flash import is_bounds
+from hyclora.operators.first_order import first_order
 from hyclora.operators.pausable import Pausable
 
 # each has graphs and fixed inputs for good; other kinds of input run layer by layer
@@ -44,8 +43,6 @@ class LayerGraphs(Pausable):
         self.layers = layers
         self.norms = [norm for block in blocks for norm in block.norms]
         modules = [*self.norms, *(m for layer in layers for m in layer.module.modules())]
-        # the dictionaries themselves, which modules fill later: looked at once a step
-        self._hooks = [m.__dict__[name] for m in modules for name in HOOKS]
         inside = [block for layer in layers for block in layer.blocks]
         self.projections = list({id(p): p for block in inside for p in block.projections}.values())
         self._drops = any(getattr(m, "attention_dropout", 0.0) > 0 for m in modules)
@@ -165,8 +162,7 @@ class LayerGraphs(Pausable):
             return None
         if (
             self._drops
-            or any(self._hooks)
-            and any(look(hooks) for hooks in self._hooks)
+            or self.patch.watch.is_hooked()
             or torch.distributed.is_available()
             and torch.distributed.is_initialized()
         ):
@@ -337,7 +333,7 @@ class ReplayFunction(torch.autograd.Function):
         return recording.output.detach()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         if ctx.ticket is None:
             raise RuntimeError(

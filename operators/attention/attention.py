@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hyclora.operators.attention.flash import flash_attention, is_bounds
 from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore, packed_qkv
@@ -22,6 +21,7 @@ from hyclora.operators.attention.hollow_graph import HollowGraph, record
 from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
 from hyclora.operators.dispatch import as_output, use_triton
+from hyclora.operators.first_order import first_order
 from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
 from hyclora.operators.linear.residual import overwritable
 from hyclora.operators.savers import Keeper
@@ -222,7 +222,7 @@ class AttentionFunction(torch.autograd.Function):
         return as_output(y, x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         spec, rng, keeper = ctx.spec, ctx.rng, Keeper.load(ctx)
         batch = ctx.shape[0]

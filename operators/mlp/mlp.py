@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hyclora.operators.dispatch import as_output, use_triton
+from hyclora.operators.first_order import first_order
 from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
 from hyclora.operators.linear.residual import overwritable
 from hyclora.operators.mlp.activation import silu_mul_bwd, silu_mul_fwd
@@ -70,7 +70,7 @@ class MlpFunction(torch.autograd.Function):
         return as_output(y, x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
         dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
