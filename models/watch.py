@@ -83,6 +83,8 @@ class Watch:
 
     def is_hooked(self) -> bool:
         """Whether hooks of somebody may look at what passes in the layers, or at the last norm."""
+        if self._seen is None:
+            self.look()
         return any(self._hooks) and any(map(trust.look, self._hooks))
 
     def _reasons(self) -> list[str]:

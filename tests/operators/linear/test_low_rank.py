@@ -72,11 +72,11 @@ def test_gradients_are_contiguous():
     """Each adapter's by itself, as adding a part of another tensor to .grad is a kernel of its own."""
     attention = llama().get_base_model().model.layers[0].self_attn
     group = ProjectionGroup([Projection(getattr(attention, f"{n}_proj"), n) for n in "qkv"])
-    x, keeper = rand(7, 96), Keeper({}, None)
-    _, low_rank = group.project(x, group.parameters(), keeper, {})
+    x, keeper, rng = rand(7, 96), Keeper({}, None), {}
+    _, low_rank = group.project(x, group.parameters(), keeper, rng)
     dy = rand(7, group.width, seed=3)
     needs = tuple(t is not None for t in group.parameters())
-    grads = group.backward_parameters(dy, *group.backward_low_rank(dy, low_rank, keeper), x, keeper, {}, needs)
+    grads = group.backward_parameters(dy, *group.backward_low_rank(dy, low_rank, keeper), x, keeper, rng, needs)
     assert sum(needs) == 6
     for grad, parameter, need in zip(grads, group.parameters(), needs, strict=True):
         assert grad is None if not need else grad.shape == parameter.shape and grad.is_contiguous()
