@@ -46,6 +46,18 @@ class Deferred:
         return func(*args, **kwargs)
 
 
+def _looked_at(name: str) -> Callable:
+    return lambda self, *args: getattr(self.look(), name)(*args)
+
+
+# Python looks for these in the class alone
+for _name in (
+    *("getitem", "len", "iter", "bool", "format", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "matmul", "rmatmul"),
+):
+    setattr(Deferred, f"__{_name}__", _looked_at(f"__{_name}__"))
+
+
 class Late:
     """An attribute that is looked at when it is read, if what was set is a Deferred."""
 

@@ -43,7 +43,7 @@ class Patch:
     calibration: Calibration
     blocks: list[Block] = field(default_factory=list)
     checkpoints: list[CheckpointBlock] = field(default_factory=list)
-    hook: torch.utils.hooks.RemovableHandle | None = None
+    hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     store: Store | None = None
     graphs: LayerGraphs | None = None
     watch: Watch | None = None
@@ -119,8 +119,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    hook = StepHook(patch, attention, _adapted(blocks))
-    patch.hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    patch.hooks = StepHook(patch, attention, _adapted(blocks)).register(decoder)
     setattr(decoder, PATCH, patch)
     if stock:
         parts = f"{len(stock)} of {len(HALVES) * len(layers)} halves of layers (a norm and what it feeds)"
@@ -137,7 +136,8 @@ def remove_hyclora(model: PeftModel) -> None:
     patch = find_patch(model)
     for block in [*patch.blocks, *patch.checkpoints]:
         block.unbind()
-    patch.hook.remove()
+    for hook in patch.hooks:
+        hook.remove()
     if patch.graphs is not None:
         patch.graphs.clear()
     delattr(patch.decoder, PATCH)

@@ -58,7 +58,6 @@ class Watch:
 
     def look(self) -> None:
         """Find all reasons anew and tell of new ones; ValueError if blocks may run nowhere in the layers."""
-        before = set(self._reasons())
         for norm, block in self.halves:
             norm.reason = block.reason = self._why_not(norm, block)
         for norm in self.last_norms:
@@ -76,9 +75,9 @@ class Watch:
         if all(block.reason for _, block in self.halves):
             first = next((reason for reason in reasons if AGAIN in reason), reasons[0])
             raise ValueError(f"{first}; so no layer of this model can be patched")
-        if new := [reason for reason in reasons if reason not in before]:
-            # a part may go to and fro, as where layers are unfrozen in turn
-            self.told += [reason for reason in new if reason not in self.told]
+        # a part may go to and fro, as where layers are unfrozen in turn, and is told of once
+        if new := [reason for reason in reasons if reason not in self.told]:
+            self.told += new
             logger.warning(f"HyC-LoRA: {len(new)} parts of layers run stock code from now on. The first is {new[0]}")
 
     def is_hooked(self) -> bool:

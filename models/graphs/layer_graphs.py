@@ -132,8 +132,11 @@ class LayerGraphs(Pausable):
         return ticket
 
     def _possible(self) -> bool:
-        """Whether a replay could start now: nothing is in its memory, savers do not change, and attention is ours."""
-        able = self.active and self.patch.watch.whole and torch.is_grad_enabled()
+        """Whether a replay could start now: nothing is in its memory, savers do not change, and attention is ours.
+
+        And Hugging Face's decoder calls the layers, so that all of them follow the first.
+        """
+        able = self.active and self.step.private and self.patch.watch.whole and torch.is_grad_enabled()
         return able and not (self.step.calibrating or self.step.stock_attention) and self._pending() is None
 
     def _given(self, hidden: Tensor, leaves: list, spec) -> tuple:
@@ -167,7 +170,8 @@ class LayerGraphs(Pausable):
             and torch.distributed.is_initialized()
         ):
             return None
-        if not all([p.refresh(self.step.index) for p in self.projections]) or any(p.dropout for p in self.projections):
+        running = self.step.running
+        if not all([p.refresh(running) for p in self.projections]) or any(p.dropout for p in self.projections):
             return None
         trainable = [t for p in self.projections for t in p.parameters() if t is not None]
         trainable += [norm.weight for norm in self.norms]

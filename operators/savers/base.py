@@ -16,10 +16,11 @@ class Step:
     """Where training is; one object a patched model, shared by all its blocks.
 
     index counts training forwards of the model (a recomputation by gradient checkpointing is not one), token_mask is
-    the batch's [B, S] mask of real tokens or None; private: nobody but the layers sees what goes from one to the next;
-    embeds: nor what goes into the first, which the decoder makes. Calibration lasts while index <= threshold (which
-    models/calibration.py moves). since: statistics of forwards before that one are replaced, not added to; informative:
-    this forward says something that those since then did not.
+    the batch's [B, S] mask of real tokens or None. running: index while the decoder runs, None outside, where somebody
+    calls a layer by itself or checkpointing runs it again; private: nobody but the layers sees what goes from one to
+    the next, and Hugging Face's decoder calls them in order; embeds: nor what goes into the first. Calibration lasts
+    while index <= threshold (which models/calibration.py moves). since: statistics of forwards before that one are
+    replaced, not added to; informative: this forward says something that those since then did not.
     unread: of whoever calls the decoder and knows what it will read, tells of positions (bool [B, S] on the host)
     whether nobody reads them; padding_differs: so padded tokens of this forward got other hidden states than in stock;
     again: it is the second forward of a batch, for those. stock_attention: its attentions run stock code.
@@ -27,6 +28,7 @@ class Step:
 
     threshold: int
     index: int = 0
+    running: int | None = None
     private: bool = False
     embeds: bool = False
     token_mask: Tensor | None = field(default=None, repr=False)

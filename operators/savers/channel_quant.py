@@ -42,7 +42,7 @@ class ChannelQuant(StoringSaver):
         self.mean: Tensor | None = None
         self.std: Tensor | None = None
         self.outliers: Tensor | None = None
-        self._last_step = 0
+        self._last_step = -1  # a layer may be called before the model ever was
 
     def __str__(self) -> str:
         return f"{self.book.bits} bit" + (f" (exact channels {self.outlier_ratio:g})" if self.outlier_ratio else "")

@@ -151,7 +151,7 @@ def saved(outputs):
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
 def test_ways_to_look(look):
     model, batch = llama(), BATCHES["whole"]
-    expected = model(**batch, use_cache=False)
+    expected = model(**batch)
     apply_hyclora(model, BASELINE)
     outputs = model(**batch)
     torch.testing.assert_close(look(outputs), look(expected), atol=1e-5, rtol=1e-5)
@@ -162,12 +162,47 @@ def test_ways_to_look(look):
 @pytest.mark.parametrize("batch", ["whole", "right padding"])
 def test_a_tuple_has_them(batch):
     model = llama()
-    expected = model(**BATCHES[batch], use_cache=False, return_dict=False)
+    asked = {"return_dict": False, "output_hidden_states": True}
+    expected = model(**BATCHES[batch], **asked)
     apply_hyclora(model, BASELINE)
-    outputs = model(**BATCHES[batch], return_dict=False)
-    assert type(outputs) is tuple and len(outputs) == len(expected) == 2
-    for a, b in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    outputs = model(**BATCHES[batch], **asked)
+    assert type(outputs) is tuple and len(outputs) == len(expected) == 4
+    for i in (0, 1, 3):
+        torch.testing.assert_close(outputs[i], expected[i], atol=1e-5, rtol=1e-5)
+
+
+CARRIED = {
+    "to the next forward": lambda model, cache: model(**WHOLE, past_key_values=cache),
+    "to an evaluation": lambda model, cache: model.eval()(**WHOLE, past_key_values=cache),
+    "by hand": lambda model, cache: cache.get_seq_length(),
+    "length": lambda model, cache: len(cache),
+    "layer": lambda model, cache: cache[0],
+}
+
+
+@pytest.mark.parametrize("carry", CARRIED.values(), ids=CARRIED)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_cache_that_is_carried_on(labelled, carry):
+    """Stock would see the tokens before; a model without any, and with none of it said, would not."""
+    model, batch = llama(), WHOLE if labelled else {"input_ids": WHOLE["input_ids"]}
+    apply_hyclora(model, BASELINE)
+    outputs = model(**batch)
+    with pytest.raises(ValueError, match="makes no cache .* use_cache=True"):
+        carry(model, outputs.past_key_values)
+
+
+def test_a_cache_that_was_asked_for_is_carried_on():
+    model = llama()
+
+    def both():
+        first = model(**WHOLE, use_cache=True)
+        return model(**WHOLE, past_key_values=first.past_key_values).loss
+
+    expected = both()
+    apply_hyclora(model, BASELINE)
+    torch.testing.assert_close(both(), expected)
+    model.gradient_checkpointing_enable()
+    assert model(**WHOLE).past_key_values is None, "as in stock"
 
 
 LEFT_ALONE = {
@@ -179,7 +214,7 @@ LEFT_ALONE = {
     "device": lambda outputs: send_to_device(outputs, DEVICE)["loss"],
     "pytree": lambda outputs: pytree.tree_map(lambda leaf: leaf, outputs)[0],
     "items": lambda outputs: dict(outputs.items())["loss"],
-    "names": lambda outputs: outputs["loss"] if "logits" in outputs and len(outputs) == 2 else None,
+    "names": lambda outputs: outputs["loss"] if "logits" in outputs and len(outputs) == 3 else None,
 }
 
 

@@ -1,12 +1,14 @@
 """Layers replayed as graphs: CUDA graphs on a GPU, on a CPU a stand-in that repeats what was recorded."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.graphs.recording import CudaRecorder
@@ -110,6 +112,30 @@ def test_kinds_of_input():
     for batch, recorded in [*order, (front, 3), (front, 4), (padded, 4), (narrow, 4), (front, 4)]:
         assert equal(train(model, [batch])[0], train(reference, [batch])[0])
         assert len(graphs.recordings) == recorded
+
+
+def test_layers_that_another_decoder_calls():
+    """In its own order or not all of them: the first one says nothing of the others."""
+    reference = llama()
+    ours = copy.deepcopy(reference)
+    graphs = graphed(ours, {"layer_type": "baseline"})
+    *first, batch = batches(CALIBRATION + 3)
+    train(ours, first)
+    (recording,) = graphs.recordings.values()
+
+    def forward(decoder, input_ids, attention_mask=None, **kwargs):
+        hidden = decoder.embed_tokens(input_ids)
+        angles = decoder.rotary_emb(hidden, torch.arange(input_ids.shape[1], device=DEVICE)[None])
+        for layer in (decoder.layers[0], decoder.layers[0]):
+            hidden = layer(hidden, position_embeddings=angles)
+        return BaseModelOutputWithPast(decoder.norm(hidden))
+
+    for model in (reference, ours):
+        decoder = model.get_base_model().model
+        decoder.forward = MethodType(forward, decoder)
+    (expected,) = train(reference, [batch])
+    assert all(largest_error(found, expected) < 1e-5 for found in train(ours, [batch] * 3))
+    assert list(graphs.recordings.values()) == [recording]
 
 
 def hook_a_module(model):
