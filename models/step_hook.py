@@ -117,7 +117,7 @@ class StepHook:
             return False
         if not is_last(decoder, self.patch.hooks[0].id):  # another one may change the mask
             return False
-        if not all(p.refresh(self.step.running) for p in self.adapted):
+        if not all(p.refresh() for p in self.adapted):  # each layer reads its own, where FSDP has put them by then
             return False
         return all(block.takes_bounds() for block in self.attention)
 
