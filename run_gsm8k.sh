@@ -21,7 +21,7 @@ seq_len=${seq_len:-512}
 
 # HyC-LoRA. preset: fastest, least_memory or longest (GPU), paper (the published method), or default (GPU or CPU).
 # Each setting below that is not empty replaces what the preset has:
-#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False
+#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False  stream=True
 use_hyclora=${use_hyclora:-True}
 preset=${preset:-$([[ "$gpu" == True ]] && echo least_memory || echo default)}
 layer_type=${layer_type:-}                            # baseline, intra, intra_inter, intra_inter_full_fuse
@@ -34,6 +34,7 @@ attention=${attention:-}
 scale_rule=${scale_rule:-}
 offload=${offload:-}
 cuda_graphs=${cuda_graphs:-}
+stream=${stream:-}                                    # True: compute no padding
 
 # LoRA
 lora_rank=${lora_rank:-16}
@@ -63,7 +64,7 @@ fi
 options=(--model_dir "$model_dir" --gradient_accumulation_steps "$gradient_accu_steps")
 add_options model_name load_in_4bit data_name data_dir seq_len
 add_options use_hyclora preset layer_type q_bit average_bits iteration_threshold softmax_outlier_ratio
-add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs
+add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs stream
 add_options lora_rank lora_alpha lora_init_type
 add_options seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before max_new_tokens
 start run_gsm8k.py "$@"

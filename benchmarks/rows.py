@@ -13,6 +13,7 @@ SAID = {
     "published quantizer": {"scale_rule": "paper"},
     "offloaded": {"offload": True},
     "CUDA graphs": {"cuda_graphs": True},
+    "as a stream": {"stream": True},
 }
 
 

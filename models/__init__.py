@@ -2,7 +2,8 @@
 
 blocks.py      a norm, an attention and an MLP module of a layer        layers.py   a whole layer, and checkpointing
 head.py        LM head and loss                                         masks.py    which tokens see which
-step_hook.py   before each training forward                             bits.py     q_bit=auto
+step_hook.py   around each training forward                             bits.py     q_bit=auto
+stream.py      a padded batch as one row of its real tokens             no_cache.py  what stands for a cache
 trust.py       which modules a block may stand in for                   watch.py    whether they still are the same
 outputs.py     what a training forward returns                          late_logits.py  logits, if somebody looks
 binding.py     how a block is put in front of a forward                 foreign_head.py  a head of TRL's

@@ -16,7 +16,7 @@ from hyclora.models.binding import BoundForward, bind, unbind
 from hyclora.models.families.family import Family
 from hyclora.operators import reference
 from hyclora.operators.attention.attention import CORES, AttentionFunction, AttentionSpec
-from hyclora.operators.attention.flash import is_bounds
+from hyclora.operators.attention.flash import takes_varlen, tells_runs
 from hyclora.operators.attention.fused_qkv import fits
 from hyclora.operators.attention.rope import rope
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
@@ -163,6 +163,12 @@ class AttentionBlock(Block):
         window = attrgetter(self.window_of)(self.module) if self.window_of else None
         return self.module.config._attn_implementation, window
 
+    def takes_starts(self, dtype: torch.dtype) -> bool:
+        """Whether a GPU can read by itself where runs of such q, k, v begin; a CPU reads what is on it anyhow."""
+        weight = self.projections[0].base.weight
+        probe = torch.empty(0, self.spec.head_dim, dtype=dtype, device=weight.device)
+        return not weight.is_cuda or takes_varlen(probe, self.module.attention_dropout)
+
     def takes_bounds(self) -> bool:
         """Whether operators/attention/flash.py can run here, so that bounds may stand in for HF's mask."""
         return self.own_flash and self.module.training
@@ -191,7 +197,7 @@ class AttentionBlock(Block):
         return y, None
 
     def run_stock(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
-        if not is_bounds(attention_mask):
+        if not tells_runs(attention_mask):
             return super().run_stock(hidden_states, position_embeddings, attention_mask, **kwargs)
         # checkpointing runs a layer first without grad; stock attention could not read the bounds
         heads = [p.module(hidden_states).unflatten(-1, (-1, self.module.head_dim)) for p in self.spec.qkv.projections]

@@ -118,6 +118,9 @@ class HycloraConfig:
     cuda_graphs: bool = _option(
         False, "Replay the layers as CUDA graphs for batches of a kind (shape, document bounds) that comes again."
     )
+    stream: bool = _option(
+        False, "Compute no padding: a padded batch goes through the layers as one row of its real tokens."
+    )
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
 
     @classmethod
@@ -140,6 +143,8 @@ class HycloraConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
         if self.iteration_threshold < 1:
             raise ValueError(f"iteration_threshold={self.iteration_threshold} calibrates nothing; use at least 1")
+        if self.stream and self.attention == "eager":
+            raise ValueError("stream=True needs attention=flash: a sparse map is kept of rows")
         if self.q_bit == "auto" and self.scale_rule == "paper":
             raise ValueError("q_bit=auto is not defined for scale_rule=paper; choose q_bit 2, 3, 4 or 8")
         if not 0 < self.average_bits < math.inf:

@@ -69,26 +69,27 @@ class HeadBlock(Block):
         hidden = outputs.last_hidden_state
         dtype = autocast_dtype(hidden.device.type)
         given = labels if shift_labels is None else shift_labels
-        if given.numel() != hidden.shape[:-1].numel():
-            raise ValueError(
-                f"labels of shape {list(given.shape)} do not belong to tokens of shape {list(hidden.shape[:-1])}"
-            )
-        again = (lambda: self._decode_again(args, kwargs, rng)) if self.step.padding_differs else None
+        stream, self.step.stream = self.step.stream, None
+        shape = hidden.shape[:-1] if stream is None else stream.shape
+        if given.numel() != shape.numel():
+            raise ValueError(f"labels of shape {list(given.shape)} do not belong to tokens of shape {list(shape)}")
+        again = (lambda: self._decode_again(args, kwargs, rng)) if self.step.padding_differs or stream else None
         drawn = get_rng_state(hidden.device) if self.head.dropout else None
         logits = LateLogits(self, hidden, dtype, drawn, again).defer()
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(device, dtype)
-            loss = linear_cross_entropy(hidden, targets, self.head, num_items_in_batch)
+            places = None if stream is None else stream.places
+            loss = linear_cross_entropy(hidden, targets, self.head, num_items_in_batch, places)
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return LateCausalLMOutput(loss=loss, logits=logits, **others)
 
     def _decode(self, args: tuple, kwargs: dict, unread=None):
         """The decoder's outputs; unread tells it of positions whether nobody reads them."""
-        self.step.unread = unread
+        self.step.unread, self.step.in_stream = unread, unread is not None
         try:
             return self.module.base_model(*args, **kwargs)
         finally:
-            self.step.unread = None
+            self.step.unread, self.step.in_stream = None, False
 
     def _decode_again(self, args: tuple, kwargs: dict, rng: torch.Tensor | None) -> torch.Tensor:
         """The hidden states of a forward with padded tokens as in stock, as they are from now on; not another step."""

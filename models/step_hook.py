@@ -7,13 +7,16 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hyclora.models.blocks import AttentionBlock
-from hyclora.models.graphs.foresight import foretell, is_last, is_lookup
+from hyclora.models.blocks import AttentionBlock, autocast_dtype
+from hyclora.models.graphs.foresight import foretell, is_last, is_lookup, is_tokenwise
 from hyclora.models.masks import causal_bounds
 from hyclora.models.no_cache import NO_CACHE
 from hyclora.models.report import tell_of_checkpointing
-from hyclora.models.trust import is_stock, look
+from hyclora.models.stream import Stream
+from hyclora.models.trust import GLOBAL_HOOKS, is_stock, look
 
+# a decoder's arguments that a stream has in another shape
+TOKENWISE = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 CACHE = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
 
 
@@ -33,14 +36,21 @@ class StepHook:
         return before, decoder.register_forward_hook(self.end, always_call=True)
 
     def end(self, decoder: nn.Module, args: tuple, output):
-        """Nobody runs any more; the output has NO_CACHE in the place of a cache that was kept off."""
+        """Nobody runs any more; the output has NO_CACHE in the place of a cache that was kept off, and all rows."""
         self.step.running, self.step.private, self.step.embeds = None, False, False
         without_cache, self.without_cache = self.without_cache, False
-        if output is None or not without_cache:
+        if output is None:
             return None
-        if isinstance(output, tuple):
-            return output[0], NO_CACHE, *output[1:]
-        output[next(name for name in CACHE if name in output.__dataclass_fields__)] = NO_CACHE
+        if self.step.stream is not None and not self.step.in_stream:
+            hidden, self.step.stream = self.step.stream.scatter(output[0]), None
+            if isinstance(output, tuple):
+                output = hidden, *output[1:]
+            else:
+                output["last_hidden_state"] = hidden
+        if without_cache and isinstance(output, tuple):
+            output = output[0], NO_CACHE, *output[1:]
+        elif without_cache:
+            output[next(name for name in CACHE if name in output.__dataclass_fields__)] = NO_CACHE
         return output
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
@@ -56,8 +66,7 @@ class StepHook:
             args, kwargs = args[:1], kwargs | dict(zip(names, args[1:], strict=True))
         for checkpoint in self.patch.checkpoints:
             checkpoint.bind()
-        mask = kwargs.get("attention_mask")
-        self.step.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        self.step.token_mask = _token_mask(kwargs)
         self.without_cache = False
         if not self.step.again:
             self.step.index += 1
@@ -79,22 +88,25 @@ class StepHook:
         causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
         maps = _asks_for("attentions", decoder, kwargs)
         self.step.stock_attention = maps or causal is False or _has_cache(decoder, kwargs)
-        self.step.padding_differs = False
+        self.step.padding_differs, self.step.stream, self.step.token_mask = False, None, _token_mask(kwargs)
         if stock:
-            self._tell_masks(decoder, args, kwargs)
+            args = self._tell_masks(decoder, args, kwargs)
         if early and self.patch.graphs is not None:
             asked = foretell(decoder, self.patch.hooks[0].id, *args, **kwargs) if self.step.embeds else None
             self.patch.graphs.foresee(asked, embedding, args[0] if args else kwargs.get("input_ids"))
         return args, kwargs
 
-    def _tell_masks(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Keep the cache off, and have each token see what it sees in HF; bounds do that at the least cost."""
+    def _tell_masks(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        """Keep the cache off, and have each token see what it sees in HF; bounds do that at the least cost.
+
+        The arguments by position, of which ids may become a stream.
+        """
         tokens = _tokens(args, kwargs)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if tokens is None or _has_cache(decoder, kwargs):
-            return
+            return args
         if self.step.token_mask is not None and mask.shape != tokens.shape[:2]:
-            return  # without a cache HF takes the number of keys from the mask
+            return args  # without a cache HF takes the number of keys from the mask
         if kwargs.get("use_cache") is None:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False
@@ -104,12 +116,56 @@ class StepHook:
         if self._take_bounds(decoder):
             unread = partial(self._unread, decoder, kwargs)
             zero = decoder.config._attn_implementation == "sdpa"  # where it masks all keys; eager takes their mean
-            bounds = causal_bounds(mask, positions, *tokens.shape[:2], unread, zero)
+            real = mask.bool().cpu() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else mask
+            bounds = causal_bounds(real, positions, *tokens.shape[:2], unread, zero)
             if bounds is not None:
+                if self._can_stream(decoder, args, kwargs, bounds, real):
+                    return self._be_stream(args, kwargs, bounds, real, tokens)
                 kwargs["attention_mask"] = bounds
-                return
+                return args
         if mask is None and positions is None and kwargs.get("position_ids") is not None:
             kwargs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+        return args
+
+    def _can_stream(self, decoder: nn.Module, args: tuple, kwargs: dict, bounds: torch.Tensor, real) -> bool:
+        """Whether a batch gains from being one row of its real tokens, and nobody sees the difference.
+
+        Padding is left out where it is not read; packed rows gain where graphs are recorded, as those of bounds would
+        fit one batch alone.
+        """
+        if not (self.patch.config.stream and self.step.private):
+            return False
+        if not is_tokenwise(decoder, kwargs.get("inputs_embeds") is not None) or any(GLOBAL_HOOKS):
+            return False
+        if any(isinstance(kwargs[name], torch.Tensor) for name in kwargs.keys() - TOKENWISE):
+            return False
+        weight = decoder.get_input_embeddings().weight
+        dtype = autocast_dtype(weight.device.type) or weight.dtype
+        if not all(block.takes_starts(dtype) for block in self.attention):
+            return False
+        if real is None:
+            return self._recorded() and bounds.shape[-1] - 1 > _tokens(args, kwargs).shape[0]
+        return bool(real.any() and not real.all() and self._unread(decoder, kwargs, ~real))
+
+    def _be_stream(self, args: tuple, kwargs: dict, bounds: torch.Tensor, real, tokens: torch.Tensor) -> tuple:
+        """Give the layers one row in place of the batch."""
+        if real is None:
+            real = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        stream = self.step.stream = Stream(bounds, real, tokens.device, filled=self._recorded())
+        self.step.token_mask = stream.mask
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(real.shape[1], device=tokens.device)[None]
+        kwargs["position_ids"] = stream.gather(positions.expand(real.shape))
+        kwargs["attention_mask"] = stream.starts
+        for name in ("input_ids", "inputs_embeds"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = stream.gather(kwargs[name])
+        return tuple(stream.gather(t) for t in args)
+
+    def _recorded(self) -> bool:
+        """Whether graphs may be recorded or replayed."""
+        return self.patch.graphs is not None and self.patch.graphs.active
 
     def _take_bounds(self, decoder: nn.Module) -> bool:
         """Whether the layers know what bounds are; or HF shall make a mask."""
@@ -130,6 +186,12 @@ class StepHook:
             return False
         self.step.padding_differs = unread(padding)
         return self.step.padding_differs
+
+
+def _token_mask(kwargs: dict) -> torch.Tensor | None:
+    """The batch's mask of real tokens, [B, S], if it brings one."""
+    mask = kwargs.get("attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
 def _tokens(args: tuple, kwargs: dict) -> torch.Tensor | None:

@@ -54,6 +54,11 @@ def look(hooks: dict) -> bool:
     return any(asked or getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values())
 
 
+def asks_for_gradients(hook: Callable) -> bool:
+    """Whether a hook is the one by which gradient checkpointing has embeddings want a gradient, and does no more."""
+    return is_known(hook) and hook.__name__.startswith("make_inputs_require_grad")
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether some hook of a module may look at what passes."""
     return any(look(module.__dict__[name]) for name in HOOKS)

@@ -109,14 +109,19 @@ class Targets:
         return F.pad(self._labels, (0, self._ahead), value=IGNORED)[..., self._ahead :].reshape(-1)
 
 
-def linear_cross_entropy(hidden: Tensor, targets: Targets, p: Projection, num_items: Tensor | int | None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, targets: Targets, p: Projection, num_items: Tensor | int | None, places: Tensor | None = None
+) -> Tensor:
     """HF's causal LM loss of hidden [..., C] under head p: the mean over targets, or their sum / num_items. fp32.
 
+    places: where in hidden each row of the targets is, int64; None: they are in order.
     No target at all is 0 / 0 = NaN for the mean, as in torch; its gradient is 0. Keeps what the Function does; of rows
     8 bytes a token, counted or not, and 8 for the divisor.
     """
     hidden = as_rows(hidden)
-    total = LinearCrossEntropyFunction.apply(hidden, *targets.counted(hidden.device), p, *p.parameters())
+    rows, labels = targets.counted(hidden.device)
+    rows = rows if places is None else places[rows]
+    total = LinearCrossEntropyFunction.apply(hidden, rows, labels, p, *p.parameters())
     divisor = targets.count if num_items is None else num_items
     return total / (divisor.to(total.device) if isinstance(divisor, Tensor) else divisor)
 

@@ -6,7 +6,7 @@ Between the two Hugging Face's code looks embeddings up and makes position ids, 
 
 from torch import Tensor, nn
 
-from hyclora.models.trust import GLOBAL_HOOKS, is_stock
+from hyclora.models.trust import GLOBAL_HOOKS, asks_for_gradients, is_stock, is_watched
 from hyclora.operators.attention.flash import is_bounds
 
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # of others inv_freq changes with the lengths that were seen
@@ -35,6 +35,16 @@ def foretell(decoder: nn.Module, hook: int, input_ids=None, *args, attention_mas
 def is_last(decoder: nn.Module, hook: int) -> bool:
     """Whether no other pre-hook of a decoder runs after this one, and sees or changes what it returns."""
     return next(reversed(decoder._forward_pre_hooks)) == hook
+
+
+def is_tokenwise(decoder: nn.Module, embedded: bool) -> bool:
+    """Whether what a decoder makes of tokens (embedded: they are already) before its layers is nothing of the batch."""
+    embedding, angles = decoder.get_input_embeddings(), decoder.rotary_emb
+    if not is_stock(angles) or angles.rope_type not in FIXED_ANGLES or is_watched(angles):
+        return False
+    plain = type(embedding) is nn.Embedding and "forward" not in embedding.__dict__
+    plain = plain and not embedding._forward_pre_hooks
+    return embedded or plain and all(map(asks_for_gradients, embedding._forward_hooks.values()))
 
 
 def is_lookup(embedding: nn.Module, angles: nn.Module) -> bool:

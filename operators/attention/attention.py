@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hyclora.operators.attention.flash import flash_attention, is_bounds
+from hyclora.operators.attention.flash import flash_attention, tells_runs
 from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore, packed_qkv
 from hyclora.operators.attention.hollow_graph import HollowGraph, record
 from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
@@ -41,7 +41,7 @@ class FlashCore:
     def run(self, q, k, v, mask, kwargs) -> Tensor:
         """o, and what autograd needs if it is on."""
         dropout = self.module.attention_dropout if self.module.training else 0.0
-        if is_bounds(mask):
+        if tells_runs(mask):
             return flash_attention(q, k, v, mask, self.window, self.module.scaling, dropout)
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
         if self.window is not None:

@@ -4,6 +4,10 @@ A run is a row of the batch, a document packed into one, the padding in front of
 Which tokens see which is told by bounds, an int32 tensor on the host (to read it never waits for a GPU), [1, 1, 2, N+1]
 as Hugging Face hands on whatever mask has four dimensions. [0, 0, 0]: where the N runs begin, counted over the B S
 tokens of the batch, and B S; no run crosses rows. [0, 0, 1]: 1, or 0 for padding in front, whose tokens see nothing.
+
+Or by starts, an int32 tensor on the tokens' device, [1, 1, 1, N+1]: where the runs of a batch of one row begin, in
+order, and its length, which fills up what is left of N places: such runs are empty. Kernels read it, so a graph can be
+replayed for other runs.
 """
 
 from inspect import signature
@@ -27,29 +31,47 @@ def is_bounds(mask) -> bool:
     return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 2
 
 
+def is_starts(mask) -> bool:
+    """Whether an attention mask is starts."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 1
+
+
+def tells_runs(mask) -> bool:
+    """Whether an attention mask is for flash_attention."""
+    return is_bounds(mask) or is_starts(mask)
+
+
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None, scaling: float, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, runs: Tensor, window: int | None, scaling: float, dropout: float = 0.0
 ) -> Tensor:
     """o = softmax(scaling q k^T) v, where token i of a run sees the tokens i - window + 1 to i of that run.
 
-    q, o [B, S, H, D]; k, v [B, S, H_kv, D]; window None: all of the run up to i. o is 0 where nothing is seen.
-    Under autograd torch keeps q, k, v, o and 4 H bytes a token for lse. Without torch's varlen kernel a window also
-    makes a mask of 2 window^2 elements, and keeps keys and values of each chunk twice, with the chunk before.
+    q, o [B, S, H, D]; k, v [B, S, H_kv, D]; runs: bounds or starts; window None: all of the run up to i. o is 0 where
+    nothing is seen. Under autograd torch keeps q, k, v, o and 4 H bytes a token for lse. Without torch's varlen kernel
+    a window also makes a mask of 2 window^2 elements, and keeps keys and values of each chunk twice, with the chunk
+    before.
     """
-    starts, seeing = bounds[0, 0]
-    lengths = starts.diff().tolist()
-    longest = max(lengths)
+    if is_starts(runs):
+        starts, seeing, longest = runs[0, 0, 0], None, q.shape[1]
+        if takes_varlen(q, dropout):
+            return _varlen(q, k, v, starts, seeing, longest, None if window is None else min(window, longest), scaling)
+        lengths = [n for n in starts.diff().tolist() if n]
+        seeing = torch.ones(len(lengths))
+    else:
+        starts, seeing = runs[0, 0]
+        lengths, seeing = starts.diff().tolist(), seeing[:-1]
+        longest = max(lengths)
     if window is not None and window >= longest:
         window = None
     rows_are_runs = len(lengths) == q.shape[0]
     if (window is not None or not rows_are_runs) and takes_varlen(q, dropout):
-        return _varlen(q, k, v, starts, seeing[:-1], longest, window, scaling)
+        return _varlen(q, k, v, starts, seeing, longest, window, scaling)
     if rows_are_runs:
         return _causal(q, k, v, window, scaling, dropout)
     runs = zip(*(t.flatten(0, 1)[None].split(lengths, dim=1) for t in (q, k, v)), strict=True)
     o = [
         _causal(*run, window, scaling, dropout) if sees else torch.zeros_like(run[0])
-        for run, sees in zip(runs, seeing.tolist()[:-1], strict=True)
+        for run, sees in zip(runs, seeing, strict=True)
     ]
     return torch.cat(o, dim=1).view(q.shape)
 
@@ -77,7 +99,7 @@ def _varlen(q, k, v, starts, seeing, longest: int, window: int | None, scaling: 
     o = varlen_attn(
         *tokens, on_device, on_device, longest, longest, scale=scaling, window_size=window_size, **grouped
     )  # fmt: skip
-    if not seeing.all():
+    if seeing is not None and not seeing.all():
         o = o * seeing.repeat_interleave(starts.diff()).to(q.device, q.dtype, non_blocking=True)[:, None, None]
     return o.view(q.shape)
 

@@ -21,6 +21,8 @@ class Step:
     the next, and Hugging Face's decoder calls them in order; embeds: nor what goes into the first. Calibration lasts
     while index <= threshold (which models/calibration.py moves). since: statistics of forwards before that one are
     replaced, not added to; informative: this forward says something that those since then did not.
+    stream: the row that the decoder computes in place of the batch (models/stream.py), and gives where in_stream says
+    that its caller knows.
     unread: of whoever calls the decoder and knows what it will read, tells of positions (bool [B, S] on the host)
     whether nobody reads them; padding_differs: so padded tokens of this forward got other hidden states than in stock;
     again: it is the second forward of a batch, for those. stock_attention: its attentions run stock code.
@@ -37,6 +39,8 @@ class Step:
     unread: Callable[[Tensor], bool] | None = field(default=None, repr=False)
     padding_differs: bool = False
     again: bool = False
+    stream: object = field(default=None, repr=False)
+    in_stream: bool = False
     stock_attention: bool = False
 
     @property

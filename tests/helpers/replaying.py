@@ -96,14 +96,14 @@ def config(**options) -> HycloraConfig:
     return HycloraConfig(iteration_threshold=CALIBRATION, **options)
 
 
-def graphed(model, options: dict, offload: bool = False):
+def graphed(model, options: dict, offload: bool = False, recorder=None):
     """The graphs of a model that this patches, recorded by a stand-in on a CPU."""
     if offload:
         offloaded(model, config(**options))
     else:
         apply_hyclora(model, config(**options))
-    stand_in = Rerun if offload else SameMemory
-    recorder = CudaRecorder(torch.device("cuda", 0)) if DEVICE == "cuda" else stand_in()
+    stand_in = recorder or (Rerun if offload else SameMemory)()
+    recorder = CudaRecorder(torch.device("cuda", 0)) if DEVICE == "cuda" else stand_in
     patch = find_patch(model)
     patch.add_graphs(recorder)
     patch.graphs.recorder.graphs = patch.graphs

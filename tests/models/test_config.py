@@ -25,6 +25,7 @@ BAD = {
     "slot_savers['prob']='quant4'": {"slot_savers": {"prob": "quant4"}},
     "slot_savers['lse']='quant4'": {"slot_savers": {"lse": "quant4"}},
     "slot_savers['lse']='exact'": {"slot_savers": {"lse": "exact"}, "attention": "eager"},
+    "stream=True needs attention=flash": {"stream": True, "attention": "eager"},
     "slot_savers['attn_out']='recompute'": {"slot_savers": {"attn_out": "recompute", "lse": "exact"}},
     "q_bit=auto": {"q_bit": "auto", "scale_rule": "paper"},
 }

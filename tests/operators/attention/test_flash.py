@@ -86,6 +86,35 @@ def test_what_the_kernel_for_runs_is_told(rows, window, monkeypatch):
     test_equals_the_dense_mask(rows, window, 2)
 
 
+STARTS = {
+    "one run": [0, 80],
+    "runs": [0, 9, 10, 40, 73, 80],
+    "places left": [0, 9, 40, 80, 80, 80],
+}
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize("window", [None, 7, 40, 1000])
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
+def test_starts_say_the_same(starts, varlen, window, kv_heads, monkeypatch):
+    """On the device of the tokens; torch's kernel reads them there, and is told of no run that is longer than all."""
+    mask = seen(bounds_of([starts, [1] * len(starts)]), window, 1, 80)
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=True):
+        assert cu_q is cu_k and cu_q.tolist() == starts and cu_q.device == q.device
+        assert max_q == max_k == 80 and window_size == (-1 if window is None else min(window, 80) - 1, 0)
+        return dense(*(t[None] for t in (q, k, v)), mask, scale)[0].to(q.dtype)
+
+    monkeypatch.setattr(flash, "varlen_attn", stand_in, raising=False)
+    monkeypatch.setattr(flash, "takes_varlen", lambda q, dropout: varlen)
+    runs = torch.tensor(starts, dtype=torch.int32, device=DEVICE)[None, None, None]
+    qkv, do = heads(batch=1, seq_len=80, kv_heads=kv_heads)
+    ours = results(lambda q, k, v: flash_attention(q, k, v, runs, window, 0.3), *qkv, do)
+    for got, want in zip(ours, results(lambda q, k, v: dense(q, k, v, mask, 0.3), *qkv, do), strict=True):
+        torch.testing.assert_close(got.double(), want.double(), atol=1e-5, rtol=1e-5)
+
+
 class Recorder(TorchDispatchMode):
     """Elements of the largest tensor that any operation gives, and the heads of k wherever attention is computed."""
 

@@ -1,0 +1,252 @@
+"""Padded and packed batches as one row of their real tokens: the same numbers, and nothing computed for padding."""
+
+import copy
+
+import pytest
+import torch
+
+from hyclora import HycloraConfig, apply_hyclora
+from hyclora.models.layers import LayerBlock
+from hyclora.models.patch import find_patch
+from hyclora.models.stream import Stream, filled_size
+from tests.helpers.kernel_checks import DEVICE
+from tests.helpers.offloading import equal
+from tests.helpers.replaying import CALIBRATION, Rerun, config, graphed, train
+from tests.helpers.small_models import gradients, largest_error, llama, mistral, padded_batch, qwen2, qwen3
+
+FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+BASELINE = {"layer_type": "baseline", "stream": True}
+
+
+def ragged(seed: int, rows=4, longest=33, side="right", packed=False) -> dict:
+    """Rows of random lengths, some of them empty, with labels on part of them; or packed into one."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, longest + 1, (rows,), generator=draw)
+    lengths[int(torch.randint(0, rows, (1,), generator=draw))] = longest
+    ids = torch.randint(0, 128, (rows, longest), generator=draw)
+    mask = torch.arange(longest) < lengths[:, None]
+    if packed:
+        documents = [n for n in lengths.tolist() if n]
+        positions = torch.cat([torch.arange(n) for n in documents])[None]
+        labels = ids[mask][None].masked_fill(positions == 0, -100)
+        batch = {"input_ids": ids[mask][None], "position_ids": positions, "labels": labels, "use_cache": False}
+        return {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
+    if side == "left":
+        mask = mask.flip(1)
+    unlabelled = torch.rand(ids.shape, generator=draw) < 0.4
+    unlabelled[:, 1:] |= mask[:, 1:] & ~mask[:, :-1]  # the first token after padding is foretold from padding
+    labels = ids.masked_fill(~mask | unlabelled, -100)
+    return {k: t.to(DEVICE) for k, t in {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}.items()}
+
+
+@pytest.fixture
+def shapes(monkeypatch) -> list[tuple]:
+    """What the layers get."""
+    found, run = [], LayerBlock.forward
+
+    def forward(block, hidden, *args, **kwargs):
+        found.append(tuple(hidden.shape[:2]))
+        return run(block, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(LayerBlock, "forward", forward)
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 255, 256, 257, 512, 513, 640, 641, 1000, 1024, 1025, 4097])
+def test_sizes_are_few(n):
+    size = filled_size(n)
+    assert n <= size == filled_size(size) and size - n < max(64, n / 4)
+
+
+def test_a_row_and_back():
+    real = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    bounds = torch.tensor([[[[0, 2, 4, 8, 12], [0, 1, 1, 1, 0]]]], dtype=torch.int32)
+    stream = Stream(bounds, real, torch.device(DEVICE), filled=True)
+    x = torch.arange(24.0, device=DEVICE).view(3, 4, 2)
+    row = stream.gather(x)
+    assert row.shape == (1, 64, 2)
+    torch.testing.assert_close(row[0, :5], x[real.to(DEVICE)])
+    torch.testing.assert_close(stream.scatter(row), x * real.to(DEVICE)[..., None])
+    assert stream.starts.shape == (1, 1, 1, 65)
+    assert stream.starts[0, 0, 0, :5].tolist() == [0, 2, 5, 64, 64] and stream.mask.sum() == 5
+    assert stream.places[real.flatten().to(DEVICE)].tolist() == list(range(5))
+    exact = Stream(bounds, real, torch.device(DEVICE), filled=False)
+    assert exact.mask is None and exact.gather(x).shape == (1, 5, 2)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_ragged_rows_equal_stock(family, side, shapes):
+    """Loss and gradients of random rows; the layers see as many tokens as there are."""
+    model = family()
+    batches = [ragged(seed, side=side) for seed in range(6)]
+    expected = [gradients(model, batch) for batch in batches]
+    apply_hyclora(model, HycloraConfig(**BASELINE))
+    for batch, (loss, exact) in zip(batches, expected, strict=True):
+        shapes.clear()
+        our_loss, ours = gradients(model, batch)
+        assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
+        assert set(shapes) == {(1, int(batch["attention_mask"].sum()))}
+
+
+def test_padding_that_is_read(shapes):
+    """Stock takes the loss of a row's first token from the padding before it."""
+    model, batch = llama(), ragged(0, side="left")
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    loss, exact = gradients(model, batch)
+    apply_hyclora(model, HycloraConfig(**BASELINE))
+    our_loss, ours = gradients(model, batch)
+    assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
+    assert set(shapes) == {(4, 33)}
+
+
+VARIANTS = {
+    "position ids": lambda b: b | {"position_ids": torch.arange(33, device=DEVICE)[None] + 3},
+    "of each row": lambda b: b | {"position_ids": (b["attention_mask"].cumsum(1) - 1).clamp_min(0)},
+    "a sum": lambda b: b | {"num_items_in_batch": torch.tensor(7.0, device=DEVICE)},
+    "shifted": lambda b: b | {"shift_labels": b["labels"].roll(-1, 1)},
+    "no labels": lambda b: b | {"labels": b["labels"].fill_(-100), "num_items_in_batch": 3},
+    "a tuple": lambda b: b | {"return_dict": False},
+    "a cache by default": lambda b: {k: t for k, t in b.items() if k != "use_cache"},
+}
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+def test_ways_to_call(change, shapes):
+    model, batch = llama(), change(ragged(0))
+
+    def run():
+        model.zero_grad()
+        loss = model(**batch)[0]
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, exact = run()
+    apply_hyclora(model, HycloraConfig(**BASELINE))
+    our_loss, ours = run()
+    assert our_loss == pytest.approx(loss, abs=1e-5) and largest_error(ours, exact) < 1e-5
+    labelled_behind = "shift_labels" in batch and not find_patch(model).step.padding_differs
+    assert labelled_behind or shapes[0] == (1, int(batch["attention_mask"].sum()))
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_embeddings_with_a_gradient(checkpointing, shapes):
+    model, batch = llama(), ragged(3)
+    found = []
+    for patched in (False, True):
+        if patched:
+            apply_hyclora(model, HycloraConfig(**BASELINE))
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable(checkpointing)
+        x = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+        _, grads = gradients(model, {"inputs_embeds": x} | {k: t for k, t in batch.items() if k != "input_ids"})
+        found.append(grads | {"x": x.grad})
+    assert largest_error(found[1], found[0]) < 1e-5
+    assert shapes[-1][0] == 1
+
+
+WATCHED = {
+    "a hook on a layer": lambda m: m.get_base_model().model.layers[0].register_forward_hook(lambda *_: None),
+    "a hook on the last norm": lambda m: m.get_base_model().model.norm.register_forward_hook(lambda *_: None),
+    "a hook on the decoder": lambda m: m.get_base_model().model.register_forward_hook(lambda *_: None),
+    "a hook before the decoder": lambda m: m.get_base_model().model.register_forward_pre_hook(lambda *_: None),
+    "a hook on embeddings": lambda m: m.get_input_embeddings().register_forward_hook(lambda *_: None),
+    "a hook on angles": lambda m: m.get_base_model().model.rotary_emb.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("watch", WATCHED.values(), ids=WATCHED)
+def test_who_looks_sees_the_batch(watch, shapes):
+    model, batch = llama(), ragged(1)
+    apply_hyclora(model, HycloraConfig(**BASELINE))
+    handle = watch(model)
+    loss, found = gradients(model, batch)
+    assert set(shapes) == {(4, 33)}
+    handle.remove()
+    _, expected = gradients(model, batch)
+    assert shapes[-1][0] == 1 and largest_error(found, expected) < 1e-5
+
+
+def test_outputs_that_are_looked_at():
+    """Logits of all positions, and hidden states where they are asked for, as in stock."""
+    model, batch = llama(), ragged(2)
+
+    def results():
+        model.zero_grad()
+        outputs = model(**batch)
+        (outputs.loss + outputs.logits.float().log_softmax(-1).square().mean()).backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return grads | {"logits": outputs.logits, "hidden": model(**batch, output_hidden_states=True).hidden_states[1]}
+
+    expected = results()
+    apply_hyclora(model, HycloraConfig(**BASELINE))
+    for _ in range(2):
+        assert largest_error(results(), expected) < 1e-5
+
+
+def test_a_caller_that_is_no_head_of_ours_gets_rows(shapes):
+    """As TRL's: it says which positions it reads, and gets hidden states in the batch's shape."""
+    model, batch = llama(), ragged(2)
+    decoder, real = model.get_base_model().model, batch["attention_mask"].bool()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = decoder(**inputs).last_hidden_state[real]
+    apply_hyclora(model, HycloraConfig(**BASELINE))
+    step = find_patch(model).step
+    step.unread = lambda padding: True
+    hidden = decoder(**inputs).last_hidden_state
+    assert shapes[0][0] == 1 and hidden.shape[:2] == real.shape and not hidden[~real].any()
+    torch.testing.assert_close(hidden[real], expected, atol=1e-5, rtol=1e-5)
+    step.unread = None
+    decoder(**inputs)
+    assert shapes[-1] == (4, 33)
+
+
+def test_statistics_are_those_of_real_tokens():
+    """Calibration sees no filler, and counts what it counts of the batch."""
+    found = []
+    for stream in (False, True):
+        model = llama()
+        graphs = graphed(model, {"stream": stream})
+        for seed in range(CALIBRATION):
+            model(**ragged(seed)).loss.backward()
+        assert not graphs.recordings
+        patch = find_patch(model)
+        found.append([s.state_dict() for block in patch.blocks for s in block.savers.values() if s.state_dict()])
+        assert patch.calibration.counted == sum(
+            int(ragged(seed)["attention_mask"].sum()) for seed in range(CALIBRATION)
+        )
+    assert all(equal_up_to_rounding(a, b) for a, b in zip(*found, strict=True))
+
+
+def equal_up_to_rounding(a: dict, b: dict) -> bool:
+    return all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5) for name in a)
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_one_recording_serves_many_batches(kind):
+    """Bit for bit what the layers give one by one, whatever the documents of a row that fits."""
+    stock = llama()
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(stream=True))
+    graphs = graphed(ours, {"stream": True}, recorder=Rerun())
+    steps = [ragged(seed, packed=kind == "packed") for seed in range(12)]
+    tokens = [int((b["attention_mask"] if kind == "padded" else b["input_ids"] > -1).sum()) for b in steps]
+    sizes = {filled_size(n) for n in tokens[CALIBRATION:]}
+    # the filled row, that the other model has not, is part of the sums over tokens
+    find_patch(stock).add_graphs(None)
+    find_patch(stock).graphs._possible = lambda: False
+    theirs, found = train(stock, steps), train(ours, steps)
+    assert 1 <= len(graphs.recordings) <= len(sizes) < len(set(tokens))
+    assert all(equal(a, b) for a, b in zip(found, theirs, strict=True))
+    exact = [gradients(llama(), batch)[1] for batch in steps[-2:]]
+    for grads, expected in zip(found[-2:], exact, strict=True):
+        cosines = [torch.cosine_similarity(grads[n].flatten(), expected[n].flatten(), dim=0) for n in expected]
+        assert torch.stack(cosines).mean() > 0.98
+
+
+def test_whole_rows_stay_rows(shapes):
+    model, batch = llama(), padded_batch()
+    apply_hyclora(model, HycloraConfig(**BASELINE))
+    batch["attention_mask"].fill_(1)
+    gradients(model, batch)
+    assert set(shapes) == {tuple(batch["input_ids"].shape)}
