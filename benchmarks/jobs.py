@@ -12,7 +12,7 @@ SHAPES = Path(__file__).parent / "shapes"
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure. setting: a key of PEERS, or arguments of HycloraConfig."""
+    """What to measure. setting: a key of PEERS, or arguments of HycloraConfig; rows: real ones (real_rows.py)."""
 
     setting: str | dict
     shape: str
@@ -24,6 +24,8 @@ class Job:
     warm_up_seq_len: int | None
     device: str
     checkpoints: str
+    lora_dropout: float = 0.0
+    rows: dict | None = None
 
     @property
     def folder(self) -> Path:
@@ -34,7 +36,10 @@ class Job:
     @property
     def arguments(self) -> dict:
         """What a line of results calls so: all but what is told elsewhere in it or is only a place."""
-        return {name: value for name, value in asdict(self).items() if name not in ("setting", "checkpoints")}
+        found = {name: value for name, value in asdict(self).items() if name not in ("setting", "checkpoints")}
+        found["rows"] = self.rows and {n: Path(v).name if isinstance(v, str) else v for n, v in self.rows.items()}
+        # lines from before there were such options are of jobs without
+        return {name: value for name, value in found.items() if name not in ("lora_dropout", "rows") or value}
 
 
 def cell(text: str) -> tuple[int, int]:
@@ -60,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
     """What all jobs of one command have in common."""
     parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4", help="frozen weights")
     parser.add_argument("--lora_rank", type=number(1), default=16)
+    parser.add_argument("--lora_dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=number(1), default=steps, help="timed micro-steps")
     parser.add_argument(
         "--warm_up_seq_len", type=number(2), help="calibrate on sequences this short; default: the cell's"
@@ -69,15 +75,19 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries it out")
 
 
-def make_job(args: argparse.Namespace, shape: str, cell: tuple[int, int], setting: str | dict) -> Job:
+def make_job(
+    args: argparse.Namespace, shape: str, cell: tuple[int, int], setting: str | dict, rows: dict | None = None
+) -> Job:
     """A job of the command; refused where it has no shape or no GPU."""
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this measures GPU memory and time: it needs a GPU (or --device cpu)")
-    names = ("base", "lora_rank", "steps", "warm_up_seq_len", "device", "checkpoints")
+    if not 0 <= args.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {args.lora_dropout} does not lie in [0, 1)")
+    names = ("base", "lora_rank", "lora_dropout", "steps", "warm_up_seq_len", "device", "checkpoints")
     common = {name: getattr(args, name) for name in names}
-    job = Job(setting, shape, batch_size=cell[0], seq_len=cell[1], **common)
+    job = Job(setting, shape, batch_size=cell[0], seq_len=cell[1], rows=rows, **common)
     if not job.folder.joinpath("config.json").is_file():
         raise UserError(f"{job.folder} has no config.json: a shape is a name in benchmarks/shapes or a folder")
     return job

@@ -90,12 +90,12 @@ def main(argv: list[str] | None = None):
     # so that the process that measures ends as well
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sweep(jobs, lines, now, args)
+        sweep(NAME, jobs, lines, now, args)
     except KeyboardInterrupt:
         raise Interrupted("interrupted: the same command goes on where it stopped") from None
 
 
-def sweep(jobs: list[Job], lines: list[dict], now: dict, args: argparse.Namespace) -> None:
+def sweep(name: str, jobs: list[Job], lines: list[dict], now: dict, args: argparse.Namespace) -> None:
     """Measure what no line answers, a line each."""
     for job in jobs:
         print(f"{job.shape} {job.batch_size}x{job.seq_len}  {name_of(job.setting):<46}", end="", flush=True)
@@ -103,8 +103,8 @@ def sweep(jobs: list[Job], lines: list[dict], now: dict, args: argparse.Namespac
             print("measured already")
             continue
         found = run(job, args.timeout)
-        record(NAME, {"setting": whole(job.setting), **found, "arguments": job.arguments}, args.output_dir)
-        print("  ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+        record(name, {"setting": whole(job.setting), **found, "arguments": job.arguments}, args.output_dir)
+        print("  ".join(f"{key} {value}" for key, value in found.items()), flush=True)
 
 
 if __name__ == "__main__":

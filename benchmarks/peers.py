@@ -49,7 +49,7 @@ def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None
     folder = job.folder.resolve()
     in_4bit = (base or job.base) == "nf4"
     arguments = ModelArguments(folder.name, str(folder.parent), load_in_4bit=in_4bit, random_weights=True)
-    adapters = LoraArguments(lora_rank=job.lora_rank, lora_alpha=job.lora_rank)
+    adapters = LoraArguments(lora_rank=job.lora_rank, lora_alpha=job.lora_rank, lora_dropout=job.lora_dropout)
     model = load_model(arguments, adapters, str(folder), torch.device(job.device), seed=0)
     if checkpointing is not None:
         checkpoint_layers(model, **checkpointing)
@@ -102,7 +102,7 @@ def unsloth(job: Job, checkpointing: bool | str):
         model,
         r=job.lora_rank,
         lora_alpha=job.lora_rank,
-        lora_dropout=0,
+        lora_dropout=job.lora_dropout,
         bias="none",
         target_modules=LINEARS,
         use_gradient_checkpointing=checkpointing,
@@ -142,18 +142,28 @@ def hyclora(job: Job):
     return model
 
 
-def micro_step(job: Job):
-    """The job's micro-step, warmed up; UserError if its peer is not installed."""
+def build(job: Job):
+    """The job's model; UserError if its peer is not installed."""
     if needed := missing(job):
         raise UserError(f"{job.setting} needs the module {needed}, which is not installed")
-    model = hyclora(job) if isinstance(job.setting, dict) else PEERS[job.setting].build(job)
+    return hyclora(job) if isinstance(job.setting, dict) else PEERS[job.setting].build(job)
+
+
+def micro_step(job: Job):
+    """The job's micro-step, warmed up."""
+    model = build(job)
     from hyclora.utils.profiling import random_micro_step
 
     return random_micro_step(model, job.batch_size, job.seq_len, job.warm_up_seq_len, job.device)
 
 
 def measure(job: Job) -> dict:
-    """Memory and time of the job's micro-step."""
+    """Memory and time of the job's micro-step, or of training on its rows."""
+    if job.rows is not None:
+        model = build(job)
+        from benchmarks.real_rows import measure_rows  # after a peer's own imports
+
+        return measure_rows(job, model) | {"allocator": os.environ.get("PYTORCH_ALLOC_CONF")}
     step = micro_step(job)
     return step.memory() | step.throughput(job.steps) | {"allocator": os.environ.get("PYTORCH_ALLOC_CONF")}
 

@@ -38,6 +38,7 @@ class Block:
     span = 1
     bound: BoundForward
     norms: tuple[nn.Module, ...] = ()  # whose weights it reads
+    fed_by: nn.Module | None = None  # the norm that its input comes from
     reason: str | None = None  # why it may not run (models/watch.py)
 
     def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step):
@@ -93,7 +94,11 @@ class Block:
 
     def can_derive(self, x: torch.Tensor) -> bool:
         """Whether x is the norm's output as it came, or is kept by itself; a hook or a loop may give another tensor."""
-        if not self.derives or getattr(x, SOURCE, (None, None))[1] == x._version:
+        if not self.derives:
+            return True
+        # to write to x.data is not counted as a version
+        between = self.fed_by is not None and (self.fed_by._forward_hooks or self.module._forward_pre_hooks)
+        if getattr(x, SOURCE, (None, None))[1] == x._version and not between:
             return True
         if not self.told:
             self.told = True
@@ -145,8 +150,8 @@ class AttentionBlock(Block):
         self.projections = [*qkv.projections, *out.projections]
         if attention == "eager" and module.attention_dropout > 0:
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
-        self.window_of = family.sliding_window
-        self.settings = implementation, window = self.read_settings()
+        self.window_of, self.sparse = family.sliding_window, attention == "eager"
+        self.settings = implementation, window, _ = self.read_settings()
         # what others give where nothing is seen, and its gradients, differs
         eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
@@ -158,10 +163,11 @@ class AttentionBlock(Block):
         norms = dict(zip("qk", self.norms, strict=False))
         self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim, norms)
 
-    def read_settings(self) -> tuple[str, int | None]:
-        """Which attention is asked for, and how many keys a query sees."""
+    def read_settings(self) -> tuple[str, int | None, float]:
+        """Which attention is asked for, how many keys a query sees, and a dropout that the sparse map cannot do."""
         window = attrgetter(self.window_of)(self.module) if self.window_of else None
-        return self.module.config._attn_implementation, window
+        dropout = self.module.attention_dropout if self.sparse else 0.0
+        return self.module.config._attn_implementation, window, dropout
 
     def takes_starts(self, dtype: torch.dtype) -> bool:
         """Whether a GPU can read by itself where runs of such q, k, v begin; a CPU reads what is on it anyhow."""
@@ -179,8 +185,9 @@ class AttentionBlock(Block):
     ):  # fmt: skip
         """Without a cache, whose name was another before transformers 5.24."""
         cached = cache is not None or past_key_values is not None
-        ours = not cached and not self.step.stock_attention and super().applies()
+        ours = not cached and not self.step.is_stock_attention(position_embeddings) and super().applies()
         ours = ours and not is_learned(position_embeddings, attention_mask)
+        ours = ours and self.step.rotates(position_embeddings)
         return ours and (hidden_states is None or self.can_derive(hidden_states))
 
     def run(

@@ -22,9 +22,9 @@ from hyclora.operators.savers import Step
 class HeadBlock(Block):
     """LlamaForCausalLM's signature on LinearCrossEntropyFunction: the same loss and gradients, logits when looked at.
 
-    adapted: a projection of the decoder. PEFT disables and merges all adapters together, so it tells when the model
-    as a whole runs stock code. Keeps what linear_cross_entropy does: dh, but no logits; hidden states as long as the
-    outputs live.
+    adapted: projections of the decoder. PEFT disables and merges all adapters together, so the first one tells when the
+    model as a whole runs stock code. Keeps what linear_cross_entropy does: dh, but no logits; hidden states as long as
+    the outputs live.
     """
 
     # from the first look at logits of a batch in which padded tokens are not as in stock
@@ -34,7 +34,8 @@ class HeadBlock(Block):
         super().__init__(module, name, {}, step)
         self.family = family
         self.head = projection(module, name, family.head)
-        self.projections = [self.head, *adapted]
+        self.adapted = adapted
+        self.projections = [self.head, *adapted[:1]]
         # can_return_tuple reads the default of return_dict off it
         self.config = module.config
 
@@ -44,6 +45,7 @@ class HeadBlock(Block):
 
     def applies(self, *args, labels=None, logits_to_keep=0, **kwargs) -> bool:
         """Also: HF's default loss of all positions is asked for, and model and head are what they were."""
+        self.head.find_adapters()
         return (
             labels is not None
             and len(args) <= 1
@@ -53,6 +55,7 @@ class HeadBlock(Block):
             and self.module.training
             and torch.is_grad_enabled()
             and self.module._modules.get(self.family.head) is self.head.module
+            and getattr(self.head.module, "base_layer", self.head.module) is self.head.base
             and why_not_head(self.family, self.module, self.name) is None
             # not the blocks' answer for this forward: its number is counted when the decoder starts
             and all([p.refresh() for p in self.projections])
@@ -75,7 +78,7 @@ class HeadBlock(Block):
             raise ValueError(f"labels of shape {list(given.shape)} do not belong to tokens of shape {list(shape)}")
         again = (lambda: self._decode_again(args, kwargs, rng)) if self.step.padding_differs or stream else None
         drawn = get_rng_state(hidden.device) if self.head.dropout else None
-        logits = LateLogits(self, hidden, dtype, drawn, again).defer()
+        logits = LateLogits(self, hidden, dtype, drawn, again, [*args, labels, *kwargs.values()]).defer()
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(device, dtype)
             places = None if stream is None else stream.places

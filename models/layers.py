@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hyclora.models.binding import BoundForward
-from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock, is_learned
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Step
@@ -46,13 +46,13 @@ class LayerBlock(Block):
 
     def applies(self, *args, cache=None, past_key_values=None, **kwargs) -> bool:
         """Nobody looks between the blocks, and all four are at work."""
+        given = {name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")}
         return (
             self.together
             and not args
             and not getattr(self.module, "gradient_checkpointing", False)
             and not any(is_watched(block.module) for block in self.blocks)
-            and not is_learned(kwargs.get("position_embeddings"), kwargs.get("attention_mask"))
-            and all(block.applies(cache=cache, past_key_values=past_key_values) for block in self.blocks)
+            and all(block.applies(cache=cache, past_key_values=past_key_values, **given) for block in self.blocks)
         )
 
     def run(self, hidden_states, **kwargs):

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -119,7 +120,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    patch.hooks = StepHook(patch, attention, _adapted(blocks)).register(decoder)
+    patch.hooks = StepHook(patch, attention, _adapted(blocks)[:1]).register(decoder)
     setattr(decoder, PATCH, patch)
     if stock:
         parts = f"{len(stock)} of {len(HALVES) * len(layers)} halves of layers (a norm and what it feeds)"
@@ -180,7 +181,11 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:
         raise ValueError(f"{type(model).__name__} is not supported; give a PeftModel or a model of transformers")
     if model_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return getattr(base, base.base_model_prefix, base), FAMILIES[model_type]
+    decoder, family = getattr(base, base.base_model_prefix, base), FAMILIES[model_type]
+    if not hasattr(decoder, family.layers):
+        kind = family.classes("Model")[0].rpartition(".")[2]
+        raise ValueError(f"{base.base_model_prefix}: {type(decoder).__name__} is not supported, only {kind}")
+    return decoder, family
 
 
 def _half(family: Family, layer: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
@@ -190,9 +195,16 @@ def _half(family: Family, layer: nn.Module, half: str) -> tuple[nn.Module, nn.Mo
 
 def _why_not(family: Family, layers: list[nn.Module], names) -> dict[tuple[int, str], str]:
     """Why halves of layers stay stock, keyed (layer, half)."""
-    halves = {(i, half): _half(family, layer, half) for i, layer in enumerate(layers) for half in HALVES}
+    parts = [name for half in HALVES.values() for name in map(partial(getattr, family), half)]
+    foreign = {i: layer for i, layer in enumerate(layers) if not all(hasattr(layer, name) for name in parts)}
+    reasons = {
+        (i, half): trust.why_not_layer(family, layer, names[id(layer)])
+        for i, layer in foreign.items()
+        for half in HALVES
+    }
+    known = ((i, layer) for i, layer in enumerate(layers) if i not in foreign)
+    halves = {(i, half): _half(family, layer, half) for i, layer in known for half in HALVES}
     places = Counter(id(module) for modules in halves.values() for module in modules)
-    reasons = {}
     for (i, half), (norm, module) in halves.items():
         shared = next((names[id(m)] for m in (norm, module) if places[id(m)] > 1), None)
         reason = f"{shared}: several layers share it" if shared else None
@@ -247,7 +259,7 @@ def _blocks(config, family, index, layer, names, bits, step, stock) -> list[Bloc
         slot_bits = {slot: bits.get((index, half, slot), 8) for slot in SLOTS}
         fed = block(module, names[id(module)], _savers(config, half, slot_bits), step, *extra)
         blocks.append(NormBlock(norm, names[id(norm)], _savers(config, "norm", slot_bits), step, policy.fused))
-        blocks[-1].projections = fed.projections
+        blocks[-1].projections, fed.fed_by = fed.projections, norm
         blocks.append(fed)
     if len(blocks) < 2 * len(kinds) or trust.why_not_layer(family, layer, ""):
         return blocks
@@ -261,13 +273,13 @@ def _final_norm(config, module: nn.Module, names, step, blocks) -> NormBlock:
     """
     savers = _savers(config, "norm", dict.fromkeys(SLOTS, 8), gauged=True)
     norm = NormBlock(module, names[id(module)], savers, step, config.policy.fused)
-    norm.projections = _adapted(blocks)
+    norm.projections = _adapted(blocks)[:1]
     return norm
 
 
 def _adapted(blocks: list[Block]) -> list:
-    """A projection that tells when the model as a whole runs stock code: PEFT disables and merges all together."""
-    return [p for block in blocks for p in block.projections if p.has_adapter][:1]
+    """Projections with an adapter. PEFT disables and merges all together: each tells it of the model as a whole."""
+    return list({id(p): p for block in blocks for p in block.projections if p.has_adapter}.values())
 
 
 def _head(model, family, names, step, blocks) -> tuple[HeadBlock | None, list[str]]:

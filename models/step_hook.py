@@ -13,7 +13,7 @@ from hyclora.models.masks import causal_bounds
 from hyclora.models.no_cache import NO_CACHE
 from hyclora.models.report import tell_of_checkpointing
 from hyclora.models.stream import Stream
-from hyclora.models.trust import GLOBAL_HOOKS, is_stock, look
+from hyclora.models.trust import GLOBAL_HOOKS, is_stock, is_watched, look
 
 # a decoder's arguments that a stream has in another shape
 TOKENWISE = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
@@ -28,7 +28,7 @@ class StepHook:
 
     def __init__(self, patch, attention: list[AttentionBlock], adapted: list):
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
-        self.told = self.without_cache = False
+        self.told = self.without_cache = self.counted = False
 
     def register(self, decoder: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         """Handles of what runs before and after the decoder's forward, if that fails too."""
@@ -39,7 +39,8 @@ class StepHook:
         """Nobody runs any more; the output has NO_CACHE in the place of a cache that was kept off, and all rows."""
         self.step.running, self.step.private, self.step.embeds = None, False, False
         without_cache, self.without_cache = self.without_cache, False
-        if output is None:
+        if output is None:  # it failed: nothing was learned of this forward
+            self.step.index -= self.counted
             return None
         if self.step.stream is not None and not self.step.in_stream:
             hidden, self.step.stream = self.step.stream.scatter(output[0]), None
@@ -54,7 +55,13 @@ class StepHook:
         return output
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
-        if not (decoder.training and torch.is_grad_enabled()):
+        self.counted = False
+        if not torch.is_grad_enabled():
+            return None
+        self.patch.watch.open()
+        if not decoder.training:
+            if self.patch.watch.changed():  # layers may be in training by themselves
+                self.patch.watch.look()
             return None
         if not self.told:
             self.told = True
@@ -67,8 +74,8 @@ class StepHook:
         for checkpoint in self.patch.checkpoints:
             checkpoint.bind()
         self.step.token_mask = _token_mask(kwargs)
-        self.without_cache = False
-        if not self.step.again:
+        self.without_cache, self.counted = False, not self.step.again
+        if self.counted:
             self.step.index += 1
             if self.patch.calibration.follow(_tokens(args, kwargs)) and self.patch.graphs is not None:
                 self.patch.graphs.clear()
@@ -84,7 +91,11 @@ class StepHook:
         """The decoder's arguments, with what the layers get in place of HF's mask; early: a replay may be started."""
         embedding = decoder.get_input_embeddings()
         self.step.private = stock and self.patch.watch.stock
-        self.step.embeds = stock and kwargs.get("inputs_embeds") is None and is_lookup(embedding, decoder.rotary_emb)
+        own = kwargs.get("inputs_embeds") is None and is_lookup(embedding, decoder.rotary_emb)
+        self.step.embeds = self.step.private and own
+        angles = decoder.rotary_emb
+        seen = is_watched(angles) or self.patch.watch.sees_arguments()
+        self.step.known_angles = self.step.private and is_stock(angles) and not seen
         causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
         maps = _asks_for("attentions", decoder, kwargs)
         self.step.stock_attention = maps or causal is False or _has_cache(decoder, kwargs)
@@ -133,7 +144,7 @@ class StepHook:
         Padding is left out where it is not read; packed rows gain where graphs are recorded, as those of bounds would
         fit one batch alone.
         """
-        if not (self.patch.config.stream and self.step.private):
+        if not (self.patch.config.stream and self.step.private) or self._is_watched(decoder):
             return False
         if not is_tokenwise(decoder, kwargs.get("inputs_embeds") is not None) or any(GLOBAL_HOOKS):
             return False
@@ -163,13 +174,18 @@ class StepHook:
                 kwargs[name] = stream.gather(kwargs[name])
         return tuple(stream.gather(t) for t in args)
 
+    def _is_watched(self, decoder: nn.Module) -> bool:
+        """Whether code of somebody's, hooks or modules, gets hidden states on their way."""
+        others = {i: hook for i, hook in decoder._forward_hooks.items() if i != self.patch.hooks[1].id}
+        return not self.patch.watch.own or self.patch.watch.is_hooked() or look(others)
+
     def _recorded(self) -> bool:
         """Whether graphs may be recorded or replayed."""
         return self.patch.graphs is not None and self.patch.graphs.active
 
     def _take_bounds(self, decoder: nn.Module) -> bool:
         """Whether the layers know what bounds are; or HF shall make a mask."""
-        if self.step.stock_attention or not self.patch.watch.bounded:
+        if self.step.stock_attention or not (self.patch.watch.bounded and self.step.known_angles):
             return False
         if not is_last(decoder, self.patch.hooks[0].id):  # another one may change the mask
             return False
@@ -180,9 +196,7 @@ class StepHook:
     def _unread(self, decoder: nn.Module, kwargs: dict, padding: torch.Tensor) -> bool:
         """Whether nobody reads what comes out at padding, bool [B, S] on the host."""
         unread = self.step.unread
-        others = {i: hook for i, hook in decoder._forward_hooks.items() if i != self.patch.hooks[1].id}
-        hooked = self.patch.watch.is_hooked() or look(others)
-        if unread is None or hooked or _asks_for("hidden_states", decoder, kwargs):
+        if unread is None or self._is_watched(decoder) or _asks_for("hidden_states", decoder, kwargs):
             return False
         self.step.padding_differs = unread(padding)
         return self.step.padding_differs

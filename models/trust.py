@@ -10,7 +10,7 @@ All why_not_... give the reason, "name: sentence", or None.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 
 import accelerate
 import peft
@@ -40,6 +40,11 @@ FROZEN = (LINEAR, "bitsandbytes.nn.modules.Linear4bit")
 ADAPTED = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
 DROPOUTS = ("torch.nn.modules.dropout.Dropout", "torch.nn.modules.linear.Identity")
 SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
+# of torch.nn.functional, which the modules' forwards call
+FUNCTIONS = {
+    "attention": ("linear", "dropout", "scaled_dot_product_attention", "softmax"),
+    "mlp": ("linear", "dropout", "silu"),
+}
 INTERFACES = ("sdpa_attention_forward", "eager_attention_forward", "flash_attention_forward")
 
 
@@ -92,6 +97,9 @@ def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...]) -> str |
         is_known(forward) and is_known(cls.__call__) and innermost(forward).__qualname__ == f"{cls.__name__}.forward"
     ):
         return f"{name}: the forward of {cls.__name__} was replaced by another one"
+    methods = (getattr(cls, called, None) for called in innermost(forward).__code__.co_names)
+    if any(isinstance(method, FunctionType) and not is_known(method) for method in methods):
+        return f"{name}: a method of {cls.__name__} that its forward calls was replaced by another one"
     if is_replaced(module) and not _is_moved(module):
         return f"{name}: its forward was replaced by another one"
     return None
@@ -106,13 +114,25 @@ def makes_known_masks(decoder: nn.Module) -> bool:
     """Whether a decoder's masks are made by transformers' own code, so that bounds may stand in for them."""
     interface = ALL_MASK_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation)
     makers = (*calls(innermost(type(decoder).forward)), interface)
-    return all(maker is None or is_known(maker) for maker in makers)
+    inside = (called for maker in mask_makers(decoder) for called in calls(maker))
+    return all(maker is None or is_known(maker) for maker in (*makers, *inside))
+
+
+def mask_makers(decoder: nn.Module) -> list[FunctionType]:
+    """Functions of other files that a decoder's forward names, which make its masks."""
+    forward = innermost(type(decoder).forward)
+    made = [maker for maker in calls(forward) if "mask" in maker.__name__]
+    return [function for maker in made for function in (innermost(maker), *map(innermost, calls(innermost(maker))))]
 
 
 def why_not_half(
     family: Family, half: str, norm: nn.Module, norm_name: str, module: nn.Module, name: str
 ) -> str | None:
     """Half a layer: "attention" or "mlp", and the norm before it."""
+    for function in FUNCTIONS[half]:
+        called = getattr(nn.functional, function)
+        if not (isinstance(called, BuiltinFunctionType) or is_known(called)):
+            return f"{name}: torch.nn.functional.{function} was replaced by another one"
     why_not = {"attention": why_not_attention, "mlp": why_not_mlp}[half]
     return why_not_norm(family, norm, norm_name) or why_not(family, module, name)
 
@@ -124,8 +144,12 @@ def why_not_norm(family: Family, norm: nn.Module, name: str) -> str | None:
 def why_not_attention(family: Family, module: nn.Module, name: str) -> str | None:
     if reason := why_foreign(module, name, family.classes("Attention")) or _why_not_interface(module, name):
         return reason
-    if family.sliding_window == "sliding_window" and module.sliding_window not in (None, module.config.sliding_window):
-        return f"{name}: its sliding window is not the one in the configuration, by which masks are made"
+    if family.sliding_window == "sliding_window":
+        slides = module.config.layer_types[module.layer_idx] == "sliding_attention"
+        if module.sliding_window != (module.config.sliding_window if slides else None):
+            return f"{name}: its sliding window is not the one in the configuration, by which masks are made"
+    if not isinstance(module.scaling, (int, float)):
+        return f"{name}: a scaling of type {type(module.scaling).__name__} is not supported, only a number"
     if module.is_causal is not True:
         return f"{name}: is_causal={module.is_causal}, so that tokens see later ones"
     for attribute in family.head_norms:
@@ -184,6 +208,9 @@ def _why_not_adapter(module: nn.Module, name: str) -> str | None:
     if len(active) > 1:
         return f"{name}: several active adapters, {', '.join(active)}; activate one"
     for adapter in active:
+        if not isinstance(module.scaling[adapter], (int, float)):
+            kind = type(module.scaling[adapter]).__name__
+            return f"{name}: a scaling of type {kind} is not supported, only a number"
         if variant := getattr(module, "lora_variant", {}).get(adapter):
             return f"{name}: LoRA variant {type(variant).__name__} is not supported; use plain LoRA or rsLoRA"
         for part in ("lora_A", "lora_B"):

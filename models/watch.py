@@ -9,6 +9,7 @@ from operator import attrgetter, getitem, is_
 from types import FunctionType
 
 from torch import nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,6 +22,9 @@ from hyclora.models.layers import LayerBlock
 AGAIN = "call remove_hyclora and apply it again"
 logger = logging.getLogger("hyclora")
 
+# of an attention
+SETTINGS = ("config", "is_causal", "config._attn_implementation", "scaling", "attention_dropout")
+WITH_KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
 # of PEFT, and not called
 CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 
@@ -29,8 +33,10 @@ class Watch:
     """What may be relied on in the layers of a patched decoder.
 
     A norm and the block that it feeds, half a layer, get the same `reason` when they may not run. stock: each layer of
-    the decoder is transformers' own, whatever runs in it; bounded: and each attention a block at work; whole: and each
-    layer a LayerBlock at work, none added, moved or taken away. told: where reasons found later are added.
+    the decoder is transformers' own, whatever runs in it; bounded: and each attention a block at work; own: and each
+    norm, the last one too, and each MLP; whole: and each layer a LayerBlock at work, none added, moved or taken away.
+    told: where reasons found later are added. numbers: what blocks read of modules, beside tensors; drops: whether
+    attention drops.
     """
 
     def __init__(self, family: Family, decoder: nn.Module, blocks: list[Block], told: list[str]):
@@ -42,10 +48,13 @@ class Watch:
         self.last_norms = norms[len(fed) :]  # which feed the head
         self.look()
 
+    def open(self) -> None:
+        """Before anything else is asked: a copy has to look for itself."""
+        if self._seen is None:
+            self.look()
+
     def changed(self) -> bool:
         """Whether anything may be otherwise than at the last look; no loop over modules is in Python."""
-        if self._seen is None:
-            return True
         try:
             same = all(map(is_, map(getitem, self._owners, self._keys), self._owned))
         except KeyError:
@@ -53,23 +62,33 @@ class Watch:
         return not (same and all(map(is_, map(type, self._modules), self._types)) and self._state() == self._seen)
 
     def __getstate__(self) -> dict:
-        """A copy looks for itself."""
+        """A copy has nothing of what is looked at, which open() finds."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")} | {"_seen": None}
 
     def look(self) -> None:
         """Find all reasons anew and tell of new ones; ValueError if blocks may run nowhere in the layers."""
         for norm, block in self.halves:
+            for p in block.projections:
+                p.find_adapters()
             norm.reason = block.reason = self._why_not(norm, block)
         for norm in self.last_norms:
             norm.reason = trust.why_not_norm(self.family, norm.module, norm.name)
         for layer in self.layers:
             layer.together = self._fits_together(layer)
         modules = list(getattr(self.decoder, self.family.layers))
-        at_work = {id(block.module) for _, block in self.halves if block.reason is None and block.alone}
+        blocks = [block for half in self.halves for block in half] + self.last_norms
+        at_work = {id(block.module) for block in blocks if block.reason is None and block.alone}
         self.stock = not any(trust.why_not_layer(self.family, m, "") for m in modules)
         known = self.stock and trust.makes_known_masks(self.decoder)
-        self.bounded = known and all(id(getattr(m, self.family.attention)) in at_work for m in modules)
-        self.whole = self.stock and modules == [layer.module for layer in self.layers if layer.together]
+        attentions = [getattr(m, self.family.attention, None) for m in modules]
+        self.bounded = known and all(id(m) in at_work for m in attentions)
+        if self.family.sliding_window:  # masks are made by place
+            self.bounded = self.bounded and all(m.layer_idx == i for i, m in enumerate(attentions))
+        parts = [(m, name) for m in modules for name in self._names] + [(self.decoder, self.family.final_norm)]
+        self.own = self.bounded and all(id(getattr(owner, name)) in at_work for owner, name in parts)
+        n_layers = self.decoder.config.num_hidden_layers  # the decoder runs as many
+        self.whole = n_layers == len(modules) == len(self.layers) and self.stock
+        self.whole = self.whole and modules == [layer.module for layer in self.layers if layer.together]
         self._remember(modules)
         reasons = self._reasons()
         if all(block.reason for _, block in self.halves):
@@ -82,9 +101,11 @@ class Watch:
 
     def is_hooked(self) -> bool:
         """Whether hooks of somebody may look at what passes in the layers, or at the last norm."""
-        if self._seen is None:
-            self.look()
         return any(self._hooks) and any(map(trust.look, self._hooks))
+
+    def sees_arguments(self) -> bool:
+        """Whether hooks of somebody get, and may change, what a layer or an attention is called with: masks, angles."""
+        return any(self._with_kwargs)
 
     def _reasons(self) -> list[str]:
         blocks = [*(block for _, block in self.halves), *self.last_norms]
@@ -94,18 +115,25 @@ class Watch:
         for p in block.projections:
             if p.owner._modules.get(p.name) is not p.module or getattr(p.module, "base_layer", p.module) is not p.base:
                 return f"{p.where} was replaced after apply_hyclora; {AGAIN}"
-        if isinstance(block, AttentionBlock) and block.settings != block.read_settings():
-            return f"{block.name}: attention implementation or window were changed after apply_hyclora; {AGAIN}"
+        if isinstance(block, AttentionBlock):
+            if block.settings != block.read_settings():
+                return f"{block.name}: attention, its window or dropout were changed after apply_hyclora; {AGAIN}"
+            if any(getattr(block.module, n) is not m for n, m in zip(self.family.head_norms, block.norms, strict=True)):
+                return f"{block.name}: a norm of heads was replaced after apply_hyclora; {AGAIN}"
         half = "attention" if isinstance(block, AttentionBlock) else "mlp"
         return trust.why_not_half(self.family, half, norm.module, norm.name, block.module, block.name)
 
+    @property
+    def _names(self) -> tuple[str, str, str, str]:
+        """What a layer's parts are called, in order."""
+        return self.family.attention_norm, self.family.attention, self.family.mlp_norm, self.family.mlp
+
     def _fits_together(self, layer: LayerBlock) -> bool:
         """Whether a layer's blocks may be run one after the other without its own forward."""
-        names = (self.family.attention_norm, self.family.attention, self.family.mlp_norm, self.family.mlp)
         return (
             trust.why_not_layer(self.family, layer.module, layer.name) is None
             and layer.alone
-            and all(layer.module._modules.get(n) is b.module for n, b in zip(names, layer.blocks, strict=True))
+            and all(layer.module._modules.get(n) is b.module for n, b in zip(self._names, layer.blocks, strict=True))
             and all(b.reason is None and b.alone for b in layer.blocks)
         )
 
@@ -131,20 +159,28 @@ class Watch:
         self._adapted = [p.module for p in projections if p.module is not p.base]
         self._attention = [block.module for _, block in self.halves if isinstance(block, AttentionBlock)]
         windows = (self.family.sliding_window, "config.sliding_window") if self.family.sliding_window else ()
-        self._settings = attrgetter("config", "is_causal", "config._attn_implementation", *windows)
+        self._settings = attrgetter(*SETTINGS, *windows)
+        self._eps = [*(norm.module for norm, _ in self.halves), *(m for _, block in self.halves for m in block.norms)]
+        self._with_kwargs = [m.__dict__[name] for m in (*modules, *self._attention) for name in WITH_KWARGS]
         self._classes = list(set(self._types))
         forwards = {trust.innermost(type(m).forward) for m in (self.decoder, *self._attention)}
         own = [f for g in forwards for f in (g, *trust.calls(g)) if f.__globals__ is g.__globals__]
+        own += trust.mask_makers(self.decoder)
         named = [(f.__globals__, name) for f in own for name in f.__code__.co_names]
         self._called = [(g, name) for g, name in named if isinstance(g.get(name), FunctionType)]
+        self._called += [(vars(functional), name) for names in trust.FUNCTIONS.values() for name in names]
         self._latest, self._counts = -1, []
         self._seen = self._state()
+        attention = [(m.scaling, m.attention_dropout) for m in self._attention]
+        self.numbers = tuple(attention), tuple(m.variance_epsilon for m in self._eps)
+        self.drops = any(dropout > 0 for _, dropout in attention)
 
     def _state(self) -> tuple:
         """What is compared by value."""
         implementations = set(map(attrgetter("config._attn_implementation"), self._attention))
         return (
-            len(getattr(self.decoder, self.family.layers)),
+            (len(getattr(self.decoder, self.family.layers)), self.decoder.config.num_hidden_layers),
+            list(map(attrgetter("variance_epsilon"), self._eps)),
             self._count_hooks(),
             list(map(len, self._dicts)),
             list(map(attrgetter("forward", "__call__"), self._classes)),
@@ -152,6 +188,7 @@ class Watch:
             list(map(attrgetter("requires_grad"), self._frozen)),
             list(map(attrgetter("_active_adapter"), self._adapted)),
             list(map(self._settings, self._attention)),
+            tuple(getattr(self.decoder.config, "layer_types", None) or ()),
             [(ALL_ATTENTION_FUNCTIONS.get(n), ALL_MASK_ATTENTION_FUNCTIONS.get(n)) for n in implementations],
         )
 

@@ -42,10 +42,8 @@ class LayerGraphs(Pausable):
         self.recorder, self.patch, self.step = recorder, patch, patch.step
         self.layers = layers
         self.norms = [norm for block in blocks for norm in block.norms]
-        modules = [*self.norms, *(m for layer in layers for m in layer.module.modules())]
         inside = [block for layer in layers for block in layer.blocks]
         self.projections = list({id(p): p for block in inside for p in block.projections}.values())
-        self._drops = any(getattr(m, "attention_dropout", 0.0) > 0 for m in modules)
         self.clear()
 
     def clear(self) -> None:
@@ -137,7 +135,8 @@ class LayerGraphs(Pausable):
         And Hugging Face's decoder calls the layers, so that all of them follow the first.
         """
         able = self.active and self.step.private and self.patch.watch.whole and torch.is_grad_enabled()
-        return able and not (self.step.calibrating or self.step.stock_attention) and self._pending() is None
+        able = able and self.step.known_angles and not (self.step.calibrating or self.step.stock_attention)
+        return able and self._pending() is None
 
     def _given(self, hidden: Tensor, leaves: list, spec) -> tuple:
         """What the inputs of two steps must have in common to be replayed alike."""
@@ -164,7 +163,7 @@ class LayerGraphs(Pausable):
         if any(getattr(m, "gradient_checkpointing", False) or not m.training for m in modules):
             return None
         if (
-            self._drops
+            self.patch.watch.drops
             or self.patch.watch.is_hooked()
             or torch.distributed.is_available()
             and torch.distributed.is_initialized()
@@ -184,7 +183,8 @@ class LayerGraphs(Pausable):
     def _kind_of(self, given: tuple, weights: list[Tensor]) -> tuple:
         """What a recording is found by: the inputs, where the weights are and the adapters' state."""
         trained = tuple(t.requires_grad for t in weights)
-        return given, _places(weights), trained, *((p.adapter, p.scaling) for p in self.projections)
+        adapters = ((p.adapter, p.scaling) for p in self.projections)
+        return given, _places(weights), trained, self.patch.watch.numbers, *adapters
 
     def _compare(self, args: tuple, kwargs: dict) -> None:
         """A later layer runs by itself: unless its arguments are those of the first one, this kind stays so."""

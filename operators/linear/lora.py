@@ -52,13 +52,17 @@ class Projection:
         self.module, self.name, self.owner, self.where = module, name, owner, where or name
         self.base = getattr(module, "base_layer", module)
         self.width = self.base.out_features
-        # PEFT changes what is in these, never themselves, and each look at a module's child costs more than a dict's
-        self._adapters = None if module is self.base else (module.lora_A, module.lora_B, module.lora_dropout)
         self._forward: int | None = None
+        self.find_adapters()
         self.refresh()
 
+    def find_adapters(self) -> None:
+        """Look up where PEFT has all adapters: a look at a module's child in each forward would cost more."""
+        module = self.module
+        self._adapters = None if module is self.base else (module.lora_A, module.lora_B, module.lora_dropout)
+
     def refresh(self, forward: int | None = None) -> bool:
-        """Follow PEFT's switches; False while it has the adapter disabled or merged, or several active ones.
+        """Follow PEFT's switches; False while it has the adapter disabled or merged, or what we do not compute.
 
         forward: number of the model's training forward; within one, what was read is not read again.
         """
@@ -82,8 +86,14 @@ class Projection:
             dropout = dropouts[self.adapter]
             self.dropout = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         self._parameters = *weights, self.base.bias
-        self._active = len(active) <= 1 and not (module.disable_adapters or module.merged)
+        plain = len(active) <= 1 and isinstance(self.scaling, (int, float))
+        self._active = plain and not (module.disable_adapters or module.merged)
         return self._active
+
+    def identify_weight(self) -> tuple[int, int] | None:
+        """What tells W from another one, and from itself once it has changed; None for a part of FSDP's."""
+        weight = self.base.weight
+        return (id(weight), weight._version) if isinstance(weight, nn.Parameter) else None
 
     @property
     def has_adapter(self) -> bool:
@@ -208,8 +218,8 @@ class ProjectionGroup:
         return y[:, : self.width], low_rank
 
     def _switches(self) -> list[tuple]:
-        """What PEFT has set of all adapters, which forward and backward must find alike."""
-        return [(p.adapter, p.scaling, p.dropout) for p in self.projections]
+        """What PEFT has set of all adapters, and which W there is: forward and backward must find them alike."""
+        return [(p.adapter, p.scaling, p.dropout, p.identify_weight()) for p in self.projections]
 
     def _bias(self, y: Tensor) -> Tensor | None:
         """The base layers' biases in y's dtype, as wide as y; None without any."""
@@ -326,8 +336,8 @@ class ProjectionGroup:
         """
         if rng[self.xa_name] != self._switches():
             raise ValueError(
-                f"{self.projections[0].where}: adapter, scaling or dropout were switched between a forward and its "
-                "backward; run the backward first"
+                f"{self.projections[0].where}: adapter, scaling, dropout or base weight were changed between a forward "
+                "and its backward; run the backward first"
             )
         dy, needs = dy[:, : self.width], split(needs)
         grads: list[Tensor | None] = [None] * (len(needs) * PARAMETERS_PER_PROJECTION)

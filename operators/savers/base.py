@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hyclora.operators.store.store import Home, Store, redeem, ticket
 
+# on a forward's cos: whether attentions run stock code, and what is known of its values
+STOCK, ROTATES = "_hyclora_stock", "_hyclora_rotates"
+
 
 @dataclass
 class Step:
@@ -25,7 +28,8 @@ class Step:
     that its caller knows.
     unread: of whoever calls the decoder and knows what it will read, tells of positions (bool [B, S] on the host)
     whether nobody reads them; padding_differs: so padded tokens of this forward got other hidden states than in stock;
-    again: it is the second forward of a batch, for those. stock_attention: its attentions run stock code.
+    again: it is the second forward of a batch, for those. stock_attention: its attentions run stock code;
+    known_angles: cos and sin are as Hugging Face's code makes them.
     """
 
     threshold: int
@@ -42,10 +46,33 @@ class Step:
     stream: object = field(default=None, repr=False)
     in_stream: bool = False
     stock_attention: bool = False
+    known_angles: bool = False
 
     @property
     def calibrating(self) -> bool:
         return self.index <= self.threshold
+
+    def is_stock_attention(self, angles: tuple[Tensor, Tensor] | None) -> bool:
+        """stock_attention of the forward that has these cos and sin; checkpointing runs it again after other ones."""
+        if not angles:
+            return self.stock_attention
+        if self.running is not None and self.stock_attention:
+            setattr(angles[0], STOCK, True)
+        return getattr(angles[0], STOCK, False) if self.running is None else self.stock_attention
+
+    def rotates(self, angles: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether cos and sin turn pairs of numbers, so that their first halves say all; looked at if nobody knows."""
+        if not angles:
+            return True
+        if self.running is not None and self.known_angles:
+            setattr(angles[0], ROTATES, True)
+            return True
+        known = getattr(angles[0], ROTATES, None)
+        if known is None:
+            halves = (t.chunk(2, dim=-1) for t in angles)
+            known = all(torch.equal(first, second) for first, second in halves)
+            setattr(angles[0], ROTATES, known)
+        return known
 
     def mask(self, n_rows: int) -> Tensor | None:
         """Which of n_rows tokens are real, bool [T]; None if the batch does not say so of as many."""

@@ -55,15 +55,10 @@ class ChannelQuant(StoringSaver):
         return step.calibrating and self._last_step < (step.index if step.informative else step.since)
 
     def prepare(self, x: Tensor, step: Step) -> None:
-        """Calibrate on x if this is a calibration forward not counted yet; RuntimeError if there never was one."""
+        """Calibrate on x if this is a calibration forward not counted yet, or the first time that there is an x."""
         self._follow(x.device)
-        if self.due(step):
+        if self.due(step) or self.mean is None:
             self.calibrate(measure(x, step.mask(x.shape[0])), step)
-        if self.mean is None:
-            raise RuntimeError(
-                "a quantized slot was never calibrated: run the first iteration_threshold training "
-                "forwards through the whole model, or load the calibration saved with the checkpoint"
-            )
 
     def pack(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
         self.prepare(x, step)

@@ -1,0 +1,84 @@
+"""benchmarks.real_rows on a small model on the CPU: what it measures, on which rows, what it refuses."""
+
+import json
+
+import pytest
+
+from benchmarks import peers, real_rows
+from benchmarks.jobs import Job
+from hyclora.utils.data.word_problems import word_problems
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Problems of many lengths, as a folder of GSM8K."""
+    folder = tmp_path / "problems"
+    folder.mkdir()
+    rows = word_problems(40, 3, split="train")
+    for i, row in enumerate(rows):
+        row["question"] += " Think." * (7 * i % 23)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def run(tiny_llama_folder, data, tmp_path):
+    """Lines that a command appends."""
+    fixed = ["--data_dir", str(data), "--tokenizer", str(tiny_llama_folder), "--shape", str(tiny_llama_folder)]
+    fixed += ["--device", "cpu", "--base", "bf16", "--output_dir", str(tmp_path / "results"), "--cells", "3x400"]
+
+    def run(*options) -> list[dict]:
+        real_rows.main([*fixed, "--steps", "4", "--warm_up", "6", *options])
+        return [json.loads(line) for line in (tmp_path / "results/real_rows.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_all_settings_train_on_the_same_rows(run, tmp_path, data, tiny_llama_folder, monkeypatch):
+    monkeypatch.setattr(real_rows, "FIRST", 7)
+    settings = ["PEFT LoRA", {"layer_type": "baseline"}, {"layer_type": "baseline", "stream": True}]
+    monkeypatch.setattr("benchmarks.memory_throughput.run", lambda job, timeout: peers.measure(job))
+    lines = run("--settings", json.dumps(settings))
+    assert [line["loss"] for line in lines[1:]] == pytest.approx([lines[0]["loss"]] * 2, abs=2e-2)
+    for line in lines:
+        assert line["widths"] > 1 and line["real_tokens"] < 3 * line["width"]
+        assert line["ms"] > 0 and line["real_tokens_per_second"] > 0 and line["first_100_s"] > 0
+        assert line["arguments"]["rows"] == {"data_dir": data.name, "tokenizer": tiny_llama_folder.name, "warm_up": 6}
+    assert run("--settings", json.dumps(settings)) == lines, "measured already"
+    assert len(run("--settings", json.dumps(settings), "--lora_dropout", "0.5")) == 6
+
+
+def test_in_a_process_of_its_own(run):
+    (line,) = run("--settings", '["PEFT LoRA"]', "--steps", "1", "--warm_up", "1")
+    assert line["setting"] == "PEFT LoRA" and line["ms"] > 0 and "first_100_s" not in line
+
+
+def test_a_peer_that_is_not_there_is_a_line(run, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "Unsloth", peers.Peer(None, "no_such_module"))
+    (line,) = run("--settings", '["Unsloth"]')
+    assert line["error"] == "not installed"
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--steps", "40"], "has 40 such rows, and this takes 138: lower --steps"),
+        (["--data_dir", "nowhere"], "data folder nowhere does not exist"),
+        (["--tokenizer", "nowhere"], "nowhere"),
+        (["--lora_dropout", "1"], "--lora_dropout 1.0 does not lie in [0, 1)"),
+        (["--device", "cuda"], "it needs a GPU"),
+    ],
+)
+def test_refused_before_anything_is_spent(run, options, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        run("--settings", '["PEFT LoRA"]', *options)
+    assert exit.value.code == 2 and named in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_lines_of_before_still_answer():
+    """Random tokens and no dropout have the arguments that they had."""
+    job = Job("PEFT LoRA", "llama-2-7b", "nf4", 16, 4, 512, 10, None, "cuda", "ckpt")
+    assert not {"rows", "lora_dropout"} & job.arguments.keys()
+    assert Job(**{**vars(job), "lora_dropout": 0.1}).arguments["lora_dropout"] == 0.1
