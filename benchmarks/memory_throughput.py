@@ -81,30 +81,30 @@ def measured(job: Job, lines: list[dict], now: dict, timeout: float) -> bool:
     )
 
 
-@entry_point
-def main(argv: list[str] | None = None):
-    args = parse(argv)
-    jobs = [make_job(args, *one) for one in itertools.product(args.shapes, args.cells, args.settings)]
+def sweep(name: str, jobs: list[Job], args: argparse.Namespace) -> None:
+    """Measure what no line answers, a line each; Interrupted by Ctrl-C, with all lines of before kept."""
     check_output(args.output_dir, needed=2**20)
-    now, lines = environment(), read(args.output_dir / f"{NAME}.jsonl")
+    now, lines = environment(), read(args.output_dir / f"{name}.jsonl")
     # so that the process that measures ends as well
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sweep(NAME, jobs, lines, now, args)
+        for job in jobs:
+            print(f"{job.shape} {job.batch_size}x{job.seq_len}  {name_of(job.setting):<46}", end="", flush=True)
+            if measured(job, lines, now, args.timeout) and not args.again:
+                print("measured already")
+                continue
+            found = run(job, args.timeout)
+            record(name, {"setting": whole(job.setting), **found, "arguments": job.arguments}, args.output_dir)
+            print("  ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     except KeyboardInterrupt:
         raise Interrupted("interrupted: the same command goes on where it stopped") from None
 
 
-def sweep(name: str, jobs: list[Job], lines: list[dict], now: dict, args: argparse.Namespace) -> None:
-    """Measure what no line answers, a line each."""
-    for job in jobs:
-        print(f"{job.shape} {job.batch_size}x{job.seq_len}  {name_of(job.setting):<46}", end="", flush=True)
-        if measured(job, lines, now, args.timeout) and not args.again:
-            print("measured already")
-            continue
-        found = run(job, args.timeout)
-        record(name, {"setting": whole(job.setting), **found, "arguments": job.arguments}, args.output_dir)
-        print("  ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+@entry_point
+def main(argv: list[str] | None = None):
+    args = parse(argv)
+    jobs = [make_job(args, *one) for one in itertools.product(args.shapes, args.cells, args.settings)]
+    sweep(NAME, jobs, args)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,13 @@ memory_throughput.
 import argparse
 import gc
 import random
-import signal
 import statistics
-import sys
 import time
 from pathlib import Path
 
 from benchmarks.jobs import Job, add_arguments, cell, make_job, number
 from benchmarks.memory_throughput import settings, sweep
-from benchmarks.record import read
-from hyclora.utils.disk import check_output
-from hyclora.utils.errors import Interrupted, UserError, entry_point
-from hyclora.utils.results import environment
+from hyclora.utils.errors import UserError, entry_point
 
 NAME = "real_rows"
 ACCUMULATE = 4
@@ -129,13 +124,7 @@ def main(argv: list[str] | None = None):
     rows = {"data_dir": str(args.data_dir), "tokenizer": str(args.tokenizer), "warm_up": args.warm_up}
     jobs = [make_job(args, args.shape, one, setting, rows) for one in args.cells for setting in args.settings]
     batches_of(jobs[0])  # what is wrong with rows or tokenizer is said before a model is made
-    check_output(args.output_dir, needed=2**20)
-    now, lines = environment(), read(args.output_dir / f"{NAME}.jsonl")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sweep(NAME, jobs, lines, now, args)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted: the same command goes on where it stopped") from None
+    sweep(NAME, jobs, args)
 
 
 if __name__ == "__main__":

@@ -90,12 +90,11 @@ class StepHook:
     def _begin(self, decoder: nn.Module, stock: bool, args: tuple, kwargs: dict, early: bool) -> tuple[tuple, dict]:
         """The decoder's arguments, with what the layers get in place of HF's mask; early: a replay may be started."""
         embedding = decoder.get_input_embeddings()
-        self.step.private = stock and self.patch.watch.stock
-        own = kwargs.get("inputs_embeds") is None and is_lookup(embedding, decoder.rotary_emb)
-        self.step.embeds = self.step.private and own
-        angles = decoder.rotary_emb
-        seen = is_watched(angles) or self.patch.watch.sees_arguments()
-        self.step.known_angles = self.step.private and is_stock(angles) and not seen
+        private = self.step.private = stock and self.patch.watch.stock
+        angles = decoder.rotary_emb if private else None
+        self.step.embeds = private and kwargs.get("inputs_embeds") is None and is_lookup(embedding, angles)
+        unseen = private and not (is_watched(angles) or self.patch.watch.sees_arguments())
+        self.step.known_angles = unseen and is_stock(angles)
         causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
         maps = _asks_for("attentions", decoder, kwargs)
         self.step.stock_attention = maps or causal is False or _has_cache(decoder, kwargs)
@@ -144,7 +143,7 @@ class StepHook:
         Padding is left out where it is not read; packed rows gain where graphs are recorded, as those of bounds would
         fit one batch alone.
         """
-        if not (self.patch.config.stream and self.step.private) or self._is_watched(decoder):
+        if not (self.patch.config.stream and self.step.private) or self._is_watched(decoder, kwargs):
             return False
         if not is_tokenwise(decoder, kwargs.get("inputs_embeds") is not None) or any(GLOBAL_HOOKS):
             return False
@@ -174,8 +173,10 @@ class StepHook:
                 kwargs[name] = stream.gather(kwargs[name])
         return tuple(stream.gather(t) for t in args)
 
-    def _is_watched(self, decoder: nn.Module) -> bool:
-        """Whether code of somebody's, hooks or modules, gets hidden states on their way."""
+    def _is_watched(self, decoder: nn.Module, kwargs: dict) -> bool:
+        """Whether code of somebody's, hooks or modules, gets hidden states on their way, or the caller all of them."""
+        if _asks_for("hidden_states", decoder, kwargs):
+            return True
         others = {i: hook for i, hook in decoder._forward_hooks.items() if i != self.patch.hooks[1].id}
         return not self.patch.watch.own or self.patch.watch.is_hooked() or look(others)
 
@@ -195,11 +196,10 @@ class StepHook:
 
     def _unread(self, decoder: nn.Module, kwargs: dict, padding: torch.Tensor) -> bool:
         """Whether nobody reads what comes out at padding, bool [B, S] on the host."""
-        unread = self.step.unread
-        if unread is None or self._is_watched(decoder) or _asks_for("hidden_states", decoder, kwargs):
+        if self.step.unread is None or self._is_watched(decoder, kwargs) or not self.step.unread(padding):
             return False
-        self.step.padding_differs = unread(padding)
-        return self.step.padding_differs
+        self.step.padding_differs = True
+        return True
 
 
 def _token_mask(kwargs: dict) -> torch.Tensor | None:

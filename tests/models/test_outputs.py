@@ -171,40 +171,6 @@ def test_a_tuple_has_them(batch):
         torch.testing.assert_close(outputs[i], expected[i], atol=1e-5, rtol=1e-5)
 
 
-CARRIED = {
-    "to the next forward": lambda model, cache: model(**WHOLE, past_key_values=cache),
-    "to an evaluation": lambda model, cache: model.eval()(**WHOLE, past_key_values=cache),
-    "by hand": lambda model, cache: cache.get_seq_length(),
-    "length": lambda model, cache: len(cache),
-    "layer": lambda model, cache: cache[0],
-}
-
-
-@pytest.mark.parametrize("carry", CARRIED.values(), ids=CARRIED)
-@pytest.mark.parametrize("labelled", [True, False])
-def test_a_cache_that_is_carried_on(labelled, carry):
-    """Stock would see the tokens before; a model without any, and with none of it said, would not."""
-    model, batch = llama(), WHOLE if labelled else {"input_ids": WHOLE["input_ids"]}
-    apply_hyclora(model, BASELINE)
-    outputs = model(**batch)
-    with pytest.raises(ValueError, match="makes no cache .* use_cache=True"):
-        carry(model, outputs.past_key_values)
-
-
-def test_a_cache_that_was_asked_for_is_carried_on():
-    model = llama()
-
-    def both():
-        first = model(**WHOLE, use_cache=True)
-        return model(**WHOLE, past_key_values=first.past_key_values).loss
-
-    expected = both()
-    apply_hyclora(model, BASELINE)
-    torch.testing.assert_close(both(), expected)
-    model.gradient_checkpointing_enable()
-    assert model(**WHOLE).past_key_values is None, "as in stock"
-
-
 LEFT_ALONE = {
     "loss": lambda outputs: outputs.loss,
     "key": lambda outputs: outputs["loss"],

@@ -188,6 +188,46 @@ def test_a_cache_that_is_asked_for(checkpointing):
     assert outputs.loss is not None and isinstance(model(**padded_batch()).get(NAMES[0], NO_CACHE), NoCache)
 
 
+def whole() -> dict:
+    """Rows without padding."""
+    ids = padded_batch()["input_ids"]
+    return {"input_ids": ids, "labels": ids}
+
+
+CARRIED = {
+    "to the next forward": lambda model, cache: model(**whole(), past_key_values=cache),
+    "to an evaluation": lambda model, cache: model.eval()(**whole(), past_key_values=cache),
+    "by hand": lambda model, cache: cache.get_seq_length(),
+    "length": lambda model, cache: len(cache),
+    "layer": lambda model, cache: cache[0],
+}
+
+
+@pytest.mark.parametrize("carry", CARRIED.values(), ids=CARRIED)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_cache_that_is_carried_on(labelled, carry):
+    """Stock would see the tokens before; a model without any, and with none of it said, would not."""
+    model, batch = llama(), whole() if labelled else {"input_ids": whole()["input_ids"]}
+    apply_hyclora(model, BASELINE)
+    outputs = model(**batch)
+    with pytest.raises(ValueError, match="makes no cache .* use_cache=True"):
+        carry(model, outputs.past_key_values)
+
+
+def test_a_cache_that_was_asked_for_is_carried_on():
+    model = llama()
+
+    def both():
+        first = model(**whole(), use_cache=True)
+        return model(**whole(), past_key_values=first.past_key_values).loss
+
+    expected = both()
+    apply_hyclora(model, BASELINE)
+    torch.testing.assert_close(both(), expected)
+    model.gradient_checkpointing_enable()
+    assert model(**whole()).past_key_values is None, "as in stock"
+
+
 def test_a_decoder_with_a_forward_of_its_own_gets_what_it_was_given():
     """Neither bounds nor a cache that is off: nobody knows what it does with them."""
     model, batch, seen = llama(), padded_batch(), []

@@ -89,15 +89,31 @@ def test_ragged_rows_equal_stock(family, side, shapes):
         assert set(shapes) == {(1, int(batch["attention_mask"].sum()))}
 
 
-def test_padding_that_is_read(shapes):
-    """Stock takes the loss of a row's first token from the padding before it."""
+@pytest.mark.parametrize("behind", [0, 4])
+def test_padding_that_is_read(shapes, behind):
+    """Stock takes the loss of a row's first token from the padding before it; behind: padding that nobody reads."""
     model, batch = llama(), ragged(0, side="left")
+    if behind:
+        batch["attention_mask"][:, -behind:] = 0
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     loss, exact = gradients(model, batch)
+    logits = model(**batch).logits
     apply_hyclora(model, HycloraConfig(**BASELINE))
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
     assert set(shapes) == {(4, 33)}
+    torch.testing.assert_close(model(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_of_packed_rows(shapes):
+    """In the shape that they were given, though there are graphs."""
+    model, batch = llama(), ragged(0, packed=True)
+    expected = model(**batch, output_hidden_states=True).hidden_states
+    graphed(model, BASELINE, recorder=Rerun())
+    found = model(**batch, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    model(**batch).loss.backward()
+    assert shapes[-1] == (1, filled_size(batch["input_ids"].numel())) != tuple(batch["input_ids"].shape)
 
 
 VARIANTS = {
