@@ -15,7 +15,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class Deferred:
-    """A tensor of that dtype, made when somebody does more with it than convert it."""
+    """A tensor of that dtype, made when somebody does more with it than convert it.
+
+    isinstance says that it is none, as it must: torch's C++ takes whatever claims to be a Tensor for the memory of one.
+    """
 
     def __init__(self, make: Callable[[], Tensor], dtype: torch.dtype):
         self._make, self._made, self.dtype = make, None, dtype
@@ -34,11 +37,6 @@ class Deferred:
 
     def float(self) -> "Deferred":
         return self.to(torch.float32)
-
-    @property
-    def __class__(self):
-        """Whoever picks tensors out by isinstance gets this one too."""
-        return Tensor
 
     def __getattr__(self, name: str):
         if name.startswith("__"):

@@ -1,4 +1,7 @@
-"""A model in FSDP's shards: the first kind trains as stock does, the second one's weights are no tensors of ours."""
+"""A model in torch's wrappers for several processes, in one of them: DDP and the first FSDP train it as stock.
+
+The weights of the second FSDP are no tensors that blocks read.
+"""
 
 import copy
 from functools import partial
@@ -8,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hyclora import HycloraConfig, apply_hyclora
+from hyclora.models.outputs import Deferred
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.small_models import largest_error, llama, padded_batch
 
@@ -51,6 +56,32 @@ def test_the_first_kind(one_process, sharded_first):
     stock = shard(stock)
     for _ in range(3):
         assert largest_error(train(ours), train(stock)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_data_parallel(one_process, options):
+    """It looks for tensors in the outputs, of which logits are none until somebody looks."""
+    found = []
+    for patched in (False, True):
+        model = llama()
+        if patched:
+            apply_hyclora(model, BASELINE)
+        parallel = DistributedDataParallel(model, **options)
+        for look in (False, True, False):
+            parallel.zero_grad()
+            outputs = parallel(**padded_batch())
+            assert look or not patched or type(dict(outputs.items())["logits"]) is Deferred
+            (outputs.loss + (outputs.logits.square().mean() if look else 0)).backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for ours, theirs in zip(found[3:], found[:3], strict=True):
+        assert largest_error(ours, theirs) < 1e-5
+
+
+def test_logits_that_nobody_looked_at_are_no_tensor():
+    """What says that it is one, torch's C++ reads as one."""
+    model = llama()
+    apply_hyclora(model, BASELINE)
+    assert not isinstance(dict(model(**padded_batch()).items())["logits"], torch.Tensor)
 
 
 @pytest.mark.parametrize("sharded_first", [False, True])
