@@ -21,7 +21,8 @@ seq_len=${seq_len:-512}
 
 # HyC-LoRA. preset: fastest, least_memory or longest (GPU), paper (the published method), or default (GPU or CPU).
 # Each setting below that is not empty replaces what the preset has:
-#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False  stream=True
+#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False
+#   stream=True
 use_hyclora=${use_hyclora:-True}
 preset=${preset:-$([[ "$gpu" == True ]] && echo least_memory || echo default)}
 layer_type=${layer_type:-}                            # baseline, intra, intra_inter, intra_inter_full_fuse

@@ -20,7 +20,7 @@ class Stream:
     bounds: of the batch (attention/flash.py); real: bool [B, S] on the host, the tokens that are computed. filled: the
     row has filled_size(T) tokens, the last ones a document of filler that nobody reads. Allocates 8 (T + B S) bytes on
     the device by one transfer, for which it does not wait.
-    starts: int32 [1, 1, 1, N + 1]; mask: which of the row's tokens are real, bool [1, T], None for all of them.
+    starts: int32 [1, N + 1, 1, 1]; mask: which of the row's tokens are real, bool [1, T], None for all of them.
     """
 
     def __init__(self, bounds: Tensor, real: Tensor, device: torch.device, filled: bool):
@@ -40,7 +40,7 @@ class Stream:
         parts = torch.cat([rows, places, starts])
         parts = (parts.pin_memory() if device.type == "cuda" else parts).to(device, non_blocking=True)
         self.rows, self.places, starts = parts.split([len(rows), len(places), len(starts)])
-        self.starts = starts.int()[None, None, None]
+        self.starts = starts.int()[None, :, None, None]
         self.mask = None
         if self.size > self.length:
             self.mask = (torch.arange(self.size, device=device) < self.length)[None]

@@ -5,7 +5,8 @@ Which tokens see which is told by bounds, an int32 tensor on the host (to read i
 as Hugging Face hands on whatever mask has four dimensions. [0, 0, 0]: where the N runs begin, counted over the B S
 tokens of the batch, and B S; no run crosses rows. [0, 0, 1]: 1, or 0 for padding in front, whose tokens see nothing.
 
-Or by starts, an int32 tensor on the tokens' device, [1, 1, 1, N+1]: where the runs of a batch of one row begin, in
+Or by starts, an int32 tensor on the tokens' device, [1, N+1, 1, 1], which is no shape of a mask for more than one key:
+where the runs of a batch of one row begin, in
 order, and its length, which fills up what is left of N places: such runs are empty. Kernels read it, so a graph can be
 replayed for other runs.
 """
@@ -33,7 +34,8 @@ def is_bounds(mask) -> bool:
 
 def is_starts(mask) -> bool:
     """Whether an attention mask is starts."""
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 1
+    known = isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4
+    return known and mask.shape == (1, mask.shape[1], 1, 1)
 
 
 def tells_runs(mask) -> bool:
@@ -52,7 +54,7 @@ def flash_attention(
     before.
     """
     if is_starts(runs):
-        starts, seeing, longest = runs[0, 0, 0], None, q.shape[1]
+        starts, seeing, longest = runs[0, :, 0, 0], None, q.shape[1]
         if takes_varlen(q, dropout):
             return _varlen(q, k, v, starts, seeing, longest, None if window is None else min(window, longest), scaling)
         lengths = [n for n in starts.diff().tolist() if n]

@@ -67,8 +67,8 @@ def test_a_row_and_back():
     assert row.shape == (1, 64, 2)
     torch.testing.assert_close(row[0, :5], x[real.to(DEVICE)])
     torch.testing.assert_close(stream.scatter(row), x * real.to(DEVICE)[..., None])
-    assert stream.starts.shape == (1, 1, 1, 65)
-    assert stream.starts[0, 0, 0, :5].tolist() == [0, 2, 5, 64, 64] and stream.mask.sum() == 5
+    assert stream.starts.shape == (1, 65, 1, 1)
+    assert stream.starts[0, :5, 0, 0].tolist() == [0, 2, 5, 64, 64] and stream.mask.sum() == 5
     assert stream.places[real.flatten().to(DEVICE)].tolist() == list(range(5))
     exact = Stream(bounds, real, torch.device(DEVICE), filled=False)
     assert exact.mask is None and exact.gather(x).shape == (1, 5, 2)

@@ -108,11 +108,17 @@ def test_starts_say_the_same(starts, varlen, window, kv_heads, monkeypatch):
 
     monkeypatch.setattr(flash, "varlen_attn", stand_in, raising=False)
     monkeypatch.setattr(flash, "takes_varlen", lambda q, dropout: varlen)
-    runs = torch.tensor(starts, dtype=torch.int32, device=DEVICE)[None, None, None]
+    runs = torch.tensor(starts, dtype=torch.int32, device=DEVICE)[None, :, None, None]
     qkv, do = heads(batch=1, seq_len=80, kv_heads=kv_heads)
     ours = results(lambda q, k, v: flash_attention(q, k, v, runs, window, 0.3), *qkv, do)
     for got, want in zip(ours, results(lambda q, k, v: dense(q, k, v, mask, 0.3), *qkv, do), strict=True):
         torch.testing.assert_close(got.double(), want.double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 65), (2, 1, 1, 80), (1, 1, 80, 80), (1, 6, 80, 80), (2, 6, 1, 80)])
+def test_masks_of_whole_numbers_are_masks(shape):
+    """Somebody's own, broadcast over queries or heads, are not read as starts of runs."""
+    assert not flash.tells_runs(torch.ones(shape, dtype=torch.int32))
 
 
 class Recorder(TorchDispatchMode):
