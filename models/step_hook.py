@@ -103,7 +103,7 @@ class StepHook:
             args = self._tell_masks(decoder, args, kwargs)
         if early and self.patch.graphs is not None:
             asked = foretell(decoder, self.patch.hooks[0].id, *args, **kwargs) if self.step.embeds else None
-            self.patch.graphs.foresee(asked, embedding, args[0] if args else kwargs.get("input_ids"))
+            self.patch.graphs.foresee(asked, decoder, args[0] if args else kwargs.get("input_ids"))
         return args, kwargs
 
     def _tell_masks(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple:
@@ -140,8 +140,8 @@ class StepHook:
     def _can_stream(self, decoder: nn.Module, args: tuple, kwargs: dict, bounds: torch.Tensor, real) -> bool:
         """Whether a batch gains from being one row of its real tokens, and nobody sees the difference.
 
-        Padding is left out where it is not read; packed rows gain where graphs are recorded, as those of bounds would
-        fit one batch alone.
+        Padding is left out where it is not read. Where graphs are recorded packed rows gain, as graphs of bounds would
+        fit one batch alone, and so do whole rows of many lengths.
         """
         if not (self.patch.config.stream and self.step.private) or self._is_watched(decoder, kwargs):
             return False
@@ -151,17 +151,21 @@ class StepHook:
             return False
         weight = decoder.get_input_embeddings().weight
         dtype = autocast_dtype(weight.device.type) or weight.dtype
-        if not all(block.takes_starts(dtype) for block in self.attention):
+        # they are of one kind, but for their dropout
+        if not all(block.takes_starts(dtype) for block in self.attention[: None if self.patch.watch.drops else 1]):
             return False
-        if real is None:
-            return self._recorded() and bounds.shape[-1] - 1 > _tokens(args, kwargs).shape[0]
-        return bool(real.any() and not real.all() and self._unread(decoder, kwargs, ~real))
+        if real is None or real.all():
+            shape = tuple(_tokens(args, kwargs).shape[:2])
+            packed = bounds.shape[-1] - 1 > shape[0]
+            return self._recorded() and (packed or not self.patch.graphs.sizes.is_usual(shape))
+        return bool(real.any() and self._unread(decoder, kwargs, ~real))
 
     def _be_stream(self, args: tuple, kwargs: dict, bounds: torch.Tensor, real, tokens: torch.Tensor) -> tuple:
         """Give the layers one row in place of the batch."""
         if real is None:
             real = torch.ones(tokens.shape[:2], dtype=torch.bool)
-        stream = self.step.stream = Stream(bounds, real, tokens.device, filled=self._recorded())
+        fill = self.patch.graphs.fill if self._recorded() else None
+        stream = self.step.stream = Stream(bounds, real, tokens.device, fill)
         self.step.token_mask = stream.mask
         positions = kwargs.get("position_ids")
         if positions is None:

@@ -4,37 +4,37 @@ The layers see one row, a decoder's caller what it called with. Where documents 
 (attention/flash.py: starts), so that a graph recorded for a row of T tokens serves every batch that fits into it.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# of documents in starts, or a multiple of it
-PLACES = 64
-# at least from one size to the next
-STEP = 64
+Fill = Callable[[int, int], tuple[int, int]]
 
 
 class Stream:
     """Which token of the batch is where in the row.
 
-    bounds: of the batch (attention/flash.py); real: bool [B, S] on the host, the tokens that are computed. filled: the
-    row has filled_size(T) tokens, the last ones a document of filler that nobody reads. Allocates 8 (T + B S) bytes on
-    the device by one transfer, for which it does not wait.
+    bounds: of the batch (attention/flash.py); real: bool [B, S] on the host, the tokens that are computed. fill: makes
+    of how many tokens and documents there are how many there shall be, by a document of filler at the end that nobody
+    reads, and empty ones; None: as many as there are. Allocates 8 (T + B S) bytes on the device by one transfer, for
+    which it does not wait.
     starts: int32 [1, N + 1, 1, 1]; mask: which of the row's tokens are real, bool [1, T], None for all of them.
     """
 
-    def __init__(self, bounds: Tensor, real: Tensor, device: torch.device, filled: bool):
+    def __init__(self, bounds: Tensor, real: Tensor, device: torch.device, fill: Fill | None = None):
         self.shape = real.shape
         first = torch.zeros(real.numel() + 1, dtype=torch.bool)
         first[bounds[0, 0, 0].long()] = True
         index = real.flatten().nonzero().flatten()
         self.length = len(index)
-        self.size = filled_size(self.length) if filled else self.length
         starts = first[index].nonzero().flatten()
-        ends = [self.length] if self.size > self.length else []
-        n_places = -(-(len(starts) + len(ends)) // PLACES) * PLACES + 1
-        starts = torch.cat([starts, starts.new_tensor(ends)])
-        starts = F.pad(starts, (0, n_places - len(starts)), value=self.size)
+        counts = self.length, len(starts)
+        self.size, n_places = counts if fill is None else fill(*counts)
+        if self.size > self.length:
+            starts = F.pad(starts, (0, 1), value=self.length)
+        starts = F.pad(starts, (0, n_places + 1 - len(starts)), value=self.size)
         places = (real.flatten().cumsum(0) - 1).clamp_min_(0)
         rows = F.pad(index, (0, self.size - self.length))
         parts = torch.cat([rows, places, starts])
@@ -54,9 +54,3 @@ class Stream:
         whole = t.new_zeros(self.shape.numel(), t.shape[-1])
         whole = whole.index_copy(0, self.rows[: self.length], t[0, : self.length])
         return whole.unflatten(0, self.shape)
-
-
-def filled_size(n: int) -> int:
-    """The size of row for n tokens: one of four between 2^k and 2^(k+1), so at most a quarter of n is filler."""
-    step = max(STEP, 1 << max(0, (n - 1).bit_length() - 3))
-    return -(-n // step) * step

@@ -75,38 +75,40 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
 class Targets:
     """The labels that are in the loss and the rows they belong to; made before the decoder runs.
 
-    labels: [..., S], each for the hidden state that is `ahead` positions before it. Their number reaches the host by a
-    copy that is queued here, ahead of the decoder's kernels: waiting for it at the head leaves those kernels in the
-    GPU's queue. Nothing else is done here, as the GPU may be waiting for those kernels.
+    labels: [..., S], each for the hidden state that is `ahead` positions before it. Which of them are in the loss
+    reaches the host by a copy that is queued here, ahead of the decoder's kernels: waiting for it at the head leaves
+    those kernels in the GPU's queue. Nothing else is done here, as the GPU may be waiting for those kernels.
     """
 
     def __init__(self, labels: Tensor, ahead: int = 0):
-        self._labels, self._ahead = labels, ahead
-        self.count = (labels[..., ahead:] != IGNORED).sum()
-        self._host, self._copied = self.count, None
+        self._labels = F.pad(labels, (0, ahead), value=IGNORED)[..., ahead:].reshape(-1)
+        flags = self._labels != IGNORED
+        self.count = flags.sum()
+        self._host, self._copied = flags, None
         if labels.is_cuda:
-            self._host = torch.empty((), dtype=self.count.dtype, pin_memory=True)
-            self._host.copy_(self.count, non_blocking=True)
+            self._host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            self._host.copy_(flags, non_blocking=True)
             self._copied = torch.cuda.current_stream(labels.device).record_event()
 
     def counted(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row indices [N] and labels [N] that are in the loss."""
-        labels = self._by_row()
-        # a stable sort moves the counted rows to the front; nonzero() would wait for the decoder's kernels
-        rows = torch.argsort((labels == IGNORED).to(torch.uint8), stable=True)
-        if self._copied is not None:
-            self._copied.synchronize()
-        rows = rows[: int(self._host)]
-        return rows.to(device), labels[rows].to(device)
+        # on the host: nonzero() on a GPU would wait for the decoder's kernels
+        rows = self._flags().nonzero().flatten()
+        if device.type == "cuda":
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)
+        return rows, self._labels.to(device)[rows]
 
     def miss(self, rows: Tensor) -> bool:
-        """Whether none of these rows, bool [B, S] on the host, is in the loss; waits for the GPU."""
-        labels = self._by_row()
-        return labels.numel() == rows.numel() and not ((labels != IGNORED).cpu() & rows.flatten()).any()
+        """Whether none of these rows, bool [B, S] on the host, is in the loss; waits for the copy."""
+        flags = self._flags()
+        return flags.numel() == rows.numel() and not (flags & rows.flatten()).any()
 
-    def _by_row(self) -> Tensor:
-        """The label of each row."""
-        return F.pad(self._labels, (0, self._ahead), value=IGNORED)[..., self._ahead :].reshape(-1)
+    def _flags(self) -> Tensor:
+        """Which rows are in the loss, bool [T] on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
 
 
 def linear_cross_entropy(

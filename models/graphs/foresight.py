@@ -4,32 +4,57 @@ Between the two Hugging Face's code looks embeddings up and makes position ids, 
 (layer_graphs.py) start before that where nobody can come in between and all of it follows from what is looked at here.
 """
 
+from dataclasses import dataclass, field
+
 from torch import Tensor, nn
 
 from hyclora.models.trust import GLOBAL_HOOKS, asks_for_gradients, is_stock, is_watched
-from hyclora.operators.attention.flash import is_bounds
+from hyclora.operators.attention.flash import is_bounds, is_starts
 
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # of others inv_freq changes with the lengths that were seen
 
 
-def foretell(decoder: nn.Module, hook: int, input_ids=None, *args, attention_mask=None, **kwargs) -> tuple | None:
-    """What, beside the token ids, decides what the first layer gets: alike twice, it is the same; None if not known.
+@dataclass(frozen=True)
+class Foretold:
+    """What decides what the first layer gets, beside the token ids: alike twice, it is the same.
+
+    row: of a stream, the tensors that are new in each step, by the names under which layers get them.
+    """
+
+    settings: tuple
+    row: dict[str, Tensor] | None = field(default=None, compare=False)
+
+    def arguments(self, decoder: nn.Module, embeddings: Tensor) -> dict | None:
+        """What a layer's forward gets of a row by name; None: all of it is as it was."""
+        if self.row is None:
+            return None
+        return self.row | {"position_embeddings": decoder.rotary_emb(embeddings, self.row["position_ids"])}
+
+
+def foretell(
+    decoder: nn.Module, hook: int, input_ids=None, *args, attention_mask=None, position_ids=None, **kwargs
+) -> Foretold | None:
+    """What is known of the decoder's arguments before it runs; None if that is not enough.
 
     hook: id of the decoder's pre-hook that asks, with the arguments that it returns.
     """
     embedding, angles = decoder.get_input_embeddings(), getattr(decoder, "rotary_emb", None)
     if not is_last(decoder, hook) or not isinstance(input_ids, Tensor) or args or angles is None or any(GLOBAL_HOOKS):
         return None
-    if not (attention_mask is None or is_bounds(attention_mask)):
+    row = None
+    if is_starts(attention_mask) and isinstance(position_ids, Tensor):
+        row = {"attention_mask": attention_mask, "position_ids": position_ids}
+    elif not (attention_mask is None or is_bounds(attention_mask)) or position_ids is not None:
         return None
     if not all(value is None or isinstance(value, (bool, int, float, str)) for value in kwargs.values()):
         return None
     frozen = embedding.max_norm is None and not (embedding._forward_pre_hooks or embedding.weight.requires_grad)
     if not (is_lookup(embedding, angles) and frozen and is_stock(angles) and angles.rope_type in FIXED_ANGLES):
         return None
-    bounds = None if attention_mask is None else attention_mask.flatten().tolist()
+    bounds = tuple(attention_mask.flatten().tolist()) if row is None and attention_mask is not None else None
+    places = None if row is None else attention_mask.shape
     state = angles.inv_freq.data_ptr(), angles.inv_freq._version, angles.attention_scaling
-    return input_ids.shape, bounds, kwargs, state
+    return Foretold((input_ids.shape, bounds, places, frozenset(kwargs.items()), state), row)
 
 
 def is_last(decoder: nn.Module, hook: int) -> bool:

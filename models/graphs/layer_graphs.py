@@ -17,18 +17,20 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from hyclora.models.blocks import Block, autocast_dtype
+from hyclora.models.graphs.foresight import Foretold
 from hyclora.models.graphs.gradients import GradientBuffers, add_gradients
 from hyclora.models.graphs.recording import Recording
+from hyclora.models.graphs.sizes import Sizes
 from hyclora.models.layers import OURS, LayerBlock
 from hyclora.operators.attention.flash import is_bounds
 from hyclora.operators.first_order import first_order
 from hyclora.operators.pausable import Pausable
 
 # each has graphs and fixed inputs for good; other kinds of input run layer by layer
-MAX_RECORDINGS = 8
+MAX_RECORDINGS = 12
 
 
 class LayerGraphs(Pausable):
@@ -70,19 +72,32 @@ class LayerGraphs(Pausable):
             "_asked": None,
             "_early": None,
             "_passing": False,
+            "_foreseen": {},
+            "_first": None,
+            "_warm": False,
+            "sizes": Sizes(),
         }
 
-    def foresee(self, asked, embedding: nn.Module, ids: Tensor | None) -> None:
+    def fill(self, n_tokens: int, n_documents: int) -> tuple[int, int]:
+        """The tokens and documents of a stream that a recording serves, or will, with one more document for filler."""
+        sizes = self.sizes
+        if sizes.make_places(n_documents + 1) and self.recordings:
+            self.clear()
+            self.sizes = sizes
+        room = len(self.recordings) < MAX_RECORDINGS
+        return sizes.choose(n_tokens, self.step.calibrating, room), sizes.places
+
+    def foresee(self, asked: Foretold | None, decoder: nn.Module, ids: Tensor | None) -> None:
         """Start the forward of token ids before Hugging Face's code comes to the first layer: the GPU waits for it.
 
-        asked: what foretell() says, to be compared with that of the step before. At worst the work is in vain, as
-        replay() makes sure of the rest.
+        asked: what foretell() says, to be compared with that of steps before. At worst the work is in vain, as replay()
+        makes sure of the rest.
         """
         self._asked, self._early = asked, None
-        if asked is None or self._latest is None or not self._possible():
+        if asked not in self._foreseen or not self._possible():
             return
-        kind, weights, recording, before = self._latest
-        if asked == before and kind[1] == _places(weights) and recording.start_from(embedding.weight, ids):
+        recording = self._likely(self._foreseen[asked])
+        if recording is not None and recording.start_from(decoder, ids, asked):
             self._early = recording
 
     def replay(self, layer: LayerBlock, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
@@ -111,7 +126,8 @@ class LayerGraphs(Pausable):
         weights = self._weights()
         if weights is None:
             return None
-        self._kind = self._kind_of(given, weights)
+        state = self._state_of(weights)
+        self._kind = given, state
         if self._kind in self._refused:
             return None
         recording = self.recordings.get(self._kind) or self._record(hidden, self._arguments, spec)
@@ -119,7 +135,9 @@ class LayerGraphs(Pausable):
             return None
         if recording is not started:
             recording.start(inputs)
-        self._latest = self._kind, weights, recording, asked
+        self._latest, recording.asked = (state, weights), asked
+        if asked is not None:
+            self._foreseen[asked] = given
         self._passing = len(self.layers) > 1
         return ReplayFunction.apply(hidden, recording.anchor, self, recording)
 
@@ -147,15 +165,15 @@ class LayerGraphs(Pausable):
         )
 
     def _likely(self, given: tuple) -> Recording | None:
-        """The latest recording, if the inputs are alike and what it reads is where it was.
+        """The recording of such inputs, if what it reads is where it was.
 
         The tensors are those of last time: as they are held here, nothing that a replay reads has been freed, even if
         the modules have other ones by now.
         """
         if self._latest is None:
             return None
-        kind, weights, recording, _ = self._latest
-        return recording if kind[:2] == (given, _places(weights)) else None
+        state, weights = self._latest
+        return self.recordings.get((given, state)) if state[0] == _places(weights) else None
 
     def _weights(self) -> list[Tensor] | None:
         """What a replay reads of the blocks' modules; None if these are in a state that is not to be replayed."""
@@ -180,11 +198,11 @@ class LayerGraphs(Pausable):
             return None
         return [p.base.weight for p in self.projections] + trainable
 
-    def _kind_of(self, given: tuple, weights: list[Tensor]) -> tuple:
-        """What a recording is found by: the inputs, where the weights are and the adapters' state."""
+    def _state_of(self, weights: list[Tensor]) -> tuple:
+        """What a recording is found by beside its inputs: where the weights are, and the adapters' state."""
         trained = tuple(t.requires_grad for t in weights)
         adapters = ((p.adapter, p.scaling) for p in self.projections)
-        return given, _places(weights), trained, self.patch.watch.numbers, *adapters
+        return _places(weights), trained, self.patch.watch.numbers, *adapters
 
     def _compare(self, args: tuple, kwargs: dict) -> None:
         """A later layer runs by itself: unless its arguments are those of the first one, this kind stays so."""
@@ -193,10 +211,12 @@ class LayerGraphs(Pausable):
             self._refused.add(self._kind)
 
     def _record(self, hidden: Tensor, leaves: list, spec) -> Recording | None:
-        """Record a kind of input that came before; None while it should still run layer by layer."""
+        """Record a kind of input that came before, or a size of rows; None while it should still run layer by layer."""
         seen = hash(self._kind)  # a kind is long, and with padding to the longest row there are many
         self._seen[seen] += 1
-        if self._seen[seen] == 1 or len(self.recordings) == MAX_RECORDINGS:
+        chosen = self._warm and self.step.stream is not None
+        self._warm = True
+        if self._seen[seen] == 1 and not chosen or len(self.recordings) == MAX_RECORDINGS:
             return None
         eager = self.patch.store
         if eager is not None and self._store is None:
@@ -209,15 +229,15 @@ class LayerGraphs(Pausable):
         self.patch.use(self._store)
         try:
             self.recordings[self._kind] = self._capture(hidden, leaves, spec)
+            if self.step.stream is not None:
+                self.sizes.record(self.step.stream.size)
         finally:
             self.patch.use(eager)
             torch.set_autocast_cache_enabled(cache)
         return self.recordings[self._kind]
 
     def _capture(self, hidden: Tensor, leaves: list, spec) -> Recording:
-        # embeddings that nobody else looks at become the fixed input, as they would live beside a copy until the end
-        first = hidden.detach() if self.step.embeds else hidden.detach().clone(memory_format=torch.contiguous_format)
-        first.requires_grad_(hidden.requires_grad)
+        first = self._fixed(hidden).requires_grad_(hidden.requires_grad)
         setattr(first, OURS, True)
         leaves = [t.detach().clone() if _varies(t, hidden) else t for t in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
@@ -262,8 +282,20 @@ class LayerGraphs(Pausable):
         # in this thread: another one would bring GEMM workspaces of its own
         with torch.autograd.set_multithreading_enabled(False):
             dx, replay_backward = self.recorder.record(backward)
-        inputs = [first, *(t for t in leaves if _varies(t, hidden))]
-        return Recording(anchor, inputs, output, dy, dx, reached, replay_forward, replay_backward)
+        paths = tree_flatten_with_path((args, kwargs))[0]
+        varying = [(path, t) for path, t in paths if _varies(t, hidden)]
+        inputs, places = [first, *(t for _, t in varying)], [path for path, _ in varying]
+        return Recording(anchor, inputs, places, output, dy, dx, reached, replay_forward, replay_backward)
+
+    def _fixed(self, hidden: Tensor) -> Tensor:
+        """The place of a recording's input, in that of a larger one if there is one: no two are in use at a time."""
+        n, large = hidden.numel(), self._first
+        if large is None or large.dtype != hidden.dtype or large.numel() < n:
+            spare = n // 4 if self.step.stream is not None else 0  # later rows may be longer
+            # embeddings that nobody else looks at take the place themselves: a copy would live beside them till the end
+            own = self.step.embeds and not spare and hidden.is_contiguous()
+            large = self._first = hidden.detach() if own else hidden.new_empty(n + spare)
+        return large.view(-1)[:n].view(hidden.shape)
 
     @contextmanager
     def _aliased(self, trained: list[list[tuple[nn.Module, str, nn.Parameter]]]):
@@ -307,7 +339,7 @@ def _varies(leaf, hidden: Tensor) -> bool:
 
 def _places(tensors: list[Tensor]) -> tuple[int, ...]:
     """Where in memory tensors are."""
-    return tuple([t.data_ptr() for t in tensors])
+    return tuple(map(Tensor.data_ptr, tensors))
 
 
 def _value(leaf):

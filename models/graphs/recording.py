@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import key_get
+
+from hyclora.models.graphs.foresight import Foretold
 
 
 class CudaRecorder:
@@ -37,32 +40,48 @@ class CudaRecorder:
 class Recording:
     """One kind of input: its fixed tensors and its two graphs.
 
-    anchor: one of the parameters that get a gradient; inputs: what varies of the first layer's arguments; output: of
-    the last layer; dy: its gradient, in the same memory; dx: that of the first layer's input, None if not needed;
-    gradients: the parameters that get one, with the buffers that the backward adds it to.
+    anchor: one of the parameters that get a gradient; inputs: what varies of the first layer's arguments, and where in
+    them that is, for all but the first one; output: of the last layer; dy: its gradient, in the same memory; dx: that
+    of the first layer's input, None if not needed; gradients: the parameters that get one, with the buffers that the
+    backward adds it to; asked: what decided the inputs that it has now, if that is known.
     """
 
     anchor: nn.Parameter
     inputs: list[Tensor]
+    places: list[tuple]
     output: Tensor
     dy: Tensor
     dx: Tensor | None
     gradients: dict[nn.Parameter, Tensor]
     forward: Callable[[], None]
     backward: Callable[[], None]
+    asked: Foretold | None = None
 
     @torch.no_grad()
     def start(self, inputs: list[Tensor]) -> None:
         """Queue the forward of these inputs."""
+        self.asked = None
         torch._foreach_copy_(self.inputs, inputs)
         self.forward()
 
     @torch.no_grad()
-    def start_from(self, embeddings: Tensor, ids: Tensor) -> bool:
-        """Queue the forward of these tokens, other inputs as they are; whether their embeddings are such an input."""
-        first = self.inputs[0]
+    def start_from(self, decoder: nn.Module, ids: Tensor, asked: Foretold) -> bool:
+        """Queue the forward of these tokens; whether what is foretold is enough for it, and of the recorded kind."""
+        embeddings, (first, *others) = decoder.get_input_embeddings().weight, self.inputs
         if (embeddings.dtype, embeddings.device) != (first.dtype, first.device) or ids.device != first.device:
             return False
+        if asked.row is None:
+            if self.asked != asked:  # other inputs are not what this one needs
+                return False
+        else:
+            found = (None, asked.arguments(decoder, first))
+            try:
+                given = [key_get(found, place) for place in self.places]
+            except KeyError:
+                return False
+            if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(given, others, strict=True)):
+                return False
+            torch._foreach_copy_(others, given)
         torch.index_select(embeddings, 0, ids.flatten(), out=first.view(ids.numel(), -1))
         self.forward()
         return True
