@@ -10,4 +10,5 @@ profile_step.py       where the time of a step goes
 jobs.py               what a measurement is of               record.py          a line of a result file
 random_checkpoint.py  a checkpoint of a shape                rows.py            what the result files say
 report.py             README's tables                        figures.py         figures/*.png
+report_real_rows.py   and that of rows of many lengths       tables.py          a table in Markdown
 """

@@ -5,9 +5,10 @@
 
 Random weights of a shape in NF4, LoRA on all seven linears, rows of GSM8K in one shuffled order for all settings, cut
 at the cell's length, widths a multiple of 8, an optimizer step every 4 micro-steps. One process a setting. first_100_s:
-from the first micro-step on, calibration and recordings included, compiled kernels not if they were run before; the
-rest after --warm_up micro-steps. Real tokens are those that are no padding. Lines are kept and continued as those of
-memory_throughput.
+from the first micro-step on, calibration and recordings included, compiled kernels not if they were run before; times
+of a micro-step after --warm_up of them. dyn and held: the peak of the whole run, as graphs are seen by the allocator
+while they are recorded alone, over static: the model and at the end its gradients and Adam's state. Real tokens are
+those that are no padding. Lines are kept and continued as those of memory_throughput.
 """
 
 import argparse
@@ -56,12 +57,18 @@ def measure_rows(job: Job, model) -> dict:
     """Train the job's model on them."""
     import torch
 
-    from hyclora.utils.profiling import MIB
+    from hyclora.utils.profiling import MIB, gradients_and_state
 
     batches, warm, device = batches_of(job), job.rows["warm_up"], torch.device(job.device)
     cuda = device.type == "cuda"
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=cuda)
-    ends, static = [], 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=cuda)
+    ends, loaded = [], 0
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        loaded = torch.cuda.memory_allocated()
     model.train()
 
     def settle() -> None:
@@ -70,11 +77,6 @@ def measure_rows(job: Job, model) -> dict:
 
     start = time.perf_counter()
     for i, batch in enumerate(batches):
-        if i == warm and cuda:
-            settle()
-            gc.collect()
-            static = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
         batch = {name: t.to(device) for name, t in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
             loss = model(**batch).loss
@@ -98,6 +100,7 @@ def measure_rows(job: Job, model) -> dict:
     if len(ends) >= FIRST:
         found["first_100_s"] = round(ends[FIRST - 1] - start, 2)
     if cuda:
+        static = loaded + sum(t.numel() * t.element_size() for t in gradients_and_state(trained, optimizer))
         sizes = {"static": static, "dyn": torch.cuda.max_memory_allocated() - static}
         sizes["held"] = torch.cuda.max_memory_reserved() - static
         found |= {f"{name}_mib": round(size / MIB, 1) for name, size in sizes.items()}

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import RESULTS
+from benchmarks.report_real_rows import real_rows
 from benchmarks.rows import (
     LSE_KEPT,
     describe_batch,
@@ -24,6 +25,7 @@ from benchmarks.rows import (
     name_of,
     preset_of,
 )
+from benchmarks.tables import source, table
 from hyclora.models.config import BITS, PRESETS, SLOTS, HycloraConfig
 from hyclora.models.patch import FAMILIES
 
@@ -34,21 +36,6 @@ SHAPE = "llama-2-7b"  # of the README's first tables: all peers were measured th
 FEW = 4  # rows that make no table of their own
 PLAIN, CHECKPOINTING = "PEFT LoRA", "PEFT LoRA, checkpointing"
 CARDS, RESERVE = (8, 12, 16, 24, 48, 80), 1  # GB of 10^9 bytes, and what is left for the driver and CUDA
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def source(lines: list[dict], command: str) -> str:
-    """Where the numbers of a table come from."""
-    devices = sorted({line["device"] for line in lines})
-    commits = sorted({(line["commit"] or "unknown")[:8] for line in lines})
-    names = ("torch", "triton", "transformers", "peft")
-    stacks = dict.fromkeys(", ".join(f"{name} {line['versions'][name]}" for name in names) for line in lines)
-    stack = " or ".join(stacks)
-    return f"*{', '.join(devices)}; {stack}; commit {', '.join(commits)}; `{command}`.*"
 
 
 def families() -> str:
@@ -315,6 +302,7 @@ def kernels() -> str:
 
 PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {
+        "real_rows": real_rows,
         "headline": headline,
         "presets": presets,
         "families": families,

@@ -88,6 +88,12 @@ def pinned_bytes(model: nn.Module) -> int:
     return 0 if store is None else store.arena.pinned
 
 
+def gradients_and_state(trained: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What is on the GPU of gradients and of an optimizer's state."""
+    state = [t for values in optimizer.state.values() for t in values.values()]
+    return [t for t in (*(p.grad for p in trained), *state) if isinstance(t, Tensor) and t.is_cuda]
+
+
 def random_micro_step(
     model: nn.Module, batch_size: int, seq_len: int, warm_up_seq_len: int | None, device: torch.device | str
 ) -> "MicroStep":
@@ -132,9 +138,8 @@ class MicroStep:
         """
         if self.device.type != "cuda":
             return {"buffered_mib": round(buffered_bytes(self.model, self.batch) / MIB, 3)}
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        state = [t for values in self.optimizer.state.values() for t in values.values() if t.is_cuda]
-        trained = [*trainable, *(p.grad for p in trainable if p.grad is not None), *state]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained += gradients_and_state(trained, self.optimizer)
         graphs = graphs_of(self.model)
         if graphs is not None:
             graphs.clear()

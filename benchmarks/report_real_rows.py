@@ -1,0 +1,57 @@
+"""The tables of training on rows of many lengths, each setting beside the fastest peer of the same rows."""
+
+import itertools
+
+from benchmarks.rows import CELL, describe_device, describe_model, load, name_of
+from benchmarks.tables import source, table
+
+NAME = "real_rows"
+COMMAND = "python -m benchmarks.real_rows"
+HEAD = ["", "real tokens/s", "of the fastest peer", "ms a micro-step", "first 100, s", "dyn MiB", "held MiB"]
+
+
+def real_rows() -> str:
+    """Lines measured on a GPU, by GPU, model, rows a micro-step and dropout; the GPU measured last is first."""
+    lines = [line for line in load(NAME, *CELL, "lora_dropout") if line["arguments"]["device"] == "cuda"]
+    latest = {
+        line["device"]: max(other["time"] for other in lines if other["device"] == line["device"]) for line in lines
+    }
+    lines.sort(key=lambda line: latest[line["device"]], reverse=True)
+    groups = [(key, list(found)) for key, found in itertools.groupby(sorted_by_cell(lines), cell_of)]
+    return "\n\n".join(one_table(cell, found) for cell, found in groups)
+
+
+def sorted_by_cell(lines: list[dict]) -> list[dict]:
+    """Lines of one cell side by side, cells in the order of their first line, the fastest setting first."""
+    order = list(dict.fromkeys(map(cell_of, lines)))
+    return sorted(lines, key=lambda line: (order.index(cell_of(line)), -line.get("real_tokens_per_second", 0)))
+
+
+def cell_of(line: dict) -> tuple:
+    values = line["arguments"] | line
+    return *(values[key] for key in CELL), values.get("lora_dropout", 0)
+
+
+def one_table(cell: tuple, lines: list[dict]) -> str:
+    """A row a setting; what failed says why."""
+    measured = [line for line in lines if "error" not in line]
+    peers = [line["real_tokens_per_second"] for line in measured if isinstance(line["setting"], str)]
+    dropout = f", dropout {cell[-1]:g}" if cell[-1] else ""
+    tokens = f", {measured[0]['real_tokens']} real tokens" if measured else ""
+    title = f"{describe_device(cell)}, {describe_model(cell)}: {cell[4]} GSM8K rows{tokens}{dropout}"
+    rows = [[named(line), *columns(line, max(peers, default=None))] for line in lines]
+    return table([title, *HEAD[1:]], rows) + "\n\n" + source(lines, COMMAND)
+
+
+def named(line: dict) -> str:
+    name = name_of(line["setting"])
+    return name if isinstance(line["setting"], str) else f"**{name}**"
+
+
+def columns(line: dict, fastest: int | None) -> list[str]:
+    if "error" in line:
+        return [line["error"].replace("|", "/"), *[""] * (len(HEAD) - 2)]
+    speed = line["real_tokens_per_second"]
+    times = f"{speed / fastest:.2f}x" if fastest else ""
+    numbers = [f"{line[key]:.{digits}f}" if key in line else "" for key, digits in (("ms", 0), ("first_100_s", 1))]
+    return [str(speed), times, *numbers, *(f"{line[k]:.0f}" if k in line else "" for k in ("dyn_mib", "held_mib"))]
