@@ -6,8 +6,8 @@ The layers see one row, a decoder's caller what it called with. Where documents 
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Fill = Callable[[int, int], tuple[int, int]]
@@ -25,21 +25,24 @@ class Stream:
 
     def __init__(self, bounds: Tensor, real: Tensor, device: torch.device, fill: Fill | None = None):
         self.shape = real.shape
-        first = torch.zeros(real.numel() + 1, dtype=torch.bool)
-        first[bounds[0, 0, 0].long()] = True
-        index = real.flatten().nonzero().flatten()
+        real = real.numpy().ravel()  # as in masks.py
+        first = np.zeros(len(real) + 1, bool)
+        first[bounds[0, 0, 0].numpy()] = True
+        index = np.flatnonzero(real)
+        starts = np.flatnonzero(first[index])
         self.length = len(index)
-        starts = first[index].nonzero().flatten()
         counts = self.length, len(starts)
         self.size, n_places = counts if fill is None else fill(*counts)
+        sizes = [self.size, len(real), n_places + 1]
+        parts = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+        rows, places, ends = (part.numpy() for part in parts.split(sizes))
+        rows[: self.length] = index
+        np.maximum(real.cumsum() - 1, 0, out=places)
+        ends[: len(starts)] = starts
+        ends[len(starts) :] = self.size
         if self.size > self.length:
-            starts = F.pad(starts, (0, 1), value=self.length)
-        starts = F.pad(starts, (0, n_places + 1 - len(starts)), value=self.size)
-        places = (real.flatten().cumsum(0) - 1).clamp_min_(0)
-        rows = F.pad(index, (0, self.size - self.length))
-        parts = torch.cat([rows, places, starts])
-        parts = (parts.pin_memory() if device.type == "cuda" else parts).to(device, non_blocking=True)
-        self.rows, self.places, starts = parts.split([len(rows), len(places), len(starts)])
+            ends[len(starts)] = self.length
+        self.rows, self.places, starts = parts.to(device, non_blocking=True).split(sizes)
         self.starts = starts.int()[None, :, None, None]
         self.mask = None
         if self.size > self.length:
