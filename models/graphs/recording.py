@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hyclora.operators.random_state import get_rng_state, set_rng_state
+
 
 class CudaRecorder:
     """Captures work as CUDA graphs that share a memory pool, as no two of them run at the same time."""
@@ -39,7 +41,8 @@ class Recording:
 
     anchor: one of the parameters that get a gradient; inputs: what varies of the first layer's arguments; output: of
     the last layer; dy: its gradient, in the same memory; dx: that of the first layer's input, None if not needed;
-    gradients: the parameters that get one, with the buffers that the backward adds it to.
+    gradients: the parameters that get one, with the buffers that the backward adds it to; draws: whether the forward
+    draws random numbers.
     """
 
     anchor: nn.Parameter
@@ -50,12 +53,14 @@ class Recording:
     gradients: dict[nn.Parameter, Tensor]
     forward: Callable[[], None]
     backward: Callable[[], None]
+    draws: bool = False
+    before: Tensor | None = None  # the generator's state before the forward that was queued last
 
     @torch.no_grad()
     def start(self, inputs: list[Tensor]) -> None:
         """Queue the forward of these inputs."""
         torch._foreach_copy_(self.inputs, inputs)
-        self.forward()
+        self._run()
 
     @torch.no_grad()
     def start_from(self, embeddings: Tensor, ids: Tensor) -> bool:
@@ -64,5 +69,14 @@ class Recording:
         if (embeddings.dtype, embeddings.device) != (first.dtype, first.device) or ids.device != first.device:
             return False
         torch.index_select(embeddings, 0, ids.flatten(), out=first.view(ids.numel(), -1))
-        self.forward()
+        self._run()
         return True
+
+    def _run(self) -> None:
+        self.before = get_rng_state(self.output.device) if self.draws else None
+        self.forward()
+
+    def rewind(self) -> None:
+        """The forward that was queued last was in vain: another one will draw what it drew."""
+        if self.before is not None:
+            set_rng_state(self.output.device, self.before)

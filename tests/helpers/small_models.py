@@ -1,5 +1,7 @@
 """Small PEFT models and batches that the block tests share."""
 
+from contextlib import nullcontext
+
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -13,7 +15,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hyclora.models.blocks import projection
+from hyclora.models.families import FAMILIES
 from hyclora.models.outputs import Deferred
+from hyclora.models.patch import patch_of
+from hyclora.operators.linear.dropout import same_dropout
+from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.utils.args import LINEARS
 from hyclora.utils.loading import quantize_linears
 from tests.helpers.kernel_checks import DEVICE
@@ -73,12 +80,25 @@ def is_late(outputs) -> bool:
     return isinstance(dict(outputs.items())["logits"], Deferred)
 
 
+def our_dropout(model):
+    """Stock layers inside drop what those of a patched model, which are left alone, do."""
+    if patch_of(model) is not None:
+        return nullcontext()
+    family, groups = FAMILIES[model.config.model_type], []
+    for layer in model.get_base_model().model.layers:
+        attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
+        groups += [[projection(attention, "", name) for name in names] for names in (family.qkv, [family.out])]
+        groups += [[projection(mlp, "", name) for name in names] for names in (family.gate_up, [family.down])]
+    return same_dropout(*map(ProjectionGroup, groups))
+
+
 def gradients(model, batch, seed=1) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and all gradients of one batch, with a fixed dropout seed."""
     model.zero_grad()
     torch.manual_seed(seed)
-    loss = model(**batch).loss
-    loss.backward()
+    with our_dropout(model):
+        loss = model(**batch).loss
+        loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
