@@ -237,13 +237,13 @@ class AttentionFunction(torch.autograd.Function):
 
         def do_fn(o):
             o = o.reshape(dy.shape[0], -1)
-            low_rank = spec.out.kept_low_rank(keeper, dy.dtype)
+            low_rank = spec.out.kept_low_rank(keeper, switches, dy.dtype)
             g, dB = spec.out.backward_low_rank(dy, low_rank, keeper)
             do = spec.out.backward_input(dy, g, low_rank, keeper)
-            out_grads.extend(spec.out.backward_parameters(dy, g, dB, o, keeper, switches, needs[n_qkv:]))
+            out_grads.extend(spec.out.backward_parameters(dy, g, dB, o, keeper, needs[n_qkv:]))
             return do
 
-        low_rank = spec.qkv.kept_low_rank(keeper, dy.dtype)
+        low_rank = spec.qkv.kept_low_rank(keeper, switches, dy.dtype)
         if ctx.fused:
             slots = packed_qkv(keeper)
             y = fused_qkv_restore(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
@@ -264,7 +264,7 @@ class AttentionFunction(torch.autograd.Function):
         g, dB = spec.qkv.backward_low_rank(dqkv, low_rank, keeper)
         dx = spec.qkv.backward_input(dqkv, g, low_rank, keeper) if ctx.needs_input_grad[0] else None
         x = keeper.restore("attn_in", dy.dtype)
-        grads = spec.qkv.backward_parameters(dqkv, g, dB, x, keeper, switches, needs[:n_qkv])
+        grads = spec.qkv.backward_parameters(dqkv, g, dB, x, keeper, needs[:n_qkv])
         dx = None if dx is None else dx.view(ctx.shape)
         return dx, dresidual, *[None] * 8, *grads, *out_grads
 

@@ -20,7 +20,7 @@ COLUMNS = 1024  # of a program: one load of 16 bytes a thread in half precision
 @triton.jit(do_not_specialize=["which", "least"])
 def _dropout_kernel(
     x_ptr, out_ptr, seed_ptr, which, least, scale, n_cols, stride_x, stride_out,
-    ROUNDS: tl.constexpr, ADD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    ROUNDS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     x_ptr += row.to(tl.int64) * stride_x
@@ -31,8 +31,7 @@ def _dropout_kernel(
     word = tl.where(place < 4, tl.where(place < 2, words[0], words[1]), tl.where(place < 6, words[2], words[3]))
     piece = (word >> (place % 2 * 16).to(tl.uint32)) & 0xFFFF
     col = eight * 8 + place
-    # a mask that is the same for all eight leaves the load whole
-    inside = eight * 8 < n_cols if WHOLE else col < n_cols
+    inside = col < n_cols
     y = tl.load(x_ptr + col, mask=inside, other=0.0).to(tl.float32)
     y *= tl.where(piece.to(tl.int32) >= least, scale, 0.0)
     if ADD:
@@ -66,7 +65,7 @@ def _launch(x: Tensor, out: Tensor, seed: Tensor, which: int, p: float, add: boo
         with device_guard(x):
             _dropout_kernel[(n_rows, cdiv(n_cols, COLUMNS))](
                 x, out, seed, which, *reference.dropout_constants(p), n_cols, x.stride(0), out.stride(0),
-                ROUNDS=reference.PHILOX_ROUNDS, ADD=add, WHOLE=n_cols % 8 == 0, BLOCK=COLUMNS // 8, num_warps=4,
+                ROUNDS=reference.PHILOX_ROUNDS, ADD=add, BLOCK=COLUMNS // 8, num_warps=4,
             )  # fmt: skip
     return out
 

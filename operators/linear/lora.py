@@ -148,8 +148,13 @@ class ProjectionGroup:
         scalings, widths = [p.scaling for p in self.projections], [p.width for p in self.projections]
         return stack_adapters(adapters, scalings, widths, dtype)
 
-    def kept_low_rank(self, keeper, dtype: torch.dtype) -> LowRank | None:
-        """low_rank of the parameters that forward kept."""
+    def kept_low_rank(self, keeper, switches: dict, dtype: torch.dtype) -> LowRank | None:
+        """low_rank of the parameters that forward kept; ValueError if what PEFT had set then is not what it has now."""
+        if switches[self.xa_name] != self._switches():
+            raise ValueError(
+                f"{self.projections[0].where}: adapter, scaling, dropout or base weight were changed between a forward "
+                "and its backward; run the backward first"
+            )
         parts = ("A", "B", "bias_B", "bias")
         return self.low_rank(tuple(keeper.exact(f"{p.name}_{part}") for p in self.projections for part in parts), dtype)
 
@@ -309,18 +314,12 @@ class ProjectionGroup:
         return dx
 
     def backward_parameters(
-        self, dy: Tensor, g: Tensor | None, dB: list[Tensor] | None, x: Tensor | None, keeper, switches: dict,
-        needs: tuple[bool, ...],
-    ) -> list[Tensor | None]:  # fmt: skip
+        self, dy: Tensor, g: Tensor | None, dB: list[Tensor] | None, x: Tensor | None, keeper, needs: tuple[bool, ...]
+    ) -> list[Tensor | None]:
         """Gradients of parameters(), in order; dy, g, dB as of backward_low_rank; x is the group's input as restored.
 
         Those of half precision are in fp32, to be added up over tiles of tokens; autograd rounds them.
         """
-        if switches[self.xa_name] != self._switches():
-            raise ValueError(
-                f"{self.projections[0].where}: adapter, scaling, dropout or base weight were changed between a forward "
-                "and its backward; run the backward first"
-            )
         dy, needs = dy[:, : self.width], split(needs)
         grads: list[Tensor | None] = [None] * (len(needs) * PARAMETERS_PER_PROJECTION)
         xa, seed = keeper.exact(self.xa_name), keeper.exact(self.seed_name)

@@ -107,23 +107,23 @@ def _backward_tile(
     n_gate_up = len(spec.gate_up.parameters())
     need_dx, *needs = needs
     fused = spec.can_fuse and use_triton(dy)
-    down = spec.down.kept_low_rank(keeper, dy.dtype)
+    down = spec.down.kept_low_rank(keeper, switches, dy.dtype)
     # the fused kernel adds g A where it reads dhidden, but no dropout of it
     in_kernel = fused and down is not None and not spec.down.dropout
     g, dB = spec.down.backward_low_rank(dy, down, keeper)
     dhidden = spec.down.backward_input(dy, g, down, keeper, add_low_rank=not in_kernel)
-    low_rank = spec.gate_up.kept_low_rank(keeper, dy.dtype)
+    low_rank = spec.gate_up.kept_low_rank(keeper, switches, dy.dtype)
     if fused:
         dgate_up, hidden = fused_mlp_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
     else:
         dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
     del dhidden, down
-    down_grads = spec.down.backward_parameters(dy, g, dB, hidden, keeper, switches, needs[n_gate_up:])
+    down_grads = spec.down.backward_parameters(dy, g, dB, hidden, keeper, needs[n_gate_up:])
     del hidden
     g, dB = spec.gate_up.backward_low_rank(dgate_up, low_rank, keeper)
     dx = spec.gate_up.backward_input(dgate_up, g, low_rank, keeper) if need_dx else None
     x = restore_x("mlp_in", dtype=dy.dtype)
-    grads = spec.gate_up.backward_parameters(dgate_up, g, dB, x, keeper, switches, needs[:n_gate_up])
+    grads = spec.gate_up.backward_parameters(dgate_up, g, dB, x, keeper, needs[:n_gate_up])
     return dx, grads + down_grads
 
 

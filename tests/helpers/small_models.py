@@ -1,7 +1,5 @@
 """Small PEFT models and batches that the block tests share."""
 
-from contextlib import nullcontext
-
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -15,10 +13,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hyclora.models.binding import BoundForward
 from hyclora.models.blocks import projection
 from hyclora.models.families import FAMILIES
 from hyclora.models.outputs import Deferred
-from hyclora.models.patch import patch_of
 from hyclora.operators.linear.dropout import same_dropout
 from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.utils.args import LINEARS
@@ -81,22 +79,21 @@ def is_late(outputs) -> bool:
 
 
 def our_dropout(model):
-    """Stock layers inside drop what those of a patched model, which are left alone, do."""
-    if patch_of(model) is not None:
-        return nullcontext()
+    """Stock attentions and MLPs inside drop what patched ones, which are left alone, do."""
     family, groups = FAMILIES[model.config.model_type], []
-    for layer in model.get_base_model().model.layers:
-        attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
-        groups += [[projection(attention, "", name) for name in names] for names in (family.qkv, [family.out])]
-        groups += [[projection(mlp, "", name) for name in names] for names in (family.gate_up, [family.down])]
-    return same_dropout(*map(ProjectionGroup, groups))
+    for module in model.modules():
+        if not isinstance(module.__dict__.get("forward"), BoundForward):
+            for names in (family.qkv, (family.out,), family.gate_up, (family.down,)):
+                if all(hasattr(module, name) for name in names):
+                    groups.append(ProjectionGroup([projection(module, "", name) for name in names]))
+    return same_dropout(*groups)
 
 
-def gradients(model, batch, seed=1) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and all gradients of one batch, with a fixed dropout seed."""
+def gradients(model, batch, seed=1, dropping=our_dropout) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and all gradients of one batch, with a fixed dropout seed; dropping: around stock layers' dropout."""
     model.zero_grad()
     torch.manual_seed(seed)
-    with our_dropout(model):
+    with dropping(model):
         loss = model(**batch).loss
         loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -127,10 +127,10 @@ def test_forward_and_all_gradients_have_one_mask(ps, interpreted, request):
     with torch.no_grad():
         y = group.forward(x, group.parameters(), keeper, switches)
         seed, dy = keeper.exact(group.seed_name), rand(*y.shape, seed=4)
-        low_rank = group.kept_low_rank(keeper, x.dtype)
+        low_rank = group.kept_low_rank(keeper, switches, x.dtype)
         g, dB = group.backward_low_rank(dy, low_rank, keeper)
         dx = group.backward_input(dy, g, low_rank, keeper)
-        grads = group.backward_parameters(dy, g, dB, x, keeper, switches, (True,) * len(group.parameters()))
+        grads = group.backward_parameters(dy, g, dB, x, keeper, (True,) * len(group.parameters()))
 
     leaf = x.clone().requires_grad_()
     masks = [dropped(torch.ones_like(x), seed, i, p or 0.0) for i, p in enumerate(ps)]

@@ -76,7 +76,7 @@ def test_gradients_are_contiguous():
     _, low_rank = group.project(x, group.parameters(), keeper, switches)
     dy = rand(7, group.width, seed=3)
     needs = tuple(t is not None for t in group.parameters())
-    grads = group.backward_parameters(dy, *group.backward_low_rank(dy, low_rank, keeper), x, keeper, switches, needs)
+    grads = group.backward_parameters(dy, *group.backward_low_rank(dy, low_rank, keeper), x, keeper, needs)
     assert sum(needs) == 6
     for grad, parameter, need in zip(grads, group.parameters(), needs, strict=True):
         assert grad is None if not need else grad.shape == parameter.shape and grad.is_contiguous()
