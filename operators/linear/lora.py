@@ -216,7 +216,10 @@ class ProjectionGroup:
     def down(
         self, x: Tensor, low_rank: LowRank | None, parameters: tuple, keeper, switches: dict, xa: Tensor | None = None
     ) -> None:
-        """Keeps dropout(x) A^T [T, R], the parameters and the dropouts' seed; xa: the first, if it is there."""
+        """Keeps dropout(x) A^T [T, R], the parameters and the dropouts' seed; xa: the first, if it is there.
+
+        switches gets what PEFT has set.
+        """
         for p, tensors in zip(self.projections, split(parameters), strict=True):
             for part, tensor in zip(("A", "B", "bias_B"), tensors, strict=False):
                 keeper.keep_exact(f"{p.name}_{part}", tensor)
