@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.record import record
 from hyclora.operators.attention.rope import rope, rope_bwd
+from hyclora.operators.linear.dropout import add_dropped, draw_seed, dropped
 from hyclora.operators.linear.low_rank_grad import low_rank_grads
 from hyclora.operators.linear.nf4 import bnb, dequantize_4bit
 from hyclora.operators.linear.residual import add_residual
@@ -70,6 +71,7 @@ def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tu
     slot = saver.pack(x_hat, step)
     step.index, packed = 2, size(*slot[:3])
     dy_wide, xa = (torch.randn(n_rows, n, device="cuda", dtype=torch.bfloat16) for n in (2 * ffn, 2 * RANK))
+    seed = draw_seed(x.device)
     B = torch.block_diag(*torch.randn(2, ffn, RANK, device="cuda")).bfloat16()
 
     def by_parts():
@@ -95,6 +97,9 @@ def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tu
             size(dy_wide),
         ),
         "low_rank_grad, torch": (lambda: (dy_wide @ B, *by_parts()), size(dy_wide)),
+        "dropout": (lambda: dropped(x, seed, 0, 0.05), 2 * size(x)),
+        "dropout, torch": (lambda: torch.nn.functional.dropout(x, 0.05), 2 * size(x)),
+        "dropout, added": (lambda: add_dropped(x, dy, seed, 0, 0.05), 3 * size(x)),
         "rope": (lambda: rope(heads, cos, sin), 2 * size(x)),
         "rope_bwd": (lambda: rope_bwd(heads, heads, heads, cos, sin), 6 * size(x)),
         "silu_mul_fwd": (lambda: silu_mul_fwd(gate, up), 3 * size(gate)),

@@ -6,6 +6,7 @@ generation, disabled or merged adapters run the stock forward.
 
 import logging
 import sys
+from contextlib import nullcontext
 from operator import attrgetter
 
 import torch
@@ -19,6 +20,7 @@ from hyclora.operators.attention.attention import CORES, AttentionFunction, Atte
 from hyclora.operators.attention.flash import takes_varlen, tells_runs
 from hyclora.operators.attention.fused_qkv import fits
 from hyclora.operators.attention.rope import rope
+from hyclora.operators.linear.dropout import same_dropout
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
 from hyclora.operators.mlp import fused_mlp
 from hyclora.operators.mlp.mlp import MlpFunction, MlpSpec
@@ -38,6 +40,7 @@ class Block:
     span = 1
     bound: BoundForward
     norms: tuple[nn.Module, ...] = ()  # whose weights it reads
+    groups: tuple[ProjectionGroup, ...] = ()
     fed_by: nn.Module | None = None  # the norm that its input comes from
     reason: str | None = None  # why it may not run (models/watch.py)
 
@@ -63,7 +66,8 @@ class Block:
 
     def forward(self, *args, **kwargs):
         if not self.applies(*args, **kwargs):
-            return self.run_stock(*args, **kwargs)
+            with self.stock_dropout():
+                return self.run_stock(*args, **kwargs)
         device_type = (args[0] if args else kwargs["hidden_states"]).device.type
         dtype = autocast_dtype(device_type)
         if dtype is None:
@@ -77,6 +81,12 @@ class Block:
 
     def run_stock(self, *args, **kwargs):
         return self.bound.run_stock(*args, **kwargs)
+
+    def stock_dropout(self):
+        """Stock code that runs in training, as it does first under checkpointing, drops what run() will."""
+        trains = self.groups and self.module.training and self.reason is None
+        ours = trains and all([p.refresh() for p in self.projections])
+        return same_dropout(*self.groups) if ours else nullcontext()
 
     def applies(self, *args, **kwargs) -> bool:
         """Only training forwards with grad enabled and active, unmerged adapters are ours."""
@@ -147,7 +157,7 @@ class AttentionBlock(Block):
         super().__init__(module, name, savers, step)
         qkv = ProjectionGroup([projection(module, name, n) for n in family.qkv])
         out = ProjectionGroup([projection(module, name, family.out)])
-        self.projections = [*qkv.projections, *out.projections]
+        self.groups, self.projections = (qkv, out), [*qkv.projections, *out.projections]
         if attention == "eager" and module.attention_dropout > 0:
             raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
         self.window_of, self.sparse = family.sliding_window, attention == "eager"
@@ -225,7 +235,7 @@ class MlpBlock(Block):
         super().__init__(module, name, savers, step)
         gate_up = ProjectionGroup([projection(module, name, n) for n in family.gate_up])
         down = ProjectionGroup([projection(module, name, family.down)])
-        self.projections = [*gate_up.projections, *down.projections]
+        self.groups, self.projections = (gate_up, down), [*gate_up.projections, *down.projections]
         self.spec = MlpSpec(gate_up, down, compensate, fused and fused_mlp.fits(savers))
 
     def applies(self, x=None, **kwargs) -> bool:

@@ -15,7 +15,8 @@ from hyclora.models.late_logits import LateLogits
 from hyclora.models.outputs import LateCausalLMOutput
 from hyclora.models.trust import why_not_head
 from hyclora.operators.cross_entropy import Targets, linear_cross_entropy
-from hyclora.operators.linear.lora import Projection, get_rng_state, replayed_rng
+from hyclora.operators.linear.lora import Projection
+from hyclora.operators.random_state import get_rng_state, replayed_rng
 from hyclora.operators.savers import Step
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hyclora.models.outputs import Deferred
-from hyclora.operators.linear.lora import replayed_rng
+from hyclora.operators.random_state import replayed_rng
 
 
 class LateLogits:

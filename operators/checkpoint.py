@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyclora.operators.first_order import first_order
-from hyclora.operators.linear.lora import get_rng_state, replayed_rng
+from hyclora.operators.random_state import get_rng_state, replayed_rng
 from hyclora.operators.savers import Keeper
 
 

@@ -191,8 +191,8 @@ class _Head:
         self.p, self.weight = p, p.weight(hidden.dtype)
         self.lora_A, self.lora_B, self.bias_B, bias = parameters
         self.bias = None if bias is None else bias.to(hidden.dtype)
-        # drawn at once over all rows, as PEFT draws it
-        self.factors = p.dropout_factors(hidden) if p.dropout else None
+        # drawn at once over all rows as PEFT draws it, whose code makes the logits that somebody looks at later
+        self.factors = F.dropout(torch.ones_like(hidden, dtype=self.lora_A.dtype), p.dropout) if p.dropout else None
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """z [R, V] of the rows."""

@@ -13,6 +13,7 @@ LOG_SCALE_STEPS = 8
 MIDDLE_STEPS = 127
 SCALE_ZERO = 128
 IGNORED = -100
+PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Salmon et al. 2011, table 2)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -162,6 +163,42 @@ def stack_adapters(
             col += rank
         row += width
     return A.to(dtype), B.to(dtype)
+
+
+def dropout_constants(p: float) -> tuple[int, float]:
+    """The least of 16 random bits that keeps an element, and what it is then multiplied by: 1 / (1 - p)."""
+    return round(p * 2**16), 1 / (1 - p) if p < 1 else 0.0
+
+
+def dropout_factors(x: Tensor, seed: Tensor, which: int, p: float) -> Tensor:
+    """mask / (1 - p) for x [T, C], in fp32 or more: 0 with probability p (to 2^-17), else 1 / (1 - p).
+
+    Element (t, c) is kept if piece c % 8 of Philox-4x32's output is not below 2^16 p: the four words are eight pieces
+    of 16 bits, the low half of a word before the high one. Key: seed (int64 [1]); counter: (c // 8, t, which, 0).
+    """
+    (n_rows, n_cols), low = x.shape, 0xFFFFFFFF
+    least, scale = dropout_constants(p)
+    key = seed & low, (seed >> 32) & low
+    c0 = torch.arange(-(-n_cols // 8), device=seed.device).expand(n_rows, -1)
+    c1 = torch.arange(n_rows, device=seed.device)[:, None].expand_as(c0)
+    c2, c3 = torch.full_like(c0, which), torch.zeros_like(c0)
+    for i in range(PHILOX_ROUNDS):
+        k0, k1 = (key[0] + i * 0x9E3779B9) & low, (key[1] + i * 0xBB67AE85) & low
+        # the product's bits are those of 64 without a sign, whose upper half the mask brings back
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32) & low ^ c1 ^ k0, b & low, (a >> 32) & low ^ c3 ^ k1, a & low
+    pieces = torch.stack([half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return (pieces.flatten(1)[:, :n_cols] >= least).to(torch.promote_types(x.dtype, torch.float32)) * scale
+
+
+def dropped(x: Tensor, seed: Tensor, which: int, p: float) -> Tensor:
+    """x [T, C] * mask / (1 - p), in x's dtype; computed in fp32 or more."""
+    return (x * dropout_factors(x, seed, which, p)).to(x.dtype)
+
+
+def add_dropped(y: Tensor, x: Tensor, seed: Tensor, which: int, p: float) -> Tensor:
+    """y [T, C] += x * mask / (1 - p) in place, rounded once."""
+    return y.copy_(y + x * dropout_factors(x, seed, which, p))
 
 
 def low_rank_grads(

@@ -5,8 +5,9 @@ that a kind of input (shapes, padding, adapters) comes after calibration, the fo
 graph and their backward as another; from then on both are replayed. Inputs are copied to fixed places; activations live
 in a memory pool that all graphs share; the backward adds to fixed buffers, which are the parameters' .grad.
 
-Whatever a graph cannot do or would hide runs layer by layer: dropout, hooks on modules or parameters, gradient
-checkpointing, several processes, inputs that differ from layer to layer, a forward before the backward of another one.
+Whatever a graph cannot do or would hide runs layer by layer: dropout of attention, hooks on modules or parameters,
+gradient checkpointing, several processes, inputs that differ from layer to layer, a forward before the backward of
+another one. The adapters' dropout is replayed: a graph draws seeds anew (operators/linear/dropout.py).
 """
 
 import weakref
@@ -28,6 +29,7 @@ from hyclora.models.layers import OURS, LayerBlock
 from hyclora.operators.attention.flash import is_bounds
 from hyclora.operators.first_order import first_order
 from hyclora.operators.pausable import Pausable
+from hyclora.operators.random_state import get_rng_state, replayed_rng
 
 # each has graphs and fixed inputs for good; other kinds of input run layer by layer
 MAX_RECORDINGS = 12
@@ -70,7 +72,7 @@ class LayerGraphs(Pausable):
             "_kind": None,
             "_latest": None,
             "_asked": None,
-            "_early": None,
+            "_started": None,
             "_passing": False,
             "_foreseen": {},
             "_first": None,
@@ -93,12 +95,12 @@ class LayerGraphs(Pausable):
         asked: what foretell() says, to be compared with that of steps before. At worst the work is in vain, as replay()
         makes sure of the rest.
         """
-        self._asked, self._early = asked, None
+        self._asked, self._started = asked, None
         if asked not in self._foreseen or not self._possible():
             return
         recording = self._likely(self._foreseen[asked])
         if recording is not None and recording.start_from(decoder, ids, asked):
-            self._early = recording
+            self._started = recording
 
     def replay(self, layer: LayerBlock, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
         """What a layer returns if all layers are replayed as one; None if it has to run by itself."""
@@ -108,38 +110,51 @@ class LayerGraphs(Pausable):
                 return hidden
             self._compare(args, kwargs)
             return None
-        self._passing, self._kind = False, None
-        asked, early, self._asked, self._early = self._asked, self._early, None, None
-        self._arguments = []
-        if not self._possible():
+        self._passing, self._kind, self._arguments = False, None, []
+        asked, self._asked = self._asked, None
+        recording, inputs, weights = self._find(hidden, args, kwargs)
+        started, self._started = self._started, None
+        if recording is not started:
+            if started is not None:
+                started.rewind()
+            if recording is not None:
+                recording.start(inputs)
+        if recording is None:
             return None
+        self._latest, recording.asked = (self._kind[1], weights), asked
+        if asked is not None:
+            self._foreseen[asked] = self._kind[0]
+        self._passing = len(self.layers) > 1
+        return ReplayFunction.apply(hidden, recording.anchor, self, recording)
+
+    def _find(self, hidden: Tensor, args: tuple, kwargs: dict) -> tuple[Recording | None, list[Tensor], list[Tensor]]:
+        """The recording to replay, if there is one, its inputs, and the weights that it reads; started if it can be."""
+        if not self._possible():
+            return None, [], []
         self._arguments, spec = tree_flatten((args, kwargs))
         inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]
         if any(t.requires_grad for t in inputs[1:]):
-            return None
+            return None, [], []
         given = self._given(hidden, self._arguments, spec)
-        # PEFT's state takes a while to read: if the rest is as last time the GPU starts meanwhile, at worst in vain
-        started = self._likely(given)
-        if started is not None and started is not early:
-            started.start(inputs)
+        # PEFT's state takes a while to read: if the rest is known the GPU starts meanwhile, at worst in vain
+        likely = self._likely(given)
+        if likely is not None and likely is not self._started:
+            self._start(likely, inputs)
         self._latest = None
         weights = self._weights()
         if weights is None:
-            return None
-        state = self._state_of(weights)
-        self._kind = given, state
+            return None, [], []
+        self._kind = given, self._state_of(weights)
         if self._kind in self._refused:
-            return None
+            return None, [], []
         recording = self.recordings.get(self._kind) or self._record(hidden, self._arguments, spec)
-        if recording is None:
-            return None
-        if recording is not started:
-            recording.start(inputs)
-        self._latest, recording.asked = (state, weights), asked
-        if asked is not None:
-            self._foreseen[asked] = given
-        self._passing = len(self.layers) > 1
-        return ReplayFunction.apply(hidden, recording.anchor, self, recording)
+        return recording, inputs, weights
+
+    def _start(self, recording: Recording, inputs: list[Tensor]) -> None:
+        if self._started is not None:
+            self._started.rewind()
+        self._started = recording
+        recording.start(inputs)
 
     def begin(self) -> "Ticket":
         """A forward has been replayed: its activations are in the pool as long as the ticket lives."""
@@ -188,7 +203,7 @@ class LayerGraphs(Pausable):
         ):
             return None
         running = self.step.running
-        if not all([p.refresh(running) for p in self.projections]) or any(p.dropout for p in self.projections):
+        if not all([p.refresh(running) for p in self.projections]):
             return None
         trainable = [t for p in self.projections for t in p.parameters() if t is not None]
         trainable += [norm.weight for norm in self.norms]
@@ -201,7 +216,7 @@ class LayerGraphs(Pausable):
     def _state_of(self, weights: list[Tensor]) -> tuple:
         """What a recording is found by beside its inputs: where the weights are, and the adapters' state."""
         trained = tuple(t.requires_grad for t in weights)
-        adapters = ((p.adapter, p.scaling) for p in self.projections)
+        adapters = ((p.adapter, p.scaling, p.dropout) for p in self.projections)
         return _places(weights), trained, self.patch.watch.numbers, *adapters
 
     def _compare(self, args: tuple, kwargs: dict) -> None:
@@ -228,7 +243,9 @@ class LayerGraphs(Pausable):
         torch.set_autocast_cache_enabled(False)
         self.patch.use(self._store)
         try:
-            self.recordings[self._kind] = self._capture(hidden, leaves, spec)
+            # the first replay draws what the layers by themselves would have
+            with replayed_rng(hidden.device, get_rng_state(hidden.device)):
+                self.recordings[self._kind] = self._capture(hidden, leaves, spec)
             if self.step.stream is not None:
                 self.sizes.record(self.step.stream.size)
         finally:
@@ -285,7 +302,8 @@ class LayerGraphs(Pausable):
         paths = tree_flatten_with_path((args, kwargs))[0]
         varying = [(path, t) for path, t in paths if _varies(t, hidden)]
         inputs, places = [first, *(t for _, t in varying)], [path for path, _ in varying]
-        return Recording(anchor, inputs, places, output, dy, dx, reached, replay_forward, replay_backward)
+        draws = any(p.dropout for p in self.projections)
+        return Recording(anchor, inputs, places, output, dy, dx, reached, replay_forward, replay_backward, draws)
 
     def _fixed(self, hidden: Tensor) -> Tensor:
         """The place of a recording's input, in that of a larger one if there is one: no two are in use at a time."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import key_get
 
 from hyclora.models.graphs.foresight import Foretold
+from hyclora.operators.random_state import get_rng_state, set_rng_state
 
 
 class CudaRecorder:
@@ -43,7 +44,8 @@ class Recording:
     anchor: one of the parameters that get a gradient; inputs: what varies of the first layer's arguments, and where in
     them that is, for all but the first one; output: of the last layer; dy: its gradient, in the same memory; dx: that
     of the first layer's input, None if not needed; gradients: the parameters that get one, with the buffers that the
-    backward adds it to; asked: what decided the inputs that it has now, if that is known.
+    backward adds it to; draws: whether the forward draws random numbers; asked: what decided the inputs that it has
+    now, if that is known.
     """
 
     anchor: nn.Parameter
@@ -55,6 +57,8 @@ class Recording:
     gradients: dict[nn.Parameter, Tensor]
     forward: Callable[[], None]
     backward: Callable[[], None]
+    draws: bool = False
+    before: Tensor | None = None  # the generator's state before the forward that was queued last
     asked: Foretold | None = None
 
     @torch.no_grad()
@@ -62,7 +66,7 @@ class Recording:
         """Queue the forward of these inputs."""
         self.asked = None
         torch._foreach_copy_(self.inputs, inputs)
-        self.forward()
+        self._run()
 
     @torch.no_grad()
     def start_from(self, decoder: nn.Module, ids: Tensor, asked: Foretold) -> bool:
@@ -83,5 +87,14 @@ class Recording:
                 return False
             torch._foreach_copy_(others, given)
         torch.index_select(embeddings, 0, ids.flatten(), out=first.view(ids.numel(), -1))
-        self.forward()
+        self._run()
         return True
+
+    def _run(self) -> None:
+        self.before = get_rng_state(self.output.device) if self.draws else None
+        self.forward()
+
+    def rewind(self) -> None:
+        """The forward that was queued last was in vain: another one will draw what it drew."""
+        if self.before is not None:
+            set_rng_state(self.output.device, self.before)

@@ -22,8 +22,9 @@ from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
 from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.first_order import first_order
-from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
+from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.operators.linear.residual import overwritable
+from hyclora.operators.random_state import get_rng_state, replayed_rng
 from hyclora.operators.savers import Keeper
 
 
@@ -195,12 +196,12 @@ class AttentionFunction(torch.autograd.Function):
         batch = x.shape[0]
         rows = x.reshape(-1, x.shape[-1])
         n_qkv = len(spec.qkv.parameters())
-        rng: dict = {}
+        rng, switches = {}, {}
         for name, norm in spec.norms.items():
             keeper.keep_exact(f"{name}_norm", norm.weight)
         if spec.qkv.needs_input:
             keeper.derive("attn_in", source) if source else keeper.keep("attn_in", rows)
-        y, low_rank = spec.qkv.project(rows, parameters[:n_qkv], keeper, rng)
+        y, low_rank = spec.qkv.project(rows, parameters[:n_qkv], keeper, switches)
         fused = spec.fuses(y)
         if fused:
             y = fused_qkv_fwd(spec, y, cos, sin, batch, low_rank, keeper)
@@ -214,17 +215,19 @@ class AttentionFunction(torch.autograd.Function):
         if spec.out.needs_input or ctx.graph is not None:
             keeper.keep("attn_out", o)
         branch = None if residual is None else residual.reshape(len(rows), -1)
-        y = spec.out.forward(o, parameters[n_qkv:], keeper, rng, branch, overwrite and overwritable(branch, o.dtype))
+        overwrite = overwrite and overwritable(branch, o.dtype)
+        y = spec.out.forward(o, parameters[n_qkv:], keeper, switches, branch, overwrite)
         for name, tensor in (("cos", cos), ("sin", sin), ("mask", mask)):
             keeper.keep_exact(name, tensor)
         keeper.save(ctx)
-        ctx.spec, ctx.kwargs, ctx.rng, ctx.shape, ctx.fused, ctx.dtype = spec, kwargs, rng, x.shape, fused, x.dtype
+        ctx.spec, ctx.kwargs, ctx.rng, ctx.switches = spec, kwargs, rng, switches
+        ctx.shape, ctx.fused, ctx.dtype = x.shape, fused, x.dtype
         return as_output(y, x.shape)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        spec, rng, keeper = ctx.spec, ctx.rng, Keeper.load(ctx)
+        spec, switches, keeper = ctx.spec, ctx.switches, Keeper.load(ctx)
         batch = ctx.shape[0]
         cos, sin, mask = (keeper.exact(name) for name in ("cos", "sin", "mask"))
         n_qkv = len(spec.qkv.parameters())
@@ -234,13 +237,13 @@ class AttentionFunction(torch.autograd.Function):
 
         def do_fn(o):
             o = o.reshape(dy.shape[0], -1)
-            low_rank = spec.out.kept_low_rank(keeper, dy.dtype)
+            low_rank = spec.out.kept_low_rank(keeper, switches, dy.dtype)
             g, dB = spec.out.backward_low_rank(dy, low_rank, keeper)
-            do = spec.out.backward_input(dy, g, low_rank, rng)
-            out_grads.extend(spec.out.backward_parameters(dy, g, dB, o, keeper, rng, needs[n_qkv:]))
+            do = spec.out.backward_input(dy, g, low_rank, keeper)
+            out_grads.extend(spec.out.backward_parameters(dy, g, dB, o, keeper, needs[n_qkv:]))
             return do
 
-        low_rank = spec.qkv.kept_low_rank(keeper, dy.dtype)
+        low_rank = spec.qkv.kept_low_rank(keeper, switches, dy.dtype)
         if ctx.fused:
             slots = packed_qkv(keeper)
             y = fused_qkv_restore(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
@@ -251,7 +254,7 @@ class AttentionFunction(torch.autograd.Function):
         else:
             heads, norms = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
         attn_out = keeper.restore("attn_out")
-        dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, rng, ctx.graph)
+        dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, ctx.rng, ctx.graph)
         del attn_out
         if ctx.fused:
             norms = _fused_norms(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
@@ -259,9 +262,9 @@ class AttentionFunction(torch.autograd.Function):
         dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy), norms)
         del dheads, norms
         g, dB = spec.qkv.backward_low_rank(dqkv, low_rank, keeper)
-        dx = spec.qkv.backward_input(dqkv, g, low_rank, rng) if ctx.needs_input_grad[0] else None
+        dx = spec.qkv.backward_input(dqkv, g, low_rank, keeper) if ctx.needs_input_grad[0] else None
         x = keeper.restore("attn_in", dy.dtype)
-        grads = spec.qkv.backward_parameters(dqkv, g, dB, x, keeper, rng, needs[:n_qkv])
+        grads = spec.qkv.backward_parameters(dqkv, g, dB, x, keeper, needs[:n_qkv])
         dx = None if dx is None else dx.view(ctx.shape)
         return dx, dresidual, *[None] * 8, *grads, *out_grads
 

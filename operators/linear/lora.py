@@ -8,12 +8,12 @@ Gradients, with A scaled (operators/linear/low_rank.py), g = dy B [T, R] and x' 
     dB = dy^T (x' A^T)    dA = scaling * g^T x'    dx = dy W + dropout(g A)    db = sum dy    db_B = scaling * sum dy
 """
 
-from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+from hyclora.operators.linear.dropout import add_dropped, draw_seed, dropped
 from hyclora.operators.linear.low_rank import LowRank, stack_adapters
 from hyclora.operators.linear.low_rank_grad import in_one_pass, low_rank_grads
 from hyclora.operators.linear.nf4 import dequantize_4bit, is_4bit
@@ -23,29 +23,12 @@ from hyclora.operators.linear.weight_pieces import Piece, make_pieces, weight_pi
 PARAMETERS_PER_PROJECTION = 4
 
 
-@contextmanager
-def replayed_rng(device: torch.device, state: Tensor):
-    """Run with the default generator of device put back to state, and restored afterwards."""
-    generator = torch.cuda if device.type == "cuda" else torch
-    now = get_rng_state(device)
-    generator.set_rng_state(state)
-    try:
-        yield
-    finally:
-        generator.set_rng_state(now)
-
-
-def get_rng_state(device: torch.device) -> Tensor:
-    """State of the default generator that draws for tensors on device (a CPU byte tensor, no sync)."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
 class Projection:
     """One linear layer of a block as the block's Functions see it; W is read from the module at each use.
 
     owner has the layer under name, and where tells a person.
     adapter: name of the active adapter or None; rank; scaling: lora_alpha / r (/ sqrt(r) with rsLoRA); dropout: its
-    probability: these are read from PEFT by refresh(), once a forward.
+    probability; drop: the module that PEFT has for it: these are read from PEFT by refresh(), once a forward.
     """
 
     def __init__(self, module: nn.Module, name: str, owner: nn.Module | None = None, where: str = ""):
@@ -70,7 +53,7 @@ class Projection:
             return self._active
         self._forward = forward
         module = self.module
-        self.adapter, self.rank, self.scaling, self.dropout = None, 0, 0.0, 0.0
+        self.adapter, self.rank, self.scaling, self.dropout, self.drop = None, 0, 0.0, 0.0, None
         self._active = True
         if self._adapters is None:
             self._parameters = None, None, None, module.bias
@@ -83,8 +66,8 @@ class Projection:
             up = lora_B[self.adapter]
             weights = lora_A[self.adapter].weight, up.weight, up.bias
             self.rank, self.scaling = weights[0].shape[0], module.scaling[self.adapter]
-            dropout = dropouts[self.adapter]
-            self.dropout = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            self.drop = dropouts[self.adapter]
+            self.dropout = self.drop.p if isinstance(self.drop, nn.Dropout) and self.drop.training else 0.0
         self._parameters = *weights, self.base.bias
         plain = len(active) <= 1 and isinstance(self.scaling, (int, float))
         self._active = plain and not (module.disable_adapters or module.merged)
@@ -111,11 +94,6 @@ class Projection:
         shape = self.width, self.base.in_features
         return dequantize_4bit(weight, torch.empty(shape, dtype=dtype, device=weight.device))
 
-    def dropout_factors(self, x: Tensor) -> Tensor:
-        """What dropout multiplies x by (0 or 1 / (1 - p)), in the adapter's dtype, in which PEFT draws them."""
-        ones = torch.ones_like(x, dtype=self.parameters()[0].dtype)
-        return nn.functional.dropout(ones, self.dropout)
-
     def up(self, frozen: Tensor, xa: Tensor | None, lora_B: Tensor | None, bias_B: Tensor | None) -> Tensor:
         """frozen + scaling * (xa B^T + b_B); frozen itself without an adapter."""
         if xa is None:
@@ -128,14 +106,16 @@ class ProjectionGroup:
     """Projections that share one input x [T, in]; their outputs stand side by side in y [T, N].
 
     x A^T is kept exactly, R elements a token (R as in LowRank); A, B and biases are saved by reference. W, where it is
-    NF4, is there a piece at a time (weight_pieces.py). Dropout makes several tensors of x's size at a time.
+    NF4, is there a piece at a time (weight_pieces.py). Dropout keeps a seed of 8 bytes, and for a time makes a tensor
+    of x's size for each projection in turn: in forward, for dA and for dx.
     """
 
     def __init__(self, projections: list[Projection]):
         self.projections = projections
         self.width = sum(p.width for p in projections)
         self.columns = _slices([p.width for p in projections])
-        self.xa_name = "+".join(p.name for p in projections) + "_xa"
+        name = "+".join(p.name for p in projections)
+        self.xa_name, self.seed_name = f"{name}_xa", f"{name}_seed"
         self._pieces: dict[tuple[torch.dtype, bool], list[Piece]] = {}
 
     @property
@@ -168,8 +148,13 @@ class ProjectionGroup:
         scalings, widths = [p.scaling for p in self.projections], [p.width for p in self.projections]
         return stack_adapters(adapters, scalings, widths, dtype)
 
-    def kept_low_rank(self, keeper, dtype: torch.dtype) -> LowRank | None:
-        """low_rank of the parameters that forward kept."""
+    def kept_low_rank(self, keeper, switches: dict, dtype: torch.dtype) -> LowRank | None:
+        """low_rank of the parameters that forward kept; ValueError if what PEFT had set then is not what it has now."""
+        if switches[self.xa_name] != self._switches():
+            raise ValueError(
+                f"{self.projections[0].where}: adapter, scaling, dropout or base weight were changed between a forward "
+                "and its backward; run the backward first"
+            )
         parts = ("A", "B", "bias_B", "bias")
         return self.low_rank(tuple(keeper.exact(f"{p.name}_{part}") for p in self.projections for part in parts), dtype)
 
@@ -210,11 +195,11 @@ class ProjectionGroup:
     def _below(self, y: Tensor, low_rank: LowRank | None) -> Tensor | None:
         return low_rank.A if y.shape[1] > self.width else None
 
-    def project(self, x: Tensor, parameters: tuple, keeper, rng: dict) -> tuple[Tensor, LowRank | None]:
+    def project(self, x: Tensor, parameters: tuple, keeper, switches: dict) -> tuple[Tensor, LowRank | None]:
         """x W^T + b [T, N] and the group's adapters; keeps what down() keeps."""
         low_rank = self.low_rank(parameters, x.dtype)
         y = self.frozen(x, self.buffer(x.shape[0], low_rank, x), low_rank)
-        self.down(x, low_rank, parameters, keeper, rng, y[:, self.width :])
+        self.down(x, low_rank, parameters, keeper, switches, y[:, self.width :])
         return y[:, : self.width], low_rank
 
     def _switches(self) -> list[tuple]:
@@ -229,13 +214,16 @@ class ProjectionGroup:
         return nn.functional.pad(torch.cat(biases), (0, y.shape[1] - self.width))
 
     def down(
-        self, x: Tensor, low_rank: LowRank | None, parameters: tuple, keeper, rng: dict, xa: Tensor | None = None
+        self, x: Tensor, low_rank: LowRank | None, parameters: tuple, keeper, switches: dict, xa: Tensor | None = None
     ) -> None:
-        """Keeps dropout(x) A^T [T, R], the parameters and the RNG states of dropouts; xa: the first, if it is there."""
+        """Keeps dropout(x) A^T [T, R], the parameters and the dropouts' seed; xa: the first, if it is there.
+
+        switches gets what PEFT has set.
+        """
         for p, tensors in zip(self.projections, split(parameters), strict=True):
             for part, tensor in zip(("A", "B", "bias_B"), tensors, strict=False):
                 keeper.keep_exact(f"{p.name}_{part}", tensor)
-        rng[self.xa_name] = self._switches()
+        switches[self.xa_name] = self._switches()
         if low_rank is None:
             return
         if xa is not None and xa.shape[1]:
@@ -243,12 +231,11 @@ class ProjectionGroup:
         elif not self.dropout:
             xa = x @ low_rank.A.t()
         else:
-            xa = x.new_zeros(x.shape[0], low_rank.A.shape[0])
-            for p, ranks in zip(self.projections, self.ranks, strict=True):
+            xa, seed = x.new_zeros(x.shape[0], low_rank.A.shape[0]), draw_seed(x.device)
+            for i, (p, ranks) in enumerate(zip(self.projections, self.ranks, strict=True)):
                 if p.has_adapter:
-                    rng[p.name] = get_rng_state(x.device)
-                    dropped = (x * p.dropout_factors(x)).to(x.dtype)
-                    torch.mm(dropped, low_rank.A[ranks].t(), out=xa[:, ranks])
+                    torch.mm(self._drop(x, i, seed), low_rank.A[ranks].t(), out=xa[:, ranks])
+            keeper.keep_exact(self.seed_name, seed)
         keeper.keep_exact(self.xa_name, xa)
 
     def add(
@@ -272,15 +259,16 @@ class ProjectionGroup:
         return y
 
     def forward(
-        self, x: Tensor, parameters: tuple, keeper, rng: dict, residual: Tensor | None = None, overwrite: bool = False
-    ) -> Tensor:
+        self, x: Tensor, parameters: tuple, keeper, switches: dict, residual: Tensor | None = None,
+        overwrite: bool = False,
+    ) -> Tensor:  # fmt: skip
         """x W^T + b + LoRA (+ residual) [T, N], for a group of which nothing is kept but x A^T.
 
         overwrite: the sum takes the residual's memory.
         """
         y = self.frozen(x)
         low_rank = self.low_rank(parameters, x.dtype)
-        self.down(x, low_rank, parameters, keeper, rng)
+        self.down(x, low_rank, parameters, keeper, switches)
         if residual is None:
             return self.add(y, low_rank, keeper)
         xa, B = (None, None) if low_rank is None else (keeper.exact(self.xa_name), low_rank.B)
@@ -304,7 +292,7 @@ class ProjectionGroup:
         return g, low_rank_grads(narrow, keeper.exact(self.xa_name), low_rank.B, widths, ranks, g)
 
     def backward_input(
-        self, dy: Tensor, g: Tensor | None, low_rank: LowRank | None, rng: dict, add_low_rank: bool = True
+        self, dy: Tensor, g: Tensor | None, low_rank: LowRank | None, keeper, add_low_rank: bool = True
     ) -> Tensor:
         """dx [T, in], without g A if not add_low_rank; dy and g as of backward_low_rank.
 
@@ -320,34 +308,30 @@ class ProjectionGroup:
             return dx
         if not self.dropout:
             return dx.addmm_(g, low_rank.A)
-        for p, ranks in zip(self.projections, self.ranks, strict=True):
-            if p.has_adapter:
-                dxa = g[:, ranks] @ low_rank.A[ranks]
-                dx.addcmul_(dxa, self._dropout_mask(p, dxa, rng))
+        seed = keeper.exact(self.seed_name)
+        for i, (p, ranks) in enumerate(zip(self.projections, self.ranks, strict=True)):
+            if p.dropout:
+                add_dropped(dx, g[:, ranks] @ low_rank.A[ranks], seed, i, p.dropout)
+            elif p.has_adapter:
+                dx.addmm_(g[:, ranks], low_rank.A[ranks])
         return dx
 
     def backward_parameters(
-        self, dy: Tensor, g: Tensor | None, dB: list[Tensor] | None, x: Tensor | None, keeper, rng: dict,
-        needs: tuple[bool, ...],
-    ) -> list[Tensor | None]:  # fmt: skip
+        self, dy: Tensor, g: Tensor | None, dB: list[Tensor] | None, x: Tensor | None, keeper, needs: tuple[bool, ...]
+    ) -> list[Tensor | None]:
         """Gradients of parameters(), in order; dy, g, dB as of backward_low_rank; x is the group's input as restored.
 
         Those of half precision are in fp32, to be added up over tiles of tokens; autograd rounds them.
         """
-        if rng[self.xa_name] != self._switches():
-            raise ValueError(
-                f"{self.projections[0].where}: adapter, scaling, dropout or base weight were changed between a forward "
-                "and its backward; run the backward first"
-            )
         dy, needs = dy[:, : self.width], split(needs)
         grads: list[Tensor | None] = [None] * (len(needs) * PARAMETERS_PER_PROJECTION)
-        xa = keeper.exact(self.xa_name)
+        xa, seed = keeper.exact(self.xa_name), keeper.exact(self.seed_name)
         grad_A = _mm32(g.t(), x) if any(need[0] for need in needs) and not self.dropout else None
         for i, (p, columns, ranks) in enumerate(zip(self.projections, self.columns, self.ranks, strict=True)):
             first = i * PARAMETERS_PER_PROJECTION
             need_A, need_B, need_bias_B, need_bias = needs[i]
             if need_A:
-                dA = _mm32(g[:, ranks].t(), x * self._dropout_mask(p, x, rng)) if self.dropout else grad_A[ranks]
+                dA = _mm32(g[:, ranks].t(), self._drop(x, i, seed)) if self.dropout else grad_A[ranks]
                 grads[first] = dA if p.scaling == 1 else dA * p.scaling
             if need_B:
                 # by itself: a part of one product for all would be strided, which makes adding it to .grad slow
@@ -358,11 +342,9 @@ class ProjectionGroup:
                 grads[first + 3] = total if need_bias else None
         return grads
 
-    @staticmethod
-    def _dropout_mask(p: Projection, x: Tensor, rng: dict) -> Tensor:
-        """The dropout's factors, drawn again from the generator state of the forward."""
-        with replayed_rng(x.device, rng[p.name]):
-            return p.dropout_factors(x).to(x.dtype)
+    def _drop(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
+        """dropout(x) of projection i."""
+        return dropped(x, seed, i, self.projections[i].dropout) if self.projections[i].dropout else x
 
 
 def split(parameters: tuple) -> list[tuple]:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.first_order import first_order
-from hyclora.operators.linear.lora import ProjectionGroup, get_rng_state, replayed_rng
+from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.operators.linear.residual import overwritable
 from hyclora.operators.mlp.activation import silu_mul_bwd, silu_mul_fwd
 from hyclora.operators.mlp.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
+from hyclora.operators.random_state import get_rng_state, replayed_rng
 from hyclora.operators.savers import Keeper, Observer
 from hyclora.operators.token_tiles import place, token_tiles
 
@@ -61,9 +62,9 @@ class MlpFunction(torch.autograd.Function):
         branch = None if residual is None else residual.reshape(len(rows), -1)
         overwrite = overwritable(branch, x.dtype)
         y = None
-        for i, (tile, rng) in enumerate(ctx.tiles):
+        for i, (tile, switches) in enumerate(ctx.tiles):
             around = None if branch is None else branch[tile]
-            part = _forward_tile(spec, rows[tile], parameters, keeper.part(i), rng, around, overwrite)
+            part = _forward_tile(spec, rows[tile], parameters, keeper.part(i), switches, around, overwrite)
             y = branch.detach() if overwrite else place(y, part, tile, len(rows))
         keeper.save(ctx)
         ctx.spec, ctx.shape, ctx.dtype = spec, x.shape, x.dtype
@@ -75,10 +76,10 @@ class MlpFunction(torch.autograd.Function):
         keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
         dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
         dx = grads = None
-        for i, (tile, rng) in enumerate(ctx.tiles):
+        for i, (tile, switches) in enumerate(ctx.tiles):
             # of a single tile the slot is freed as it is read
             restore_x = partial(keeper.restore_rows, rows=tile) if len(ctx.tiles) > 1 else keeper.restore
-            part_dx, part = _backward_tile(ctx.spec, dy[tile], keeper.part(i), rng, needs, restore_x)
+            part_dx, part = _backward_tile(ctx.spec, dy[tile], keeper.part(i), switches, needs, restore_x)
             dx = place(dx, part_dx, tile, len(dy))
             del part_dx
             grads = part if i == 0 else [g if g is None else t.add_(g) for t, g in zip(grads, part, strict=True)]
@@ -86,43 +87,43 @@ class MlpFunction(torch.autograd.Function):
 
 
 def _forward_tile(
-    spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper, rng: dict,
+    spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper, switches: dict,
     residual: Tensor | None = None, overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
     """y [T, C] of x [T, C], residual included; keeps all slots but mlp_in."""
     n_gate_up = len(spec.gate_up.parameters())
-    y, low_rank = spec.gate_up.project(x, parameters[:n_gate_up], keeper, rng)
+    y, low_rank = spec.gate_up.project(x, parameters[:n_gate_up], keeper, switches)
     hidden = (fused_mlp_fwd if spec.can_fuse and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
     del y, low_rank
     if spec.down.needs_input:
         keeper.keep("hidden", hidden)
-    return spec.down.forward(hidden, parameters[n_gate_up:], keeper, rng, residual, overwrite)
+    return spec.down.forward(hidden, parameters[n_gate_up:], keeper, switches, residual, overwrite)
 
 
 def _backward_tile(
-    spec: MlpSpec, dy: Tensor, keeper: Keeper, rng: dict, needs: tuple[bool, ...], restore_x: Callable
+    spec: MlpSpec, dy: Tensor, keeper: Keeper, switches: dict, needs: tuple[bool, ...], restore_x: Callable
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx [T, C] and the gradients of spec.parameters() from dy [T, C]; needs: of x and these; restore_x: of mlp_in."""
     n_gate_up = len(spec.gate_up.parameters())
     need_dx, *needs = needs
     fused = spec.can_fuse and use_triton(dy)
-    down = spec.down.kept_low_rank(keeper, dy.dtype)
-    # the fused kernel adds g A where it reads dhidden, dropout's factors apart
+    down = spec.down.kept_low_rank(keeper, switches, dy.dtype)
+    # the fused kernel adds g A where it reads dhidden, but no dropout of it
     in_kernel = fused and down is not None and not spec.down.dropout
     g, dB = spec.down.backward_low_rank(dy, down, keeper)
-    dhidden = spec.down.backward_input(dy, g, down, rng, add_low_rank=not in_kernel)
-    low_rank = spec.gate_up.kept_low_rank(keeper, dy.dtype)
+    dhidden = spec.down.backward_input(dy, g, down, keeper, add_low_rank=not in_kernel)
+    low_rank = spec.gate_up.kept_low_rank(keeper, switches, dy.dtype)
     if fused:
         dgate_up, hidden = fused_mlp_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
     else:
         dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
     del dhidden, down
-    down_grads = spec.down.backward_parameters(dy, g, dB, hidden, keeper, rng, needs[n_gate_up:])
+    down_grads = spec.down.backward_parameters(dy, g, dB, hidden, keeper, needs[n_gate_up:])
     del hidden
     g, dB = spec.gate_up.backward_low_rank(dgate_up, low_rank, keeper)
-    dx = spec.gate_up.backward_input(dgate_up, g, low_rank, rng) if need_dx else None
+    dx = spec.gate_up.backward_input(dgate_up, g, low_rank, keeper) if need_dx else None
     x = restore_x("mlp_in", dtype=dy.dtype)
-    grads = spec.gate_up.backward_parameters(dgate_up, g, dB, x, keeper, rng, needs[:n_gate_up])
+    grads = spec.gate_up.backward_parameters(dgate_up, g, dB, x, keeper, needs[:n_gate_up])
     return dx, grads + down_grads
 
 

@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from hyclora.operators import cross_entropy, norm
 from hyclora.operators.attention import attention, fused_qkv, rope, softmax
-from hyclora.operators.linear import low_rank, low_rank_grad, nf4, residual
+from hyclora.operators.linear import dropout, low_rank, low_rank_grad, nf4, residual
 from hyclora.operators.mlp import activation, fused_mlp
 from hyclora.operators.packing import quantize
 from hyclora.operators.packing.codebook import CODEBOOKS
@@ -23,8 +23,8 @@ from tests.operators.attention.test_fused_qkv import prepare as prepare_qkv
 from tests.operators.mlp.test_fused_mlp import prepare as prepare_mlp
 
 MODULES = (
-    activation, attention, cross_entropy, fused_mlp, fused_qkv, low_rank, low_rank_grad, nf4, norm, quantize, residual,
-    rope, softmax,
+    activation, attention, cross_entropy, dropout, fused_mlp, fused_qkv, low_rank, low_rank_grad, nf4, norm, quantize,
+    residual, rope, softmax,
 )  # fmt: skip
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
@@ -83,6 +83,9 @@ def elementwise():
     for dtype in (BF16, torch.float32):
         dy, xa, B = (rand(*shape, dtype=dtype) for shape in ((32, 304), (32, 48), (304, 48)))
         low_rank_grad.low_rank_grads(dy, xa, B, [256, 32, 16], [16, 16, 16], xa)
+    for dtype, width in ((BF16, 256), (torch.float32, 300)):
+        x, seed = rand(32, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+        dropout.add_dropped(dropout.dropped(x, seed, 0, 0.1), x, seed, 1, 0.1)
     adapters = [(rand(8, 64, dtype=torch.float32), rand(96, 8, dtype=torch.float32)), None]
     low_rank.stack_adapters(adapters, [1.0, 2.0], [96, 32], BF16)
     weight = nf4.bnb.nn.Params4bit(rand(64, 64), requires_grad=False, quant_type="nf4").to("cpu")

@@ -13,7 +13,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hyclora.models.binding import BoundForward
+from hyclora.models.blocks import projection
+from hyclora.models.families import FAMILIES
 from hyclora.models.outputs import Deferred
+from hyclora.operators.linear.dropout import same_dropout
+from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.utils.args import LINEARS
 from hyclora.utils.loading import quantize_linears
 from tests.helpers.kernel_checks import DEVICE
@@ -73,12 +78,24 @@ def is_late(outputs) -> bool:
     return isinstance(dict(outputs.items())["logits"], Deferred)
 
 
-def gradients(model, batch, seed=1) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and all gradients of one batch, with a fixed dropout seed."""
+def our_dropout(model):
+    """Stock attentions and MLPs inside drop what patched ones, which are left alone, do."""
+    family, groups = FAMILIES[model.config.model_type], []
+    for module in model.modules():
+        if not isinstance(module.__dict__.get("forward"), BoundForward):
+            for names in (family.qkv, (family.out,), family.gate_up, (family.down,)):
+                if all(hasattr(module, name) for name in names):
+                    groups.append(ProjectionGroup([projection(module, "", name) for name in names]))
+    return same_dropout(*groups)
+
+
+def gradients(model, batch, seed=1, dropping=our_dropout) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and all gradients of one batch, with a fixed dropout seed; dropping: around stock layers' dropout."""
     model.zero_grad()
     torch.manual_seed(seed)
-    loss = model(**batch).loss
-    loss.backward()
+    with dropping(model):
+        loss = model(**batch).loss
+        loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -1,6 +1,7 @@
 """The causal LM's block against stock HF + PEFT: same loss and gradients, and logits only when looked at."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -77,16 +78,16 @@ def test_equals_stock(variant, batch):
 )
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_autocast_is_no_worse_than_stock(variant, base, dtype):
-    """Error against fp32 truth at most 1.5 times stock's, the head alone being ours."""
+    """Error against fp32 truth at most 1.5 times stock's, the head alone being ours: dropout is PEFT's."""
     model, batch = llama(**variant), padded_batch()
-    _, exact = gradients(model, batch)
+    _, exact = gradients(model, batch, dropping=nullcontext)
     for name, p in model.named_parameters():
         if "lora_" not in name:
             p.data = p.data.to(base)
 
     def autocast_gradients():
         with torch.autocast(batch["input_ids"].device.type, dtype=dtype):
-            return gradients(model, batch)[1]
+            return gradients(model, batch, dropping=nullcontext)[1]
 
     stock = autocast_gradients()
     apply_hyclora(model, BASELINE)

@@ -18,7 +18,7 @@ from hyclora.models.outputs import Deferred
 from hyclora.models.patch import find_patch
 from hyclora.operators.attention.flash import is_bounds
 from tests.helpers.kernel_checks import DEVICE
-from tests.helpers.small_models import largest_error, llama, mistral, padded_batch, qwen2, qwen3
+from tests.helpers.small_models import largest_error, llama, mistral, our_dropout, padded_batch, qwen2, qwen3
 from tests.models.test_head import ON_HEAD, VARIANTS, prompts
 from tests.models.test_masks import masks_given
 
@@ -46,9 +46,10 @@ def results(model, batch, loss_of=distil, seed=1):
     """Loss, logits and gradients."""
     model.zero_grad()
     torch.manual_seed(seed)
-    outputs = model(**batch)
-    loss = loss_of(outputs)
-    loss.backward()
+    with our_dropout(model):
+        outputs = model(**batch)
+        loss = loss_of(outputs)
+        loss.backward()
     return loss.item(), outputs.logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -276,8 +277,9 @@ def test_two_forwards_then_looks_then_one_backward(use_reentrant):
     def together():
         model.zero_grad()
         torch.manual_seed(2)
-        outputs = [model(**batch) for batch in batches]
-        sum(distil(o) for o in outputs).backward()
+        with our_dropout(model):
+            outputs = [model(**batch) for batch in batches]
+            sum(distil(o) for o in outputs).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     exact = together()

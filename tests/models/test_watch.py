@@ -268,18 +268,22 @@ def test_a_mask_of_another_width():
     assert largest_error(*found) < 1e-5
 
 
-@pytest.mark.parametrize("switch", ["scaling", "dropout"])
+@pytest.mark.parametrize("switch", ["scaling", "dropout", "dropout that was off"])
 def test_an_adapter_switched_between_forward_and_backward(switch):
     """What backward would read is not what forward computed with: refused."""
     model, batch = llama({"lora_dropout": 0.1}), padded_batch()
+    drops = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    for drop in drops:
+        drop.p = 0.0 if switch == "dropout that was off" else 0.1
     apply_hyclora(model, BASELINE)
     loss = model(**batch).loss
-    for module in model.modules():
-        if hasattr(module, "scale_layer"):
-            if switch == "scaling":
+    if switch == "scaling":
+        for module in model.modules():
+            if hasattr(module, "scale_layer"):
                 module.scale_layer(2.0)
-            else:
-                module.lora_dropout["default"].p = 0.2
+    else:
+        for drop in drops:
+            drop.p = 0.2
     other = model(**batch).loss
     with pytest.raises(ValueError, match="changed between a forward and its backward"):
         (loss + other).backward()

@@ -19,8 +19,11 @@ pytestmark = pytest.mark.usefixtures("deterministic_attention")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("layer_type", list(POLICIES))
 def test_checkpointing_gives_what_torchs_gives(layer_type, use_reentrant):
-    """Layer inputs go to the host instead of blocks' slots; random state and calibration are those of torch's."""
-    model, batches = llama({"lora_dropout": 0.1}), [padded_batch(seed=seed) for seed in range(3)]
+    """Layer inputs go to the host instead of blocks' slots; random state and calibration are those of torch's.
+
+    In fp64, where the first run, which is stock code, rounds no code to another side than torch's, which is ours.
+    """
+    model, batches = llama({"lora_dropout": 0.1}).double(), [padded_batch(seed=seed) for seed in range(3)]
     config = HycloraConfig(layer_type=layer_type, iteration_threshold=2)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()

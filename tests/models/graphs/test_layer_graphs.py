@@ -13,10 +13,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.patch import find_patch
+from hyclora.operators.linear import dropout, lora
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
 from tests.helpers.replaying import CALIBRATION, batches, config, graphed, record, replayed, starts, train
-from tests.helpers.small_models import largest_error, llama, padded_batch, qwen3
+from tests.helpers.small_models import largest_error, llama, our_dropout, padded_batch, qwen3
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -238,11 +239,86 @@ def test_a_hook_on_the_final_norm_keeps_what_it_gets(recorded):
     assert all(torch.equal(kept, value) for kept, value in seen)
 
 
-def test_dropout_is_not_recorded():
-    model = llama({"lora_dropout": 0.1})
-    graphs = graphed(model, {})
-    train(model, batches(CALIBRATION + 4))
-    assert not graphs.recordings
+@pytest.fixture
+def seeds(monkeypatch):
+    """The seeds that were drawn, as tensors: a replay draws others into the same memory."""
+    found, draw = [], lora.draw_seed
+    monkeypatch.setattr(lora, "draw_seed", lambda device: found.append(draw(device)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("layer_type", ["baseline", "intra_inter_full_fuse"])
+def test_replays_drop_what_layers_by_themselves_would(layer_type, offload):
+    """Bit for bit, the step that records included; the generator is then where they would have left it."""
+    stock = llama({"lora_dropout": 0.3})
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(layer_type=layer_type))
+    graphs = graphed(ours, {"layer_type": layer_type}, offload)
+    steps = batches(1) * (CALIBRATION + 5)
+    found = []
+    for model in (stock, ours):
+        torch.manual_seed(7)
+        found.append((train(model, steps), torch.rand(4), torch.rand(4, device=DEVICE)))
+    (theirs, *after), (mine, *drawn) = found
+    assert len(graphs.recordings) == 1
+    assert all(equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, after, strict=True))
+    # a batch that comes again is dropped otherwise
+    assert len({step["loss"].item() for step in mine}) == len(mine)
+
+
+def test_gradients_of_a_replay_are_those_of_its_own_masks(seeds):
+    """PEFT's own layers, given the seeds that are in the recording's memory after a replay, have its gradients."""
+    model = llama({"lora_dropout": 0.3})
+    stock = copy.deepcopy(model)
+    graphs = graphed(model, {"layer_type": "baseline"})
+    steps = batches(CALIBRATION + 5)
+    train(model, steps[: CALIBRATION + 1])
+    del seeds[:]
+    train(model, steps[CALIBRATION + 1 : CALIBRATION + 2])
+    recorded, before = list(seeds), [seed.clone() for seed in seeds]
+    assert len(graphs.recordings) == 1 and len(seeds) == 8  # q+k+v, o, gate+up, down of two layers
+    for batch in steps[CALIBRATION + 2 :]:
+        found = train(model, [batch])[0]
+        values = [seed.clone() for seed in recorded]
+        assert len(seeds) == 8 and not any(map(torch.equal, values, before))
+        given, before = iter(values), values
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dropout, "draw_seed", lambda device, given=given: next(given))
+            with our_dropout(stock):
+                expected = train(stock, [batch])[0]
+        assert largest_error(found, expected) < 1e-5
+
+
+def drop_by(model, p: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+
+
+def test_dropout_that_is_switched():
+    """Another probability is another recording, found again when it comes back; evaluation draws nothing."""
+    stock = llama({"lora_dropout": 0.3})
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config())
+    graphs, (batch,) = graphed(ours, {}), batches(1)
+    found = []
+    for model in (stock, ours):
+        torch.manual_seed(7)
+        losses = train(model, [batch] * CALIBRATION)
+        for i, p in enumerate((0.3, 0.3, 0.0, 0.0, 0.3, 0.0, 0.1, 0.1, 0.3, 0.0)):
+            drop_by(model, p)
+            losses += train(model, [batch])
+            if i % 2:
+                model.eval()
+                with torch.no_grad():
+                    losses.append({"loss": model(**batch).loss})
+                model.train()
+        found.append(losses)
+    assert all(equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(graphs.recordings) == 3
+    assert replayed(ours, graphs, batch)
 
 
 def test_two_forwards_before_their_backwards(recorded):

@@ -50,8 +50,8 @@ def test_a_stands_below_w(rank, base, dropout):
     model = llama({"r": rank, "lora_dropout": dropout}, base, **shape)
     attention = model.get_base_model().model.layers[0].self_attn
     group = ProjectionGroup([Projection(getattr(attention, f"{n}_proj"), n) for n in "qkv"])
-    x, keeper, rng = rand(7, 128), Keeper({}, None), {}
-    y, low_rank = group.project(x, group.parameters(), keeper, rng)
+    x, keeper, switches = rand(7, 128), Keeper({}, None), {}
+    y, low_rank = group.project(x, group.parameters(), keeper, switches)
     assert relative_error(y, group.frozen(x)) < 1e-6
     if not dropout:
         assert relative_error(keeper.exact(group.xa_name), x @ low_rank.A.t()) < 1e-6
@@ -62,7 +62,7 @@ def test_a_stands_below_w(rank, base, dropout):
     found = []
     for t in (buffer, dy):
         g, _ = group.backward_low_rank(t, low_rank, keeper)
-        found.append((g, group.backward_input(t, g, low_rank, rng)))
+        found.append((g, group.backward_input(t, g, low_rank, keeper)))
     for ours, theirs in zip(*found, strict=True):
         assert relative_error(ours, theirs) < 1e-6
 
@@ -72,11 +72,11 @@ def test_gradients_are_contiguous():
     """Each adapter's by itself, as adding a part of another tensor to .grad is a kernel of its own."""
     attention = llama().get_base_model().model.layers[0].self_attn
     group = ProjectionGroup([Projection(getattr(attention, f"{n}_proj"), n) for n in "qkv"])
-    x, keeper, rng = rand(7, 96), Keeper({}, None), {}
-    _, low_rank = group.project(x, group.parameters(), keeper, rng)
+    x, keeper, switches = rand(7, 96), Keeper({}, None), {}
+    _, low_rank = group.project(x, group.parameters(), keeper, switches)
     dy = rand(7, group.width, seed=3)
     needs = tuple(t is not None for t in group.parameters())
-    grads = group.backward_parameters(dy, *group.backward_low_rank(dy, low_rank, keeper), x, keeper, rng, needs)
+    grads = group.backward_parameters(dy, *group.backward_low_rank(dy, low_rank, keeper), x, keeper, needs)
     assert sum(needs) == 6
     for grad, parameter, need in zip(grads, group.parameters(), needs, strict=True):
         assert grad is None if not need else grad.shape == parameter.shape and grad.is_contiguous()

@@ -133,7 +133,7 @@ def test_products_of_pieces(pieces_of, base, lora, limit):
         buffer = group.buffer(7, low_rank, x)
         buffer[:, : group.width] = dy
         g, _ = group.backward_low_rank(buffer, low_rank, keeper)
-        found.append([y, keeper.exact(group.xa_name), g, group.backward_input(buffer, g, low_rank, rng)])
+        found.append([y, keeper.exact(group.xa_name), g, group.backward_input(buffer, g, low_rank, keeper)])
     for ours, theirs in zip(*reversed(found), strict=True):
         assert relative_error(ours, theirs) < 1e-6
 
@@ -172,7 +172,7 @@ def test_the_peak_follows_the_limit(pieces_of, kernels, dropout):
         dy = rand(*group.buffer(2, low_rank, x).shape)
         with Live() as backward:
             g, _ = group.backward_low_rank(dy, low_rank, keeper)
-            group.backward_input(dy, g, low_rank, rng)
+            group.backward_input(dy, g, low_rank, keeper)
         peaks.append((forward.peak, backward.peak))
     for limit, peak in zip(limits, peaks, strict=True):
         for ours, theirs in zip(peak, peaks[0], strict=True):
