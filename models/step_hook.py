@@ -155,7 +155,9 @@ class StepHook:
             return False
         if real is None:
             return self._recorded() and bounds.shape[-1] - 1 > _tokens(args, kwargs).shape[0]
-        return bool(real.any() and not real.all() and self._unread(decoder, kwargs, ~real))
+        # causal_bounds has asked for all of it, unless some is in front; the GPU is waited for at each question
+        asked = self.step.padding_differs and bool(bounds[0, 0, 1, :-1].all())
+        return bool(real.any() and not real.all() and (asked or self._unread(decoder, kwargs, ~real)))
 
     def _be_stream(self, args: tuple, kwargs: dict, bounds: torch.Tensor, real, tokens: torch.Tensor) -> tuple:
         """Give the layers one row in place of the batch."""
