@@ -96,7 +96,7 @@ class LayerGraphs(Pausable):
         self._passing, self._kind = False, None
         asked, early, self._asked, self._early = self._asked, self._early, None, None
         self._arguments = []
-        if not self._possible():
+        if not self._possible() or hidden.device != self.recorder.device:
             return None
         self._arguments, spec = tree_flatten((args, kwargs))
         inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]

@@ -260,6 +260,16 @@ def test_one_recording_serves_many_batches(kind):
         assert torch.stack(cosines).mean() > 0.98
 
 
+def test_auto_is_off_with_the_sparse_map(shapes):
+    """Which is kept of rows; with flash it is on."""
+    for attention, seen in (("eager", (3, 21)), ("flash", (1, int(padded_batch()["attention_mask"].sum())))):
+        shapes.clear()
+        model = llama()
+        apply_hyclora(model, HycloraConfig(attention=attention, stream="auto"))
+        gradients(model, padded_batch())
+        assert set(shapes) == {seen}
+
+
 def test_whole_rows_stay_rows(shapes):
     model, batch = llama(), padded_batch()
     apply_hyclora(model, HycloraConfig(**BASELINE))
