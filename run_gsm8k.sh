@@ -21,8 +21,8 @@ seq_len=${seq_len:-512}
 
 # HyC-LoRA. preset: fastest, least_memory or longest (GPU), paper (the published method), or default (GPU or CPU).
 # Each setting below that is not empty replaces what the preset has:
-#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False
-#   stream=True
+#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False
+#   cuda_graphs=False (True, False, auto)  stream=False (True, False, auto)
 use_hyclora=${use_hyclora:-True}
 preset=${preset:-$([[ "$gpu" == True ]] && echo least_memory || echo default)}
 layer_type=${layer_type:-}                            # baseline, intra, intra_inter, intra_inter_full_fuse
@@ -35,7 +35,7 @@ attention=${attention:-}
 scale_rule=${scale_rule:-}
 offload=${offload:-}
 cuda_graphs=${cuda_graphs:-}
-stream=${stream:-}                                    # True: compute no padding
+stream=${stream:-}                                    # compute no padding
 
 # LoRA
 lora_rank=${lora_rank:-16}

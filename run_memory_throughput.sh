@@ -32,7 +32,8 @@ compare=${compare:-True}            # plain LoRA, without and with checkpointing
 
 # HyC-LoRA. preset: fastest, least_memory or longest (GPU), paper (the published method), or default (GPU or CPU).
 # Each setting below that is not empty replaces what the preset has:
-#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False  cuda_graphs=False
+#   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False
+#   cuda_graphs=False (True, False, auto)
 use_hyclora=${use_hyclora:-True}
 preset=${preset:-$([[ "$gpu" == True ]] && echo least_memory || echo default)}
 layer_type=${layer_type:-}                            # baseline, intra, intra_inter, intra_inter_full_fuse

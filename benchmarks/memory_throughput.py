@@ -27,13 +27,14 @@ from hyclora.utils.results import environment
 
 NAME = "memory_throughput"
 GPU_PRESETS = ("fastest", "least_memory", "longest")
+LAYER_BY_LAYER = {"cuda_graphs": False}
 OURS = [
     *({"layer_type": "intra_inter_full_fuse", "q_bit": 4} | PRESETS[name].settings for name in GPU_PRESETS),
     {"layer_type": "intra_inter_full_fuse", "q_bit": 2, "cuda_graphs": True},
-    {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True, "slot_savers": LSE_KEPT},
-    *({"layer_type": "intra_inter_full_fuse", "q_bit": bits} for bits in (4, 2)),
-    *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 2, "auto")),
-    {"layer_type": "baseline"},
+    {"layer_type": "intra_inter_full_fuse", "q_bit": 4, "offload": True, "slot_savers": LSE_KEPT} | LAYER_BY_LAYER,
+    *({"layer_type": "intra_inter_full_fuse", "q_bit": bits} | LAYER_BY_LAYER for bits in (4, 2)),
+    *({"layer_type": "intra_inter", "q_bit": bits} | LAYER_BY_LAYER for bits in (8, 4, 2, "auto")),
+    {"layer_type": "baseline"} | LAYER_BY_LAYER,
 ]
 
 
@@ -73,7 +74,7 @@ def measured(job: Job, lines: list[dict], now: dict, timeout: float) -> bool:
     """
     return any(
         (line["commit"], line["device"]) == (now["commit"], now["device"])
-        and name_of(line["setting"]) == name_of(job.setting)
+        and whole(line["setting"]) == whole(job.setting)
         and line["arguments"] == job.arguments
         and line.get("error") != NOT_INSTALLED
         and not (line.get("error", "").startswith(NOT_DONE) and timeout > float(line["error"].split()[-2]))

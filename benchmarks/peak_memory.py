@@ -1,6 +1,6 @@
 """What is alive at the peak of one micro-step, by the place in this project that allocated it.
 
-    python -m benchmarks.peak_memory --setting '{"q_bit": 2, "layer_type": "intra_inter_full_fuse"}'
+    python -m benchmarks.peak_memory --setting '{"q_bit": 2, "cuda_graphs": false}'
     python -m benchmarks.peak_memory --setting '{"offload": true, "cuda_graphs": true}' --cell 1x8192
 
 Memory that is there before the step (weights, adapters, gradients, Adam) does not count. With CUDA graphs the step is

@@ -1,6 +1,6 @@
 """Where the time of one micro-step goes: on the GPU by kernel, on the host by function.
 
-    python -m benchmarks.profile_step --setting '{"q_bit": 2, "layer_type": "intra_inter_full_fuse"}'
+    python -m benchmarks.profile_step --setting '{"q_bit": 2, "cuda_graphs": false}'
     python -m benchmarks.profile_step --setting "Liger, checkpointing" --cell 1x8192
     python -m benchmarks.profile_step --host                          # and the functions of forward and backward
 
@@ -125,7 +125,7 @@ def host_functions(step, repeat: int, top: int = 50) -> None:
 
 def one_job(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, Job]:
     """The parser's arguments and those of a single job, and the job."""
-    parser.add_argument("--setting", type=setting, default={}, help=setting.__doc__)
+    parser.add_argument("--setting", type=setting, default={"cuda_graphs": False}, help=setting.__doc__)
     parser.add_argument("--shape", default="llama-2-7b", help="in benchmarks/shapes, or a folder")
     parser.add_argument("--cell", type=cell, default=(4, 512), help="BATCHxLENGTH")
     add_arguments(parser, steps=10)

@@ -23,7 +23,7 @@ from benchmarks.rows import (
     load_7b,
     memory_cells,
     name_of,
-    preset_of,
+    presets_of,
 )
 from benchmarks.tables import source, table
 from hyclora.models.config import BITS, PRESETS, SLOTS, HycloraConfig
@@ -72,7 +72,7 @@ def presets() -> str:
     rows = []
     for name, preset in PRESETS.items():
         changed = ", ".join(f"`{field}={value}`" for field, value in preset.settings.items()) or "none"
-        found = [next((x for x in lines if preset_of(x["setting"]) == name), None) for _, lines in cells]
+        found = [next((x for x in lines if name in presets_of(x["setting"])), None) for _, lines in cells]
         costs = ["" if line is None else cost(line) for line in found]
         rows.append([f"`{name}`", preset.meaning, changed, *costs])
     return table(["preset", "what it does", "changes", *(describe_batch(cell) for cell, _ in cells)], rows)
@@ -182,7 +182,7 @@ def headline() -> str:
     for cell, lines in latest_cells():
         peers = [line for line in lines if isinstance(line["setting"], str)]
         frugal = min(peers, key=lambda line: line["dyn_mib"], default={"dyn_mib": -1})
-        ours = [line for line in lines if preset_of(line["setting"]) and line["dyn_mib"] <= frugal["dyn_mib"]]
+        ours = [line for line in lines if presets_of(line["setting"]) and line["dyn_mib"] <= frugal["dyn_mib"]]
         if not ours:
             continue
         found = [(min(ours, key=lambda line: line["ms"]), ""), (frugal, "the most frugal peer")]

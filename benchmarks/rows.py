@@ -8,7 +8,7 @@ from hyclora.models.config import PRESETS, HycloraConfig
 CELL = ("device", "shape", "base", "lora_rank", "batch_size", "seq_len")
 LSE_KEPT = {"lse": "exact"}
 # Lines written before settings were recorded whole hold what was given alone; these defaults have changed since.
-DEFAULTS_THEN = {"layer_type": "intra_inter"}
+DEFAULTS_THEN = {"layer_type": "intra_inter", "cuda_graphs": False}
 SAID = {
     "published quantizer": {"scale_rule": "paper"},
     "offloaded": {"offload": True},
@@ -25,10 +25,21 @@ def load(name: str, *keys: str) -> list[dict]:
     latest = {}
     for line in read(RESULTS / f"{name}.jsonl"):
         if isinstance(line["setting"], dict):
-            line["setting"] = whole(DEFAULTS_THEN | line["setting"])
+            line["setting"] = _as_measured(name, whole(DEFAULTS_THEN | line["setting"]))
         values = {**line["arguments"], **line}
         latest[json.dumps([name_of(line["setting"]), *(values.get(key) for key in keys)])] = line
     return list(latest.values())
+
+
+def _as_measured(benchmark: str, setting: dict) -> dict:
+    """A whole setting with the defaults of today for what the benchmark's numbers do not show.
+
+    Padding, as its random rows are full; and but for time and GPU memory, CUDA graphs, which change neither bytes nor
+    gradients.
+    """
+    default = whole({})
+    graphs = on_a_gpu(setting) if benchmark == "memory_throughput" else default
+    return setting | {"stream": default["stream"], "cuda_graphs": graphs["cuda_graphs"]}
 
 
 def load_7b(name: str) -> list[dict]:
@@ -57,21 +68,34 @@ def whole(setting: dict | str | None) -> dict | str | None:
     return HycloraConfig(**setting).to_dict() if isinstance(setting, dict) else setting
 
 
-def preset_of(setting: dict | str | None) -> str | None:
-    """The name of the preset that a setting is, whole."""
+def on_a_gpu(setting: dict) -> dict:
+    """A whole setting with what cuda_graphs="auto" is on one GPU."""
+    return setting | {"cuda_graphs": bool(setting["cuda_graphs"])}
+
+
+def presets_of(setting: dict | str | None) -> list[str]:
+    """The names of the presets that a setting is, whole, on one GPU."""
     if not isinstance(setting, dict):
-        return None
-    return next((name for name, preset in PRESETS.items() if whole(preset.settings) == whole(setting)), None)
+        return []
+    found = on_a_gpu(whole(setting))
+    return [name for name, preset in PRESETS.items() if on_a_gpu(whole(preset.settings)) == found]
 
 
 def name_of(setting: dict | str | None) -> str:
-    """A setting as a reader would say it, by the preset that it begins with; a peer's name says it already."""
+    """A setting as a reader would say it, by the preset that it begins with; a peer's name says it already.
+
+    Layer by layer is not said: all settings were measured so before there were CUDA graphs.
+    """
     if not isinstance(setting, dict):
         return setting or "PEFT LoRA"
-    default = HycloraConfig().to_dict()
-    rest = {name: value for name, value in whole(setting).items() if value != default[name]}
+    default = whole({}) | {"cuda_graphs": False}
+
+    def changed(setting: dict) -> dict:
+        return {name: value for name, value in whole(setting).items() if value != default[name]}
+
+    rest = changed(setting)
     bits, average, savers = (rest.pop(name, default[name]) for name in ("q_bit", "average_bits", "slot_savers"))
-    preset = next((name for name, preset in PRESETS.items() if preset.settings == rest), None)
+    preset = next((name for name, preset in PRESETS.items() if changed(preset.settings) == rest), None)
     words = [f"auto, {average:g} bits on average" if bits == "auto" else f"{bits} bit"]
     if preset is not None:
         words, rest = [f"HyC-LoRA {preset}", *words], {}
@@ -87,7 +111,7 @@ def name_of(setting: dict | str | None) -> str:
         words.append("lse kept")
     elif savers:
         rest["slot_savers"] = savers
-    rest.pop("layer_type", None)
+    rest = {name: value for name, value in rest.items() if name != "layer_type" and value != "auto"}
     return ", ".join([*words, *(f"{name} {value}" for name, value in rest.items())])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 BITS = (2, 3, 4, 8)
 ATTENTION_CORES = ("flash", "eager")
 SCALE_RULES = ("channel_group", "paper")
+SWITCH = (True, False, "auto")
 SAVERS = ("exact", "derived", "recompute", "sparse", *(f"quant{bits}" for bits in BITS))
 
 
@@ -81,13 +82,13 @@ PRESETS = {
     ),
     "longest": Preset(
         "Host memory without CUDA graphs: least GPU memory a token, slower where rows are short.",
-        {"offload": True},
+        {"offload": True, "cuda_graphs": False},
     ),
     "paper": Preset(
         "The published method: its quantizer, and a sparse attention map.",
         {"layer_type": "intra_inter", "scale_rule": "paper", "attention": "eager"},
     ),
-    "default": Preset("4 bit on the device of the model, GPU or CPU.", {}),
+    "default": Preset("4 bit on the device of the model: on one GPU as `fastest`, on a CPU without CUDA graphs.", {}),
 }
 
 
@@ -100,6 +101,8 @@ def _option(default: Any, help: str) -> Any:
 @dataclass
 class HycloraConfig:
     """How the activations buffered for backward are kept.
+
+    What is "auto" is on where it can be and off elsewhere, where True may be refused.
 
     Raises ValueError, one sentence, for a value that cannot work.
     """
@@ -115,11 +118,15 @@ class HycloraConfig:
     attention: str = _option("flash", "flash (no attention map) or eager (keeps a sparse map, as the paper does).")
     scale_rule: str = _option("channel_group", "Quantizer: channel_group, or paper (the published rule).")
     offload: bool = _option(False, "Keep packed slots in pinned host memory; backward fetches them just in time.")
-    cuda_graphs: bool = _option(
-        False, "Replay the layers as CUDA graphs for batches of a kind (shape, document bounds) that comes again."
+    cuda_graphs: bool | str = _option(
+        "auto",
+        "Replay the layers as CUDA graphs for batches of a kind (shape, document bounds) that comes again; auto: if "
+        "all layers are on one GPU.",
     )
-    stream: bool = _option(
-        False, "Compute no padding: a padded batch goes through the layers as one row of its real tokens."
+    stream: bool | str = _option(
+        "auto",
+        "Compute no padding: a padded batch goes through the layers as one row of its real tokens; auto: not with "
+        "attention=eager.",
     )
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
 
@@ -138,12 +145,14 @@ class HycloraConfig:
         _one_of("q_bit", self.q_bit, (*BITS, "auto"))
         _one_of("attention", self.attention, ATTENTION_CORES)
         _one_of("scale_rule", self.scale_rule, SCALE_RULES)
+        _one_of("cuda_graphs", self.cuda_graphs, SWITCH)
+        _one_of("stream", self.stream, SWITCH)
         for name in ("softmax_outlier_ratio", "layernorm_outlier_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
         if self.iteration_threshold < 1:
             raise ValueError(f"iteration_threshold={self.iteration_threshold} calibrates nothing; use at least 1")
-        if self.stream and self.attention == "eager":
+        if self.stream is True and self.attention == "eager":
             raise ValueError("stream=True needs attention=flash: a sparse map is kept of rows")
         if self.q_bit == "auto" and self.scale_rule == "paper":
             raise ValueError("q_bit=auto is not defined for scale_rule=paper; choose q_bit 2, 3, 4 or 8")

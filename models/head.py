@@ -4,6 +4,7 @@ They are there for whoever looks at them (outputs.py, late_logits.py).
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from hyclora.models.blocks import Block, autocast_dtype, projection
 from hyclora.models.families.family import Family
 from hyclora.models.late_logits import LateLogits
 from hyclora.models.outputs import LateCausalLMOutput
+from hyclora.models.stream import Stream
 from hyclora.models.trust import why_not_head
 from hyclora.operators.cross_entropy import Targets, linear_cross_entropy
 from hyclora.operators.linear.lora import Projection
@@ -77,9 +79,11 @@ class HeadBlock(Block):
         shape = hidden.shape[:-1] if stream is None else stream.shape
         if given.numel() != shape.numel():
             raise ValueError(f"labels of shape {list(given.shape)} do not belong to tokens of shape {list(shape)}")
-        again = (lambda: self._decode_again(args, kwargs, rng)) if self.step.padding_differs or stream else None
+        again = partial(self._decode_again, args, kwargs, rng, stream) if self.step.padding_differs or stream else None
         drawn = get_rng_state(hidden.device) if self.head.dropout else None
         logits = LateLogits(self, hidden, dtype, drawn, again, [*args, labels, *kwargs.values()]).defer()
+        if stream is not None and self.head.dropout:  # which is drawn for all tokens, as in the logits
+            hidden, stream = stream.scatter(hidden), None
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(device, dtype)
             places = None if stream is None else stream.places
@@ -95,11 +99,17 @@ class HeadBlock(Block):
         finally:
             self.step.unread, self.step.in_stream = None, False
 
-    def _decode_again(self, args: tuple, kwargs: dict, rng: torch.Tensor | None) -> torch.Tensor:
-        """The hidden states of a forward with padded tokens as in stock, as they are from now on; not another step."""
+    def _decode_again(
+        self, args: tuple, kwargs: dict, rng: torch.Tensor | None, stream: Stream | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """The hidden states of a forward with padded tokens as in stock, as they are from now on; not another step.
+
+        Real tokens of a stream have those that the forward gave, whose dropout was drawn for another shape.
+        """
         self.logits_read = self.step.again = True
         try:
             with nullcontext() if rng is None else replayed_rng(self.head.base.weight.device, rng):
-                return self._decode(args, kwargs).last_hidden_state
+                found = self._decode(args, kwargs).last_hidden_state
+            return found if stream is None else stream.scatter(hidden, padding=found)
         finally:
             self.step.again = False

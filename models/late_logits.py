@@ -12,9 +12,10 @@ from hyclora.operators.random_state import replayed_rng
 class LateLogits:
     """The stock head on the hidden states of a forward, with the autocast, the grad mode and the dropout of then.
 
-    head: the HeadBlock. again: runs the decoder once more with Hugging Face's mask; given if padded tokens got other
-    hidden states than in stock, which nobody was expected to look at; given: the tensors that it runs on. Keeps the
-    hidden states as long as somebody keeps the outputs. ValueError if the model or these are not what they were.
+    head: the HeadBlock. again: of these hidden states makes those of a forward with Hugging Face's mask, which runs the
+    decoder once more; for padded tokens that got others than in stock, which nobody was expected to look at. given: the
+    tensors that it runs on. Keeps the hidden states as long as somebody keeps the outputs. ValueError if the model or
+    these are not what they were.
     """
 
     def __init__(self, head, hidden: Tensor, dtype: torch.dtype | None, rng: Tensor | None, again=None, given=()):
@@ -33,7 +34,7 @@ class LateLogits:
         device = self.hidden.device
         autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
         with torch.enable_grad(), autocast:
-            hidden = self.hidden if self.again is None else self.again()
+            hidden = self.hidden if self.again is None else self.again(self.hidden)
             with nullcontext() if self.rng is None else replayed_rng(device, self.rng):
                 return self.head.head.module(hidden)
 

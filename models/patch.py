@@ -102,7 +102,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     head_name = None if head is None else f"{head.name}.{family.head}"
     widths = {slot: n for (_, half), layer in halves.items() for slot, n in _slot_widths(family, layer, half).items()}
     not_patched = _others(model, family, decoder, layers) + reasons
-    report = make_report(config, layers, widths, inside, head_name, not_patched)
+    no_graphs = _why_no_graphs(layers, blocks) if config.cuda_graphs == "auto" else None
+    report = make_report(config, layers, widths, inside, head_name, not_patched, no_graphs)
     blocks += [] if stock_norm else [_final_norm(config, norm, names, step, blocks)]
     blocks += [] if head is None else [head]
     if reads_labelled_positions(_base(model)):
@@ -113,7 +114,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     patch = Patch(config, step, decoder, calibration, blocks, checkpoints)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers, "offload"))))
-    recorder = CudaRecorder(_gpu(layers, "cuda_graphs")) if config.cuda_graphs else None
+    graphs = config.cuda_graphs and not no_graphs
+    recorder = CudaRecorder(_gpu(layers, "cuda_graphs")) if graphs else None
     for block in blocks:
         block.bind()
     patch.watch = Watch(family, decoder, blocks, report.not_patched)
@@ -167,10 +169,27 @@ def _base(model: nn.Module) -> nn.Module:
 
 def _gpu(layers: list[nn.Module], option: str) -> torch.device:
     """The one GPU that holds the decoder layers; ValueError naming the option that needs it if they are elsewhere."""
-    devices = list(dict.fromkeys(str(p.device) for layer in layers for p in layer.parameters()))
-    if len(devices) != 1 or not devices[0].startswith("cuda"):
-        raise ValueError(f"{option}=True needs all layers on one GPU; this model is on {', '.join(devices)}")
-    return torch.device(devices[0])
+    if elsewhere := _elsewhere(layers):
+        raise ValueError(f"{option}=True needs all layers on one GPU; {elsewhere}")
+    return next(layers[0].parameters()).device
+
+
+def _elsewhere(layers: list[nn.Module]) -> str | None:
+    """Where the decoder layers are, if that is not one GPU."""
+    devices = list(dict.fromkeys(p.device for layer in layers for p in layer.parameters()))
+    if len(devices) == 1 and devices[0].type == "cuda":
+        return None
+    return f"the layers are on {', '.join(map(str, devices))}"
+
+
+def _why_no_graphs(layers: list[nn.Module], blocks: list[Block]) -> str | None:
+    """Why the layers can never be replayed, as far as it shows before the first step."""
+    if elsewhere := _elsewhere(layers):
+        return elsewhere
+    if sum(isinstance(block, LayerBlock) for block in blocks) < len(layers):
+        return "parts of layers run stock code"
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "the layers are trained by several processes" if several else None
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:

@@ -20,6 +20,7 @@ class PatchReport:
     average_bits: of an element kept; slot_bits: of a token, by slot, summed over layers (the attention map, whose size
     depends on the sequence, is left out of both). head: name of the LM head whose loss is computed by chunks, or None;
     not_patched then says why. single_kernels: blocks that layer_type would fuse and that fused kernels do not take.
+    no_graphs: why cuda_graphs="auto" is off, None if it is not.
     """
 
     config: HycloraConfig
@@ -31,6 +32,7 @@ class PatchReport:
     head: str | None
     single_kernels: list[str]
     not_patched: list[str]
+    no_graphs: str | None = None
 
     def __str__(self) -> str:
         parts = "2 norms, attention, MLP each; and the last norm"
@@ -48,17 +50,26 @@ class PatchReport:
             lines.append(f"  fused kernels do not take: {names} (head size, savers or biases)")
         if self.config.offload:
             lines.append("  packed slots wait in pinned host memory")
-        if self.config.cuda_graphs:
+        graphs = self.config.cuda_graphs and not self.no_graphs
+        if graphs:
             lines.append("  all layers are replayed as CUDA graphs for batches of a shape that comes again")
+        if self.no_graphs:
+            lines.append(f"  cuda_graphs: off, {self.no_graphs}")
         told = [os.environ.get(name, "") for name in ALLOCATOR]
-        if self.config.cuda_graphs and not any("expandable_segments:True" in text for text in told):
+        if graphs and not any("expandable_segments:True" in text for text in told):
             lines.append(f"  less GPU memory is held with {ALLOCATOR[0]}=expandable_segments:True in the environment")
         lines.append(f"  not patched: {', '.join(self.not_patched)}")
         return "\n".join(lines)
 
 
 def make_report(
-    config: HycloraConfig, layers: list, widths: dict[str, int], blocks: list, head: str | None, not_patched: list[str]
+    config: HycloraConfig,
+    layers: list,
+    widths: dict[str, int],
+    blocks: list,
+    head: str | None,
+    not_patched: list[str],
+    no_graphs: str | None,
 ) -> PatchReport:
     """The report on blocks of layers; widths: elements a token of each slot of one layer."""
     savers: dict[str, list[str]] = {}
@@ -85,6 +96,7 @@ def make_report(
         head,
         [f"{name} x{count}" for name, count in single.items()],
         not_patched,
+        no_graphs,
     )
 
 

@@ -13,8 +13,8 @@ from hyclora.models.patch import find_patch
 FILE_NAME = "hyclora_calibration.safetensors"
 FORMAT = "2"
 PROGRESS = "calibration"
-# where the packed bytes wait and how kernels are launched: says nothing about the statistics
-LAUNCH = ("offload", "cuda_graphs")
+# where the packed bytes wait, how kernels are launched, whether padding is computed: statistics are of real tokens
+LAUNCH = ("offload", "cuda_graphs", "stream")
 
 
 def save_calibration(model: PeftModel, folder: str | Path) -> Path:

@@ -158,7 +158,9 @@ class StepHook:
             shape = tuple(_tokens(args, kwargs).shape[:2])
             packed = bounds.shape[-1] - 1 > shape[0]
             return self._recorded() and (packed or not self.patch.graphs.sizes.is_usual(shape))
-        return bool(real.any() and self._unread(decoder, kwargs, ~real))
+        # causal_bounds has asked for all of it, unless some is in front; the GPU is waited for at each question
+        asked = self.step.padding_differs and bool(bounds[0, 0, 1, :-1].all())
+        return bool(real.any() and (asked or self._unread(decoder, kwargs, ~real)))
 
     def _be_stream(self, args: tuple, kwargs: dict, bounds: torch.Tensor, real, tokens: torch.Tensor) -> tuple:
         """Give the layers one row in place of the batch."""

@@ -52,8 +52,8 @@ class Stream:
         """[B, S, ...] to [1, T, ...]; filler is a copy of the first token."""
         return t.flatten(0, 1).index_select(0, self.rows)[None]
 
-    def scatter(self, t: Tensor) -> Tensor:
-        """[1, T, C] to [B, S, C], 0 for padding."""
-        whole = t.new_zeros(self.shape.numel(), t.shape[-1])
+    def scatter(self, t: Tensor, padding: Tensor | None = None) -> Tensor:
+        """[1, T, C] to [B, S, C]; padding is what it is in another [B, S, C], or else 0."""
+        whole = t.new_zeros(self.shape.numel(), t.shape[-1]) if padding is None else padding.flatten(0, 1)
         whole = whole.index_copy(0, self.rows[: self.length], t[0, : self.length])
         return whole.unflatten(0, self.shape)

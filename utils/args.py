@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import SchedulerType
 
-from hyclora.models.config import ATTENTION_CORES, BITS, POLICIES, PRESETS, SCALE_RULES, HycloraConfig
+from hyclora.models.config import ATTENTION_CORES, BITS, POLICIES, PRESETS, SCALE_RULES, SWITCH, HycloraConfig
 from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import NEEDS, in_effect
@@ -200,7 +200,7 @@ def _option_of(config_field, kind) -> tuple[str, type, dataclasses.Field]:
 
     What is not a plain number or word is written as JSON.
     """
-    kind = kind if kind in (bool, int, float, str) else str
+    kind = kind if kind in (bool, int, float, str) else bool if bool in typing.get_args(kind) else str
     name, default = config_field.name, getattr(HycloraConfig(), config_field.name)
     help = f"{config_field.metadata['help']} (without a preset: {default})"
     return name, kind, option(None, help, CHOICES.get(name, ()))
@@ -227,6 +227,11 @@ CHOICES = {
 }
 _HYCLORA_FIELDS = dataclasses.fields(HycloraConfig)
 _KINDS = typing.get_type_hints(HycloraConfig)
+
+
+def _switch(text: str) -> bool | str:
+    """What a setting of config.SWITCH means."""
+    return text if text in SWITCH else string_to_bool(text)
 
 
 class _Configures:
@@ -280,7 +285,9 @@ class Parser(HfArgumentParser):
         super().__init__(groups, usage=usage, allow_abbrev=False, formatter_class=_Help, **kwargs)
         for action in self._actions:
             if action.type is string_to_bool:
-                action.metavar = "{True,False}"
+                can_be_auto = bool in typing.get_args(_KINDS.get(action.dest))
+                action.metavar = "{True,False,auto}" if can_be_auto else "{True,False}"
+                action.type = _switch if can_be_auto else string_to_bool
             elif action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
 

@@ -74,7 +74,9 @@ class StopOnNonFinite(TrainerCallback):
 class Progress(TrainerCallback, ExportableState):
     """What the training has cost in all its sessions: checkpoints carry it on, in trainer_state.json.
 
-    Tokens and batches are counted on the device of the batches and read when a checkpoint is written.
+    Tokens and batches are counted on the device of the batches and read when a checkpoint is written. Steps that no
+    checkpoint has when a session is ended are not in it, as the run trains them anew. Time is that of steps: neither
+    loading nor writing a checkpoint counts.
     """
 
     def __init__(self):
@@ -104,8 +106,20 @@ class Progress(TrainerCallback, ExportableState):
         self.totals["tokens_per_second"] = round(self.totals["tokens"] / self.totals["seconds"], 1)
         self.totals |= {name: max(self.earlier.get(name, 0), value) for name, value in peaks.items()}
 
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that is not of training; settle() has waited for the device."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.start += time.perf_counter() - begun
+
     def state(self) -> dict:
         return {"args": {}, "attributes": {"totals": self.totals}}
+
+    def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs):
+        self.start = time.perf_counter()
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
         # the last loss is part of the results, however seldom losses are logged
@@ -149,23 +163,23 @@ class HycloraTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """HF would delete older checkpoints before the new one is whole; ours go afterwards."""
         self.progress.settle(self.accelerator, self.model)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            run = Path(self.args.output_dir)
-            seal(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            prune(run, limit)
+        with self.progress.paused():
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                run = Path(self.args.output_dir)
+                seal(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+                prune(run, limit)
 
     def train(self, resume_from_checkpoint: Path | None = None):
         """Train, from a whole checkpoint if one is given: not a step more if that is of the last one.
 
         Raises Interrupted after the checkpoint that Ctrl-C asks for.
         """
-        self.progress.start = time.perf_counter()
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if resume_from_checkpoint:

@@ -129,7 +129,7 @@ class LayerGraphs(Pausable):
 
     def _find(self, hidden: Tensor, args: tuple, kwargs: dict) -> tuple[Recording | None, list[Tensor], list[Tensor]]:
         """The recording to replay, if there is one, its inputs, and the weights that it reads; started if it can be."""
-        if not self._possible():
+        if not self._possible() or hidden.device != self.recorder.device:
             return None, [], []
         self._arguments, spec = tree_flatten((args, kwargs))
         inputs = [hidden, *(t for t in self._arguments if _varies(t, hidden))]

@@ -177,14 +177,16 @@ def test_a_setting_has_one_name():
     """That of the preset that it is but for its bits, or what it differs in."""
     assert rows.name_of({}) == rows.name_of(HycloraConfig().to_dict()) == "HyC-LoRA default, 4 bit"
     for name, preset in PRESETS.items():
-        assert rows.preset_of(preset.settings) == name
+        assert name in rows.presets_of(preset.settings)
         assert rows.name_of(preset.settings | {"q_bit": 2}) == f"HyC-LoRA {name}, 2 bit"
-    assert rows.preset_of({"q_bit": 2}) is None and rows.preset_of("Liger") is None
-    kept = {"offload": True, "slot_savers": rows.LSE_KEPT}
+    assert rows.presets_of({"q_bit": 2}) == rows.presets_of("Liger") == rows.presets_of({"cuda_graphs": False}) == []
+    assert rows.presets_of({}) == ["fastest", "default"], "on one GPU"
+    kept = {"offload": True, "cuda_graphs": False, "slot_savers": rows.LSE_KEPT}
     assert rows.name_of(kept) == "HyC-LoRA longest, 4 bit, lse kept"
     inter = {"layer_type": "intra_inter", "attention": "eager"}
     assert rows.name_of(inter) == "intra_inter, 4 bit, attention eager"
     assert rows.name_of({"layer_type": "baseline", "offload": True}) == "baseline (exact), offloaded"
+    assert rows.name_of({"cuda_graphs": False}) == "intra_inter_full_fuse, 4 bit"
     assert rows.name_of(None) == "PEFT LoRA"
 
 
@@ -197,6 +199,21 @@ def test_lines_mean_the_defaults_of_their_time(tmp_path, monkeypatch):
     found = {rows.name_of(line["setting"]): line["number"] for line in rows.load("fidelity")}
     assert found == {"intra_inter, 4 bit": 0, "HyC-LoRA default, 4 bit": 2, "Liger": 3, "PEFT LoRA": 4}
     assert all(line["setting"] in ("Liger", None) or "q_bit" in line["setting"] for line in rows.load("fidelity"))
+
+
+def test_lines_say_what_their_numbers_show(tmp_path, monkeypatch):
+    """Whatever stream was by default then; auto is CUDA graphs on a GPU, lines of before there were any have none."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    settings = [{"cuda_graphs": True, "stream": False}, {"layer_type": "intra_inter_full_fuse"}, rows.whole({})]
+    settings += [{"cuda_graphs": False, "offload": True, "stream": False}]
+    for name in ("memory_throughput", "buffered"):
+        lines = [{"setting": {"layer_type": "intra_inter_full_fuse"} | s, "arguments": {}, "i": i}
+                 for i, s in enumerate(settings)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {rows.name_of(line["setting"]): line["i"] for line in rows.load("memory_throughput")}
+    assert found == {"HyC-LoRA fastest, 4 bit": 2, "intra_inter_full_fuse, 4 bit": 1, "HyC-LoRA longest, 4 bit": 3}
+    found = {rows.name_of(line["setting"]): line["i"] for line in rows.load("buffered")}
+    assert found == {"HyC-LoRA default, 4 bit": 2, "intra_inter_full_fuse, 4 bit, offloaded": 3}
 
 
 def line(setting, dyn=None, seq_len=512, batch_size=4, **more):

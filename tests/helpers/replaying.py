@@ -19,7 +19,7 @@ class Recorder:
     """Records by running, and undoes what that did to gradients and to the input; run() must not look at values."""
 
     def __init__(self):
-        self.graphs = None
+        self.graphs, self.device = None, torch.device("cpu")
 
     def record(self, run):
         kept = [(buffer, buffer.clone()) for buffer in self.graphs.gradients._buffers.values()]

@@ -37,6 +37,11 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def rows(**options) -> HycloraConfig:
+    """Without a stream, in which dropout is drawn for another shape."""
+    return HycloraConfig(stream=False, **options)
+
+
 @pytest.mark.parametrize("attention", ["flash", "eager"])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_baseline_equals_hf_and_peft(variant, attention, request):
@@ -47,9 +52,9 @@ def test_baseline_equals_hf_and_peft(variant, attention, request):
     loss, exact = gradients(model, batch)
     if attention == "eager" and "attention_dropout" in variant:
         with pytest.raises(ValueError, match="self_attn: attention_dropout is not supported by attention=eager"):
-            apply_hyclora(model, HycloraConfig(attention=attention))
+            apply_hyclora(model, rows(attention=attention))
         return
-    apply_hyclora(model, HycloraConfig(layer_type="baseline", attention=attention))
+    apply_hyclora(model, rows(layer_type="baseline", attention=attention))
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5
     assert largest_error(ours, exact) < 1e-5
@@ -61,7 +66,7 @@ def test_nf4_base_weights(layer_type):
     model = llama({"lora_dropout": 0.1}, hidden_size=128, num_attention_heads=4, intermediate_size=192, base="nf4")
     batch = padded_batch()
     loss, exact = gradients(model, batch)
-    apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=8))
+    apply_hyclora(model, rows(layer_type=layer_type, q_bit=8))
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-4
     if layer_type == "baseline":
@@ -77,7 +82,7 @@ def test_every_layer_type_approximates_exact(variant, layer_type, attention):
     """8-bit slots and a whole attention map leave gradients within cosine 0.999; the forward is exact."""
     model, batch = llama(**VARIANTS[variant]), padded_batch()
     loss, exact = gradients(model, batch)
-    config = HycloraConfig(layer_type=layer_type, q_bit=8, attention=attention, softmax_outlier_ratio=1.0)
+    config = rows(layer_type=layer_type, q_bit=8, attention=attention, softmax_outlier_ratio=1.0)
     apply_hyclora(model, config)
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5
@@ -92,7 +97,7 @@ def test_compression_is_real_and_ordered(family, attention):
     _, exact = gradients(model, batch)
     cosines = []
     for bits in (8, 4, 3, 2):
-        apply_hyclora(model, HycloraConfig(q_bit=bits, attention=attention, softmax_outlier_ratio=0.5))
+        apply_hyclora(model, rows(q_bit=bits, attention=attention, softmax_outlier_ratio=0.5))
         cosines.append(mean_cosine(gradients(model, batch)[1], exact))
         remove_hyclora(model)
     assert cosines == sorted(cosines, reverse=True)
@@ -106,7 +111,7 @@ def test_each_norm_restores_its_own_outliers():
     with torch.no_grad():
         layer.self_attn.o_proj.base_layer.weight[7] *= 50  # an outlier channel that only the second norm sees
     _, exact = gradients(model, batch)
-    apply_hyclora(model, HycloraConfig(q_bit=8, layernorm_outlier_ratio=0.01))
+    apply_hyclora(model, rows(q_bit=8, layernorm_outlier_ratio=0.01))
     assert mean_cosine(gradients(model, batch)[1], exact) > 0.999
     savers = {
         b.name.split("layers.")[1]: b.savers["norm_in"] for b in find_patch(model).blocks if "layernorm" in b.name
@@ -118,7 +123,7 @@ def test_each_norm_restores_its_own_outliers():
 def test_k_and_v_are_kept_for_their_own_heads():
     """Defect of the original: k and v kept after repeat_kv, here 3 times the bytes."""
     model, batch = llama(), padded_batch()
-    apply_hyclora(model, HycloraConfig(layer_type="baseline", attention="eager"))
+    apply_hyclora(model, rows(layer_type="baseline", attention="eager"))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         model(**batch).loss.backward()
@@ -138,7 +143,7 @@ def check_recomputation(layer_type: str, use_reentrant: bool, family=llama) -> N
     moves a code: of 8 bit, that is little.
     """
     model, batches = family({"lora_dropout": 0.1}).double(), [padded_batch(seed=seed) for seed in range(4)]
-    config = HycloraConfig(layer_type=layer_type, q_bit=8, iteration_threshold=2)
+    config = rows(layer_type=layer_type, q_bit=8, iteration_threshold=2)
     apply_hyclora(model, config)
     plain = [gradients(model, batch)[1] for batch in batches]
     counted = token_counts(model)
@@ -163,7 +168,7 @@ def test_a_kept_act_and_hidden_are_what_backward_reads():
     model, batch = llama(), padded_batch()
     _, exact = gradients(model, batch)
     slots = dict.fromkeys(SLOTS, "exact") | {"gate": "quant2"}
-    apply_hyclora(model, HycloraConfig(layer_type="intra", slot_savers=slots))
+    apply_hyclora(model, rows(layer_type="intra", slot_savers=slots))
     _, ours = gradients(model, batch)
     errors = {name: largest_error({name: ours[name]}, {name: exact[name]}) for name in exact if "layers.1.mlp" in name}
     assert len(errors) == 6
@@ -180,7 +185,7 @@ def test_calibration_freezes_and_skips_padding():
         blocks = find_patch(model).blocks
         return {(b.name, n): t.clone() for b in blocks for s in b.savers.values() for n, t in s.state_dict().items()}
 
-    apply_hyclora(model, HycloraConfig(iteration_threshold=2))
+    apply_hyclora(model, rows(iteration_threshold=2))
     seen = []
     for seed in range(4):
         gradients(model, padded_batch(seed=seed))
@@ -191,7 +196,7 @@ def test_calibration_freezes_and_skips_padding():
     remove_hyclora(model)
 
     for filler in (3, 77):
-        apply_hyclora(model, HycloraConfig(iteration_threshold=2))
+        apply_hyclora(model, rows(iteration_threshold=2))
         noisy = dict(batch, input_ids=torch.where(batch["attention_mask"] == 1, batch["input_ids"], filler))
         gradients(model, noisy)
         saver_of[filler] = statistics()
@@ -205,7 +210,7 @@ def test_eval_generate_disabled_and_merged_adapters_run_stock_code(monkeypatch):
         expected = model.eval()(**batch).logits
         generated = model.generate(batch["input_ids"][:1], max_new_tokens=5, do_sample=False)
     _, disabled = _with_disabled(model.train(), batch)
-    apply_hyclora(model, HycloraConfig(q_bit=2))
+    apply_hyclora(model, rows(q_bit=2))
     for function in ("RMSNormFunction", "AttentionFunction", "MlpFunction"):
         monkeypatch.delattr(f"hyclora.models.blocks.{function}")
     with torch.no_grad():
@@ -232,7 +237,7 @@ def test_remove_restores_the_model_bit_for_bit(family):
     forwards = {name: m.__dict__.get("forward") for name, m in model.named_modules()}
     loss, exact = gradients(model, batch)
     state = {name: t.clone() for name, t in model.state_dict().items()}
-    apply_hyclora(model, HycloraConfig(q_bit=2))
+    apply_hyclora(model, rows(q_bit=2))
     gradients(model, batch)
     assert model.state_dict().keys() == state.keys()
     remove_hyclora(model)
@@ -246,7 +251,7 @@ def test_two_models_and_deep_copies_do_not_share_state():
     """Nothing is patched on a class; a deep copy calibrates by itself."""
     patched, plain, batch = llama(), llama(), padded_batch()
     _, exact = gradients(plain, batch)
-    apply_hyclora(patched, HycloraConfig(q_bit=2))
+    apply_hyclora(patched, rows(q_bit=2))
     clone = copy.deepcopy(patched)
     assert largest_error(gradients(plain, batch)[1], exact) == 0
     gradients(clone, batch)
@@ -258,12 +263,12 @@ def test_gradient_accumulation_sums_micro_batches():
     """Several forwards before any backward keep their own slots, also while calibration still moves."""
     model = llama()
     batches = [padded_batch(seed=s) for s in range(3)]
-    apply_hyclora(model, HycloraConfig(q_bit=4, iteration_threshold=5))
+    apply_hyclora(model, rows(q_bit=4, iteration_threshold=5))
     model.zero_grad()
     torch.stack([model(**b).loss for b in batches]).sum().backward()
     together = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     remove_hyclora(model)
-    apply_hyclora(model, HycloraConfig(q_bit=4, iteration_threshold=5))
+    apply_hyclora(model, rows(q_bit=4, iteration_threshold=5))
     model.zero_grad()
     for batch in batches:
         model(**batch).loss.backward()
@@ -294,7 +299,7 @@ def check_autocast(model, base: torch.dtype) -> None:
             return gradients(model, batch)[1]
 
     stock = autocast_gradients()
-    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    apply_hyclora(model, rows(layer_type="baseline"))
     ours = autocast_gradients()
     assert all(ours[name].dtype == g.dtype for name, g in stock.items())
     errors = [torch.stack([(g[n].float() - e).norm() / e.norm() for n, e in exact.items()]) for g in (ours, stock)]
@@ -305,7 +310,7 @@ def check_autocast(model, base: torch.dtype) -> None:
 def test_several_active_adapters_are_refused_when_they_are_used():
     model = llama()
     model.add_adapter("second", model.peft_config["default"])
-    apply_hyclora(model, HycloraConfig())
+    apply_hyclora(model, rows())
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="q_proj: several active adapters, default, second"):
         model(**padded_batch())
@@ -322,7 +327,7 @@ def test_fused_layers_are_the_unfused_ones(family, kernels):
     for layer_type in ("intra_inter", "intra_inter_full_fuse"):
         sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
         model, batch = family(**sizes), padded_batch(rows=2, width=9)
-        apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=4, iteration_threshold=1))
+        apply_hyclora(model, rows(layer_type=layer_type, q_bit=4, iteration_threshold=1))
         gradients(model, batch)
         found[layer_type] = gradients(model, batch)
         specs = [block.spec for block in find_patch(model).blocks if hasattr(block, "spec")]
@@ -340,7 +345,7 @@ def test_what_the_fused_kernels_do_not_take_goes_the_other_way(kernels, monkeypa
     found = []
     for layer_type in ("intra_inter", "intra_inter_full_fuse"):
         model = llama({"lora_bias": True} if savers is None else {}, num_hidden_layers=1)
-        config = HycloraConfig(layer_type=layer_type, iteration_threshold=1, slot_savers=savers or {})
+        config = rows(layer_type=layer_type, iteration_threshold=1, slot_savers=savers or {})
         apply_hyclora(model, config)
         for _ in range(2):
             loss, grads = gradients(model, padded_batch(rows=1, width=5))

@@ -28,6 +28,8 @@ BAD = {
     "stream=True needs attention=flash": {"stream": True, "attention": "eager"},
     "slot_savers['attn_out']='recompute'": {"slot_savers": {"attn_out": "recompute", "lse": "exact"}},
     "q_bit=auto": {"q_bit": "auto", "scale_rule": "paper"},
+    "cuda_graphs='yes' is not one of True, False, auto": {"cuda_graphs": "yes"},
+    "stream='yes' is not one of True, False, auto": {"stream": "yes"},
 }
 
 

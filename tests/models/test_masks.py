@@ -9,7 +9,7 @@ from hyclora.models.config import POLICIES
 from hyclora.models.masks import causal_bounds
 from hyclora.models.patch import find_patch
 from hyclora.models.step_hook import StepHook
-from hyclora.operators.attention.flash import is_bounds
+from hyclora.operators.attention.flash import tells_runs
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal, offloaded
 from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, mistral, padded_batch
@@ -72,7 +72,7 @@ def test_baseline_equals_stock(family, kind, attention):
     apply_hyclora(model, HycloraConfig(layer_type="baseline", attention=attention))
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
-    assert all(is_bounds(mask) == (attention == "flash") for mask in masks_given(model, batch))
+    assert all(tells_runs(mask) == (attention == "flash") for mask in masks_given(model, batch))
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -98,7 +98,8 @@ def test_nothing_of_the_size_of_the_map(family, kind):
 def test_compressed_layers_come_close(layer_type, kind):
     model, batch = mistral({"lora_dropout": 0.1}), batch_of(kind)
     _, exact = gradients(model, batch)
-    apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=8))
+    # in a stream dropout is drawn for another shape
+    apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=8, stream=False))
     assert mean_cosine(gradients(model, batch)[1], exact) > 0.999
     remove_hyclora(model)
     apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=2))
@@ -189,7 +190,7 @@ def test_a_cache_in_training_runs_stock_code():
     model, batch = llama(), padded_batch() | {"use_cache": True}
     loss, exact = gradients(model, batch)
     apply_hyclora(model)
-    assert not any(is_bounds(mask) for mask in masks_given(model, batch))
+    assert not any(tells_runs(mask) for mask in masks_given(model, batch))
     assert abs(gradients(model, batch)[0] - loss) < 1e-5
 
 
@@ -204,7 +205,7 @@ def test_masks_that_bounds_cannot_tell():
     for batch in (apart, own):
         loss, exact = gradients(model, batch)
         apply_hyclora(model, HycloraConfig(layer_type="baseline"))
-        assert not any(is_bounds(mask) for mask in masks_given(model, batch))
+        assert not any(tells_runs(mask) for mask in masks_given(model, batch))
         our_loss, ours = gradients(model, batch)
         assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
         remove_hyclora(model)

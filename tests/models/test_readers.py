@@ -21,7 +21,7 @@ from transformers import (
 
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models.patch import find_patch
-from hyclora.operators.attention.flash import is_bounds
+from hyclora.operators.attention.flash import tells_runs
 from hyclora.utils.args import LINEARS
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.small_models import gradients, llama, mistral, padded_batch, qwen2, qwen3
@@ -150,15 +150,15 @@ def test_bounds_where_nobody_reads_padding():
     """The token that predicts behind the last real one is ignored in the usual labels, and read with one label more."""
     model, batch = llama(), padded_batch()
     apply_hyclora(model)
-    assert is_bounds(masks_given(model, batch)[0])
+    assert tells_runs(masks_given(model, batch)[0])
     more = batch | {"labels": batch["labels"].clone()}
     end = int(batch["attention_mask"][1].sum())
     more["labels"][1, end] = 5  # predicted by the last real token
-    assert is_bounds(masks_given(model, more)[0])
+    assert tells_runs(masks_given(model, more)[0])
     more["labels"][1, end + 1] = 5
-    assert not is_bounds(masks_given(model, more)[0])
-    assert not is_bounds(masks_given(model, {k: t for k, t in batch.items() if k != "labels"})[0])
-    assert is_bounds(masks_given(model, {"input_ids": batch["input_ids"]})[0])
+    assert not tells_runs(masks_given(model, more)[0])
+    assert not tells_runs(masks_given(model, {k: t for k, t in batch.items() if k != "labels"})[0])
+    assert tells_runs(masks_given(model, {"input_ids": batch["input_ids"]})[0])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -167,9 +167,9 @@ def test_left_padding_is_bounds_where_stock_gives_zero(implementation):
     model = llama(attn_implementation=implementation)
     apply_hyclora(model)
     batch = {k: t.flip(1) for k, t in padded_batch().items()}
-    assert is_bounds(masks_given(model, batch)[0]) == (implementation == "sdpa")
+    assert tells_runs(masks_given(model, batch)[0]) == (implementation == "sdpa")
     batch["labels"][1:, :16] = -100
-    assert is_bounds(masks_given(model, batch)[0])
+    assert tells_runs(masks_given(model, batch)[0])
 
 
 def test_bounds_are_asked_for_once_more_where_there_is_padding_alone():
@@ -213,7 +213,7 @@ def test_hooks_see_what_they_see_in_stock(where):
     torch.testing.assert_close(seen[1], seen[0], atol=1e-5, rtol=1e-5)
     assert abs(our_loss - loss) < 1e-5 and apart(ours, exact) < 1e-5
     handle.remove()
-    assert is_bounds(masks_given(model, batch)[0])
+    assert tells_runs(masks_given(model, batch)[0])
 
 
 ASKED = {
@@ -339,4 +339,4 @@ def test_a_head_that_is_known_to_read_labelled_positions(home, known, labels):
         our_loss, ours = run(**options)
         assert abs(our_loss - loss) < 1e-5 and apart(ours, exact) < 1e-5
     (mask,) = masks_given(model, batch | {"fused_lm_head": True})
-    assert is_bounds(mask) == (known and labels != "on padding") and find_patch(model).step.unread is None
+    assert tells_runs(mask) == (known and labels != "on padding") and find_patch(model).step.unread is None

@@ -20,7 +20,6 @@ from tests.models.test_trust import layers_of
 from tests.models.test_watch import assert_seen
 
 BASELINE = HycloraConfig(layer_type="baseline")
-DEFAULT = HycloraConfig(iteration_threshold=1, q_bit=8)
 
 
 class Around(nn.Module):
@@ -160,15 +159,15 @@ def test_changed_later(name, stream):
     assert_seen(*CHANGES[name], HycloraConfig(layer_type="baseline", stream=stream))
 
 
-@pytest.mark.parametrize("change, make", CHANGES.values(), ids=CHANGES)
-def test_changed_before(change, make):
+@pytest.mark.parametrize("name, stream", PAIRS)
+def test_changed_before(name, stream):
     """At 8 bit, with inputs that are derived from norms."""
-    batch, found = padded_batch(), []
+    (change, make), batch, found = CHANGES[name], padded_batch(), []
     for patched in (False, True):
         model = make()
         change(model)
         if patched:
-            apply_hyclora(model, DEFAULT)
+            apply_hyclora(model, HycloraConfig(iteration_threshold=1, q_bit=8, stream=stream))
             gradients(model, batch)
         found.append(gradients(model, batch))
     (loss, exact), (our_loss, ours) = found

@@ -305,6 +305,16 @@ def test_the_row_is_known_before_hugging_faces_code(monkeypatch):
             torch.testing.assert_close(found, train(ours, [batch])[0], atol=1e-2 if DEVICE == "cuda" else 1e-5, rtol=0)
 
 
+def test_auto_is_off_with_the_sparse_map(shapes):
+    """Which is kept of rows; with flash it is on."""
+    for attention, seen in (("eager", (3, 21)), ("flash", (1, int(padded_batch()["attention_mask"].sum())))):
+        shapes.clear()
+        model = llama()
+        apply_hyclora(model, HycloraConfig(attention=attention, stream="auto"))
+        gradients(model, padded_batch())
+        assert set(shapes) == {seen}
+
+
 def test_whole_rows_stay_rows(shapes):
     model, batch = llama(), padded_batch()
     apply_hyclora(model, HycloraConfig(**BASELINE))

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 
 import pytest
 import torch
@@ -87,7 +88,20 @@ def content(folder):
     return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.parent.rglob("*") if file.is_file()}
 
 
-def test_the_run_with_equal_settings_is_resumed_not_the_newest(drive, stopped, tmp_path):
+@pytest.fixture
+def trained(monkeypatch):
+    """Tokens that are no padding, by the folder of the run that computed them."""
+    stock, found = HycloraTrainer.compute_loss, Counter()
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        found[self.args.output_dir] += int(inputs["attention_mask"].sum())
+        return stock(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(HycloraTrainer, "compute_loss", compute_loss)
+    return found
+
+
+def test_the_run_with_equal_settings_is_resumed_not_the_newest(drive, stopped, tmp_path, trained):
     wanted = stopped("--seed", 1)
     other = stopped("--seed", 2)
     before = {file: state for file, state in content(other).items() if other.name in str(file)}
@@ -97,6 +111,8 @@ def test_the_run_with_equal_settings_is_resumed_not_the_newest(drive, stopped, t
     assert before == {file: state for file, state in content(other).items() if other.name in str(file)}
     found = json.loads((tmp_path / f"{wanted.name}.json").read_text())
     assert [entry["step"] for entry in found["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+    assert found["train"]["tokens"] == trained[str(wanted)] > trained[str(other)]
+    assert f"{found['train']['tokens_per_second']:.0f}" in said
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,14 @@ def test_a_preset_sets_what_is_not_given():
     assert (given.q_bit, given.offload, given.cuda_graphs) == (2, False, True)
 
 
+@pytest.mark.parametrize("text, value", [("True", True), ("false", False), ("1", True), ("auto", "auto")])
+@pytest.mark.parametrize("name", ["cuda_graphs", "stream"])
+def test_a_switch_can_be_auto(name, text, value):
+    assert repr(getattr(parse(f"--{name}", text, "--use_hyclora", "False")["HycloraArguments"], name)) == repr(value)
+    with pytest.raises(UserError, match=f"argument --{name}.*perhaps"):
+        parse(f"--{name}", "perhaps")
+
+
 def test_slot_savers_are_written_as_json():
     arguments = parse("--slot_savers", '{"gate": "exact"}')["HycloraArguments"]
     assert arguments.config().slot_savers == {"gate": "exact"}
@@ -120,6 +128,12 @@ def test_help_has_our_topics_first_and_lists_choices():
     topics = ["model:", "data:", "LoRA:", "HyC-LoRA:", "evaluation:", "Trainer:"]
     places = [text.index(f" {topic} --") for topic in topics]
     assert places == sorted(places) and text.index("--learning_rate LEARNING_RATE") > places[-1]
-    for listed in ("--q_bit {2,3,4,8,auto}", "--layer_type {baseline,intra,", "--lr_scheduler_type {linear,", "{True,"):
+    for listed in (
+        "--q_bit {2,3,4,8,auto}",
+        "--layer_type {baseline,intra,",
+        "--lr_scheduler_type {linear,",
+        "{True,",
+        "--stream [{True,False,auto}]",
+    ):
         assert listed in text
     assert "--learning-rate" not in text

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from hyclora.utils import trainer as trainer_module
 from hyclora.utils.args import LoraArguments, ModelArguments, TrainingArguments
 from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.errors import Interrupted, NotFinite
@@ -134,3 +136,14 @@ def test_tokens_are_counted_without_padding(make_trainer):
     trainer.train()
     assert trainer.progress.totals["tokens"] == sum(len(row["input_ids"]) for row in ragged)
     assert trainer.progress.totals["tokens_per_second"] > 0
+
+
+def test_writing_a_checkpoint_is_no_time_of_training(make_trainer, monkeypatch):
+    monkeypatch.setattr(
+        trainer_module, "seal", lambda folder, stock=trainer_module.seal: (time.sleep(1), stock(folder))
+    )
+    trainer, start = make_trainer(max_steps=2, save_steps=1, callbacks=[At(1, lambda: time.sleep(0.5))]), time.time()
+    trainer.train()
+    totals = trainer.progress.totals
+    assert 0.5 < totals["seconds"] < time.time() - start - 2
+    assert totals["tokens_per_second"] == pytest.approx(2 * 4 * 12 / totals["seconds"], abs=0.1)

@@ -31,8 +31,8 @@ NEEDS = {
 
 # What leaves the numbers of a training as they are: where the model, the data and the results lie (`content_of` knows
 # what is in them), the name of settings that count one by one, what is reported and saved and when, how the result is
-# evaluated, on which machine and in how many helping processes it runs, where packed bytes wait and how kernels are
-# launched.
+# evaluated, on which machine and in how many helping processes it runs, where packed bytes wait, how kernels are
+# launched, whether padding is computed.
 FREE = {
     *("model_dir", "data_dir", "output_dir", "preset", "run_name", "resume_from_checkpoint"),
     *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),

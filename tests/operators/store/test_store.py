@@ -288,7 +288,7 @@ def test_a_hook_that_copies_saved_tensors_is_refused():
 
 def test_a_cpu_model_has_nothing_to_offload():
     model = llama().cpu()
-    with pytest.raises(ValueError, match="offload=True needs all layers on one GPU; this model is on cpu"):
+    with pytest.raises(ValueError, match="offload=True needs all layers on one GPU; the layers are on cpu"):
         apply_hyclora(model, HycloraConfig(offload=True))
     assert not any("forward" in m.__dict__ for m in model.modules())
 
