@@ -6,8 +6,8 @@ graph and their backward as another; from then on both are replayed. Inputs are 
 in a memory pool that all graphs share; the backward adds to fixed buffers, which are the parameters' .grad, or are
 given to autograd where somebody listens: hooks on parameters, or several processes, whose DDP waits for gradients.
 
-Whatever a graph cannot do or would hide runs layer by layer: dropout, hooks on modules, gradient checkpointing, weights
-that FSDP puts there, inputs that differ from layer to layer, a forward before the backward of another one.
+Whatever a graph cannot do or would hide runs layer by layer: dropout, hooks on modules, gradient checkpointing, FSDP,
+inputs that differ from layer to layer, a forward before the backward of another one.
 """
 
 import weakref
@@ -171,8 +171,7 @@ class LayerGraphs(Pausable):
             return None
         trainable = [t for p in self.projections for t in p.parameters() if t is not None]
         trainable += [norm.weight for norm in self.norms]
-        # FSDP's are pieces of a larger one, and elsewhere in the next step
-        if not all(t.is_leaf for t in trainable) or not any(t.requires_grad for t in trainable):
+        if not any(t.requires_grad for t in trainable):
             return None
         # the hooks by which DDP reduces gradients cannot be seen from here
         self._listened = torch.distributed.is_available() and torch.distributed.is_initialized()
