@@ -12,6 +12,7 @@ from tests.helpers.offloading import equal
 from tests.helpers.ranks import run_ranks
 from tests.helpers.replaying import CALIBRATION, Rerun, batches, config, graphed, replayed, train
 from tests.helpers.small_models import gradients, largest_error, llama
+from tests.models.test_stream import ragged
 
 N_STEPS = 12
 VIEWS = {"gradient_as_bucket_view": True}
@@ -89,6 +90,28 @@ WAYS = [
 @pytest.mark.parametrize("options, set_to_none", WAYS, ids=str)
 def test_two_ranks(tmp_path, options, set_to_none):
     run_ranks(compare, tmp_path, options, set_to_none)
+
+
+def compare_streams(rank: int) -> None:
+    """Of ragged rows, replayed or not, and of rows of a batch as they are."""
+    found = []
+    for stream in (False, True):
+        model, grads, replays = llama(), [], 0
+        graphs = graphed(model, {"layer_type": "baseline", "stream": stream}, recorder=Rerun())
+        parallel = DistributedDataParallel(model)
+        for step in range(10):
+            parallel.zero_grad()
+            loss = parallel(**ragged(2 * step + rank)).loss
+            replays += graphs._pending() is not None
+            loss.backward()
+            grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        found.append(grads)
+        assert replays or not stream
+    assert all(largest_error(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+def test_streams_of_two_ranks(tmp_path):
+    run_ranks(compare_streams, tmp_path)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
