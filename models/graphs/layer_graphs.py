@@ -3,11 +3,12 @@
 At a few thousand tokens a layer's kernels are shorter than the time the host needs to launch them. So the second time
 that a kind of input (shapes, padding, adapters) comes after calibration, the forward of all layers is captured as one
 graph and their backward as another; from then on both are replayed. Inputs are copied to fixed places; activations live
-in a memory pool that all graphs share; the backward adds to fixed buffers, which are the parameters' .grad.
+in a memory pool that all graphs share; the backward adds to fixed buffers, which are the parameters' .grad, or are
+given to autograd where somebody listens: hooks on parameters, or several processes, whose DDP waits for gradients.
 
-Whatever a graph cannot do or would hide runs layer by layer: dropout of attention, hooks on modules or parameters,
-gradient checkpointing, several processes, inputs that differ from layer to layer, a forward before the backward of
-another one. The adapters' dropout is replayed: a graph draws seeds anew (operators/linear/dropout.py).
+Whatever a graph cannot do or would hide runs layer by layer: dropout of attention, hooks on modules, gradient
+checkpointing, FSDP, inputs that differ from layer to layer, a forward before the backward of another one. The adapters'
+dropout is replayed: a graph draws seeds anew (operators/linear/dropout.py).
 """
 
 import weakref
@@ -22,12 +23,11 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unfla
 
 from hyclora.models.blocks import Block, autocast_dtype
 from hyclora.models.graphs.foresight import Foretold
-from hyclora.models.graphs.gradients import GradientBuffers, add_gradients
+from hyclora.models.graphs.gradients import GradientBuffers, ReplayFunction, Ticket, add_gradients
 from hyclora.models.graphs.recording import Recording
 from hyclora.models.graphs.sizes import Sizes
 from hyclora.models.layers import OURS, LayerBlock
 from hyclora.operators.attention.flash import is_bounds
-from hyclora.operators.first_order import first_order
 from hyclora.operators.pausable import Pausable
 from hyclora.operators.random_state import get_rng_state, replayed_rng
 
@@ -78,6 +78,7 @@ class LayerGraphs(Pausable):
             "_first": None,
             "_warm": False,
             "sizes": Sizes(),
+            "_listened": False,
         }
 
     def fill(self, n_tokens: int, n_documents: int) -> tuple[int, int]:
@@ -125,7 +126,8 @@ class LayerGraphs(Pausable):
         if asked is not None:
             self._foreseen[asked] = self._kind[0]
         self._passing = len(self.layers) > 1
-        return ReplayFunction.apply(hidden, recording.anchor, self, recording)
+        reached = recording.gradients if self._listened else (recording.anchor,)
+        return ReplayFunction.apply(hidden, recording, self.begin(), self.gradients, self._listened, *reached)
 
     def _find(self, hidden: Tensor, args: tuple, kwargs: dict) -> tuple[Recording | None, list[Tensor], list[Tensor]]:
         """The recording to replay, if there is one, its inputs, and the weights that it reads; started if it can be."""
@@ -156,7 +158,7 @@ class LayerGraphs(Pausable):
         self._started = recording
         recording.start(inputs)
 
-    def begin(self) -> "Ticket":
+    def begin(self) -> Ticket:
         """A forward has been replayed: its activations are in the pool as long as the ticket lives."""
         ticket = Ticket()
         self._pending = weakref.ref(ticket)
@@ -195,22 +197,18 @@ class LayerGraphs(Pausable):
         modules = [layer.module for layer in self.layers]
         if any(getattr(m, "gradient_checkpointing", False) or not m.training for m in modules):
             return None
-        if (
-            self.patch.watch.drops
-            or self.patch.watch.is_hooked()
-            or torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-        ):
+        if self.patch.watch.drops or self.patch.watch.is_hooked():
             return None
         running = self.step.running
         if not all([p.refresh(running) for p in self.projections]):
             return None
         trainable = [t for p in self.projections for t in p.parameters() if t is not None]
         trainable += [norm.weight for norm in self.norms]
-        if any(t._backward_hooks or t._post_accumulate_grad_hooks for t in trainable):
-            return None
         if not any(t.requires_grad for t in trainable):
             return None
+        # the hooks by which DDP reduces gradients cannot be seen from here
+        self._listened = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._listened |= any(t._backward_hooks or t._post_accumulate_grad_hooks for t in trainable)
         return [p.base.weight for p in self.projections] + trainable
 
     def _state_of(self, weights: list[Tensor]) -> tuple:
@@ -260,7 +258,7 @@ class LayerGraphs(Pausable):
         args, kwargs = tree_unflatten(leaves, spec)
         trained = [_trained(layer.module) for layer in self.layers]
         anchor = next(p for layer in trained for _, _, p in layer)
-        buffers = {p: self.gradients.of(p) for layer in trained for _, _, p in layer}
+        buffers = {p: self.gradients.of(p, adopt=not self._listened) for layer in trained for _, _, p in layer}
         reached: dict[nn.Parameter, Tensor] = {}
         # edges, not tensors: between two layers nothing but the sum of both is kept, and not for backward
         edges: list[tuple[GradientEdge | None, list[Tensor]]] = []
@@ -346,10 +344,6 @@ class LayerGraphs(Pausable):
             self._store.settle()
 
 
-class Ticket:
-    """Lives until the backward of a replayed forward has run, or its graph is dropped."""
-
-
 def _varies(leaf, hidden: Tensor) -> bool:
     """Whether an argument is data that kernels read; what the host reads is part of what is recorded."""
     return isinstance(leaf, Tensor) and leaf.device == hidden.device and not is_bounds(leaf)
@@ -372,36 +366,3 @@ def _trained(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 def _nothing() -> None:
     """A weak reference to nothing."""
-
-
-class ReplayFunction(torch.autograd.Function):
-    """All layers, started already, as one Function: the output for hidden, and its gradient.
-
-    anchor: some trained parameter, so that there is a backward although hidden may need no gradient. The gradients of
-    parameters do not pass through autograd; the graph adds them to .grad.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, anchor, graphs: LayerGraphs, recording: Recording):
-        ctx.graphs, ctx.recording, ctx.ticket = graphs, recording, graphs.begin()
-        return recording.output.detach()
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dy):
-        if ctx.ticket is None:
-            raise RuntimeError(
-                "cuda_graphs: a second backward through the layers, whose activations the first one has used up; "
-                "retain_graph needs cuda_graphs=False"
-            )
-        if not torch._C._will_engine_execute_node(get_gradient_edge(ctx.recording.anchor).node):
-            raise RuntimeError(
-                "cuda_graphs: gradients of single tensors were asked for, but graphs add those of all adapters to "
-                ".grad; use cuda_graphs=False"
-            )
-        ctx.graphs.gradients.attach(ctx.recording.gradients)
-        ctx.recording.dy.copy_(dy)
-        ctx.recording.backward()
-        ctx.ticket = None
-        dx = ctx.recording.dx
-        return None if dx is None else dx.clone(), None, None, None

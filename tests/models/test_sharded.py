@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
@@ -17,17 +16,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models.outputs import Deferred
 from tests.helpers.kernel_checks import DEVICE
+from tests.helpers.replaying import CALIBRATION, graphed
 from tests.helpers.small_models import largest_error, llama, padded_batch
 
 BASELINE = HycloraConfig(layer_type="baseline")
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    backend = {"cpu": "gloo", "cuda": "nccl"}[DEVICE]
-    dist.init_process_group(backend, init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def shard(model):
@@ -56,6 +48,15 @@ def test_the_first_kind(one_process, sharded_first):
     stock = shard(stock)
     for _ in range(3):
         assert largest_error(train(ours), train(stock)) < 1e-5
+
+
+def test_the_first_kind_is_not_replayed(one_process):
+    model, stock = llama(), shard(llama())
+    graphs = graphed(model, {"layer_type": "baseline"})
+    model = shard(model)
+    for _ in range(CALIBRATION + 3):
+        assert largest_error(train(model), train(stock)) < 1e-5
+    assert not graphs.recordings
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)

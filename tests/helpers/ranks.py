@@ -1,0 +1,31 @@
+"""Two processes on the CPU that talk by gloo."""
+
+import os
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hyclora.operators import dispatch
+
+
+def run_ranks(function, folder, *args) -> None:
+    """function(rank, *args) in each of two processes; RuntimeError if one raises, with its traceback on stderr."""
+    mp.spawn(_run, args=(function, str(folder), args), nprocs=2)
+
+
+def _run(rank: int, function, folder: str, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dispatch.INTERPRETING = False  # as in the tests' own process: conftest.py
+    failed = True
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+        function(rank, *args)
+        dist.barrier()
+        failed = False
+    except Exception:
+        traceback.print_exc()
+    finally:
+        # without destructors: DDP's joins gloo's thread while it holds the GIL, for which that thread may be waiting
+        os._exit(failed)
