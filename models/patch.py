@@ -188,8 +188,7 @@ def _why_no_graphs(layers: list[nn.Module], blocks: list[Block]) -> str | None:
         return elsewhere
     if sum(isinstance(block, LayerBlock) for block in blocks) < len(layers):
         return "parts of layers run stock code"
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return "the layers are trained by several processes" if several else None
+    return None
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:

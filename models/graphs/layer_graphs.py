@@ -212,8 +212,8 @@ class LayerGraphs(Pausable):
         return [p.base.weight for p in self.projections] + trainable
 
     def _state_of(self, weights: list[Tensor]) -> tuple:
-        """What a recording is found by beside its inputs: where the weights are, and the adapters' state."""
-        trained = tuple(t.requires_grad for t in weights)
+        """What a recording is found by beside its inputs: which weights there are, where, and the adapters' state."""
+        trained = tuple(id(t) if t.requires_grad else 0 for t in weights)
         adapters = ((p.adapter, p.scaling, p.dropout) for p in self.projections)
         return _places(weights), trained, self.patch.watch.numbers, *adapters
 

@@ -49,9 +49,9 @@ def compare(rank: int, options: dict, set_to_none: bool) -> None:
     """What both ranks get with replays: as layer by layer bit for bit, and as one process on both batches."""
     for layer_type in ("baseline", "intra_inter_full_fuse"):
         reference, ours = llama(), llama()
-        apply_hyclora(reference, config(layer_type=layer_type))
+        apply_hyclora(reference, config(layer_type=layer_type, stream=False))
         expected, _ = train_parallel(rank, reference, options, set_to_none)
-        graphs = graphed(ours, {"layer_type": layer_type}, recorder=Rerun())
+        graphs = graphed(ours, {"layer_type": layer_type, "stream": False}, recorder=Rerun())
         record, reduce, inside = graphs._capture, dist.all_reduce, []
 
         def capture(*args, record=record, reduce=reduce, inside=inside):
