@@ -1,7 +1,7 @@
 """Measurements that anyone can run again: each appends JSON lines to results/, which report and figures read.
 
 memory_throughput.py  a step against the peers               kernels.py         bandwidth of each kernel
-real_rows.py          training on rows of many lengths
+real_rows.py          training on rows of many lengths       packed_rows.py     through TRL's trainer, packed
 peers.py              one way of fine-tuning, measured       cross_entropy.py   LM head and loss against others
 buffered.py           bytes kept by one layer                fidelity.py        how close gradients are to exact ones
 peak_memory.py        what is alive at the peak of a step    finetune.py        whether fine-tuning notices

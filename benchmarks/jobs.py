@@ -12,7 +12,10 @@ SHAPES = Path(__file__).parent / "shapes"
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure. setting: a key of PEERS, or arguments of HycloraConfig; rows: real ones (real_rows.py)."""
+    """What to measure.
+
+    setting: a key of PEERS, or arguments of HycloraConfig; rows: real ones (real_rows.py, packed_rows.py).
+    """
 
     setting: str | dict
     shape: str
@@ -37,9 +40,16 @@ class Job:
     def arguments(self) -> dict:
         """What a line of results calls so: all but what is told elsewhere in it or is only a place."""
         found = {name: value for name, value in asdict(self).items() if name not in ("setting", "checkpoints")}
-        found["rows"] = self.rows and {n: Path(v).name if isinstance(v, str) else v for n, v in self.rows.items()}
+        found["rows"] = self.rows and {name: _name(value) for name, value in self.rows.items()}
         # lines from before there were such options are of jobs without
         return {name: value for name, value in found.items() if name not in ("lora_dropout", "rows") or value}
+
+
+def _name(value):
+    """The last part of a path, or of each in a list; anything else as it is."""
+    if isinstance(value, list):
+        return [_name(item) for item in value]
+    return Path(value).name if isinstance(value, str) else value
 
 
 def cell(text: str) -> tuple[int, int]:

@@ -133,20 +133,25 @@ PEERS = {
 }
 
 
-def hyclora(job: Job):
-    """This project: PEFT's model, patched."""
-    model = lora(job)
-    from hyclora import HycloraConfig, apply_hyclora
+def stock(job: Job):
+    """The job's model before this project patches it; UserError if its peer is not installed."""
+    if needed := missing(job):
+        raise UserError(f"{job.setting} needs the module {needed}, which is not installed")
+    return lora(job) if isinstance(job.setting, dict) else PEERS[job.setting].build(job)
 
-    apply_hyclora(model, HycloraConfig(**job.setting))
+
+def patch(job: Job, model):
+    """The model as the job's setting has it: this project's is PEFT's, patched."""
+    if isinstance(job.setting, dict):
+        from hyclora import HycloraConfig, apply_hyclora
+
+        apply_hyclora(model, HycloraConfig(**job.setting))
     return model
 
 
 def build(job: Job):
-    """The job's model; UserError if its peer is not installed."""
-    if needed := missing(job):
-        raise UserError(f"{job.setting} needs the module {needed}, which is not installed")
-    return hyclora(job) if isinstance(job.setting, dict) else PEERS[job.setting].build(job)
+    """The job's model."""
+    return patch(job, stock(job))
 
 
 def micro_step(job: Job):
@@ -159,13 +164,20 @@ def micro_step(job: Job):
 
 def measure(job: Job) -> dict:
     """Memory and time of the job's micro-step, or of training on its rows."""
-    if job.rows is not None:
-        model = build(job)
-        from benchmarks.real_rows import measure_rows  # after a peer's own imports
+    if job.rows is None:
+        step = micro_step(job)
+        found = step.memory() | step.throughput(job.steps)
+    elif job.rows.get("packing"):
+        model = stock(job)
+        from benchmarks.packed_rows import measure_packed  # after a peer's own imports
 
-        return measure_rows(job, model) | {"allocator": os.environ.get("PYTORCH_ALLOC_CONF")}
-    step = micro_step(job)
-    return step.memory() | step.throughput(job.steps) | {"allocator": os.environ.get("PYTORCH_ALLOC_CONF")}
+        found = measure_packed(job, model, patch)
+    else:
+        model = build(job)
+        from benchmarks.real_rows import measure_rows
+
+        found = measure_rows(job, model)
+    return found | {"allocator": os.environ.get("PYTORCH_ALLOC_CONF")}
 
 
 def cause(error: BaseException) -> str:

@@ -16,6 +16,7 @@ import gc
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.jobs import Job, add_arguments, cell, make_job, number
@@ -31,18 +32,79 @@ SETTINGS = """["Unsloth", "Unsloth, offloaded checkpointing", "PEFT LoRA",
     {"offload": true, "cuda_graphs": true, "stream": false}, {"offload": true, "cuda_graphs": true, "stream": true}]"""
 
 
-def batches_of(job: Job) -> list[dict]:
-    """The job's micro-batches on the CPU, the same for every setting; UserError if there are too few rows."""
+class Meter:
+    """When micro-steps ended, and the memory of the GPU that they took.
+
+    settled: wait for the GPU after every micro-step, not only where times are told.
+    """
+
+    def __init__(self, device: str, warm: int, steps: int, settled: bool = True):
+        self.cuda, self.warm, self.total, self.settled = device == "cuda", warm, warm + steps, settled
+        self.times: list[float] = []
+        self.found: dict[str, float] = {}
+
+    def start(self) -> None:
+        if self.cuda:
+            import torch
+
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.loaded = torch.cuda.memory_allocated()
+        self.first = self.last = time.perf_counter()
+
+    def step(self, optimizer) -> None:
+        """A micro-step has ended, and its gradients are still there: they count as static."""
+        import torch
+
+        done = len(self.times) + 1
+        if self.cuda and (self.settled or done in (self.warm, FIRST, self.total)):
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.times.append(now - self.last)
+        if done == FIRST:
+            self.found["first_100_s"] = round(now - self.first, 2)
+        if done == self.total and self.cuda:
+            from hyclora.utils.profiling import MIB, gradients_and_state
+
+            static = self.loaded + sum(t.numel() * t.element_size() for t in gradients_and_state(optimizer))
+            sizes = {"static": static, "dyn": torch.cuda.max_memory_allocated() - static}
+            sizes["held"] = torch.cuda.max_memory_reserved() - static
+            self.found |= {f"{name}_mib": round(size / MIB, 1) for name, size in sizes.items()}
+        self.last = time.perf_counter()
+
+    def result(self, tokens: list[int]) -> dict[str, float]:
+        """What a line says of the timed micro-steps; tokens: how many each of all had that are no padding."""
+        timed, real = self.times[self.warm : self.total], tokens[self.warm : self.total]
+        if len(timed) < self.total - self.warm:
+            raise ValueError(f"{len(self.times)} micro-steps were seen of {self.total}")
+        return {
+            "ms": round(1e3 * statistics.mean(timed), 1),
+            **({"ms_median": round(1e3 * statistics.median(timed), 1)} if self.settled else {}),
+            "real_tokens_per_second": round(sum(real) / sum(timed)),
+            "real_tokens": round(statistics.mean(real)),
+            **self.found,
+        }
+
+
+def tokenizer_of(job: Job):
+    """The tokenizer of the job's rows, as the scripts load it."""
     from transformers import AutoConfig
 
-    from hyclora.utils.args import DataArguments
-    from hyclora.utils.data import gsm8k
-    from hyclora.utils.data.tokens import Collator, tokenize_rows
     from hyclora.utils.tokenizer import load_as_trained
 
     if not Path(job.rows["tokenizer"]).is_dir():
         raise UserError(f"{job.rows['tokenizer']} does not exist: --tokenizer is the folder of a tokenizer's files")
-    tokenizer, _ = load_as_trained(job.rows["tokenizer"], AutoConfig.from_pretrained(job.folder))
+    return load_as_trained(job.rows["tokenizer"], AutoConfig.from_pretrained(job.folder))[0]
+
+
+def batches_of(job: Job) -> list[dict]:
+    """The job's micro-batches on the CPU, the same for every setting; UserError if there are too few rows."""
+    from hyclora.utils.args import DataArguments
+    from hyclora.utils.data import gsm8k
+    from hyclora.utils.data.tokens import Collator, tokenize_rows
+
+    tokenizer = tokenizer_of(job)
     rows = gsm8k.load_rows(DataArguments(data_name="gsm8k", data_dir=job.rows["data_dir"]), "train")
     random.Random(ORDER).shuffle(rows)
     needed = (job.rows["warm_up"] + job.steps) * job.batch_size
@@ -57,25 +119,12 @@ def measure_rows(job: Job, model) -> dict:
     """Train the job's model on them."""
     import torch
 
-    from hyclora.utils.profiling import MIB, gradients_and_state
-
     batches, warm, device = batches_of(job), job.rows["warm_up"], torch.device(job.device)
     cuda = device.type == "cuda"
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=cuda)
-    ends, loaded = [], 0
-    if cuda:
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        loaded = torch.cuda.memory_allocated()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=cuda)
+    meter = Meter(job.device, warm, job.steps)
     model.train()
-
-    def settle() -> None:
-        if cuda:
-            torch.cuda.synchronize()
-
-    start = time.perf_counter()
+    meter.start()
     for i, batch in enumerate(batches):
         batch = {name: t.to(device) for name, t in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
@@ -84,50 +133,45 @@ def measure_rows(job: Job, model) -> dict:
         if i % ACCUMULATE == ACCUMULATE - 1:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-        settle()
-        ends.append(time.perf_counter())
-    each = [1e3 * (b - a) for a, b in zip([start, *ends], ends, strict=False)]
-    timed, real = each[warm:], [int(batch["attention_mask"].sum()) for batch in batches]
-    found = {
-        "ms": round(statistics.mean(timed), 1),
-        "ms_median": round(statistics.median(timed), 1),
-        "real_tokens_per_second": round(1e3 * sum(real[warm:]) / sum(timed)),
-        "real_tokens": round(statistics.mean(real[warm:])),
+        meter.step(optimizer)
+    return meter.result([int(batch["attention_mask"].sum()) for batch in batches]) | {
         "width": round(statistics.mean(batch["input_ids"].shape[1] for batch in batches[warm:]), 1),
         "widths": len({batch["input_ids"].shape[1] for batch in batches}),
         "loss": round(loss.item(), 4),
     }
-    if len(ends) >= FIRST:
-        found["first_100_s"] = round(ends[FIRST - 1] - start, 2)
-    if cuda:
-        static = loaded + sum(t.numel() * t.element_size() for t in gradients_and_state(trained, optimizer))
-        sizes = {"static": static, "dyn": torch.cuda.max_memory_allocated() - static}
-        sizes["held"] = torch.cuda.max_memory_reserved() - static
-        found |= {f"{name}_mib": round(size / MIB, 1) for name, size in sizes.items()}
-    return found
+
+
+def add_row_arguments(parser: argparse.ArgumentParser, settings_: str, longest: tuple[int, int]) -> None:
+    """What a benchmark on real rows takes whatever they are."""
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the tokenizer's files")
+    parser.add_argument("--shape", default="llama-2-7b", help="in benchmarks/shapes, or a folder")
+    parser.add_argument("--cells", nargs="+", type=cell, default=[longest], help="ROWSxLONGEST")
+    parser.add_argument("--settings", type=settings, default=settings_, help=settings.__doc__)
+    parser.add_argument("--warm_up", type=number(1), default=32, help="micro-steps before those that are timed")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one setting, loading included")
+    parser.add_argument("--again", action="store_true", help="measure also what this commit has measured")
+    add_arguments(parser, steps=96)
+
+
+def sweep_rows(name: str, args: argparse.Namespace, rows: dict, check: Callable[[Job], object]) -> None:
+    """A line for each cell and setting. What is wrong with rows or tokenizer is said before a model is made."""
+    rows = {**rows, "tokenizer": str(args.tokenizer), "warm_up": args.warm_up}
+    jobs = [make_job(args, args.shape, one, setting, rows) for one in args.cells for setting in args.settings]
+    check(jobs[0])
+    sweep(name, jobs, args)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with GSM8K's train.jsonl")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the tokenizer's files")
-    parser.add_argument("--shape", default="llama-2-7b", help="in benchmarks/shapes, or a folder")
-    parser.add_argument("--cells", nargs="+", type=cell, default=[(4, 512)], help="ROWSxLONGEST")
-    parser.add_argument("--settings", type=settings, default=SETTINGS, help=settings.__doc__)
-    parser.add_argument("--warm_up", type=number(1), default=32, help="micro-steps before those that are timed")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one setting, loading included")
-    parser.add_argument("--again", action="store_true", help="measure also what this commit has measured")
-    add_arguments(parser, steps=96)
+    add_row_arguments(parser, SETTINGS, (4, 512))
     return parser.parse_args(argv)
 
 
 @entry_point
 def main(argv: list[str] | None = None):
     args = parse(argv)
-    rows = {"data_dir": str(args.data_dir), "tokenizer": str(args.tokenizer), "warm_up": args.warm_up}
-    jobs = [make_job(args, args.shape, one, setting, rows) for one in args.cells for setting in args.settings]
-    batches_of(jobs[0])  # what is wrong with rows or tokenizer is said before a model is made
-    sweep(NAME, jobs, args)
+    sweep_rows(NAME, args, {"data_dir": str(args.data_dir)}, batches_of)
 
 
 if __name__ == "__main__":

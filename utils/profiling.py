@@ -88,8 +88,9 @@ def pinned_bytes(model: nn.Module) -> int:
     return 0 if store is None else store.arena.pinned
 
 
-def gradients_and_state(trained: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def gradients_and_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What is on the GPU of gradients and of an optimizer's state."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     state = [t for values in optimizer.state.values() for t in values.values()]
     return [t for t in (*(p.grad for p in trained), *state) if isinstance(t, Tensor) and t.is_cuda]
 
@@ -139,7 +140,7 @@ class MicroStep:
         if self.device.type != "cuda":
             return {"buffered_mib": round(buffered_bytes(self.model, self.batch) / MIB, 3)}
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        trained += gradients_and_state(trained, self.optimizer)
+        trained += gradients_and_state(self.optimizer)
         graphs = graphs_of(self.model)
         if graphs is not None:
             graphs.clear()
