@@ -4,12 +4,13 @@ A recording takes the host as long as some thousand tokens take the GPU. So a si
 as much filler as that costs: what is rare never is, and at most twice the least is spent.
 """
 
+import sys
 from collections import Counter
 
 # at least from one size to the next
 STEP = 64
 # tokens of filler that cost what a recording does: 0.4 seconds (7B on an H200)
-PRICE = 4096
+PRICE = 8192
 # rows that are filled up to the largest size seen while nothing comes of it
 PATIENCE = 2
 # of documents come in as many at a time
@@ -19,7 +20,8 @@ PLACES = 8
 class Sizes:
     """Of the rows that are recorded, and what rows of others have cost since.
 
-    The first one to be recorded is the largest that was seen, in whose memory all smaller ones find room.
+    The first one to be recorded is the largest that was seen, or is likely to be, in whose memory all smaller ones find
+    room.
     places: for where documents begin; attention's backward takes 128 tokens' memory for each, used or not.
     """
 
@@ -28,18 +30,21 @@ class Sizes:
         self.places = 0
         self._served: Counter[tuple[int, int]] = Counter()
         self._shapes: Counter[tuple[int, int]] = Counter()
-        self._largest = self._in_vain = 0
+        self._largest, self._smallest, self._in_vain = 0, sys.maxsize, 0
 
     def choose(self, n: int, calibrating: bool, room: bool) -> int:
         """The size of a row for n tokens. room: whether another one can be recorded; calibrating: nothing can yet."""
         own = filled_size(n)
-        self._largest = max(self._largest, own)
+        self._largest, self._smallest = max(self._largest, own), min(self._smallest, own)
         if calibrating or own in self.recorded:
             return own
         larger = min((size for size in self.recorded if size > own), default=None)
         if larger is None:
             self._in_vain += 1
-            return self._largest if room and self._in_vain <= PATIENCE else own
+            if not room or self._in_vain > PATIENCE:
+                return own
+            # where lengths differ a longer row is still to come
+            return self._largest if self._smallest == self._largest else filled_size(self._largest * 9 // 8)
         self._served[own, larger] += 1
         size = max((size for size, _ in self._served if size >= own), key=self._saved)
         return size if room and self._saved(size) > PRICE else larger

@@ -25,15 +25,22 @@ def test_the_largest_comes_first():
     sizes = Sizes()
     for n in (500, 1100, 700):
         assert sizes.choose(n, calibrating=True, room=True) == filled_size(n)
-    assert choose(sizes, 600) == filled_size(1100)
-    assert choose(sizes, 10) == filled_size(1100) and choose(sizes, 1200) == filled_size(1200)
+    first = filled_size(filled_size(1100) * 9 // 8)
+    assert choose(sizes, 600) == first and choose(sizes, 10) == first
+    assert choose(sizes, 1500) == filled_size(filled_size(1500) * 9 // 8)
+
+
+def test_rows_of_one_length_have_no_filler():
+    sizes = Sizes()
+    sizes.choose(2048, calibrating=True, room=True)
+    assert choose(sizes, 2048) == 2048
 
 
 def test_rows_that_nobody_records_are_soon_as_short_as_they_can_be():
     sizes = Sizes()
     sizes.choose(1000, calibrating=True, room=True)
     found = [sizes.choose(100, calibrating=False, room=True) for _ in range(PATIENCE + 2)]
-    assert found == [1024] * PATIENCE + [128] * 2
+    assert found == [1152] * PATIENCE + [128] * 2
 
 
 def test_a_size_is_recorded_once_it_would_have_paid():
