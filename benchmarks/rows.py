@@ -37,6 +37,8 @@ def _as_measured(benchmark: str, setting: dict) -> dict:
     Padding, as its random rows are full; and but for time and GPU memory, CUDA graphs, which change neither bytes nor
     gradients.
     """
+    if benchmark in ("real_rows", "packed_rows"):
+        return on_a_gpu(setting) | {"stream": "auto" if setting["stream"] else False}
     default = whole({})
     graphs = on_a_gpu(setting) if benchmark == "memory_throughput" else default
     return setting | {"stream": default["stream"], "cuda_graphs": graphs["cuda_graphs"]}

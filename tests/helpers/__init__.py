@@ -4,5 +4,5 @@ small_models.py    PEFT models and batches, their gradients  kernel_checks.py  e
 counting.py        bytes alive, and kept for backward        replaying.py      CUDA graphs, without a GPU
 offloading.py      a store whose copies come late            small_tokenizers.py  folders with a tokenizer only
 compile_kernels.py every kernel compiled for a GPU, without one
-calibrating.py     rows to calibrate on, usual and poor ones
+calibrating.py     rows to calibrate on, usual and poor  ranks.py         two processes on a CPU
 """
