@@ -51,10 +51,12 @@ def foretell(
     frozen = embedding.max_norm is None and not (embedding._forward_pre_hooks or embedding.weight.requires_grad)
     if not (is_lookup(embedding, angles) and frozen and is_stock(angles) and angles.rope_type in FIXED_ANGLES):
         return None
-    bounds = tuple(attention_mask.flatten().tolist()) if row is None and attention_mask is not None else None
-    places = None if row is None else attention_mask.shape
-    state = angles.inv_freq.data_ptr(), angles.inv_freq._version, angles.attention_scaling
-    return Foretold((input_ids.shape, bounds, places, frozenset(kwargs.items()), state), row)
+    if row is not None:
+        rest = attention_mask.shape
+    else:
+        bounds = None if attention_mask is None else tuple(attention_mask.flatten().tolist())
+        rest = bounds, angles.inv_freq.data_ptr(), angles.inv_freq._version, angles.attention_scaling
+    return Foretold((input_ids.shape, rest, frozenset(kwargs.items())), row)
 
 
 def is_last(decoder: nn.Module, hook: int) -> bool:

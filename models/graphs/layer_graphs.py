@@ -74,7 +74,6 @@ class LayerGraphs(Pausable):
             "_asked": None,
             "_started": None,
             "_passing": False,
-            "_foreseen": {},
             "_first": None,
             "_warm": False,
             "sizes": Sizes(),
@@ -97,10 +96,11 @@ class LayerGraphs(Pausable):
         makes sure of the rest.
         """
         self._asked, self._started = asked, None
-        if asked not in self._foreseen or not self._possible():
+        if asked is None or not self._possible():
             return
-        recording = self._likely(self._foreseen[asked])
-        if recording is not None and recording.start_from(decoder, ids, asked):
+        given = next((kind[0] for kind, recording in self.recordings.items() if recording.asked == asked), None)
+        recording = self._likely(given)
+        if recording is not None and recording.asked == asked and recording.start_from(decoder, ids, asked):
             self._started = recording
 
     def replay(self, layer: LayerBlock, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
@@ -123,8 +123,6 @@ class LayerGraphs(Pausable):
         if recording is None:
             return None
         self._latest, recording.asked = (self._kind[1], weights), asked
-        if asked is not None:
-            self._foreseen[asked] = self._kind[0]
         self._passing = len(self.layers) > 1
         reached = recording.gradients if self._listened else (recording.anchor,)
         return ReplayFunction.apply(hidden, recording, self.begin(), self.gradients, self._listened, *reached)
@@ -301,7 +299,8 @@ class LayerGraphs(Pausable):
         varying = [(path, t) for path, t in paths if _varies(t, hidden)]
         inputs, places = [first, *(t for _, t in varying)], [path for path, _ in varying]
         draws = any(p.dropout for p in self.projections)
-        return Recording(anchor, inputs, places, output, dy, dx, reached, replay_forward, replay_backward, draws)
+        replays = replay_forward, replay_backward
+        return Recording(anchor, inputs, places, output, dy, dx, reached, *replays, self._store, draws)
 
     def _fixed(self, hidden: Tensor) -> Tensor:
         """The place of a recording's input, in that of a larger one if there is one: no two are in use at a time."""

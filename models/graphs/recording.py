@@ -44,8 +44,8 @@ class Recording:
     anchor: one of the parameters that get a gradient; inputs: what varies of the first layer's arguments, and where in
     them that is, for all but the first one; output: of the last layer; dy: its gradient, in the same memory; dx: that
     of the first layer's input, None if not needed; gradients: the parameters that get one, with the buffers that the
-    backward adds it to; draws: whether the forward draws random numbers; asked: what decided the inputs that it has
-    now, if that is known.
+    backward adds it to; store: whose host memory the graphs copy to; draws: whether the forward draws random numbers;
+    asked: what decided the inputs that it has now, if that is known.
     """
 
     anchor: nn.Parameter
@@ -57,6 +57,7 @@ class Recording:
     gradients: dict[nn.Parameter, Tensor]
     forward: Callable[[], None]
     backward: Callable[[], None]
+    store: object = None
     draws: bool = False
     before: Tensor | None = None  # the generator's state before the forward that was queued last
     asked: Foretold | None = None
@@ -70,14 +71,14 @@ class Recording:
 
     @torch.no_grad()
     def start_from(self, decoder: nn.Module, ids: Tensor, asked: Foretold) -> bool:
-        """Queue the forward of these tokens; whether what is foretold is enough for it, and of the recorded kind."""
+        """Queue the forward of these tokens, other inputs as they are unless they are foretold.
+
+        Whether that can be: they are of the recorded kind.
+        """
         embeddings, (first, *others) = decoder.get_input_embeddings().weight, self.inputs
         if (embeddings.dtype, embeddings.device) != (first.dtype, first.device) or ids.device != first.device:
             return False
-        if asked.row is None:
-            if self.asked != asked:  # other inputs are not what this one needs
-                return False
-        else:
+        if asked.row is not None:
             found = (None, asked.arguments(decoder, first))
             try:
                 given = [key_get(found, place) for place in self.places]
