@@ -118,7 +118,7 @@ def linear_cross_entropy(
 
     places: where in hidden each row of the targets is, int64; None: they are in order.
     No target at all is 0 / 0 = NaN for the mean, as in torch; its gradient is 0. Keeps what the Function does; of rows
-    8 bytes a token, counted or not, and 8 for the divisor.
+    8 bytes each that is counted, and 8 for the divisor.
     """
     hidden = as_rows(hidden)
     rows, labels = targets.counted(hidden.device)

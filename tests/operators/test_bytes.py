@@ -244,7 +244,7 @@ KEPT = {
     ),
     "CheckpointFunction, exact": (checkpointed, lambda t, c: 0),
     "CheckpointFunction": (lambda t, c: checkpointed(t, c, 8), lambda t, c: packed(t, c, 8)),
-    "linear_cross_entropy": (head, lambda t, c: t * 96 * 4 + 8 * max(t, c) + 8 + 4 * 4 * (96 + 128)),
+    "linear_cross_entropy": (head, lambda t, c: t * 96 * 4 + 8 * t + 8 + 4 * 4 * (96 + 128)),
 }  # fmt: skip
 
 

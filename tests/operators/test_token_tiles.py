@@ -72,7 +72,7 @@ def test_tiles_give_what_the_whole_gives(tile, packed, config, dtype):
         if n_tiles == 3:
             tile()
         model = llama({"bias": "all"}, mlp_bias=True).to(dtype)
-        apply_hyclora(model, HycloraConfig(iteration_threshold=2, **config))
+        apply_hyclora(model, HycloraConfig(iteration_threshold=2, stream=False, **config))
         found.append([(*gradients(model, batch), *packed()) for batch in batches])
         found[-1].append(statistics(model))
         assert n_tiles == max((1, *found[-1][0][3])) or config.get("layer_type") == "baseline"
@@ -122,7 +122,7 @@ def test_no_tensor_of_all_tokens_and_channels(tile, layer_type, monkeypatch):
     model, batch = llama(intermediate_size=600, num_hidden_layers=1), padded_batch(rows=4, width=64)
 
     def largest() -> int:
-        apply_hyclora(model, HycloraConfig(layer_type=layer_type, iteration_threshold=1))
+        apply_hyclora(model, HycloraConfig(layer_type=layer_type, iteration_threshold=1, stream=False))
         with Recorder() as recorder:
             for _ in range(2):
                 gradients(model, batch)
@@ -223,7 +223,8 @@ def test_the_fused_kernels_take_tiles(tile, kernels, packed):
         if n_tiles == 3:
             tile(7)
         model, batch = llama(num_hidden_layers=1), padded_batch(2, 9)
-        apply_hyclora(model, HycloraConfig(layer_type="intra_inter_full_fuse", q_bit=8, iteration_threshold=1))
+        config = {"q_bit": 8, "iteration_threshold": 1, "stream": False}
+        apply_hyclora(model, HycloraConfig(layer_type="intra_inter_full_fuse", **config))
         gradients(model, batch)
         found.append(gradients(model, batch))
         assert max(packed()[1]) == 2 * n_tiles

@@ -65,7 +65,7 @@ def test_any_window_and_group_give_the_same(window, ahead, group):
 def test_slots_leave_the_device_and_shared_ones_are_stored_once():
     """All packed bytes are on the host; the x_hat that a norm shares with the next block is there once."""
     model, batch = llama(num_hidden_layers=6), padded_batch()
-    store = offloaded(model, HycloraConfig(layer_type="intra_inter"), window=2)
+    store = offloaded(model, HycloraConfig(layer_type="intra_inter", stream=False), window=2)
     gradients(model, batch)
     loss = model(**batch).loss
     packed = sum(
@@ -167,7 +167,7 @@ def partial_gradients(model, batch):
 def test_nothing_is_left_behind(event):
     """Whatever happens between two steps, the next one is as it was and takes no more memory."""
     model, batch = llama({"lora_dropout": 0.1}), padded_batch()
-    store = offloaded(model, HycloraConfig(iteration_threshold=1))
+    store = offloaded(model, HycloraConfig(iteration_threshold=1, stream=False))
     _, expected = gradients(model, batch)
     _, expected = gradients(model, batch)
     pinned = store.arena.pinned
