@@ -79,7 +79,9 @@ class HeadBlock(Block):
         shape = hidden.shape[:-1] if stream is None else stream.shape
         if given.numel() != shape.numel():
             raise ValueError(f"labels of shape {list(given.shape)} do not belong to tokens of shape {list(shape)}")
-        again = partial(self._decode_again, args, kwargs, rng, stream) if self.step.padding_differs or stream else None
+        if stream is not None and not self.step.padding_differs:  # all tokens are real, and in order
+            hidden, stream = hidden[:, : stream.length].view(*stream.shape, -1), None
+        again = partial(self._decode_again, args, kwargs, rng, stream) if self.step.padding_differs else None
         drawn = get_rng_state(hidden.device) if self.head.dropout else None
         logits = LateLogits(self, hidden, dtype, drawn, again, [*args, labels, *kwargs.values()]).defer()
         if stream is not None and self.head.dropout:  # which is drawn for all tokens, as in the logits

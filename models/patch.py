@@ -65,7 +65,7 @@ class Patch:
     def add_graphs(self, recorder) -> None:
         """Have the layers replayed by a recorder where that can be done."""
         layers = [block for block in self.blocks if isinstance(block, LayerBlock)]
-        self.graphs = LayerGraphs(recorder, self, layers, self.blocks)
+        self.graphs = LayerGraphs(recorder, self, layers)
         for layer in layers:
             layer.graphs = self.graphs
 

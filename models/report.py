@@ -52,7 +52,7 @@ class PatchReport:
             lines.append("  packed slots wait in pinned host memory")
         graphs = self.config.cuda_graphs and not self.no_graphs
         if graphs:
-            lines.append("  all layers are replayed as CUDA graphs for batches of a shape that comes again")
+            lines.append("  all layers are replayed as CUDA graphs where a kind of batch comes again")
         if self.no_graphs:
             lines.append(f"  cuda_graphs: off, {self.no_graphs}")
         told = [os.environ.get(name, "") for name in ALLOCATOR]

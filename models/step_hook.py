@@ -41,6 +41,7 @@ class StepHook:
         without_cache, self.without_cache = self.without_cache, False
         if output is None:  # it failed: nothing was learned of this forward
             self.step.index -= self.counted
+            self.step.stream = None
             return None
         if self.step.stream is not None and not self.step.in_stream:
             hidden, self.step.stream = self.step.stream.scatter(output[0]), None
@@ -55,7 +56,10 @@ class StepHook:
         return output
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
-        self.counted = False
+        self.counted, self.step.stream = False, None  # of a forward that was interrupted
+        self.step.running, self.step.private, self.step.embeds = None, False, False
+        if self.patch.graphs is not None:
+            self.patch.graphs.forget_start()
         if not torch.is_grad_enabled():
             return None
         self.patch.watch.open()
@@ -177,7 +181,7 @@ class StepHook:
         for name in ("input_ids", "inputs_embeds"):
             if kwargs.get(name) is not None:
                 kwargs[name] = stream.gather(kwargs[name])
-        return tuple(stream.gather(t) for t in args)
+        return tuple(None if t is None else stream.gather(t) for t in args)
 
     def _is_watched(self, decoder: nn.Module, kwargs: dict) -> bool:
         """Whether code of somebody's, hooks or modules, gets hidden states on their way, or the caller all of them."""
@@ -188,7 +192,7 @@ class StepHook:
 
     def _recorded(self) -> bool:
         """Whether graphs may be recorded or replayed."""
-        return self.patch.graphs is not None and self.patch.graphs.active
+        return self.patch.graphs is not None and self.patch.graphs.able
 
     def _take_bounds(self, decoder: nn.Module) -> bool:
         """Whether the layers know what bounds are; or HF shall make a mask."""

@@ -24,10 +24,8 @@ class Foretold:
     settings: tuple
     row: dict[str, Tensor] | None = field(default=None, compare=False)
 
-    def arguments(self, decoder: nn.Module, embeddings: Tensor) -> dict | None:
-        """What a layer's forward gets of a row by name; None: all of it is as it was."""
-        if self.row is None:
-            return None
+    def arguments(self, decoder: nn.Module, embeddings: Tensor) -> dict:
+        """What a layer's forward gets of a row, by name."""
         return self.row | {"position_embeddings": decoder.rotary_emb(embeddings, self.row["position_ids"])}
 
 
@@ -70,7 +68,8 @@ def is_tokenwise(decoder: nn.Module, embedded: bool) -> bool:
     if not is_stock(angles) or angles.rope_type not in FIXED_ANGLES or is_watched(angles):
         return False
     plain = type(embedding) is nn.Embedding and "forward" not in embedding.__dict__
-    plain = plain and not embedding._forward_pre_hooks
+    plain = plain and not (embedding._forward_pre_hooks or embedding._backward_hooks or embedding._backward_pre_hooks)
+    plain = plain and not embedding.scale_grad_by_freq
     return embedded or plain and all(map(asks_for_gradients, embedding._forward_hooks.values()))
 
 

@@ -20,7 +20,8 @@ PIECE = 2**14  # elements of a gradient that one program adds
 class GradientBuffers:
     """A buffer a parameter, which all recordings share.
 
-    Whoever keeps a gradient after it has been taken off its parameter keeps its values: then that tensor moves.
+    Whoever keeps a gradient after it has been taken off its parameter keeps its values: then that tensor moves. Views
+    of it do not, nor what .detach() and .data make.
     """
 
     def __init__(self):
@@ -63,7 +64,7 @@ class GradientBuffers:
 
     def _let_go(self, parameter: nn.Parameter, buffer: Tensor) -> None:
         """Whoever has what was handed out keeps it, in other memory."""
-        handed = self._handed.pop(parameter, _nothing)()
+        handed = self._handed.pop(parameter, nothing)()
         if handed is not None and handed.data_ptr() == buffer.data_ptr():
             handed.data = handed.clone()
 
@@ -136,5 +137,5 @@ def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """A weak reference to nothing."""

@@ -2,17 +2,19 @@
 
 At a few thousand tokens a layer's kernels are shorter than the time the host needs to launch them. So the second time
 that a kind of input (shapes, padding, adapters) comes after calibration, the forward of all layers is captured as one
-graph and their backward as another; from then on both are replayed. Inputs are copied to fixed places; activations live
-in a memory pool that all graphs share; the backward adds to fixed buffers, which are the parameters' .grad, or are
-given to autograd where somebody listens: hooks on parameters, or several processes, whose DDP waits for gradients.
+graph and their backward as another; from then on both are replayed. Of streams few sizes are, as they pay (sizes.py).
+Inputs are copied to fixed places; activations live in a memory pool that all graphs share; the backward adds to fixed
+buffers, which are the parameters' .grad, or are given to autograd where DDP or hooks on parameters wait for them.
 
 Whatever a graph cannot do or would hide runs layer by layer: dropout of attention, hooks on modules, gradient
 checkpointing, FSDP, inputs that differ from layer to layer, a forward before the backward of another one. The adapters'
 dropout is replayed: a graph draws seeds anew (operators/linear/dropout.py).
 """
 
+import logging
 import weakref
 from collections import Counter
+from collections.abc import Hashable
 from contextlib import contextmanager, nullcontext
 from copy import copy
 
@@ -21,9 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from hyclora.models.blocks import Block, autocast_dtype
+from hyclora.models.blocks import autocast_dtype
 from hyclora.models.graphs.foresight import Foretold
-from hyclora.models.graphs.gradients import GradientBuffers, ReplayFunction, Ticket, add_gradients
+from hyclora.models.graphs.gradients import GradientBuffers, ReplayFunction, Ticket, add_gradients, nothing
 from hyclora.models.graphs.recording import Recording
 from hyclora.models.graphs.sizes import Sizes
 from hyclora.models.layers import OURS, LayerBlock
@@ -31,6 +33,7 @@ from hyclora.operators.attention.flash import is_bounds
 from hyclora.operators.pausable import Pausable
 from hyclora.operators.random_state import get_rng_state, replayed_rng
 
+logger = logging.getLogger("hyclora")
 # each has graphs and fixed inputs for good; other kinds of input run layer by layer
 MAX_RECORDINGS = 12
 
@@ -38,15 +41,15 @@ MAX_RECORDINGS = 12
 class LayerGraphs(Pausable):
     """The recordings of one patched model, and when they may run.
 
-    patch: whose Step and Store the layers use; layers: of the decoder, in order; blocks: all that run inside.
+    patch: whose Step and Store the layers use; layers: of the decoder, in order.
     While it is paused the layers run one by one.
     """
 
-    def __init__(self, recorder, patch, layers: list[LayerBlock], blocks: list[Block]):
+    def __init__(self, recorder, patch, layers: list[LayerBlock]):
         self.recorder, self.patch, self.step = recorder, patch, patch.step
         self.layers = layers
-        self.norms = [norm for block in blocks for norm in block.norms]
         inside = [block for layer in layers for block in layer.blocks]
+        self.norms = [norm for block in inside for norm in block.norms]
         self.projections = list({id(p): p for block in inside for p in block.projections}.values())
         self.clear()
 
@@ -67,7 +70,7 @@ class LayerGraphs(Pausable):
             "_refused": set(),
             "gradients": GradientBuffers(),
             "_store": None,
-            "_pending": _nothing,
+            "_pending": nothing,
             "_arguments": [],
             "_kind": None,
             "_latest": None,
@@ -89,6 +92,12 @@ class LayerGraphs(Pausable):
         room = len(self.recordings) < MAX_RECORDINGS
         return sizes.choose(n_tokens, self.step.calibrating, room), sizes.places
 
+    @property
+    def able(self) -> bool:
+        """Whether the layers can be replayed as they are, as far as it shows before they are called."""
+        whole = self.active and self.patch.watch.whole and not (self.patch.watch.drops or self.patch.watch.is_hooked())
+        return whole and not getattr(self.layers[0].module, "gradient_checkpointing", False)
+
     def foresee(self, asked: Foretold | None, decoder: nn.Module, ids: Tensor | None) -> None:
         """Start the forward of token ids before Hugging Face's code comes to the first layer: the GPU waits for it.
 
@@ -103,11 +112,17 @@ class LayerGraphs(Pausable):
         if recording is not None and recording.asked == asked and recording.start_from(decoder, ids, asked):
             self._started = recording
 
+    def forget_start(self) -> None:
+        """What was started for a forward that did not come to its first layer is nobody's."""
+        self._asked = self._started = None
+
     def replay(self, layer: LayerBlock, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
         """What a layer returns if all layers are replayed as one; None if it has to run by itself."""
         if layer is not self.layers[0]:
             if self._passing:
                 self._passing = layer is not self.layers[-1]
+                if not self._passing:
+                    self._kind, self._arguments = None, []
                 return hidden
             self._compare(args, kwargs)
             return None
@@ -136,6 +151,8 @@ class LayerGraphs(Pausable):
         if any(t.requires_grad for t in inputs[1:]):
             return None, [], []
         given = self._given(hidden, self._arguments, spec)
+        if not all(isinstance(value, Hashable) for value in given):  # an argument of somebody's
+            return None, [], []
         # PEFT's state takes a while to read: if the rest is known the GPU starts meanwhile, at worst in vain
         likely = self._likely(given)
         if likely is not None and likely is not self._started:
@@ -169,6 +186,8 @@ class LayerGraphs(Pausable):
         """
         able = self.active and self.step.private and self.patch.watch.whole and torch.is_grad_enabled()
         able = able and self.step.known_angles and not (self.step.calibrating or self.step.stock_attention)
+        # somebody who packs what autograd saves, as save_on_cpu does, would get nothing, or all of it in a capture
+        able = able and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         return able and self._pending() is None
 
     def _given(self, hidden: Tensor, leaves: list, spec) -> tuple:
@@ -227,7 +246,7 @@ class LayerGraphs(Pausable):
         self._seen[seen] += 1
         chosen = self._warm and self.step.stream is not None
         self._warm = True
-        if self._seen[seen] == 1 and not chosen or len(self.recordings) == MAX_RECORDINGS:
+        if self._seen[seen] == 1 and not chosen or not self._make_room():
             return None
         eager = self.patch.store
         if eager is not None and self._store is None:
@@ -244,10 +263,28 @@ class LayerGraphs(Pausable):
                 self.recordings[self._kind] = self._capture(hidden, leaves, spec)
             if self.step.stream is not None:
                 self.sizes.record(self.step.stream.size)
+        except torch.OutOfMemoryError:
+            if self.patch.config.cuda_graphs is True:
+                raise
+            logger.warning(
+                "HyC-LoRA: there is not enough GPU memory to record CUDA graphs, which need some of their own: the "
+                "layers run one by one from now on. cuda_graphs=False does not try; shorter or fewer rows leave room"
+            )
+            self.clear()
+            self.active = False
+            return None
         finally:
             self.patch.use(eager)
             torch.set_autocast_cache_enabled(cache)
         return self.recordings[self._kind]
+
+    def _make_room(self) -> bool:
+        """Whether one more can be recorded, those of another state of the adapters forgotten if need be."""
+        if len(self.recordings) == MAX_RECORDINGS:
+            state = self._kind[1]
+            self.recordings = {kind: recording for kind, recording in self.recordings.items() if kind[1] == state}
+            self.sizes.recorded &= {recording.inputs[0].shape[1] for recording in self.recordings.values()}
+        return len(self.recordings) < MAX_RECORDINGS
 
     def _capture(self, hidden: Tensor, leaves: list, spec) -> Recording:
         first = self._fixed(hidden).requires_grad_(hidden.requires_grad)
@@ -361,7 +398,3 @@ def _trained(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """The parameters that get a gradient, with the modules and names that they have them under."""
     named = [(m, name, p) for m in module.modules() for name, p in m._parameters.items()]
     return [(m, name, p) for m, name, p in named if p is not None and p.requires_grad]
-
-
-def _nothing() -> None:
-    """A weak reference to nothing."""

@@ -6,9 +6,8 @@ as Hugging Face hands on whatever mask has four dimensions. [0, 0, 0]: where the
 tokens of the batch, and B S; no run crosses rows. [0, 0, 1]: 1, or 0 for padding in front, whose tokens see nothing.
 
 Or by starts, an int32 tensor on the tokens' device, [1, N+1, 1, 1], which is no shape of a mask for more than one key:
-where the runs of a batch of one row begin, in
-order, and its length, which fills up what is left of N places: such runs are empty. Kernels read it, so a graph can be
-replayed for other runs.
+where the runs of a batch of one row begin, in order, and its length, which fills up what is left of N places: such runs
+are empty. Kernels read it, so a graph can be replayed for other runs.
 """
 
 from inspect import signature

@@ -10,6 +10,7 @@ from torch import nn
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models.blocks import AttentionBlock
 from hyclora.models.graphs.sizes import filled_size
+from hyclora.models.head import HeadBlock
 from hyclora.models.layers import LayerBlock
 from hyclora.models.patch import find_patch
 from hyclora.models.stream import Stream
@@ -304,6 +305,64 @@ def test_the_row_is_known_before_hugging_faces_code(monkeypatch):
         assert events == ["start", "embeddings"]
         with graphs.paused():
             torch.testing.assert_close(found, train(ours, [batch])[0], atol=1e-2 if DEVICE == "cuda" else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_step_that_is_interrupted(error, monkeypatch):
+    """Evaluation afterwards is stock's."""
+    model, batch = llama(), ragged(0)
+    model.eval()
+    with torch.no_grad():
+        expected = model(**padded_batch()).logits
+    model.train()
+    apply_hyclora(model, HycloraConfig(**BASELINE))
+
+    def interrupt(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(error):
+        patched.setattr(LayerBlock, "forward", interrupt)
+        model(**batch)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**padded_batch()).logits, expected)
+
+
+def test_logits_of_packed_rows_that_are_looked_at():
+    """Are there without another forward, draw nothing, and change nothing of later steps."""
+    model = half(llama())
+    graphs = graphed(model, {"stream": True}, recorder=Rerun())
+    steps = [ragged(seed, packed=True) for seed in range(CALIBRATION + 6)]
+    train(model, steps[:-1])
+    expected = copy.deepcopy(model)
+    state, index = torch.get_rng_state(), find_patch(model).step.index
+    output = model(**steps[-1])
+    assert graphs.recordings and find_patch(model).step.index == index + 1
+    with find_patch(expected).graphs.paused():
+        logits = expected(**steps[-1]).logits
+    torch.testing.assert_close(output.logits, logits, atol=2e-2 if DEVICE == "cuda" else 1e-5, rtol=1e-5)
+    assert output.logits.shape[:2] == steps[-1]["input_ids"].shape and torch.equal(torch.get_rng_state(), state)
+    head = next(block for block in find_patch(model).blocks if isinstance(block, HeadBlock))
+    assert not head.logits_read
+
+
+def test_embeddings_where_ids_are_by_position(shapes):
+    model, batch = llama(), ragged(0)
+    decoder = model.get_base_model().model
+    apply_hyclora(model, HycloraConfig(**BASELINE))
+    find_patch(model).step.unread = lambda padding: True
+    hidden = decoder(
+        None, inputs_embeds=decoder.embed_tokens(batch["input_ids"]), attention_mask=batch["attention_mask"]
+    )
+    assert shapes[0][0] == 1 and hidden.last_hidden_state.shape[:2] == (4, 33)
+
+
+def test_nothing_is_filled_up_that_no_recording_serves(shapes):
+    model, batch = llama(), ragged(0)
+    graphed(model, {"stream": True}, recorder=Rerun())
+    model.gradient_checkpointing_enable()
+    train(model, [batch] * (CALIBRATION + 3))
+    assert set(shapes) == {(1, int(batch["attention_mask"].sum()))}
 
 
 def test_auto_is_off_with_the_sparse_map(shapes):

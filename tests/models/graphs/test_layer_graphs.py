@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models import patch as patch_module
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.patch import find_patch
@@ -183,30 +183,6 @@ def test_weights_in_other_memory(name, change, early):
         expected = train(model, [batch])[0]
     assert equal(found, expected)
     assert equal(train(model, [batch] * 2)[1], expected) and len(graphs.recordings) == 2
-
-
-def test_layers_run_by_themselves_where_a_graph_cannot(recorded):
-    model, graphs, batch = recorded
-    with graphs.paused():
-        assert not replayed(model, graphs, batch)
-    model.gradient_checkpointing_enable()
-    assert not replayed(model, graphs, batch)
-    model.gradient_checkpointing_disable()
-    with model.disable_adapter():
-        model(**batch)
-        assert graphs._pending() is None
-    model.eval()
-    with torch.no_grad():
-        logits = model(**batch).logits
-    assert graphs._pending() is None
-    model.train()
-    # checkpointing has made the embeddings' output require a gradient, which is another kind of input
-    train(model, [batch] * 2)
-    assert replayed(model, graphs, batch)
-    remove_hyclora(model)
-    model.eval()
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, logits)
 
 
 def test_another_parameter_in_the_same_memory(recorded):
