@@ -179,15 +179,16 @@ def dropout_factors(x: Tensor, seed: Tensor, which: int, p: float) -> Tensor:
     (n_rows, n_cols), low = x.shape, 0xFFFFFFFF
     least, scale = dropout_constants(p)
     key = seed & low, (seed >> 32) & low
-    c0 = torch.arange(-(-n_cols // 8), device=seed.device).expand(n_rows, -1)
-    c1 = torch.arange(n_rows, device=seed.device)[:, None].expand_as(c0)
-    c2, c3 = torch.full_like(c0, which), torch.zeros_like(c0)
+    # as small as they are for as long as they can be: the first rounds are of rows or of columns alone
+    c0, c1 = torch.arange(-(-n_cols // 8), device=seed.device)[None], torch.arange(n_rows, device=seed.device)[:, None]
+    c2, c3 = torch.full_like(c0[:, :1], which), torch.zeros_like(c0[:, :1])
     for i in range(PHILOX_ROUNDS):
         k0, k1 = (key[0] + i * 0x9E3779B9) & low, (key[1] + i * 0xBB67AE85) & low
         # the product's bits are those of 64 without a sign, whose upper half the mask brings back
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32) & low ^ c1 ^ k0, b & low, (a >> 32) & low ^ c3 ^ k1, a & low
-    pieces = torch.stack([half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    words = torch.broadcast_tensors(c0, c1, c2, c3)
+    pieces = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     return (pieces.flatten(1)[:, :n_cols] >= least).to(torch.promote_types(x.dtype, torch.float32)) * scale
 
 
