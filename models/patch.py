@@ -102,7 +102,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     head_name = None if head is None else f"{head.name}.{family.head}"
     widths = {slot: n for (_, half), layer in halves.items() for slot, n in _slot_widths(family, layer, half).items()}
     not_patched = _others(model, family, decoder, layers) + reasons
-    no_graphs = _why_no_graphs(layers, blocks) if config.cuda_graphs == "auto" else None
+    no_graphs = _why_no_graphs(config, layers, blocks) if config.cuda_graphs == "auto" else None
     report = make_report(config, layers, widths, inside, head_name, not_patched, no_graphs)
     blocks += [] if stock_norm else [_final_norm(config, norm, names, step, blocks)]
     blocks += [] if head is None else [head]
@@ -182,10 +182,12 @@ def _elsewhere(layers: list[nn.Module]) -> str | None:
     return f"the layers are on {', '.join(map(str, devices))}"
 
 
-def _why_no_graphs(layers: list[nn.Module], blocks: list[Block]) -> str | None:
-    """Why the layers can never be replayed, as far as it shows before the first step."""
+def _why_no_graphs(config: HycloraConfig, layers: list[nn.Module], blocks: list[Block]) -> str | None:
+    """Why the layers are not replayed by themselves, as far as it shows before the first step."""
     if elsewhere := _elsewhere(layers):
         return elsewhere
+    if config.attention == "eager":
+        return "attention=eager has not been recorded on a GPU yet; cuda_graphs=True tries it"
     if sum(isinstance(block, LayerBlock) for block in blocks) < len(layers):
         return "parts of layers run stock code"
     return None

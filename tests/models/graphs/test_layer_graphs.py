@@ -379,6 +379,7 @@ def test_auto_is_on_where_it_can_be(on_one_gpu):
     model = llama()
     report = apply_hyclora(model)
     assert find_patch(model).graphs is not None and report.no_graphs is None and "are replayed" in str(report)
+    assert "eager" in apply_hyclora(llama(), HycloraConfig(attention="eager")).no_graphs
 
 
 def test_auto_is_off_where_layers_are_not_patched_whole(on_one_gpu):
