@@ -25,7 +25,7 @@ from benchmarks.rows import (
     name_of,
     presets_of,
 )
-from benchmarks.tables import source, table
+from benchmarks.tables import remarks, source, table
 from hyclora.models.config import BITS, PRESETS, SLOTS, HycloraConfig
 from hyclora.models.patch import FAMILIES
 
@@ -200,7 +200,9 @@ def headline() -> str:
     head = [title, "", "dyn MiB", "held MiB", "host MiB", "ms"]
     note = "*Commits differ where rows were measured in other sittings, on other cards of this kind.*\n\n"
     mixed = note if len({line["commit"] for line in used}) > 1 else ""
-    return table(head, rows) + "\n\n" + mixed + source(used, "python -m benchmarks.memory_throughput")
+    named = [(name_of(line["setting"]), line) for line in used]
+    parts = [mixed + source(used, "python -m benchmarks.memory_throughput"), *remarks(named)]
+    return "\n\n".join([table(head, rows), *parts])
 
 
 def fits() -> str:
@@ -266,10 +268,7 @@ def memory_table(title: str, named: list[tuple[str, dict]]) -> list[str]:
     notes = [source(lines, "python -m benchmarks.memory_throughput")]
     if any(line["benchmark"] == "step" for line in lines):
         notes.append("*Rows without buffered: by the predecessor, which ran all settings in one process.*")
-    for remark in dict.fromkeys(line["remark"] for line in lines if "remark" in line):
-        these = [name for name, line in named if line.get("remark") == remark]
-        notes.append(f"*{remark[0].upper()}{remark[1:]}: {'; '.join(these)}.*")
-    return [found, *notes]
+    return [found, *notes, *remarks(named)]
 
 
 def memory_columns(line: dict) -> list[str]:

@@ -2,8 +2,8 @@
 
 import itertools
 
-from benchmarks.rows import CELL, describe_device, describe_model, load, name_of
-from benchmarks.tables import source, table
+from benchmarks.rows import CELL, describe_device, describe_model, load, name_of, on_gpus
+from benchmarks.tables import remarks, source, table
 
 NAME = "real_rows"
 COMMAND = "python -m benchmarks.real_rows"
@@ -12,12 +12,8 @@ HEAD = ["", "real tokens/s", "of the fastest peer", "ms a micro-step", "first 10
 
 def real_rows() -> str:
     """Lines measured on a GPU, by GPU, model, rows a micro-step and dropout; the GPU measured last is first."""
-    lines = [line for line in load(NAME, *CELL, "lora_dropout") if line["arguments"]["device"] == "cuda"]
-    latest = {
-        line["device"]: max(other["time"] for other in lines if other["device"] == line["device"]) for line in lines
-    }
-    lines.sort(key=lambda line: latest[line["device"]], reverse=True)
-    groups = [(key, list(found)) for key, found in itertools.groupby(sorted_by_cell(lines), cell_of)]
+    lines = sorted_by_cell(on_gpus(load(NAME, *CELL, "lora_dropout")))
+    groups = [(cell, list(found)) for cell, found in itertools.groupby(lines, cell_of)]
     return "\n\n".join(one_table(cell, found) for cell, found in groups)
 
 
@@ -40,7 +36,8 @@ def one_table(cell: tuple, lines: list[dict]) -> str:
     tokens = f", {measured[0]['real_tokens']} real tokens" if measured else ""
     title = f"{describe_device(cell)}, {describe_model(cell)}: {cell[4]} GSM8K rows{tokens}{dropout}"
     rows = [[named(line), *columns(line, max(peers, default=None))] for line in lines]
-    return table([title, *HEAD[1:]], rows) + "\n\n" + source(lines, COMMAND)
+    parts = [table([title, *HEAD[1:]], rows), source(lines, COMMAND), *remarks([(named(line), line) for line in lines])]
+    return "\n\n".join(parts)
 
 
 def named(line: dict) -> str:

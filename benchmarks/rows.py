@@ -51,15 +51,22 @@ def load_7b(name: str) -> list[dict]:
     return [line for line in lines if all(line["arguments"].get(k, v) == v for k, v in wanted.items())]
 
 
+def on_gpus(lines: list[dict]) -> list[dict]:
+    """The lines that were measured on a GPU; those of the GPU measured last come first."""
+    lines = [line for line in lines if line["arguments"]["device"] == "cuda"]
+    latest: dict[str, str] = {}
+    for line in lines:
+        latest[line["device"]] = max(line["time"], latest.get(line["device"], ""))
+    return sorted(lines, key=lambda line: latest[line["device"]], reverse=True)
+
+
 def memory_cells() -> dict[tuple, list[dict]]:
     """Lines of memory_throughput that were measured on a GPU, by the values of CELL; the GPU measured last is first."""
     cells: dict[tuple, list[dict]] = {}
-    latest: dict[str, str] = {}
-    for line in load("memory_throughput", *CELL):
-        if line["arguments"]["device"] == "cuda":
-            latest[line["device"]] = max(line["time"], latest.get(line["device"], ""))
-            cells.setdefault(tuple((line["arguments"] | line)[key] for key in CELL), []).append(line)
-    by_time = sorted(latest, key=latest.get, reverse=True)
+    lines = on_gpus(load("memory_throughput", *CELL))
+    for line in lines:
+        cells.setdefault(tuple((line["arguments"] | line)[key] for key in CELL), []).append(line)
+    by_time = list(dict.fromkeys(line["device"] for line in lines))
     return dict(
         sorted(cells.items(), key=lambda cell: (by_time.index(cell[0][0]), cell[0][1:4], cell[0][-1], cell[0][-2]))
     )

@@ -14,3 +14,12 @@ def source(lines: list[dict], command: str) -> str:
     stacks = dict.fromkeys(", ".join(f"{name} {line['versions'][name]}" for name in names) for line in lines)
     stack = " or ".join(stacks)
     return f"*{', '.join(devices)}; {stack}; commit {', '.join(commits)}; `{command}`.*"
+
+
+def remarks(named: list[tuple[str, dict]]) -> list[str]:
+    """What named lines say of themselves, once for all that say the same."""
+    found = []
+    for remark in dict.fromkeys(line["remark"] for _, line in named if "remark" in line):
+        these = [name for name, line in named if line.get("remark") == remark]
+        found.append(f"*{remark[0].upper()}{remark[1:]}: {'; '.join(these)}.*")
+    return found

@@ -231,7 +231,10 @@ _KINDS = typing.get_type_hints(HycloraConfig)
 
 def _switch(text: str) -> bool | str:
     """What a setting of config.SWITCH means."""
-    return text if text in SWITCH else string_to_bool(text)
+    try:
+        return text if text in SWITCH else string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is not True, False or auto") from None
 
 
 class _Configures:

@@ -89,8 +89,7 @@ class LayerGraphs(Pausable):
         if sizes.make_places(n_documents + 1) and self.recordings:
             self.clear()
             self.sizes = sizes
-        room = len(self.recordings) < MAX_RECORDINGS
-        return sizes.choose(n_tokens, self.step.calibrating, room), sizes.places
+        return sizes.choose(n_tokens, self.step.calibrating, len(self.recordings) < MAX_RECORDINGS), sizes.places
 
     @property
     def able(self) -> bool:
@@ -284,6 +283,7 @@ class LayerGraphs(Pausable):
             state = self._kind[1]
             self.recordings = {kind: recording for kind, recording in self.recordings.items() if kind[1] == state}
             self.sizes.recorded &= {recording.inputs[0].shape[1] for recording in self.recordings.values()}
+            self.recorder = self.recorder if self.recordings else copy(self.recorder)  # as in clear()
         return len(self.recordings) < MAX_RECORDINGS
 
     def _capture(self, hidden: Tensor, leaves: list, spec) -> Recording:

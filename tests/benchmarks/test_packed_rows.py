@@ -62,9 +62,11 @@ def test_trained_through_trl_each_document_alone(run, job, monkeypatch):
         peers.patch(job, model)
         model.register_forward_pre_hook(lambda _, args, given: seen.append((model, given)), with_kwargs=True)
 
+    def measure(job, timeout):
+        return packed_rows.measure_packed(job, peers.stock(job), patch)
+
     settings = ["PEFT LoRA", {"layer_type": "baseline"}, {"layer_type": "baseline", "stream": True}]
     monkeypatch.setattr(real_rows, "FIRST", 3)
-    measure = lambda job, timeout: packed_rows.measure_packed(job, peers.stock(job), patch)  # noqa: E731
     monkeypatch.setattr("benchmarks.memory_throughput.run", measure)
     lines = run("--settings", json.dumps(settings))
     assert len(seen) == len(settings) * 4, "one optimizer step"

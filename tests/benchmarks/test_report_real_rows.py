@@ -45,6 +45,11 @@ def test_settings_beside_the_fastest_peer(table):
     assert found[-1][:2] == ["Unsloth", "not done after 1 s"] and "stream False" in found[2][0]
 
 
+def test_what_a_line_says_of_itself(table):
+    table(line({"offload": True}, 12000, remark="by hand"), line("Unsloth", 4000))
+    assert "*By hand: **HyC-LoRA least_memory, 4 bit**.*" in real_rows()
+
+
 def test_a_table_for_each_dropout_and_number_of_rows(table):
     found = table(
         line({"offload": True}, 12000),

@@ -41,7 +41,7 @@ def test_a_preset_sets_what_is_not_given():
 @pytest.mark.parametrize("name", ["cuda_graphs", "stream"])
 def test_a_switch_can_be_auto(name, text, value):
     assert repr(getattr(parse(f"--{name}", text, "--use_hyclora", "False")["HycloraArguments"], name)) == repr(value)
-    with pytest.raises(UserError, match=f"argument --{name}.*perhaps"):
+    with pytest.raises(UserError, match=f"argument --{name}.*perhaps is not True, False or auto"):
         parse(f"--{name}", "perhaps")
 
 

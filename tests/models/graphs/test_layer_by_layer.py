@@ -78,14 +78,17 @@ def test_recordings_of_adapters_as_they_were_make_room(recorded, monkeypatch):
     reference = llama()
     apply_hyclora(reference, config())
     train(reference, batches(CALIBRATION))
+    pools = []
     for i in range(4):
         for m in (model, reference):
             names = [n for n, _ in m.named_parameters() if "lora_" in n]
             for j, name in enumerate(names):
                 m.get_parameter(name).requires_grad_(j % 5 != i)
+        pools.append(graphs.recorder)
         for step in batches(3):
             assert equal(train(model, [step])[0], train(reference, [step])[0])
         assert replayed(model, graphs, batch) and len(graphs.recordings) <= 2
+    assert len(set(map(id, pools))) > 1, "a pool whose graphs are all gone is used again"
 
 
 @pytest.mark.parametrize("graphs_are", ["auto", True])
