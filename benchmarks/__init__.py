@@ -8,7 +8,8 @@ peak_memory.py        what is alive at the peak of a step    finetune.py        
 profile_step.py       where the time of a step goes
 
 jobs.py               what a measurement is of               record.py          a line of a result file
-random_checkpoint.py  a checkpoint of a shape                rows.py            what the result files say
+ranks.py              a process a GPU                        rows.py            what the result files say
+random_checkpoint.py  a checkpoint of a shape
 report.py             README's tables                        figures.py         figures/*.png
 report_real_rows.py   and that of rows of many lengths       tables.py          a table in Markdown
 """

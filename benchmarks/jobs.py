@@ -14,7 +14,8 @@ SHAPES = Path(__file__).parent / "shapes"
 class Job:
     """What to measure.
 
-    setting: a key of PEERS, or arguments of HycloraConfig; rows: real ones (real_rows.py, packed_rows.py).
+    setting: a key of PEERS, or arguments of HycloraConfig; rows: real ones (real_rows.py, packed_rows.py). gpus: data
+    parallel, with batch_size rows each.
     """
 
     setting: str | dict
@@ -29,6 +30,7 @@ class Job:
     checkpoints: str
     lora_dropout: float = 0.0
     rows: dict | None = None
+    gpus: int = 1
 
     @property
     def folder(self) -> Path:
@@ -42,7 +44,8 @@ class Job:
         found = {name: value for name, value in asdict(self).items() if name not in ("setting", "checkpoints")}
         found["rows"] = self.rows and {name: _name(value) for name, value in self.rows.items()}
         # lines from before there were such options are of jobs without
-        return {name: value for name, value in found.items() if name not in ("lora_dropout", "rows") or value}
+        since = {"lora_dropout": 0, "rows": None, "gpus": 1}
+        return {name: value for name, value in found.items() if name not in since or value != since[name]}
 
 
 def _name(value):
@@ -86,18 +89,25 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
 
 
 def make_job(
-    args: argparse.Namespace, shape: str, cell: tuple[int, int], setting: str | dict, rows: dict | None = None
+    args: argparse.Namespace,
+    shape: str,
+    cell: tuple[int, int],
+    setting: str | dict,
+    rows: dict | None = None,
+    gpus: int = 1,
 ) -> Job:
-    """A job of the command; refused where it has no shape or no GPU."""
+    """A job of the command; refused where it has no shape or too few GPUs."""
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this measures GPU memory and time: it needs a GPU (or --device cpu)")
+    if args.device == "cuda" and torch.cuda.device_count() < gpus:
+        raise UserError(f"--gpus {gpus}, and there are {torch.cuda.device_count()}: lower --gpus")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora_dropout {args.lora_dropout} does not lie in [0, 1)")
     names = ("base", "lora_rank", "lora_dropout", "steps", "warm_up_seq_len", "device", "checkpoints")
     common = {name: getattr(args, name) for name in names}
-    job = Job(setting, shape, batch_size=cell[0], seq_len=cell[1], rows=rows, **common)
+    job = Job(setting, shape, batch_size=cell[0], seq_len=cell[1], rows=rows, gpus=gpus, **common)
     if not job.folder.joinpath("config.json").is_file():
         raise UserError(f"{job.folder} has no config.json: a shape is a name in benchmarks/shapes or a folder")
     return job

@@ -7,7 +7,6 @@ Packages are imported as late as possible: Unsloth patches only what is imported
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -22,14 +21,13 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.jobs import Job
+from benchmarks.ranks import PARENT, end_rank_0, end_with_parent, rank, together
 from hyclora.utils.errors import UserError, is_out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "RESULT "
 NOT_INSTALLED = "not installed"
 NOT_DONE = "not done after"
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-PARENT = "HYCLORA_SWEEP"
 # as the scripts set it, for every peer alike (Unsloth does so itself)
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 OFFLINE = {
@@ -193,6 +191,11 @@ def missing(job: Job) -> str | None:
     return peer.needs if peer and importlib.util.find_spec(peer.needs) is None else None
 
 
+def command(text: str) -> list[str]:
+    """What measures a job, of whose JSON this is."""
+    return [sys.executable, "-m", "benchmarks.peers", text]
+
+
 def run(job: Job, timeout: float) -> dict:
     """`measure` in a process of its own; a failure is {"error": its cause}."""
     if missing(job):
@@ -200,7 +203,7 @@ def run(job: Job, timeout: float) -> dict:
     # A file, not a pipe: workers that a compiler leaves behind would hold a pipe open.
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers", json.dumps(asdict(job))],
+            command(json.dumps(asdict(job))),
             cwd=ROOT,
             env=os.environ | ALLOCATOR | OFFLINE | {PARENT: str(os.getpid())},
             stdout=output,
@@ -224,23 +227,20 @@ def run(job: Job, timeout: float) -> dict:
     return {"error": cause(RuntimeError(f"exit code {process.returncode}, {said}"))}
 
 
-def end_with_parent() -> None:
-    """Have Linux end this process with the one that started it, however that ends: it would go on using the GPU."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if int(os.environ.get(PARENT, os.getppid())) != os.getppid():
-        sys.exit("the process that started this one has ended")
-
-
 def main(argv: list[str] | None = None):
     end_with_parent()
     (text,) = sys.argv[1:] if argv is None else argv
+    job = Job(**json.loads(text))
     try:
-        found = measure(Job(**json.loads(text)))
+        with together(job.gpus, command(text), job.device):
+            found = measure(job)
     except Exception as error:
         traceback.print_exc()
         found = {"error": cause(error)}
-    print(MARK + json.dumps(found), flush=True)
+    if rank() == 0 or "error" in found:
+        print(MARK + json.dumps(found), flush=True)
+    if rank() and "error" in found:
+        end_rank_0()
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
     python -m benchmarks.real_rows --data_dir ../shared/data/gsm8k --tokenizer ../shared/tokenizers/llama2
     python -m benchmarks.real_rows ... --cells 16x512 --lora_dropout 0.05 --settings '["Unsloth", {"stream": false}]'
+    python -m benchmarks.real_rows ... --gpus 2 --settings '["PEFT LoRA", {"offload": true}]'
 
 Random weights of a shape in NF4, LoRA on all seven linears, rows of GSM8K in one shuffled order for all settings, cut
 at the cell's length, widths a multiple of 8, an optimizer step every 4 micro-steps. One process a setting. first_100_s:
 from the first micro-step on, calibration and recordings included, compiled kernels not if they were run before; times
 of a micro-step after --warm_up of them. dyn and held: the peak of the whole run, as graphs are seen by the allocator
 while they are recorded alone, over static: the model and at the end its gradients and Adam's state. Real tokens are
-those that are no padding. Lines are kept and continued as those of memory_throughput.
+those that are no padding. Lines are kept and continued as those of memory_throughput. With --gpus N each of N processes
+has rows of its own (DistributedDataParallel; gradients are added up over micro-steps before they are exchanged): times
+and memory are those of the first process, tokens those of all.
 """
 
 import argparse
+import contextlib
 import gc
 import random
 import statistics
@@ -21,6 +25,7 @@ from pathlib import Path
 
 from benchmarks.jobs import Job, add_arguments, cell, make_job, number
 from benchmarks.memory_throughput import settings, sweep
+from benchmarks.ranks import data_parallel, rank
 from hyclora.utils.errors import UserError, entry_point
 
 NAME = "real_rows"
@@ -107,7 +112,7 @@ def batches_of(job: Job) -> list[dict]:
     tokenizer = tokenizer_of(job)
     rows = gsm8k.load_rows(DataArguments(data_name="gsm8k", data_dir=job.rows["data_dir"]), "train")
     random.Random(ORDER).shuffle(rows)
-    needed = (job.rows["warm_up"] + job.steps) * job.batch_size
+    needed = (job.rows["warm_up"] + job.steps) * job.batch_size * job.gpus
     found = tokenize_rows(gsm8k.examples_of(rows[: 2 * needed]), tokenizer, job.seq_len).rows[:needed]
     if len(found) < needed:
         raise UserError(f"{job.rows['data_dir']} has {len(found)} such rows, and this takes {needed}: lower --steps")
@@ -120,6 +125,10 @@ def measure_rows(job: Job, model) -> dict:
     import torch
 
     batches, warm, device = batches_of(job), job.rows["warm_up"], torch.device(job.device)
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    tokens = [sum(tokens[i : i + job.gpus]) for i in range(0, len(tokens), job.gpus)]
+    batches = batches[rank() :: job.gpus]
+    network = data_parallel(model, job.gpus, job.device)
     cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=cuda)
     meter = Meter(job.device, warm, job.steps)
@@ -127,14 +136,16 @@ def measure_rows(job: Job, model) -> dict:
     meter.start()
     for i, batch in enumerate(batches):
         batch = {name: t.to(device) for name, t in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            loss = model(**batch).loss
-        (loss / ACCUMULATE).backward()
-        if i % ACCUMULATE == ACCUMULATE - 1:
+        last = i % ACCUMULATE == ACCUMULATE - 1
+        with contextlib.nullcontext() if last or network is model else network.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                loss = network(**batch).loss
+            (loss / ACCUMULATE).backward()
+        if last:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         meter.step(optimizer)
-    return meter.result([int(batch["attention_mask"].sum()) for batch in batches]) | {
+    return meter.result(tokens) | {
         "width": round(statistics.mean(batch["input_ids"].shape[1] for batch in batches[warm:]), 1),
         "widths": len({batch["input_ids"].shape[1] for batch in batches}),
         "loss": round(loss.item(), 4),
@@ -153,10 +164,10 @@ def add_row_arguments(parser: argparse.ArgumentParser, settings_: str, longest: 
     add_arguments(parser, steps=96)
 
 
-def sweep_rows(name: str, args: argparse.Namespace, rows: dict, check: Callable[[Job], object]) -> None:
+def sweep_rows(name: str, args: argparse.Namespace, rows: dict, check: Callable[[Job], object], gpus: int = 1) -> None:
     """A line for each cell and setting. What is wrong with rows or tokenizer is said before a model is made."""
     rows = {**rows, "tokenizer": str(args.tokenizer), "warm_up": args.warm_up}
-    jobs = [make_job(args, args.shape, one, setting, rows) for one in args.cells for setting in args.settings]
+    jobs = [make_job(args, args.shape, one, setting, rows, gpus) for one in args.cells for setting in args.settings]
     check(jobs[0])
     sweep(name, jobs, args)
 
@@ -164,6 +175,7 @@ def sweep_rows(name: str, args: argparse.Namespace, rows: dict, check: Callable[
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with GSM8K's train.jsonl")
+    parser.add_argument("--gpus", type=number(1), default=1, help="data parallel; a cell's rows are those of each")
     add_row_arguments(parser, SETTINGS, (4, 512))
     return parser.parse_args(argv)
 
@@ -171,7 +183,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @entry_point
 def main(argv: list[str] | None = None):
     args = parse(argv)
-    sweep_rows(NAME, args, {"data_dir": str(args.data_dir)}, batches_of)
+    sweep_rows(NAME, args, {"data_dir": str(args.data_dir)}, batches_of, args.gpus)
 
 
 if __name__ == "__main__":

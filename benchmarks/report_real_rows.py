@@ -12,7 +12,7 @@ HEAD = ["", "real tokens/s", "of the fastest peer", "ms a micro-step", "first 10
 
 def real_rows() -> str:
     """Lines measured on a GPU, by GPU, model, rows a micro-step and dropout; the GPU measured last is first."""
-    lines = sorted_by_cell(on_gpus(load(NAME, *CELL, "lora_dropout")))
+    lines = sorted_by_cell(on_gpus(load(NAME, *CELL, "lora_dropout", "gpus")))
     groups = [(cell, list(found)) for cell, found in itertools.groupby(lines, cell_of)]
     return "\n\n".join(one_table(cell, found) for cell, found in groups)
 
@@ -25,16 +25,18 @@ def sorted_by_cell(lines: list[dict]) -> list[dict]:
 
 def cell_of(line: dict) -> tuple:
     values = line["arguments"] | line
-    return *(values[key] for key in CELL), values.get("lora_dropout", 0)
+    return *(values[key] for key in CELL), values.get("lora_dropout", 0), values.get("gpus", 1)
 
 
 def one_table(cell: tuple, lines: list[dict]) -> str:
     """A row a setting; what failed says why."""
     measured = [line for line in lines if "error" not in line]
     peers = [line["real_tokens_per_second"] for line in measured if isinstance(line["setting"], str)]
-    dropout = f", dropout {cell[-1]:g}" if cell[-1] else ""
+    dropout = f", dropout {cell[-2]:g}" if cell[-2] else ""
+    gpus = f"{cell[-1]} x " if cell[-1] > 1 else ""
     tokens = f", {measured[0]['real_tokens']} real tokens" if measured else ""
-    title = f"{describe_device(cell)}, {describe_model(cell)}: {cell[4]} GSM8K rows{tokens}{dropout}"
+    each = " each" if cell[-1] > 1 else ""
+    title = f"{gpus}{describe_device(cell)}, {describe_model(cell)}: {cell[4]} GSM8K rows{each}{tokens}{dropout}"
     rows = [[named(line), *columns(line, max(peers, default=None))] for line in lines]
     parts = [table([title, *HEAD[1:]], rows), source(lines, COMMAND), *remarks([(named(line), line) for line in lines])]
     return "\n\n".join(parts)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import figures, memory_throughput, peers, random_checkpoint, report, rows
+from benchmarks import figures, memory_throughput, peers, random_checkpoint, ranks, report, rows
 from benchmarks.jobs import SHAPES, Job
 from benchmarks.memory_throughput import NAME
 from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS
@@ -120,8 +120,8 @@ def test_a_sweep_that_is_stopped_leaves_no_process_behind(tiny_llama_folder, tmp
 
 def test_a_process_whose_sweep_has_ended_does_not_measure(monkeypatch):
     """The sweep may end while it starts one."""
-    monkeypatch.setenv(peers.PARENT, "0")
-    monkeypatch.setattr(peers.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *_: None))
+    monkeypatch.setenv(ranks.PARENT, "0")
+    monkeypatch.setattr(ranks.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *_: None))
     with pytest.raises(SystemExit, match="has ended"):
         peers.main(["{}"])
 

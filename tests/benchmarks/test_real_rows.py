@@ -53,6 +53,26 @@ def test_in_a_process_of_its_own(run):
     assert line["setting"] == "PEFT LoRA" and line["ms"] > 0 and "first_100_s" not in line
 
 
+def test_processes_share_the_rows(run, monkeypatch):
+    """Twice the rows and tokens of one process, its own rows each, and one more loss in the mean of gradients."""
+    (line,) = run("--settings", '["PEFT LoRA"]', "--steps", "4", "--warm_up", "2", "--gpus", "2")
+    assert line["arguments"]["gpus"] == 2 and line["widths"] > 1
+    monkeypatch.setattr("benchmarks.memory_throughput.run", lambda job, timeout: peers.measure(job))
+    alone = run("--settings", '["PEFT LoRA"]', "--steps", "8", "--warm_up", "4")[1]
+    assert "gpus" not in alone["arguments"]
+    assert line["real_tokens"] == pytest.approx(2 * alone["real_tokens"], abs=2)
+
+
+def test_a_rank_that_fails_is_the_cause(tiny_llama_folder, data):
+    """Rank 0 would wait for it."""
+    rows = {"data_dir": str(data), "tokenizer": str(tiny_llama_folder), "warm_up": 1}
+    common = {"base": "bf16", "lora_rank": 4, "steps": 1, "warm_up_seq_len": None, "device": "cpu", "checkpoints": ""}
+    job = Job({}, str(tiny_llama_folder), batch_size=1, seq_len=400, rows=rows, gpus=2, **common)
+    job.setting["q_bit"] = 5
+    found = peers.run(job, 120)
+    assert "q_bit" in found["error"]
+
+
 def test_a_peer_that_is_not_there_is_a_line(run, monkeypatch):
     monkeypatch.setitem(peers.PEERS, "Unsloth", peers.Peer(None, "no_such_module"))
     (line,) = run("--settings", '["Unsloth"]')
@@ -67,6 +87,7 @@ def test_a_peer_that_is_not_there_is_a_line(run, monkeypatch):
         (["--tokenizer", "nowhere"], "nowhere"),
         (["--lora_dropout", "1"], "--lora_dropout 1.0 does not lie in [0, 1)"),
         (["--device", "cuda"], "it needs a GPU"),
+        (["--steps", "8", "--gpus", "2"], "has 40 such rows, and this takes 84: lower --steps"),
     ],
 )
 def test_refused_before_anything_is_spent(run, options, named, tmp_path, capsys, monkeypatch):

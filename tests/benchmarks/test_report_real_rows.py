@@ -50,6 +50,11 @@ def test_what_a_line_says_of_itself(table):
     assert "*By hand: **HyC-LoRA least_memory, 4 bit**.*" in real_rows()
 
 
+def test_several_gpus_are_a_table_of_their_own(table):
+    found = table(line({"offload": True}, 12000), line({"offload": True}, 23000, arguments={"gpus": 2}))
+    assert found[3][0] == "2 x H200, llama-2-7b, NF4: 4 GSM8K rows each, 855 real tokens"
+
+
 def test_a_table_for_each_dropout_and_number_of_rows(table):
     found = table(
         line({"offload": True}, 12000),

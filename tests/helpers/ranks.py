@@ -1,4 +1,4 @@
-"""Two processes on the CPU that talk by gloo."""
+"""Two processes that talk by gloo, or by NCCL where each has a GPU."""
 
 import os
 import traceback
@@ -20,7 +20,10 @@ def _run(rank: int, function, folder: str, args: tuple) -> None:
     dispatch.INTERPRETING = False  # as in the tests' own process: conftest.py
     failed = True
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+        backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=2)
         function(rank, *args)
         dist.barrier()
         failed = False

@@ -103,7 +103,7 @@ def graphed(model, options: dict, offload: bool = False, recorder=None):
     else:
         apply_hyclora(model, config(**options))
     stand_in = recorder or (Rerun if offload else SameMemory)()
-    recorder = CudaRecorder(torch.device("cuda", 0)) if DEVICE == "cuda" else stand_in
+    recorder = CudaRecorder(next(model.parameters()).device) if DEVICE == "cuda" else stand_in
     patch = find_patch(model)
     patch.add_graphs(recorder)
     patch.graphs.recorder.graphs = patch.graphs

@@ -1,0 +1,70 @@
+"""One job on several GPUs: a process a GPU, data parallel as the Trainer and torchrun have it.
+
+The process that a sweep starts is rank 0 and starts the others, so that they all end with the sweep.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+PARENT = "HYCLORA_SWEEP"
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process with the one that started it, however that ends: it would go on using the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if int(os.environ.get(PARENT, os.getppid())) != os.getppid():
+        sys.exit("the process that started this one has ended")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+@contextlib.contextmanager
+def together(gpus: int, command: list[str], device: str) -> Iterator[None]:
+    """This process as a rank of a process group; rank 0 starts `command` for the others first, and ends them."""
+    if gpus == 1:
+        yield
+        return
+    others = []
+    if rank() == 0:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        os.environ |= {"WORLD_SIZE": str(gpus), "RANK": "0", "LOCAL_RANK": "0"}
+        for i in range(1, gpus):
+            mine = {"RANK": str(i), "LOCAL_RANK": str(i), PARENT: str(os.getpid())}
+            others.append(subprocess.Popen(command, env=os.environ | mine))
+    import torch
+
+    try:
+        if device == "cuda":
+            torch.cuda.set_device(rank())
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        yield
+        torch.distributed.barrier()
+    finally:
+        for process in others:
+            process.kill()
+
+
+def end_rank_0() -> None:
+    """Another rank has failed, for which rank 0 would wait."""
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def data_parallel(model, gpus: int, device: str):
+    """The model as DistributedDataParallel, if there are several GPUs."""
+    if gpus == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model, device_ids=[rank()] if device == "cuda" else None)
