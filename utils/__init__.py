@@ -1,10 +1,11 @@
 """Everything around the model that drivers need: arguments, data, training loop, metrics, results.
 
+driver.py       the course of a run, the same for all        tasks.py          what is trained on, and how it is judged
 args.py         command line of every driver                 checks.py         settings that cannot work, refused first
-data/           training and test data                       tasks.py          what is trained on, and how it is judged
+data/           training and test data                       disk.py           whether there is room for results
 loading.py      base model, tokenizer, LoRA adapters         trainer.py        HF's Trainer, stopped and resumed safely
 tokenizer.py    ids as the model was trained with            weights.py       dtypes that tensors are stored in
 metrics.py      accuracy of generated answers, loss          profiling.py      bytes, memory and time of a step
 runs/           a run's folder, resume and endings           results.py        what a run leaves behind
-errors.py       how a run ends early                         disk.py           whether there is room for results
+errors.py       how a run ends early
 """

@@ -56,17 +56,12 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    """What every driver asks; its own class says which data_name there are, and what data_dir has to hold."""
+
     _argument_group_name = "data"
 
-    data_name: Literal["demo", "gsm8k", "json"] = option(
-        "demo", "demo: generated word problems; gsm8k: grade school math; json: your own rows from data_dir."
-    )
-    data_dir: str = option(
-        "",
-        "gsm8k: folder with train.jsonl and test.jsonl, '' downloads openai/gsm8k; json: a .json or .jsonl file, or a "
-        "folder with train.jsonl and, to be evaluated, test.jsonl. Rows have prompt and response (or completion), "
-        "instruction, input and output, messages, or question and answer.",
-    )
+    data_name: str = option("demo", "Which data to train on and to evaluate.")
+    data_dir: str = option("", "Folder or file of the data; '' downloads it.")
     seq_len: int = option(512, "Longest training row in tokens; a longer answer is cut.")
     max_train_samples: int | None = option(None, "Train on the first N rows only.")
     max_eval_samples: int | None = option(None, "Evaluate on the first N rows only; 0 skips the evaluation.")
@@ -75,13 +70,8 @@ class DataArguments:
         require(
             not (self.data_name == "demo" and self.data_dir),
             f"data_dir {self.data_dir!r} would be ignored with data_name demo: "
-            "add --data_name json (your own rows) or --data_name gsm8k, or drop data_dir",
+            "say with --data_name what it is (--help lists the names), or drop data_dir",
         )
-        if self.data_name == "json":
-            require(
-                bool(self.data_dir), "data_name json needs --data_dir: a .json or .jsonl file, or a folder with one"
-            )
-            require(Path(self.data_dir).exists(), f"data_dir {self.data_dir} does not exist: name a file or a folder")
         require(self.seq_len >= 2, f"seq_len must be at least 2, not {self.seq_len}")
         require(
             self.max_train_samples is None or self.max_train_samples > 0,
@@ -114,19 +104,29 @@ class LoraArguments:
 class EvalArguments:
     _argument_group_name = "evaluation"
 
+    eval_batch_size: int = option(32, "Test rows evaluated at once.")
+    evaluate_before: bool = option(False, "Also evaluate before training.")
+
+    def __post_init__(self):
+        require(self.eval_batch_size > 0, f"eval_batch_size must be positive, not {self.eval_batch_size}")
+
+
+@dataclass
+class GenerationArguments(EvalArguments):
+    """Evaluation by answers that are generated."""
+
     greedy: bool = option(False, "Greedy decoding instead of the paper's sampling.")
     temperature: float = option(0.1, "Sampling temperature.")
     top_k: int = option(40, "Sample among the k most likely tokens.")
     top_p: float = option(0.95, "Sample among the most likely tokens that hold this probability together.")
     max_new_tokens: int = option(256, "Longest generated answer in tokens.")
-    eval_batch_size: int = option(32, "Test rows evaluated at once.")
     generation_seed: int = option(42, "Seed of the sampling.")
-    evaluate_before: bool = option(False, "Also evaluate before training.")
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.temperature > 0, f"temperature must be positive, not {self.temperature}: use --greedy for argmax")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
-        for name in ("top_k", "max_new_tokens", "eval_batch_size"):
+        for name in ("top_k", "max_new_tokens"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
 
 
@@ -167,7 +167,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     _argument_group_name = "Trainer"
 
-    output_dir: str = option(str(ROOT / "exp_results_gsm8k"), "Folder for logs, results and checkpoints of all runs.")
+    output_dir: str = option(str(ROOT / "exp_results"), "Folder for logs, results and checkpoints of all runs.")
     learning_rate: float = _trainer_default("learning_rate", 3e-4)
     num_train_epochs: float = _trainer_default("num_train_epochs", 6)
     per_device_train_batch_size: int = _trainer_default("per_device_train_batch_size", 4)
@@ -265,8 +265,6 @@ HycloraArguments = dataclasses.make_dataclass(
     namespace={"_argument_group_name": "HyC-LoRA"},
 )
 
-GROUPS = (ModelArguments, DataArguments, LoraArguments, HycloraArguments, EvalArguments, TrainingArguments)
-
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """One spelling of each option."""
@@ -281,9 +279,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(HfArgumentParser):
-    """Our options first, a group a topic, then the Trainer's; a mistake is one sentence, not a page of usage."""
+    """Our options first, a group a topic, then the Trainer's; a mistake is one sentence, not a page of usage.
 
-    def __init__(self, groups, **kwargs):
+    defaults: values, by option, in place of those of the groups.
+    """
+
+    def __init__(self, groups, defaults=None, **kwargs):
         usage = "%(prog)s [--option value ...]"
         super().__init__(groups, usage=usage, allow_abbrev=False, formatter_class=_Help, **kwargs)
         for action in self._actions:
@@ -293,14 +294,15 @@ class Parser(HfArgumentParser):
                 action.type = _switch if can_be_auto else string_to_bool
             elif action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
+        self.set_defaults(**(defaults or {}))
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
 
 
-def parse_arguments(argv: list[str] | None = None, groups=GROUPS) -> tuple:
+def parse_arguments(argv: list[str] | None, groups, defaults: dict | None = None) -> tuple:
     """One filled instance of each group; a `UserError` names what cannot be understood, or cannot work."""
-    parser = Parser(groups)
+    parser = Parser(groups, defaults)
     known = [name for action in parser._actions for name in action.option_strings]
     check_environment(known)
     *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)

@@ -110,5 +110,6 @@ start() {
 
 _choose_python || return
 export PYTHON
+gpu=$(sees_gpu && echo True || echo False)
 # segments that grow leave fewer gaps between tensors, so that less of the GPU is held
 [[ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}

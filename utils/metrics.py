@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hyclora.utils.args import EvalArguments
+from hyclora.utils.args import EvalArguments, GenerationArguments
 from hyclora.utils.data.gsm8k import FINAL_ANSWER, prompt_of, target_of
 from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.profiling import undisturbed
@@ -45,7 +45,7 @@ def is_correct(prediction: str, answer: str) -> bool:
 
 
 def evaluate_generation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], args: EvalArguments
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], args: GenerationArguments
 ) -> tuple[float, list[dict]]:
     """Accuracy over the rows, and for each row its question, answer, generated text and verdict."""
     decoding = {"do_sample": False}

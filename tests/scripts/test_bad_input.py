@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import run_gsm8k
+from hyclora.utils import driver
 from hyclora.utils.args import ROOT
 from hyclora.utils.data.gsm8k import INSTRUCTION
 
@@ -25,7 +26,7 @@ def base(tiny_llama_folder, tmp_path):
 @pytest.fixture
 def refused(base, tmp_path, capsys, monkeypatch):
     """Run the driver with mistaken options; its sentence, after checking that nothing was loaded."""
-    monkeypatch.setattr(run_gsm8k, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(driver, "load_model", lambda *args: pytest.fail("the model was loaded"))
 
     def run(*options):
         with pytest.raises(SystemExit) as exit:
@@ -117,7 +118,7 @@ def test_unreachable_hub(refused, monkeypatch):
 
 
 def test_output_folder_that_cannot_be_written(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_gsm8k, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(driver, "load_model", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
         run_gsm8k.main([*base, "--output_dir", str(tmp_path / "file" / "results")])

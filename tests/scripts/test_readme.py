@@ -5,15 +5,15 @@ import shlex
 
 import pytest
 
-import run_memory_throughput
 from benchmarks.report import PARTS, ROOT, render
 from hyclora.utils import checks
-from hyclora.utils.args import GROUPS, Parser, parse_arguments
+from hyclora.utils.args import Parser, parse_arguments
+from hyclora.utils.runs.script import settings_of
+from tests.helpers.drivers import GROUPS
 
 FILES = [*PARTS, ROOT / "CONTRIBUTING.md"]
 TEXT = "".join(file.read_text(encoding="utf-8") for file in FILES)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DRIVERS = {"run_gsm8k.sh": GROUPS, "run_memory_throughput.sh": run_memory_throughput.GROUPS}
 
 
 def blocks(language: str) -> list[str]:
@@ -45,21 +45,22 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
 
 
 def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
-    """Their variables are at the top of the script, and values and options are parsed as on a machine with a GPU."""
+    """Their variables are settings of the script, and values and options are parsed as on a machine with a GPU."""
     monkeypatch.setattr(checks, "NEED_GPU", ())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rows.jsonl").touch()
     commands = re.findall(r"^((?:\w+=\S+ )*)bash (run_\w+\.sh)([^#\n]*)", "\n".join(blocks("bash")), re.MULTILINE)
     assert len(commands) > 5
     for given, script, options in commands:
-        if script not in DRIVERS:
+        driver = script.removesuffix(".sh")
+        if driver not in GROUPS:
             continue
-        text, argv = (ROOT / script).read_text(encoding="utf-8"), shlex.split(options)
+        settings, argv = settings_of(ROOT / script), shlex.split(options)
         for variable in given.split():
             name, _, value = variable.partition("=")
-            assert re.search(rf"^\s*{name}=\$\{{{name}:?-", text, re.MULTILINE), f"{script} has no {name}"
+            assert name in settings, f"{script} has no {name}"
             argv += [f"--{name}", value]
-        parse_arguments(argv, DRIVERS[script])
+        parse_arguments(argv, GROUPS[driver])
 
 
 def test_named_files_exist():
@@ -77,8 +78,10 @@ def test_links_into_a_page_have_their_heading():
 
 
 def test_named_options_exist():
-    """Each option is one of the driver's or of a script that is run as a module."""
-    known = {option for action in Parser(GROUPS)._actions for option in action.option_strings}
+    """Each option is one of a driver's or of a script that is run as a module."""
+    known = {
+        option for groups in GROUPS.values() for action in Parser(groups)._actions for option in action.option_strings
+    }
     scripts = "".join(file.read_text() for folder in ("benchmarks", "ckpt") for file in (ROOT / folder).glob("*.py"))
     known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', scripts)) | {"--help"}
     named = set(re.findall(r"--[a-z]\w+", TEXT))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import run_gsm8k
-from hyclora.utils import tasks, trainer
+from hyclora.utils import driver, trainer
 from hyclora.utils.errors import Finished
 from hyclora.utils.metrics import evaluate_generation
 from hyclora.utils.runs import checkpoints
@@ -129,7 +129,7 @@ def test_the_run_with_equal_settings_is_resumed_not_the_newest(drive, stopped, t
 def test_other_settings_are_refused_by_name(drive, stopped, monkeypatch, options, named):
     folder = stopped()
     before = content(folder)
-    monkeypatch.setattr(run_gsm8k, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(driver, "load_model", lambda *args: pytest.fail("the model was loaded"))
     for resume in (True, folder, folder / "checkpoint-1"):
         code, said = drive(*options, RESUME, resume)
         assert code == 2 and named in said and folder.name in said
@@ -162,7 +162,7 @@ def test_a_torn_checkpoint_is_passed_over_but_refused_by_name(drive, stopped, mo
     assert content(folder) == before
     for resume in (True, folder):
         with monkeypatch.context() as patch:
-            patch.setattr(run_gsm8k, "load_model", lambda *args: ctrl_c()())
+            patch.setattr(driver, "load_model", lambda *args: ctrl_c()())
             code, said = drive(RESUME, resume)
         assert "checkpoint-2 is passed over: " in said and f"resuming {folder / 'checkpoint-1'} at step 1" in said
         assert code == 130 and f"{RESUME} {folder / 'checkpoint-1'}" in said
@@ -211,17 +211,17 @@ def test_an_interrupted_last_evaluation_is_made_up_for(drive, monkeypatch, tmp_p
     expected, predictions = json.loads(whole.read_text()), whole.with_suffix("") / "predictions.json"
     predicted = predictions.read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "evaluate_generation", evaluations(["--evaluate_before"] == options[:1], ctrl_c()))
+        patch.setattr(run_gsm8k, "evaluate_generation", evaluations(["--evaluate_before"] == options[:1], ctrl_c()))
         code, said = drive(*options)
     folder = runs(tmp_path)[-1]
     assert code == 130 and "the training is done, the evaluation is not" in said
     assert f"{RESUME} {folder / 'checkpoint-4'}" in said
     monkeypatch.setattr(HycloraTrainer, "training_step", lambda *args: pytest.fail("a step more"))
-    monkeypatch.setattr(tasks, "evaluate_generation", evaluations(1, lambda: pytest.fail("evaluated again")))
+    monkeypatch.setattr(run_gsm8k, "evaluate_generation", evaluations(1, lambda: pytest.fail("evaluated again")))
     code, said = drive(*options, RESUME, True)
     found = json.loads((tmp_path / f"{folder.name}.json").read_text())
     assert code == 0 and (folder / "predictions.json").read_text() == predicted
-    for name in ("accuracy", "final_loss", "buffered_bytes"):
+    for name in ("metrics", "final_loss", "buffered_bytes"):
         assert found[name] == expected[name], name
     assert found["train"]["tokens"] == expected["train"]["tokens"]
 
@@ -280,7 +280,7 @@ def test_endings(drive, in_step, monkeypatch, stage, action, code, said):
     if isinstance(stage, int):
         in_step(stage, action)
     else:
-        owner = tasks if stage == "evaluate_generation" else run_gsm8k
+        owner = run_gsm8k if stage == "evaluate_generation" else driver
         monkeypatch.setattr(owner, stage, lambda *args: action())
     ended, printed = drive("--evaluate_before", stage == "evaluate_generation")
     assert (ended, said in printed) == (code, True), printed

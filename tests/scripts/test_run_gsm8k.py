@@ -30,7 +30,7 @@ def test_a_run_reports_and_keeps_everything(run, tiny_llama_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         file, results, printed = run("--evaluate_before", "True", "--q_bit", "2")
-    assert set(results["accuracy"]) == {"before", "after"}
+    assert set(results["metrics"]["accuracy"]) == {"before", "after"}
     kept = results["buffered_bytes"]
     assert kept["hyclora"] < 0.6 * kept["lora"] and kept["lora_checkpointing"] < kept["lora"]
     assert [entry["step"] for entry in results["log_history"] if "loss" in entry] == [1, 2, 3, 4]
@@ -78,7 +78,7 @@ def test_a_run_reports_and_keeps_everything(run, tiny_llama_folder):
 )
 def test_other_ways_to_train_run(run, options):
     _, results, _ = run("--max_eval_samples", "0", *options)
-    assert results["final_loss"] > 0 and results["accuracy"] == {}
+    assert results["final_loss"] > 0 and results["metrics"] == {"accuracy": {}}
     assert ("hyclora" in results["buffered_bytes"]) == ("--use_hyclora" not in options)
 
 
@@ -91,7 +91,7 @@ def test_own_rows_are_judged_by_their_loss(run, tmp_path):
     options = ["--learning_rate", "1e-2", "--evaluate_before", "True", "--max_eval_samples", "4"]
     file, results, printed = run("--data_name", "json", "--data_dir", str(folder), *options)
     assert "20 training rows, " in printed and "4 test rows, " in printed
-    losses = results["test_loss"]
+    losses = results["metrics"]["test_loss"]
     assert losses["after"] < losses["before"] - 0.1
     assert all(f"test loss {when} training" in printed and f"{loss:.4f}" in printed for when, loss in losses.items())
     assert not (file.with_suffix("") / "predictions.json").exists()

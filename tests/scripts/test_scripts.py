@@ -7,32 +7,30 @@ import sys
 
 import pytest
 
-import run_memory_throughput
-from hyclora.utils.args import GROUPS, ROOT, Parser
+from hyclora.utils.args import ROOT, Parser
+from hyclora.utils.runs.script import settings_of
+from tests.helpers.drivers import GROUPS
 
-SCRIPTS = [ROOT / "utils/env.sh", ROOT / ".ci/run", *sorted(ROOT.glob("*.sh"))]
+SCRIPTS = [ROOT / "utils/env.sh", ROOT / "utils/settings.sh", ROOT / ".ci/run", *sorted(ROOT.glob("*.sh"))]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_parses_and_hides_no_failure(script):
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()
-    assert "set -euo pipefail" in text or script.name == "env.sh"
+    assert "set -euo pipefail" in text or script.parent.name == "utils"
     assert "| tee" not in text
 
 
-DRIVERS = {"run_gsm8k": GROUPS, "run_memory_throughput": run_memory_throughput.GROUPS}
-
-
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", GROUPS)
 def test_every_option_that_is_passed_is_known_and_set(driver):
-    text = (ROOT / f"{driver}.sh").read_text()
+    script = ROOT / f"{driver}.sh"
+    text = (ROOT / "utils/settings.sh").read_text() + script.read_text()
     passed = dict(re.findall(r'--(\w+) "\$(\w+)"', text))
     passed |= {name: name for names in re.findall(r"^add_options (.*)$", text, re.MULTILINE) for name in names.split()}
-    known = {name for action in Parser(DRIVERS[driver])._actions for name in action.option_strings}
+    known = {name for action in Parser(GROUPS[driver])._actions for name in action.option_strings}
     assert passed and {f"--{name}" for name in passed} <= known
-    for variable in passed.values():
-        assert re.search(rf"^\s*{variable}=\$\{{{variable}:?-", text, re.MULTILINE), variable
+    assert set(passed.values()) <= set(settings_of(script))
 
 
 @pytest.mark.parametrize("developing", ["", "1"])

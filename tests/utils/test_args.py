@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 
 from hyclora.models.config import HycloraConfig
-from hyclora.utils.args import GROUPS, HycloraArguments, Parser, TrainingArguments, parse_arguments
+from hyclora.utils.args import HycloraArguments, Parser, TrainingArguments
 from hyclora.utils.errors import UserError
+from run_gsm8k import DRIVER
 
 
 def parse(*argv):
-    return dict(zip([group.__name__ for group in GROUPS], parse_arguments(list(argv)), strict=True))
+    return dict(zip([group.__name__ for group in DRIVER.groups], DRIVER.parse(list(argv)), strict=True))
 
 
 def test_every_field_of_the_core_is_an_option_with_its_default_and_help():
@@ -21,7 +22,7 @@ def test_every_field_of_the_core_is_an_option_with_its_default_and_help():
 
 
 def test_every_own_option_has_help():
-    for group in GROUPS:
+    for group in DRIVER.groups:
         for f in dataclasses.fields(group):
             assert f.metadata.get("help") or group is TrainingArguments, f"{group.__name__}.{f.name}"
 
@@ -84,7 +85,7 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--lora_dropout", "1"], "lora_dropout"),
         (["--lora_init_type", "zeros"], "zeros"),
         (["--temperature", "0"], "--greedy"),
-        (["--data_dir", "somewhere"], "--data_name gsm8k"),
+        (["--data_dir", "somewhere"], "would be ignored with data_name demo"),
         (["--data_name", "json"], "needs --data_dir"),
         (["--data_name", "json", "--data_dir", "no/such"], "data_dir no/such does not exist"),
         (["--seq_len", "1"], "seq_len"),
@@ -124,7 +125,7 @@ def test_nf4_needs_its_package(monkeypatch):
 
 
 def test_help_has_our_topics_first_and_lists_choices():
-    text = " ".join(Parser(GROUPS).format_help().split())
+    text = " ".join(Parser(DRIVER.groups).format_help().split())
     topics = ["model:", "data:", "LoRA:", "HyC-LoRA:", "evaluation:", "Trainer:"]
     places = [text.index(f" {topic} --") for topic in topics]
     assert places == sorted(places) and text.index("--learning_rate LEARNING_RATE") > places[-1]

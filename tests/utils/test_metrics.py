@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hyclora.utils.args import EvalArguments
+from hyclora.utils.args import EvalArguments, GenerationArguments
 from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.metrics import evaluate_generation, evaluate_loss, extract_number, is_correct
 
@@ -60,15 +60,15 @@ def test_generation_leaves_everything_as_it_was(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     model.train()
     state = torch.get_rng_state()
-    evaluate_generation(model, tokenizer, ROWS, EvalArguments(max_new_tokens=4))
+    evaluate_generation(model, tokenizer, ROWS, GenerationArguments(max_new_tokens=4))
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and tokenizer.padding_side == "right"
 
 
 def test_a_batch_gives_what_single_questions_give(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
-    single = EvalArguments(greedy=True, max_new_tokens=6, eval_batch_size=1)
-    batched = EvalArguments(greedy=True, max_new_tokens=6, eval_batch_size=3)
+    single = GenerationArguments(greedy=True, max_new_tokens=6, eval_batch_size=1)
+    batched = GenerationArguments(greedy=True, max_new_tokens=6, eval_batch_size=3)
     accuracy, one_by_one = evaluate_generation(model, tokenizer, ROWS, single)
     assert [p["question"] for p in one_by_one] == [row["question"] for row in ROWS]
     assert accuracy == sum(p["correct"] for p in one_by_one) / 3
@@ -79,7 +79,7 @@ def test_sampling_follows_its_seed(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
 
     def texts(seed):
-        arguments = EvalArguments(temperature=5.0, max_new_tokens=8, generation_seed=seed)
+        arguments = GenerationArguments(temperature=5.0, max_new_tokens=8, generation_seed=seed)
         return [p["prediction"] for p in evaluate_generation(model, tokenizer, ROWS, arguments)[1]]
 
     assert texts(42) == texts(42) != texts(43)
@@ -89,7 +89,7 @@ def test_accuracy_counts_right_answers(model_and_tokenizer, monkeypatch):
     model, tokenizer = model_and_tokenizer
     monkeypatch.setattr(tokenizer, "batch_decode", lambda ids, **_: ["The final answer is: 2"] * len(ids))
     rows = [*ROWS, {"question": "And 2 + 2?", "answer": "#### 4"}]
-    assert evaluate_generation(model, tokenizer, rows, EvalArguments(max_new_tokens=2))[0] == 0.75
+    assert evaluate_generation(model, tokenizer, rows, GenerationArguments(max_new_tokens=2))[0] == 0.75
 
 
 def test_loss_weighs_every_learned_token_the_same(model_and_tokenizer, monkeypatch):

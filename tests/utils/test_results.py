@@ -7,8 +7,9 @@ from torch import nn
 from transformers import Trainer
 
 from hyclora.utils import results
-from hyclora.utils.args import TrainingArguments, parse_arguments
+from hyclora.utils.args import TrainingArguments
 from hyclora.utils.errors import UserError
+from run_gsm8k import DRIVER
 
 SAMPLING = ("temperature", "top_k", "top_p", "generation_seed")
 METHOD = ("layer_type", "q_bit", "average_bits", "softmax_outlier_ratio", "attention", "offload", "slot_savers")
@@ -28,7 +29,7 @@ METHOD = ("layer_type", "q_bit", "average_bits", "softmax_outlier_ratio", "atten
 )
 def test_only_settings_that_have_an_effect_are_printed(capsys, monkeypatch, options, shown, hidden):
     monkeypatch.setattr(results, "colored", lambda text, color: text)
-    groups = parse_arguments([*options, "--use_cpu", "True"])
+    groups = DRIVER.parse([*options, "--use_cpu", "True"])
     results.print_settings(groups[:-1])
     printed = {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()}
     assert set(shown) <= printed and not printed & set(hidden)

@@ -84,7 +84,7 @@ def write_card(folder: Path, found: dict, n_rows: int) -> None:
     text = _TEXT.format(
         base=base,
         rows=n_rows,
-        data=settings["DataArguments"]["data_name"],
+        data=shown["data_name"],
         steps=found["core"]["steps"],
         method="HyC-LoRA" if settings["HycloraArguments"]["use_hyclora"] else "stock PEFT LoRA",
         results=_rows(results),

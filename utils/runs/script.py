@@ -2,7 +2,7 @@
 
 A shell script of the repository root tells its name in HYCLORA_SCRIPT and, quoted for a shell, the options that it puts
 in front of the user's own in HYCLORA_PASSED (`start` of utils/env.sh). Its settings are lower-case variables with a
-default, `seed=${seed:-11}`.
+default, `seed=${seed:-11}`, in itself or in utils/settings.sh, which it may source.
 """
 
 import difflib
@@ -14,19 +14,27 @@ from pathlib import Path
 
 SCRIPT, PASSED = "HYCLORA_SCRIPT", "HYCLORA_PASSED"
 _VARIABLE = re.compile(r"^\s*(\w+)=\$\{\1:?-", re.MULTILINE)
+_SOURCED = re.compile(r'^source "\$root/(.+)"$', re.MULTILINE)
 _NEAR = 0.85
 
 
-def _script() -> tuple[str, str]:
-    """Path and text of the shell script; '' and '' without one."""
+def settings_of(script: Path) -> list[str]:
+    """The names of a script's settings; those of the files that it sources are as much its own."""
+    text = script.read_text(encoding="utf-8")
+    files = [script.parent / name for name in _SOURCED.findall(text)]
+    texts = [text, *(file.read_text(encoding="utf-8") for file in files if file.is_file())]
+    return list(dict.fromkeys(name for text in texts for name in _VARIABLE.findall(text)))
+
+
+def _script() -> tuple[str, list[str]]:
+    """Path and settings of the shell script; '' and none without one."""
     path = os.environ.get(SCRIPT, "")
-    return (path, Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else ("", "")
+    return (path, settings_of(Path(path))) if Path(path).is_file() else ("", [])
 
 
 def check_environment(options: list[str]) -> None:
     """ValueError for an exported variable that was meant as a setting of the script: misspelled, or an option only."""
-    path, text = _script()
-    variables = _VARIABLE.findall(text)
+    path, variables = _script()
     if not variables:
         return
     for name in sorted(os.environ.keys() - set(variables)):
@@ -45,11 +53,11 @@ def again(argv: list[str] | None, *options) -> str:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return " ".join(["your command", *(["with", shlex.join(added)] if added else [])])
     words = list(sys.argv[1:] if argv is None else argv)
-    path, text = _script()
+    path, variables = _script()
     passed = shlex.split(os.environ.get(PASSED, ""))
     if passed and words[: len(passed)] == passed:
-        given = [f"{name}={shlex.quote(os.environ[name])}" for name in _VARIABLE.findall(text) if name in os.environ]
-        start, words = [*dict.fromkeys(given), "bash", shlex.quote(path)], words[len(passed) :]
+        given = [f"{name}={shlex.quote(os.environ[name])}" for name in variables if name in os.environ]
+        start, words = [*given, "bash", shlex.quote(path)], words[len(passed) :]
     else:
         module = getattr(sys.modules["__main__"], "__spec__", None)
         start = ["python", *(["-m", module.name] if module else [shlex.quote(sys.argv[0])])]

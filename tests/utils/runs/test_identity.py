@@ -5,18 +5,27 @@ import json
 import pytest
 
 from hyclora.utils import results
-from hyclora.utils.args import GROUPS, ProfileArguments, parse_arguments
+from hyclora.utils.args import EvalArguments
 from hyclora.utils.runs.identity import FREE, NEEDS, content_of, differences, identity
+from run_gsm8k import DRIVER
+from tests.helpers.drivers import GROUPS
+
+ALL_GROUPS = {group for groups in GROUPS.values() for group in groups}
 
 
 def known_by(*options):
-    groups = parse_arguments(["--use_cpu", "True", *options])
+    groups = DRIVER.parse(["--use_cpu", "True", *options])
     return identity(json.loads(json.dumps(results.settings(*groups), default=str)))
 
 
 def test_the_tables_name_settings_that_exist():
-    names = {name for group in (*GROUPS, ProfileArguments) for name in group.__dataclass_fields__}
+    names = {name for group in ALL_GROUPS for name in group.__dataclass_fields__}
     assert FREE | NEEDS.keys() | {other for other, _ in NEEDS.values()} <= names
+
+
+def test_how_a_model_is_evaluated_is_not_part_of_it():
+    evaluation = [group for group in ALL_GROUPS if issubclass(group, EvalArguments)]
+    assert evaluation and all(group.__dataclass_fields__.keys() <= FREE for group in evaluation)
 
 
 @pytest.mark.parametrize(

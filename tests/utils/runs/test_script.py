@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from hyclora.utils.args import GROUPS, ROOT, Parser
+from hyclora.utils.args import ROOT, Parser
 from hyclora.utils.runs.script import PASSED, SCRIPT, again, check_environment
+from run_gsm8k import DRIVER
 
-OPTIONS = [name for action in Parser(GROUPS)._actions for name in action.option_strings]
+OPTIONS = [name for action in Parser(DRIVER.groups)._actions for name in action.option_strings]
 
 
 @pytest.fixture(autouse=True)
