@@ -1,20 +1,48 @@
 """How gradients of replayed layers reach the parameters: graphs add them to fixed memory.
 
-It is the parameters' .grad where nobody but autograd's user is waiting for them. Hooks see only what passes through
-autograd: for them each backward begins with zeros in that memory, and gives autograd copies of what it adds.
+It is the parameters' .grad where nobody but autograd's user is waiting for them. Others see only what passes through
+autograd. DDP is given that memory itself, with all that has been added to it. For hooks on parameters each backward
+begins with zeros in it, and gives autograd copies of what it adds.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable
+from enum import Enum, auto
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
 
 from hyclora.models.graphs.recording import Recording
 from hyclora.operators.first_order import first_order
 
 PIECE = 2**14  # elements of a gradient that one program adds
+
+
+class Listener(Enum):
+    """Who waits for gradients to pass through autograd: DDP for what .grad becomes, hooks for what is added to it."""
+
+    NOBODY = auto()
+    SUMS = auto()
+    PARTS = auto()
+
+    @classmethod
+    def of(cls, parameters: list[Tensor]) -> "Listener":
+        """Who waits for those of the backward of this forward.
+
+        The hooks by which a wrapper of several processes reduces gradients cannot be seen: it is taken for a listener,
+        but for DDP where it does not reduce (no_sync).
+        """
+        if any(t._backward_hooks or t._post_accumulate_grad_hooks for t in parameters):
+            return cls.PARTS
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return cls.NOBODY
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is None:
+            return cls.PARTS
+        return cls.SUMS if wrapper.require_backward_grad_sync else cls.NOBODY
 
 
 class GradientBuffers:
@@ -56,6 +84,22 @@ class GradientBuffers:
         if empty:
             torch._foreach_zero_(empty)
 
+    def take(self, buffers: dict[nn.Parameter, Tensor]) -> list[Tensor]:
+        """Take attached gradients off their parameters, for autograd to put them back."""
+        # what it is given without another reference becomes .grad without a copy, as a new tensor
+        Variable._execution_engine.queue_callback(partial(self._note, list(buffers.items())))
+        taken = [parameter.grad for parameter in buffers]
+        for parameter in buffers:
+            parameter.grad = None
+        return taken
+
+    def _note(self, buffers: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """They are back."""
+        for parameter, buffer in buffers:
+            grad = parameter.grad
+            if grad is not None and grad.data_ptr() == buffer.data_ptr():
+                self._handed[parameter] = weakref.ref(grad)
+
     def detach(self, buffers: dict[nn.Parameter, Tensor]) -> None:
         """Make these nobody's gradients, and zero."""
         for parameter in self._handed.keys() & buffers.keys():
@@ -95,28 +139,32 @@ class Ticket:
 class ReplayFunction(torch.autograd.Function):
     """All layers, started already, as one Function: the output for hidden, and its gradient.
 
-    listened: gradients of parameters pass through autograd, and these are all that get one. Else the graph adds them to
-    .grad, and parameters are some trained one, so that there is a backward although hidden may need no gradient.
+    listener: of parameters' gradients, which pass through autograd; without one the graph adds them to .grad, and
+    parameters are some trained one, so that there is a backward although hidden may need no gradient.
     """
 
     @staticmethod
-    def forward(ctx, hidden, recording: Recording, ticket: Ticket, buffers: GradientBuffers, listened, *parameters):
-        ctx.recording, ctx.ticket, ctx.buffers, ctx.listened = recording, ticket, buffers, listened
+    def forward(ctx, hidden, recording: Recording, ticket: Ticket, buffers: GradientBuffers, listener, *parameters):
+        ctx.recording, ctx.ticket, ctx.buffers, ctx.listener = recording, ticket, buffers, listener
         return recording.output.detach()
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        recording = ctx.recording
+        recording, buffers = ctx.recording, ctx.buffers
         if ctx.ticket is None:
             raise RuntimeError(
                 "cuda_graphs: a second backward through the layers, whose activations the first one has used up; "
                 "retain_graph needs cuda_graphs=False"
             )
-        if ctx.listened:
-            ctx.buffers.detach(recording.gradients)
-        elif torch._C._will_engine_execute_node(get_gradient_edge(recording.anchor).node):
-            ctx.buffers.attach(recording.gradients)
+        adds = _adds_all(ctx)
+        take: Callable = _nothing_for
+        if ctx.listener is Listener.PARTS or ctx.listener is Listener.SUMS and not adds:
+            buffers.detach(recording.gradients)
+            take = _copies
+        elif adds:
+            buffers.attach(recording.gradients)
+            take = buffers.take if ctx.listener is Listener.SUMS else take
         else:
             raise RuntimeError(
                 "cuda_graphs: gradients of single tensors were asked for, but graphs add those of all adapters to "
@@ -126,12 +174,26 @@ class ReplayFunction(torch.autograd.Function):
         recording.backward()
         ctx.ticket = None
         dx = None if recording.dx is None else recording.dx.clone()
-        return dx, None, None, None, None, *(_copies(recording.gradients.values()) if ctx.listened else [None])
+        return dx, None, None, None, None, *take(recording.gradients)
 
 
-def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+def _adds_all(ctx) -> bool:
+    """Whether this backward adds to .grad of all parameters that a replay was called with."""
+    nodes = [node for node, _ in ctx.next_functions if hasattr(node, "variable")]
+    try:
+        return all(map(torch._C._will_engine_execute_node, nodes))
+    except RuntimeError:  # of a tensor whose gradient torch.autograd.grad is to return
+        return False
+
+
+def _nothing_for(buffers: dict[nn.Parameter, Tensor]) -> list[None]:
+    """Of the one parameter that is named, as the graph has added to .grad."""
+    return [None]
+
+
+def _copies(buffers: dict[nn.Parameter, Tensor]) -> list[Tensor]:
     """New tensors, as autograd makes what it is given a .grad without a copy if nobody else has it."""
-    tensors = list(tensors)
+    tensors = list(buffers.values())
     copies = [torch.empty_like(t) for t in tensors]
     torch._foreach_copy_(copies, tensors)
     return copies

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unfla
 
 from hyclora.models.blocks import autocast_dtype
 from hyclora.models.graphs.foresight import Foretold
-from hyclora.models.graphs.gradients import GradientBuffers, ReplayFunction, Ticket, add_gradients, nothing
+from hyclora.models.graphs.gradients import GradientBuffers, Listener, ReplayFunction, Ticket, add_gradients, nothing
 from hyclora.models.graphs.recording import Recording
 from hyclora.models.graphs.sizes import Sizes
 from hyclora.models.layers import OURS, LayerBlock
@@ -80,7 +80,7 @@ class LayerGraphs(Pausable):
             "_first": None,
             "_warm": False,
             "sizes": Sizes(),
-            "_listened": False,
+            "_listener": Listener.NOBODY,
         }
 
     def fill(self, n_tokens: int, n_documents: int) -> tuple[int, int]:
@@ -138,8 +138,8 @@ class LayerGraphs(Pausable):
             return None
         self._latest, recording.asked = (self._kind[1], weights), asked
         self._passing = len(self.layers) > 1
-        reached = recording.gradients if self._listened else (recording.anchor,)
-        return ReplayFunction.apply(hidden, recording, self.begin(), self.gradients, self._listened, *reached)
+        reached = (recording.anchor,) if self._listener is Listener.NOBODY else recording.gradients
+        return ReplayFunction.apply(hidden, recording, self.begin(), self.gradients, self._listener, *reached)
 
     def _find(self, hidden: Tensor, args: tuple, kwargs: dict) -> tuple[Recording | None, list[Tensor], list[Tensor]]:
         """The recording to replay, if there is one, its inputs, and the weights that it reads; started if it can be."""
@@ -222,9 +222,7 @@ class LayerGraphs(Pausable):
         trainable += [norm.weight for norm in self.norms]
         if not any(t.requires_grad for t in trainable):
             return None
-        # the hooks by which DDP reduces gradients cannot be seen from here
-        self._listened = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self._listened |= any(t._backward_hooks or t._post_accumulate_grad_hooks for t in trainable)
+        self._listener = Listener.of(trainable)
         return [p.base.weight for p in self.projections] + trainable
 
     def _state_of(self, weights: list[Tensor]) -> tuple:
@@ -293,7 +291,8 @@ class LayerGraphs(Pausable):
         args, kwargs = tree_unflatten(leaves, spec)
         trained = [_trained(layer.module) for layer in self.layers]
         anchor = next(p for layer in trained for _, _, p in layer)
-        buffers = {p: self.gradients.of(p, adopt=not self._listened) for layer in trained for _, _, p in layer}
+        adopt = self._listener is Listener.NOBODY
+        buffers = {p: self.gradients.of(p, adopt) for layer in trained for _, _, p in layer}
         reached: dict[nn.Parameter, Tensor] = {}
         # edges, not tensors: between two layers nothing but the sum of both is kept, and not for backward
         edges: list[tuple[GradientEdge | None, list[Tensor]]] = []

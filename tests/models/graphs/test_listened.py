@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hyclora import apply_hyclora
+from hyclora.models.graphs.gradients import Listener
 from tests.helpers.offloading import equal
 from tests.helpers.ranks import run_ranks
 from tests.helpers.replaying import CALIBRATION, Rerun, batches, config, graphed, replayed, train
@@ -115,24 +116,63 @@ def test_streams_of_two_ranks(tmp_path):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_go_on_where_somebody_begins_to_listen(recorded, one_process, set_to_none):
-    """A recording made for .grad's memory, and gradients that are in it, serve a process group, and the other way."""
+def test_gradients_go_on_where_somebody_begins_to_listen(recorded, one_process, set_to_none, monkeypatch):
+    """A recording made for .grad's memory, and gradients that are in it, serve every listener, one after the other."""
     model, graphs, _ = recorded
-    steps = batches(6)
-    expected = train(model, steps, zero_every=6, set_to_none=set_to_none)
-    listening = iter([False, True, True, False, True, False])
-    listened, weights = [], graphs._weights
-
-    def switched():
-        found = weights()
-        graphs._listened = next(listening)
-        listened.append(graphs._listened)
-        return found
-
-    graphs._weights = switched
-    found = train(model, steps, zero_every=6, set_to_none=set_to_none)
-    assert len(listened) == 6 and len(graphs.recordings) == 1
+    steps = batches(9)
+    expected = train(model, steps, zero_every=9, set_to_none=set_to_none)
+    nobody, sums, parts = Listener
+    listeners = iter([nobody, sums, parts, sums, sums, nobody, parts, nobody, sums])
+    monkeypatch.setattr(Listener, "of", lambda parameters: next(listeners))
+    found = train(model, steps, zero_every=9, set_to_none=set_to_none)
+    assert next(listeners, None) is None and len(graphs.recordings) == 1
     assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_sums_are_put_back_where_they_were(recorded, monkeypatch):
+    """DDP gets the graph's own memory, and whoever keeps a gradient after it has been freed keeps its values."""
+    model, graphs, batch = recorded
+    monkeypatch.setattr(Listener, "of", lambda parameters: Listener.SUMS)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    (recording,) = graphs.recordings.values()
+    model.zero_grad()
+    for _ in range(2):
+        assert replayed(model, graphs, batch)
+        assert all(p.grad.data_ptr() == recording.gradients[p].data_ptr() for p in trained)
+    kept, values = [p.grad for p in trained], [p.grad.clone() for p in trained]
+    model.zero_grad()
+    assert replayed(model, graphs, batch)
+    assert all(map(torch.equal, kept, values))
+    assert all(torch.equal(2 * p.grad, value) for p, value in zip(trained, values, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Listener.SUMS, Listener.PARTS])
+def test_gradients_of_others_than_asked_for_are_left_alone(recorded, kind, monkeypatch):
+    """backward(inputs=...), as torch.autograd.grad, is no backward of all."""
+    model, graphs, batch = recorded
+    monkeypatch.setattr(Listener, "of", lambda parameters: kind)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    assert replayed(model, graphs, batch)
+    values = [p.grad.clone() for p in trained]
+    loss = model(**batch).loss
+    loss.backward(inputs=trained[3:5])
+    for i, (p, value) in enumerate(zip(trained, values, strict=True)):
+        assert torch.equal(p.grad, 2 * value if i in (3, 4) else value)
+
+
+def test_who_listens(one_process):
+    """In a process group DDP for its sums, but within no_sync; another wrapper's hooks cannot be seen."""
+    module = torch.nn.Linear(2, 2)
+    module.register_forward_hook(lambda *_: seen.append(Listener.of([module.weight])))
+    seen, parallel = [], DistributedDataParallel(module)
+    parallel(torch.ones(2))
+    with parallel.no_sync():
+        parallel(torch.ones(2))
+    module(torch.ones(2))
+    module.weight.register_hook(lambda g: None)
+    parallel(torch.ones(2))
+    assert seen == [Listener.SUMS, Listener.NOBODY, Listener.PARTS, Listener.PARTS]
 
 
 def test_hooks_on_parameters(recorded):
