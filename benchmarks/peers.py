@@ -191,6 +191,12 @@ def missing(job: Job) -> str | None:
     return peer.needs if peer and importlib.util.find_spec(peer.needs) is None else None
 
 
+def gpus_of(job: Job) -> str:
+    """The GPUs that the job may see: the first ones. With more than its own the Trainer would take all of them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(job.gpus)))
+    return ",".join(visible.split(",")[: job.gpus])
+
+
 def command(text: str) -> list[str]:
     """What measures a job, of whose JSON this is."""
     return [sys.executable, "-m", "benchmarks.peers", text]
@@ -205,7 +211,7 @@ def run(job: Job, timeout: float) -> dict:
         process = subprocess.Popen(
             command(json.dumps(asdict(job))),
             cwd=ROOT,
-            env=os.environ | ALLOCATOR | OFFLINE | {PARENT: str(os.getpid())},
+            env=os.environ | ALLOCATOR | OFFLINE | {PARENT: str(os.getpid()), "CUDA_VISIBLE_DEVICES": gpus_of(job)},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -67,4 +67,6 @@ def data_parallel(model, gpus: int, device: str):
         return model
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(model, device_ids=[rank()] if device == "cuda" else None)
+    return DistributedDataParallel(
+        model, device_ids=[rank()] if device == "cuda" else None, gradient_as_bucket_view=True
+    )

@@ -48,7 +48,7 @@ class Calibration:
 
     def __init__(self, step: Step, savers: list[Saver]):
         self.step, self.length = step, step.threshold
-        self.active = any(isinstance(saver, ChannelQuant) for saver in savers)
+        self.quantizers = [saver for saver in savers if isinstance(saver, ChannelQuant)]
         self.gauge = next((saver for saver in savers if isinstance(saver, GaugedQuant)), None)
         self.begun, self.counted, self.restarts = 0, 0, 0
         self.seen: Tensor | None = None
@@ -57,15 +57,17 @@ class Calibration:
     @torch.compiler.disable
     def follow(self, tokens: Tensor | None) -> bool:
         """Weigh the forward that begins, by its ids [B, S] or embeddings [B, S, C]; whether calibration begins anew."""
-        if not self.active or tokens is None:
+        if not self.quantizers or tokens is None:
             return False
         again = self.gauge is not None and not self.step.calibrating and self._contradicted()
         if again:
             self._begin_again()
         if self.step.calibrating:
             self._weigh(tokens)
-        else:
+        elif self.seen is not None:
             self.seen = None
+            for quantizer in self.quantizers:
+                quantizer.rest()
         return again
 
     @torch.no_grad()

@@ -28,7 +28,8 @@ class ChannelQuant(StoringSaver):
     scale_rule channel_group: mean, std over all calibration tokens (padding skipped). paper: mean 0, "std" is the
     published scale (max - min) / (2^b - 1), averaged over the calibration steps. Source: paper section 4.1, seeds.
     Keeps 8 b bytes a group of 64 channels for codes, 2 for its scale (paper: none), 2 for an exact channel, of each
-    token; and for itself, once, 24 bytes a channel (32 with exact channels). Measuring takes fp32 of a tile of tokens.
+    token; and for itself, once, 12 bytes a channel (20 with exact channels), and 12 more while it calibrates and where
+    rest() has put them. Measuring takes a copy of x, or of a tile of its tokens.
     RuntimeError to pack before any calibration.
     """
 
@@ -92,18 +93,21 @@ class ChannelQuant(StoringSaver):
         batch["steps"] = torch.ones_like(batch["count"])
         batch["range"] = (batch.pop("high") - batch.pop("low")).nan_to_num(neginf=0.0)
         old = self.statistics if self._last_step >= step.since else {}
-        self.statistics = {name: old[name] + new if old else new for name, new in batch.items()}
+        self.statistics = {name: old[name].to(new.device) + new if old else new for name, new in batch.items()}
         self._last_step = step.index
-        self._set_scales()
+        self._set_scales(batch["count"].device)
+
+    def rest(self) -> None:
+        """Have the statistics on the host, where they wait for the next calibration."""
+        self.statistics = {name: t.cpu() for name, t in self.statistics.items()}
 
     def _follow(self, device: torch.device) -> None:
-        """Have the statistics where the activations are: they are loaded on the CPU, and models move."""
+        """Have what they mean where the activations are: they are loaded on the CPU, and models move."""
         if self.statistics and self.mean.device != device:
-            self.statistics = {name: t.to(device) for name, t in self.statistics.items()}
-            self._set_scales()
+            self._set_scales(device)
 
-    def _set_scales(self) -> None:
-        s = self.statistics
+    def _set_scales(self, device: torch.device) -> None:
+        s = {name: t.to(device) for name, t in self.statistics.items()}
         count = s["count"].clamp_min(1.0)
         mean = s["total"] / count
         energy = s["total_square"] / count
@@ -132,28 +136,31 @@ class ChannelQuant(StoringSaver):
         self.statistics = {name: t for name, t in state.items() if name != LAST_STEP}
         self._last_step = int(state.get(LAST_STEP, 0))
         if state:
-            self._set_scales()
+            self._set_scales(self.statistics["count"].device)
 
 
 @torch.no_grad()
 def measure(x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     """Count of the real tokens (mask [T]) of x [T, C], and sums and extremes of each channel over them."""
     mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
-    # fp32 copies are of one tile
     return reduce(merge, (_measure_tile(x[rows], mask[rows, None]) for rows in token_tiles(x.shape[0])))
 
 
 def _measure_tile(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    x = x.float()
+    # halves are added up in fp32, which needs no copy of them
+    x = x if x.dtype in (torch.bfloat16, torch.float16) else x.float()
     # a step that overflows is skipped by whoever trains; statistics would keep it
-    mask = mask & x.isfinite().all(dim=1, keepdim=True)
-    x = torch.where(mask, x, 0.0)
+    mask = mask & x.sum(dim=1, keepdim=True, dtype=torch.float32).isfinite()
+
+    def counted(fill: float) -> Tensor:
+        return torch.where(mask, x, fill)
+
     return {
         "count": mask.sum().float(),
-        "total": x.sum(dim=0),
-        "total_square": x.square().sum(dim=0),
-        "low": torch.where(mask, x, math.inf).amin(dim=0),
-        "high": torch.where(mask, x, -math.inf).amax(dim=0),
+        "total": counted(0.0).sum(dim=0, dtype=torch.float32),
+        "total_square": torch.linalg.vector_norm(counted(0.0), dim=0, dtype=torch.float32).square(),
+        "low": counted(math.inf).amin(dim=0).float(),
+        "high": counted(-math.inf).amax(dim=0).float(),
     }
 
 

@@ -126,6 +126,14 @@ def test_a_process_whose_sweep_has_ended_does_not_measure(monkeypatch):
         peers.main(["{}"])
 
 
+@pytest.mark.parametrize("visible, seen", [(None, "0,1"), ("3,1,2", "3,1"), ("", "0,1"), ("GPU-5", "GPU-5")])
+def test_a_job_sees_as_many_gpus_as_it_takes(job, visible, seen, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert peers.gpus_of(replace(job, gpus=2)) == seen
+
+
 def test_a_process_that_dies_or_hangs_is_a_cause(job, monkeypatch):
     monkeypatch.setattr(peers.sys, "executable", "/bin/false")
     assert peers.run(job, 10)["error"] == "RuntimeError: exit code 1, nothing said"

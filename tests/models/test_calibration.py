@@ -13,7 +13,7 @@ from hyclora.models.calibration import PATIENCE, SAMPLES, _contexts
 from hyclora.models.patch import find_patch
 from hyclora.models.state import load_calibration, save_calibration
 from hyclora.operators import dispatch
-from hyclora.operators.savers import GaugedQuant, Step
+from hyclora.operators.savers import ChannelQuant, GaugedQuant, Step
 from tests.helpers.calibrating import (
     POOR,
     WIDTH,
@@ -366,12 +366,15 @@ def test_what_ranks_have_seen_adds_up_once(tmp_path):
 
 
 def test_nothing_waits_for_the_device_afterwards(monkeypatch):
-    """Tokens are looked at while calibrating alone."""
+    """Tokens are looked at while calibrating alone; then statistics rest."""
+    rested = []
+    monkeypatch.setattr(ChannelQuant, "rest", lambda quantizer: rested.append(quantizer))
     model, patch = patched(1)
     run(model, [usual(0)])
+    assert not rested
     monkeypatch.setattr(calibration, "_contexts", None)
     run(model, [usual(1), usual(2)])
-    assert patch.calibration.seen is None
+    assert patch.calibration.seen is None and rested == patch.calibration.quantizers
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a matter of the GPU")

@@ -1,5 +1,6 @@
 """Savers and the keeper that carries their packed tensors."""
 
+import math
 import weakref
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from hyclora.models.config import SAVERS
 from hyclora.operators.savers import ChannelQuant, Exact, Keeper, Recompute, Sparse, Step, make_saver
+from hyclora.operators.savers.channel_quant import measure
 from tests.helpers.kernel_checks import DEVICE, rand, relative_error
 
 
@@ -114,6 +116,33 @@ def test_calibration_resumes_on_the_device_of_the_activations():
     second.load_state_dict({name: t.cpu() for name, t in first.state_dict().items()})
     second.pack(x, Step(3, 2))
     assert second.statistics["count"].item() == 40 and second.mean.device == x.device
+
+
+def test_statistics_at_rest_are_on_the_host_and_add_up():
+    savers = quant(outliers=0.1), quant(outliers=0.1)
+    for saver in savers:
+        saver.pack(rand(20, 30), Step(2, 1))
+    savers[1].rest()
+    assert {t.device.type for t in savers[1].statistics.values()} == {"cpu"} and savers[1].mean.device.type == DEVICE
+    x = rand(20, 30, seed=1)
+    packed = [saver.pack(x, Step(2, 2)) for saver in savers]
+    assert all(map(torch.equal, *packed))
+    assert all(map(torch.equal, *(saver.statistics.values() for saver in savers)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_measures_of_the_tokens_that_count(dtype):
+    """Not those that are masked, nor those with an inf or a nan in one channel."""
+    x = rand(9, 70, dtype=dtype)
+    x[2, 5], x[4, 0], x[5, 69] = math.inf, math.nan, -math.inf
+    mask = torch.ones(9, dtype=torch.bool, device=DEVICE)
+    mask[[0, 7]] = False
+    found, rows = measure(x, mask), x[[1, 3, 6, 8]].float()
+    sums = {"total": rows.sum(dim=0), "total_square": rows.square().sum(dim=0)}
+    expected = {"count": 4, **sums, "low": rows.amin(dim=0), "high": rows.amax(dim=0)}
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], torch.as_tensor(value, dtype=torch.float32, device=DEVICE))
 
 
 def test_calibration_state_round_trip():
