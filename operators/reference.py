@@ -4,6 +4,8 @@ Each function here is the definition; the Triton kernels beside it are only fast
 and benchmarks compare against it. Shapes: T tokens, C channels, G channels a group, b bits a code.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,20 @@ def dequantize(packed: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: C
         t = (t + ((middle - SCALE_ZERO) / MIDDLE_STEPS).unsqueeze(-1)) * half
     t = t.flatten(1)[:, : mean.numel()]
     return (t * std + mean).to(dtype)
+
+
+def measure(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Measures of the tokens of x [T, C] that mask [T] has and that are finite: operators/savers/measure.py."""
+    x = x.float()
+    mask = mask[:, None] & x.isfinite().all(dim=1, keepdim=True)
+    x = torch.where(mask, x, 0.0)
+    return {
+        "count": mask.sum().float(),
+        "total": x.sum(dim=0),
+        "total_square": x.square().sum(dim=0),
+        "low": torch.where(mask, x, math.inf).amin(dim=0),
+        "high": torch.where(mask, x, -math.inf).amax(dim=0),
+    }
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

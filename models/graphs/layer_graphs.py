@@ -254,6 +254,7 @@ class LayerGraphs(Pausable):
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         self.patch.use(self._store)
+        self.recorder.begin(not self.recordings)
         try:
             # the first replay draws what the layers by themselves would have
             with replayed_rng(hidden.device, get_rng_state(hidden.device)):

@@ -3,6 +3,7 @@
 exact.py          the tensor itself                          base.py       what a saver is; Recompute, Derived; Keeper
 channel_quant.py  codes of b bits, scales, exact channels    observer.py   calibration on tiles before they are packed
 sparse.py         the largest entries of attention rows      gauge.py      whether statistics still fit
+measure.py        what calibration sees of tokens
 
 Where the packed bytes wait, if not on the GPU, is operators/store.
 """

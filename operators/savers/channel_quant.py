@@ -8,7 +8,6 @@ more than coarser steps elsewhere. The channels of largest energy are kept exact
 """
 
 import math
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from torch import Tensor
 from hyclora.operators.packing.codebook import CODEBOOKS
 from hyclora.operators.packing.quantize import dequantize, dequantize_rows, quantize
 from hyclora.operators.savers.base import Step, StoringSaver
-from hyclora.operators.token_tiles import token_tiles
+from hyclora.operators.savers.measure import measure
 
-MERGED_BY = {"low": torch.minimum, "high": torch.maximum}  # all other measures are sums
 LAST_STEP = "last_step"
 
 
@@ -29,7 +27,7 @@ class ChannelQuant(StoringSaver):
     published scale (max - min) / (2^b - 1), averaged over the calibration steps. Source: paper section 4.1, seeds.
     Keeps 8 b bytes a group of 64 channels for codes, 2 for its scale (paper: none), 2 for an exact channel, of each
     token; and for itself, once, 12 bytes a channel (20 with exact channels), and 12 more while it calibrates and where
-    rest() has put them. Measuring takes a copy of x, or of a tile of its tokens.
+    rest() has put them.
     RuntimeError to pack before any calibration.
     """
 
@@ -137,36 +135,6 @@ class ChannelQuant(StoringSaver):
         self._last_step = int(state.get(LAST_STEP, 0))
         if state:
             self._set_scales(self.statistics["count"].device)
-
-
-@torch.no_grad()
-def measure(x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """Count of the real tokens (mask [T]) of x [T, C], and sums and extremes of each channel over them."""
-    mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
-    return reduce(merge, (_measure_tile(x[rows], mask[rows, None]) for rows in token_tiles(x.shape[0])))
-
-
-def _measure_tile(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    # halves are added up in fp32, which needs no copy of them
-    x = x if x.dtype in (torch.bfloat16, torch.float16) else x.float()
-    # a step that overflows is skipped by whoever trains; statistics would keep it
-    mask = mask & x.sum(dim=1, keepdim=True, dtype=torch.float32).isfinite()
-
-    def counted(fill: float) -> Tensor:
-        return torch.where(mask, x, fill)
-
-    return {
-        "count": mask.sum().float(),
-        "total": counted(0.0).sum(dim=0, dtype=torch.float32),
-        "total_square": torch.linalg.vector_norm(counted(0.0), dim=0, dtype=torch.float32).square(),
-        "low": counted(math.inf).amin(dim=0).float(),
-        "high": counted(-math.inf).amax(dim=0).float(),
-    }
-
-
-def merge(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What measure gives for the tokens of both."""
-    return {name: MERGED_BY.get(name, torch.add)(t, other[name]) for name, t in one.items()}
 
 
 def sum_over_ranks(batch: dict[str, Tensor]) -> dict[str, Tensor]:

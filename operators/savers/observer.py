@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hyclora.operators.savers.base import Keeper
-from hyclora.operators.savers.channel_quant import measure, merge
+from hyclora.operators.savers.measure import measure, merge
 
 
 class Observer(Keeper):

@@ -17,14 +17,14 @@ from hyclora.operators.linear import dropout, low_rank, low_rank_grad, nf4, resi
 from hyclora.operators.mlp import activation, fused_mlp
 from hyclora.operators.packing import quantize
 from hyclora.operators.packing.codebook import CODEBOOKS
-from hyclora.operators.savers import ChannelQuant, Step
+from hyclora.operators.savers import ChannelQuant, Step, measure
 from tests.operators.attention.test_fused_qkv import BATCH
 from tests.operators.attention.test_fused_qkv import prepare as prepare_qkv
 from tests.operators.mlp.test_fused_mlp import prepare as prepare_mlp
 
 MODULES = (
-    activation, attention, cross_entropy, dropout, fused_mlp, fused_qkv, low_rank, low_rank_grad, nf4, norm, quantize,
-    residual, rope, softmax,
+    activation, attention, cross_entropy, dropout, fused_mlp, fused_qkv, low_rank, low_rank_grad, measure, nf4, norm,
+    quantize, residual, rope, softmax,
 )  # fmt: skip
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
@@ -86,6 +86,8 @@ def elementwise():
     for dtype, width in ((BF16, 256), (torch.float32, 300)):
         x, seed = rand(32, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
         dropout.add_dropped(dropout.dropped(x, seed, 0, 0.1), x, seed, 1, 0.1)
+    for dtype in (BF16, torch.float32):
+        measure.measure(rand(32, 96, dtype=dtype), None)
     adapters = [(rand(8, 64, dtype=torch.float32), rand(96, 8, dtype=torch.float32)), None]
     low_rank.stack_adapters(adapters, [1.0, 2.0], [96, 32], BF16)
     weight = nf4.bnb.nn.Params4bit(rand(64, 64), requires_grad=False, quant_type="nf4").to("cpu")

@@ -101,9 +101,13 @@ def test_a_replay_follows_the_weights():
 
 
 def test_kinds_of_input():
-    """Each shape is recorded the second time that it comes; so is each padding in front, which kernels do not read."""
-    model, reference = llama(), llama()
+    """Each shape is recorded the second time that it comes; so is each padding in front, which kernels do not read.
+
+    The first one is told to be so: eager memory is given back before it.
+    """
+    model, reference, begun = llama(), llama(), []
     graphs = graphed(model, {"stream": False})
+    graphs.recorder.begin = begun.append
     apply_hyclora(reference, config(stream=False))
     for m in (model, reference):
         train(m, batches(CALIBRATION))
@@ -114,6 +118,7 @@ def test_kinds_of_input():
     for batch, recorded in [*order, (front, 3), (front, 4), (padded, 4), (narrow, 4), (front, 4)]:
         assert equal(train(model, [batch])[0], train(reference, [batch])[0])
         assert len(graphs.recordings) == recorded
+    assert begun == [True, False, False, False]
 
 
 def test_layers_that_another_decoder_calls():

@@ -1,6 +1,5 @@
 """Savers and the keeper that carries their packed tensors."""
 
-import math
 import weakref
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 
 from hyclora.models.config import SAVERS
 from hyclora.operators.savers import ChannelQuant, Exact, Keeper, Recompute, Sparse, Step, make_saver
-from hyclora.operators.savers.channel_quant import measure
 from tests.helpers.kernel_checks import DEVICE, rand, relative_error
 
 
@@ -128,21 +126,6 @@ def test_statistics_at_rest_are_on_the_host_and_add_up():
     packed = [saver.pack(x, Step(2, 2)) for saver in savers]
     assert all(map(torch.equal, *packed))
     assert all(map(torch.equal, *(saver.statistics.values() for saver in savers)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_measures_of_the_tokens_that_count(dtype):
-    """Not those that are masked, nor those with an inf or a nan in one channel."""
-    x = rand(9, 70, dtype=dtype)
-    x[2, 5], x[4, 0], x[5, 69] = math.inf, math.nan, -math.inf
-    mask = torch.ones(9, dtype=torch.bool, device=DEVICE)
-    mask[[0, 7]] = False
-    found, rows = measure(x, mask), x[[1, 3, 6, 8]].float()
-    sums = {"total": rows.sum(dim=0), "total_square": rows.square().sum(dim=0)}
-    expected = {"count": 4, **sums, "low": rows.amin(dim=0), "high": rows.amax(dim=0)}
-    assert {t.dtype for t in found.values()} == {torch.float32}
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], torch.as_tensor(value, dtype=torch.float32, device=DEVICE))
 
 
 def test_calibration_state_round_trip():
