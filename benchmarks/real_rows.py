@@ -128,12 +128,12 @@ def measure_rows(job: Job, model) -> dict:
     tokens = [int(batch["attention_mask"].sum()) for batch in batches]
     tokens = [sum(tokens[i : i + job.gpus]) for i in range(0, len(tokens), job.gpus)]
     batches = batches[rank() :: job.gpus]
-    network = data_parallel(model, job.gpus, job.device)
     cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=cuda)
     meter = Meter(job.device, warm, job.steps)
     model.train()
     meter.start()
+    network = data_parallel(model, job.gpus, job.device)  # in whose memory gradients may be
     for i, batch in enumerate(batches):
         batch = {name: t.to(device) for name, t in batch.items()}
         last = i % ACCUMULATE == ACCUMULATE - 1
