@@ -11,7 +11,7 @@ has_gpu() {
 }
 
 # Silent if the interpreter $1 qualifies, else one line that says why not. pyproject.toml says what is needed; the extras
-# 4bit and dev (but for `developing`), datasets and the tokenizers of bare SentencePiece files are for some uses only,
+# 4bit, gguf and dev (but for `developing`), datasets and the tokenizers of bare SentencePiece files are for some uses only,
 # which say so themselves.
 _lacks() {
     "$1" - "$_root/pyproject.toml" "${developing:-}" <<'PY'
@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 if sys.version_info < (3, 10):
     sys.exit("needs Python 3.10")
-optional = {"bitsandbytes", "datasets", "matplotlib", "ruff"}
+optional = {"bitsandbytes", "datasets", "gguf", "matplotlib", "ruff"}
 if not sys.argv[2]:
     optional |= {"pytest", "pytest-timeout", "pytest-xdist"}
 for name, least in re.findall(r'"([\w-]+)>=([\d.]+)"', open(sys.argv[1]).read()):
