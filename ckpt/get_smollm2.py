@@ -86,7 +86,11 @@ def read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # transformers does not save a model that came from GGUF, though its weights are plain by now
     settings = quantized.config.to_dict()
     config = type(quantized.config)(
-        **{name: value for name, value in settings.items() if name not in ("quantization_config", "_name_or_path")}
+        **{
+            name: value
+            for name, value in settings.items()
+            if name not in ("quantization_config", "_model_name_or_path")
+        }
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(quantized.state_dict())

@@ -22,7 +22,14 @@ from hyclora.utils.args import (
 from hyclora.utils.data.tokens import Collator
 from hyclora.utils.disk import check_output, checkpoint_bytes
 from hyclora.utils.errors import entry_point
-from hyclora.utils.loading import checkpoint_layers, find_base, keep_initial_adapters, load_model, load_tokenizer
+from hyclora.utils.loading import (
+    check_positions,
+    checkpoint_layers,
+    find_base,
+    keep_initial_adapters,
+    load_model,
+    load_tokenizer,
+)
 from hyclora.utils.profiling import buffered_bytes
 from hyclora.utils.runs.card import save_adapters, write_card
 from hyclora.utils.runs.identity import digest_of
@@ -70,6 +77,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
     decided = []
     tokenizer = load_tokenizer(source, decided.append)
     task = driver.tasks[data_args.data_name](data_args, eval_args, tokenizer)
+    check_positions(source, task.train)
 
     run = begin(groups, source, task.train, argv)
     core = results.core_of(training, len(task.train))

@@ -107,6 +107,14 @@ def load_tokenizer(source: str, tell: Callable[[str], None] = print) -> PreTrain
     return tokenizer
 
 
+def check_positions(source: str, rows: list[dict]) -> None:
+    """UserError if a tokenized row is longer than what the model has positions for."""
+    positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+    longest = max(len(row["input_ids"]) for row in rows)
+    if positions is not None and longest > positions:
+        raise UserError(f"a row has {longest} tokens, {source} only {positions} positions: lower --seq_len")
+
+
 def load_base(
     args: ModelArguments, source: str, device: torch.device, tell: Callable[[str], None] = print
 ) -> PreTrainedModel:

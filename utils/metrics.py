@@ -16,6 +16,7 @@ from hyclora.utils.data.gsm8k import FINAL_ANSWER, prompt_of, target_of
 from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.profiling import undisturbed
 
+HEAD_ROWS = 512
 _NUMBER = re.compile(
     r"""(?P<sign> (?<![\w.)]) - )?  # a minus that follows a number or a word is not a sign
         \$? (?P<value> (?: \d{1,3} (?:,\d{3})+ (?!\d) | \d+ ) (?:\.\d+)? | \.\d+ )
@@ -80,7 +81,7 @@ def evaluate_generation(
 def evaluate_loss(model: PreTrainedModel, rows: list[dict], pad_token_id: int, args: EvalArguments) -> float:
     """Mean cross-entropy (in nats) of a learned token over the tokenized rows, each token with the same weight.
 
-    The head runs on the learned positions of one row at a time: logits of a batch would take more memory than training.
+    The head runs on HEAD_ROWS learned positions at a time: logits of a batch would take more memory than training.
     """
     collate = Collator(pad_token_id)
     rows = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
@@ -95,8 +96,8 @@ def evaluate_loss(model: PreTrainedModel, rows: list[dict], pad_token_id: int, a
             # the state at a token predicts the next one
             for state, target in zip(states[:, :-1], labels[:, 1:], strict=True):
                 learned = target != IGNORED
-                logits = head(state[learned]).float()
-                total += F.cross_entropy(logits, target[learned], reduction="sum").item()
-                count += len(logits)
+                count += int(learned.sum())
+                for part, ids in zip(state[learned].split(HEAD_ROWS), target[learned].split(HEAD_ROWS), strict=True):
+                    total += F.cross_entropy(head(part).float(), ids, reduction="sum").item()
             bar.update(len(labels))
     return total / count

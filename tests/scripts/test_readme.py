@@ -48,7 +48,8 @@ def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
     """Their variables are settings of the script, and values and options are parsed as on a machine with a GPU."""
     monkeypatch.setattr(checks, "NEED_GPU", ())
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rows.jsonl").touch()
+    for name in ("my_rows.jsonl", "my_text.txt"):
+        (tmp_path / name).touch()
     commands = re.findall(r"^((?:\w+=\S+ )*)bash (run_\w+\.sh)([^#\n]*)", "\n".join(blocks("bash")), re.MULTILINE)
     assert len(commands) > 5
     for given, script, options in commands:
@@ -66,7 +67,7 @@ def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
 def test_named_files_exist():
     named = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`|bash (\w+\.sh)|\]\((?:\.\./)?([\w./-]+)(?:#[\w-]+)?\)", TEXT))
     paths = {path for found in named for path in found if path}
-    generated = {"exp_results_gsm8k/"}
+    generated = {f"exp_results_{driver.removeprefix('run_')}/" for driver in GROUPS} | {"ckpt/smollm2-135m"}
     assert len(paths) > 10
     assert [path for path in paths - generated if not (ROOT / path).exists()] == []
 

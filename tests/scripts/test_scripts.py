@@ -33,6 +33,25 @@ def test_every_option_that_is_passed_is_known_and_set(driver):
     assert set(passed.values()) <= set(settings_of(script))
 
 
+# what keeps a driver's own run to seconds
+TRAINING = "--max_steps 1 --max_train_samples 4 --max_eval_samples 1 --per_device_train_batch_size 2"
+SHORTEST = {
+    "run_gsm8k": f"{TRAINING} --max_new_tokens 4",
+    "run_memory_throughput": "--steps 1 --seq_len 16",
+    "run_wikitext2": f"{TRAINING} --seq_len 64 --stride 32",
+}
+
+
+@pytest.mark.parametrize("driver", GROUPS)
+def test_every_script_ends_well_in_its_shortest_form(driver, tmp_path):
+    command = ["bash", ROOT / f"{driver}.sh", *SHORTEST[driver].split(), "--output_dir", tmp_path]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    environment.pop("TRITON_INTERPRET", None)  # kernels are for other tests
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "MiB" in done.stdout and list(tmp_path.glob("*.json*"))
+
+
 @pytest.mark.parametrize("developing", ["", "1"])
 def test_a_user_needs_no_test_runner(developing, tmp_path):
     """What env.sh asks an interpreter: here one whose packages are those of the requirements but for pytest."""

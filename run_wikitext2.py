@@ -1,0 +1,135 @@
+"""Fine-tune on WikiText-2, a generated text or your own with HyC-LoRA; report what that did to the perplexity.
+
+    bash run_wikitext2.sh                                              # demo, minutes on a CPU
+    model_name=llama-2-7b-hf data_name=wikitext2 bash run_wikitext2.sh
+    model_name=smollm2-135m data_name=text data_dir=my_book.txt bash run_wikitext2.sh
+
+The text is cut into blocks of seq_len tokens (utils/data/text.py says how it is read). Perplexity is the exponential
+of the mean negative log-likelihood of a token, which depends on the tokenizer, or of a word (what is between blanks),
+which compares across tokenizers: over the whole blocks of the test text, each by itself, and over windows that slide by
+`stride` tokens, so that all but the first tokens have at least seq_len - stride tokens before them.
+
+The settings are at the top of run_wikitext2.sh and in utils/settings.sh; `python run_wikitext2.py --help` lists all.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from hyclora.utils.args import DataArguments, EvalArguments, option, require
+from hyclora.utils.data.text import (
+    HUB_NAME,
+    blocks,
+    demo_text,
+    download,
+    find_file,
+    join_rows,
+    read_text,
+    tokenize,
+    windows,
+)
+from hyclora.utils.driver import Driver
+from hyclora.utils.errors import UserError
+from hyclora.utils.metrics import evaluate_loss
+from hyclora.utils.tasks import Task
+
+
+@dataclass
+class TextArguments(DataArguments):
+    data_name: Literal["demo", "wikitext2", "text"] = option(
+        "demo", "demo: a generated text; wikitext2: its rows, joined by two line ends; text: your own, as it is."
+    )
+    data_dir: str = option(
+        "",
+        "wikitext2: folder with wiki.train.raw (or train.txt) and wiki.test.raw (or test.txt), which may be .gz; '' "
+        "downloads the raw text. text: the same, the test file being optional, or one file to train on.",
+    )
+    eval_file: str = option("", "File of data_dir to evaluate on, e.g. valid.txt; default: the test file.")
+    seq_len: int = option(1024, "Tokens of a block.")
+    max_train_samples: int | None = option(None, "Train on the first N blocks only.")
+    max_eval_samples: int | None = option(None, "Evaluate on the first N blocks only; 0 skips the evaluation.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.data_name != "text" or bool(self.data_dir), "data_name text needs --data_dir: a file or a folder")
+        path = Path(self.data_dir)
+        require(path.exists(), f"data_dir {path} does not exist: name a file or a folder with train.txt")
+        require(
+            not self.eval_file or bool(self.data_dir) and (path / self.eval_file).is_file(),
+            f"eval_file {self.eval_file} is no file in data_dir {self.data_dir!r}",
+        )
+
+
+@dataclass
+class PerplexityArguments(EvalArguments):
+    eval_batch_size: int = option(8, "Blocks evaluated at once.")
+    stride: int = option(512, "Tokens that the sliding window moves on, at most seq_len; 0: blocks only.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.stride >= 0, f"stride must not be negative, not {self.stride}")
+
+
+def read_split(data: TextArguments, split: str) -> tuple[str, str] | None:
+    """What a split is called and its text; None where own text has nothing to evaluate on."""
+    if data.data_name == "demo":
+        return f"generated {split} text", demo_text(split)
+    if not data.data_dir:
+        return f"{HUB_NAME} {split}", join_rows(download(split))
+    path = Path(data.data_dir)
+    file = path / data.eval_file if split == "test" and data.eval_file else find_file(path, split)
+    if path.is_file():
+        file = path if split == "train" else None
+    if file is None and (split == "train" or data.data_name == "wikitext2"):
+        raise UserError(f"{path} has no text for {split}: put wiki.{split}.raw or {split}.txt there, or set --data_dir")
+    if file is None:
+        return None
+    text = read_text(file)
+    return file.name, join_rows(text.removesuffix("\n").split("\n")) if data.data_name == "wikitext2" else text
+
+
+def language_modelling(
+    data: TextArguments, evaluation: PerplexityArguments, tokenizer: PreTrainedTokenizerBase
+) -> Task:
+    size, stride, limit = data.seq_len, evaluation.stride, data.max_eval_samples
+    require(stride <= size, f"stride {stride} is more than seq_len {size}: lower --stride")
+    read, held_out = read_split(data, "train"), None if limit == 0 else read_split(data, "test")
+    train = tokenize(*read, tokenizer)
+    rows = blocks(train, size)[: data.max_train_samples]
+    summary = f"{train}; {len(rows)} blocks of {size}"
+    if held_out is None:
+        return Task(rows, [], f"{summary}\nno test text", {}, lambda model: ({}, []))
+
+    test = tokenize(*held_out, tokenizer).first(limit and limit * size)
+    whole = blocks(test, size)
+    summary += f"\n{test}; {len(whole)} blocks of {size}"
+    if len(masked := [name for name, content in (read, held_out) if "<unk>" in content]) == 1:
+        summary += f"\nrare words are <unk> in {masked[0]} alone: the perplexity after training suffers from that"
+    judged = {"perplexity": whole} | ({"sliding perplexity": windows(test, size, stride)} if stride else {})
+
+    def perplexities(model) -> tuple[dict[str, float], list[dict]]:
+        found = {}
+        for name, judged_rows in judged.items():
+            loss = evaluate_loss(model, judged_rows, tokenizer.pad_token_id, evaluation)
+            found[f"{name} per token"] = math.exp(loss)
+            found[f"{name} per word"] = math.exp(loss * test.tokens_per_word)
+        return found, []
+
+    forms = {f"{name} {unit}": ".3f" for name in judged for unit in ("per token", "per word")}
+    return Task(rows, whole, summary, forms, perplexities)
+
+
+DRIVER = Driver(
+    "wikitext2",
+    TextArguments,
+    PerplexityArguments,
+    dict.fromkeys(("demo", "wikitext2", "text"), language_modelling),
+    {"num_train_epochs": 3.0},
+)
+main = DRIVER.main
+
+if __name__ == "__main__":
+    main()

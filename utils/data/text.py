@@ -1,0 +1,138 @@
+"""Plain text for language modelling: files to token ids, token ids to blocks that are learned and windows to judge by.
+
+A text is tokenized as a whole, with bos in front where the model was trained with it, and then cut: blocks inside of
+it have no bos of their own. WikiText-2 (Merity et al., 2016) is read as LLM papers do: its rows, of which blank ones
+are empty and others keep their line end, are joined by two more line ends. Its raw test split (241,211 words) then has,
+with the tokenizer of LLaMA-2 and bos,
+
+    convention                              tokens     whole blocks of 1024
+    rows joined by two line ends (ours)     341,469    333
+    the file as it is                       335,688    327
+    rows joined by two, blank ones kept     344,402    336
+    rows joined by nothing, blank empty     332,755    324
+    rows stripped, joined by two            333,295    325
+
+and perplexities of different rows of this table do not compare.
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from hyclora.utils.data.tokens import IGNORED
+from hyclora.utils.data.word_problems import word_problems
+from hyclora.utils.errors import UserError
+
+HUB_ID, HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
+# in a folder, the first of these that is there; each may be packed as .gz
+NAMES = ("wiki.{split}.raw", "{split}.txt", "wiki.{split}.tokens")
+DEMO_PROBLEMS = {"train": 600, "test": 60}
+DEMO_SEED = 5
+
+
+@dataclass
+class TokenizedText:
+    """Token ids of a text.
+
+    tokens_per_word: what turns the mean loss of a token into that of a word; words are what is between blanks, and bos
+    is no token here.
+    """
+
+    name: str
+    ids: list[int]
+    tokens_per_word: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {len(self.ids)} tokens, {self.tokens_per_word:.2f} a word"
+
+    def first(self, n_tokens: int | None) -> "TokenizedText":
+        """Its beginning; all of it with None."""
+        return replace(self, ids=self.ids[:n_tokens])
+
+
+def find_file(folder: Path, split: str) -> Path | None:
+    """The file of a split ("train" or "test"), None without one."""
+    names = [f"{name.format(split=split)}{packed}" for name in NAMES for packed in ("", ".gz")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, .gz unpacked; UserError if it cannot be read or there is none in it."""
+    try:
+        content = file.read_bytes()
+        text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8: save the file with this encoding") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not text.strip():
+        raise UserError(f"{file} has no text in it")
+    return text.replace("\r\n", "\n")
+
+
+def join_rows(rows: Iterable[str]) -> str:
+    """WikiText's rows, which are lines without their ends, as one text."""
+    return "\n\n".join(f"{row}\n" if row.strip() else "" for row in rows)
+
+
+def download(split: str) -> list[str]:
+    """WikiText-2's raw rows ("train" or "test") from the hub, or from its local cache."""
+    by_hand = "put wiki.train.raw and wiki.test.raw into a folder and give it with --data_dir"
+    try:
+        from datasets import load_dataset
+        from huggingface_hub.utils import logging
+    except ImportError:
+        raise UserError(f"{HUB_ID} needs the package datasets: pip install datasets, or {by_hand}") from None
+    logging.set_verbosity_error()  # its retries would bury the sentence below
+    try:
+        rows = load_dataset(HUB_ID, HUB_NAME, split=split)["text"]
+    except Exception as error:  # the hub client raises its own, httpx's, OSError, ... when it cannot connect
+        raise UserError(f"{HUB_ID} cannot be read from the hub ({type(error).__name__}): {by_hand}") from error
+    return [row.removesuffix("\n") for row in rows]
+
+
+def demo_text(split: str) -> str:
+    """Word problems with their answers, one after the other; no problem is in both splits."""
+    problems = word_problems(DEMO_PROBLEMS[split], DEMO_SEED, split=split)
+    return "\n\n".join(f"{problem['question']}\n{problem['answer']}" for problem in problems)
+
+
+def tokenize(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
+    ids = tokenizer(text, verbose=False).input_ids
+    with_bos = ids[0] == tokenizer.bos_token_id
+    return TokenizedText(name, ids, (len(ids) - with_bos) / len(text.split()))
+
+
+def blocks(text: TokenizedText, size: int) -> list[dict]:
+    """Rows {"input_ids", "labels"} of `size` tokens, all learned; what is left at the end is dropped.
+
+    UserError if that is everything.
+    """
+    whole = len(text.ids) // size
+    if not whole:
+        raise UserError(
+            f"{text.name} has {len(text.ids)} tokens, too few for a block of {size}: give more text or lower --seq_len"
+        )
+    cut = (text.ids[start : start + size] for start in range(0, whole * size, size))
+    return [{"input_ids": ids, "labels": ids} for ids in cut]
+
+
+def windows(text: TokenizedText, size: int, stride: int) -> list[dict]:
+    """Rows of at most `size` tokens, each `stride` further on, that predict every token but the first once.
+
+    A token is judged in the first window that holds it: with size - stride tokens before it or more, but in the first
+    one. What is in a window besides is context, with the label IGNORED.
+    """
+    rows, seen = [], 0
+    for start in range(0, len(text.ids), stride):
+        ids = text.ids[start : start + size]
+        end = start + len(ids)
+        rows.append({"input_ids": ids, "labels": [IGNORED] * (seen - start) + text.ids[max(seen, start) : end]})
+        if end == len(text.ids):
+            break
+        seen = end
+    return rows
