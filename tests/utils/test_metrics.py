@@ -1,14 +1,17 @@
 """Reading numbers out of answers, and the evaluation by generation."""
 
+import copy
 from fractions import Fraction
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.utils.args import EvalArguments, GenerationArguments
 from hyclora.utils.data.tokens import IGNORED, Collator
-from hyclora.utils.metrics import evaluate_generation, evaluate_loss, extract_number, is_correct
+from hyclora.utils.metrics import HEAD_ROWS, evaluate_generation, evaluate_loss, extract_number, is_correct
 
 
 @pytest.mark.parametrize(
@@ -106,3 +109,17 @@ def test_loss_weighs_every_learned_token_the_same(model_and_tokenizer, monkeypat
     # transformers' own mean over the targets of one batch
     expected = model.eval()(**Collator(1)(rows)).loss.item()
     assert found == pytest.approx([expected] * 3, rel=1e-5)
+
+
+def test_loss_is_the_same_with_compressed_activations(model_and_tokenizer):
+    """The head of a patched model gives no logits in training; judging it is none of that."""
+    model = get_peft_model(copy.deepcopy(model_and_tokenizer[0]), LoraConfig(target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, 500, (n,), generator=generator).tolist() for n in (HEAD_ROWS + 9, 20)]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    expected = evaluate_loss(model, rows, 1, EvalArguments())
+    apply_hyclora(model.train(), HycloraConfig(q_bit=2))
+    assert evaluate_loss(model, rows, 1, EvalArguments()) == pytest.approx(expected, rel=1e-6)
+    batch = Collator(1)(rows)
+    remove_hyclora(model)
+    assert model.eval()(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
