@@ -22,12 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from hyclora.utils.args import DataArguments, EvalArguments, option, require
 from hyclora.utils.data.text import (
     HUB_NAME,
+    TokenizedText,
     blocks,
     demo_text,
     download,
     find_file,
     join_rows,
     read_text,
+    read_token_file,
     tokenize,
     windows,
 )
@@ -45,7 +47,8 @@ class TextArguments(DataArguments):
     data_dir: str = option(
         "",
         "wikitext2: folder with wiki.train.raw (or train.txt) and wiki.test.raw (or test.txt), which may be .gz; '' "
-        "downloads the raw text. text: the same, the test file being optional, or one file to train on.",
+        "downloads the raw text. text: the same, the test file being optional, or one file to train on; train.bin and "
+        "test.bin are token ids as uint16.",
     )
     eval_file: str = option("", "File of data_dir to evaluate on, e.g. valid.txt; default: the test file.")
     seq_len: int = option(1024, "Tokens of a block.")
@@ -73,12 +76,12 @@ class PerplexityArguments(EvalArguments):
         require(self.stride >= 0, f"stride must not be negative, not {self.stride}")
 
 
-def read_split(data: TextArguments, split: str) -> tuple[str, str] | None:
-    """What a split is called and its text; None where own text has nothing to evaluate on."""
+def read_split(data: TextArguments, split: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedText | None:
+    """The tokens of a split; None where own text has nothing to evaluate on."""
     if data.data_name == "demo":
-        return f"generated {split} text", demo_text(split)
+        return tokenize(f"generated {split} text", demo_text(split), tokenizer)
     if not data.data_dir:
-        return f"{HUB_NAME} {split}", join_rows(download(split))
+        return tokenize(f"{HUB_NAME} {split}", join_rows(download(split)), tokenizer)
     path = Path(data.data_dir)
     file = path / data.eval_file if split == "test" and data.eval_file else find_file(path, split)
     if path.is_file():
@@ -87,8 +90,11 @@ def read_split(data: TextArguments, split: str) -> tuple[str, str] | None:
         raise UserError(f"{path} has no text for {split}: put wiki.{split}.raw or {split}.txt there, or set --data_dir")
     if file is None:
         return None
+    if file.suffix == ".bin":
+        return read_token_file(file, len(tokenizer))
     text = read_text(file)
-    return file.name, join_rows(text.removesuffix("\n").split("\n")) if data.data_name == "wikitext2" else text
+    joined = join_rows(text.removesuffix("\n").split("\n")) if data.data_name == "wikitext2" else text
+    return tokenize(file.name, joined, tokenizer)
 
 
 def language_modelling(
@@ -96,29 +102,30 @@ def language_modelling(
 ) -> Task:
     size, stride, limit = data.seq_len, evaluation.stride, data.max_eval_samples
     require(stride <= size, f"stride {stride} is more than seq_len {size}: lower --stride")
-    read, held_out = read_split(data, "train"), None if limit == 0 else read_split(data, "test")
-    train = tokenize(*read, tokenizer)
+    train = read_split(data, "train", tokenizer)
+    test = None if limit == 0 else read_split(data, "test", tokenizer)
     rows = blocks(train, size)[: data.max_train_samples]
     summary = f"{train}; {len(rows)} blocks of {size}"
-    if held_out is None:
+    if test is None:
         return Task(rows, [], f"{summary}\nno test text", {}, lambda model: ({}, []))
 
-    test = tokenize(*held_out, tokenizer).first(limit and limit * size)
+    test = test.first(limit and limit * size)
     whole = blocks(test, size)
     summary += f"\n{test}; {len(whole)} blocks of {size}"
-    if len(masked := [name for name, content in (read, held_out) if "<unk>" in content]) == 1:
-        summary += f"\nrare words are <unk> in {masked[0]} alone: the perplexity after training suffers from that"
+    if train.masked != test.masked:
+        masked = train.name if train.masked else test.name
+        summary += f"\nrare words are <unk> in {masked} alone: the perplexity after training suffers from that"
+    units = {"token": 1.0} | ({"word": test.tokens_per_word} if test.tokens_per_word else {})
     judged = {"perplexity": whole} | ({"sliding perplexity": windows(test, size, stride)} if stride else {})
 
     def perplexities(model) -> tuple[dict[str, float], list[dict]]:
         found = {}
         for name, judged_rows in judged.items():
             loss = evaluate_loss(model, judged_rows, tokenizer.pad_token_id, evaluation)
-            found[f"{name} per token"] = math.exp(loss)
-            found[f"{name} per word"] = math.exp(loss * test.tokens_per_word)
+            found |= {f"{name} per {unit}": math.exp(loss * tokens) for unit, tokens in units.items()}
         return found, []
 
-    forms = {f"{name} {unit}": ".3f" for name in judged for unit in ("per token", "per word")}
+    forms = {f"{name} per {unit}": ".3f" for name in judged for unit in units}
     return Task(rows, whole, summary, forms, perplexities)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -85,6 +86,14 @@ def test_another_file_can_be_evaluated_on(drive, folder):
     code, said, results = drive(*options)
     assert code == 0 and "valid.txt: " in said and "rare words are <unk> in valid.txt alone" in said
     assert list(results["metrics"]) == ["perplexity_per_token", "perplexity_per_word"]
+
+
+def test_token_files_are_judged_per_token(drive, tmp_path):
+    for split in ("train", "test"):
+        np.arange(2, 302, dtype="<u2").tofile(tmp_path / f"{split}.bin")
+    code, said, results = drive("--data_name", "text", "--data_dir", tmp_path)
+    assert code == 0 and "train.bin: 300 tokens; 4 blocks of 64" in said
+    assert list(results["metrics"]) == ["perplexity_per_token", "sliding_perplexity_per_token"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hyclora.utils.data.tokens import IGNORED
@@ -39,15 +40,17 @@ class TokenizedText:
     """Token ids of a text.
 
     tokens_per_word: what turns the mean loss of a token into that of a word; words are what is between blanks, and bos
-    is no token here.
+    is no token here. None where words are unknown. masked: whether rare words are <unk> in it.
     """
 
     name: str
     ids: list[int]
-    tokens_per_word: float
+    tokens_per_word: float | None = None
+    masked: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}: {len(self.ids)} tokens, {self.tokens_per_word:.2f} a word"
+        words = f", {self.tokens_per_word:.2f} a word" if self.tokens_per_word else ""
+        return f"{self.name}: {len(self.ids)} tokens{words}"
 
     def first(self, n_tokens: int | None) -> "TokenizedText":
         """Its beginning; all of it with None."""
@@ -55,8 +58,8 @@ class TokenizedText:
 
 
 def find_file(folder: Path, split: str) -> Path | None:
-    """The file of a split ("train" or "test"), None without one."""
-    names = [f"{name.format(split=split)}{packed}" for name in NAMES for packed in ("", ".gz")]
+    """The file of a split ("train" or "test"), None without one; tokens if there is no text."""
+    names = [f"{name.format(split=split)}{packed}" for name in NAMES for packed in ("", ".gz")] + [f"{split}.bin"]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -104,7 +107,26 @@ def demo_text(split: str) -> str:
 def tokenize(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
     ids = tokenizer(text, verbose=False).input_ids
     with_bos = ids[0] == tokenizer.bos_token_id
-    return TokenizedText(name, ids, (len(ids) - with_bos) / len(text.split()))
+    return TokenizedText(name, ids, (len(ids) - with_bos) / len(text.split()), "<unk>" in text)
+
+
+def read_token_file(file: Path, n_tokens: int) -> TokenizedText:
+    """Token ids as uint16 (little endian), as LongLoRA ships its texts; n_tokens: how many there are of the tokenizer.
+
+    UserError for a file of odd size, of which numpy would drop the last byte, and for ids that the tokenizer has not.
+    """
+    content = file.read_bytes()
+    if not content:
+        raise UserError(f"{file} has no tokens in it")
+    if len(content) % 2:
+        raise UserError(f"{file} has {len(content)} bytes, an odd number: it is cut, or not of uint16: copy it again")
+    ids = np.frombuffer(content, dtype="<u2")
+    if len(beyond := np.flatnonzero(ids >= n_tokens)):
+        raise UserError(
+            f"{file}: token {beyond[0]} has the id {ids[beyond[0]]}, the tokenizer only {n_tokens} tokens: "
+            "it was made for another model"
+        )
+    return TokenizedText(file.name, ids.tolist())
 
 
 def blocks(text: TokenizedText, size: int) -> list[dict]:

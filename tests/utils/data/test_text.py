@@ -5,6 +5,7 @@ import math
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,7 @@ from hyclora.utils.data.text import (
     find_file,
     join_rows,
     read_text,
+    read_token_file,
     tokenize,
     windows,
 )
@@ -117,6 +119,27 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         read_text(tmp_path / name)
+
+
+def test_token_files_are_read_to_their_last_token(tmp_path):
+    np.array([5, 499, 0], dtype="<u2").tofile(tmp_path / "train.bin")
+    text = read_token_file(find_file(tmp_path, "train"), 500)
+    assert text.ids == [5, 499, 0] and text.tokens_per_word is None and str(text) == "train.bin: 3 tokens"
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "train.bin has no tokens in it"),
+        (b"\x01\x00\x02", "train.bin has 3 bytes, an odd number"),
+        (np.array([1, 2, 500], dtype="<u2").tobytes(), "train.bin: token 2 has the id 500, the tokenizer only 500"),
+    ],
+    ids=["empty", "odd", "beyond"],
+)
+def test_token_files_that_cannot_be_right_are_refused(tmp_path, content, said):
+    (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_token_file(tmp_path / "train.bin", 500)
 
 
 def test_the_demo_is_evaluated_on_other_text():
