@@ -3,5 +3,5 @@
 gsm8k.py        GSM8K, as the paper trains it                word_problems.py  problems like it, generated from a seed
 instructions.py own rows in four formats                     chat.py           chats in the tokenizer's own template
 files.py        JSON rows, each with its place               tokens.py         token ids, labels, batches
-pretrain_text.py  text to pre-train a tiny model on
+arithmetic.py   several sets of word problems, and overlaps  pretrain_text.py  text to pre-train a tiny model on
 """

@@ -1,0 +1,213 @@
+"""Arithmetic word problems of several data sets: what is trained on, and the sets that it is judged by.
+
+The files are LLM-Adapters' (Hu et al., 2023), GSM8K's or MAWPS's own; which of them is told by the keys of a row:
+
+    keys                                      what is learned                        what is compared
+    instruction, input, output, answer        output                                 answer
+    question, answer                          answer ("... #### 8")                  the number behind ####
+    original_text, equation, ans              equation, then ans                     ans
+
+Answers are numbers, or letters of the question's options (AQuA). `output` is a text that a model wrote, missing in some
+rows and wrong in others: it is learned where there is one, and never compared with.
+"""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyclora.utils.answers import extract_number, options_of, stem_of
+from hyclora.utils.data.files import listed, read_each, text_of
+from hyclora.utils.data.gsm8k import FINAL_ANSWER, target_of
+from hyclora.utils.data.tokens import Example
+from hyclora.utils.data.word_problems import word_problems
+from hyclora.utils.errors import UserError
+
+DEMO_SEED = 0
+DEMO_SETS = {"two_steps": 2, "three_steps": 3, "choices": None}  # steps to the answer; None: options, as AQuA has
+LETTERS = "ABCDE"
+# Stanford Alpaca's prompt, which Math10K is trained with.
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:\n"
+)
+
+
+@dataclass
+class ProblemSet:
+    """Rows {"question", "answer"} that a model is tested by, and how many of their questions it was trained on."""
+
+    name: str
+    rows: list[dict]
+    seen: int = 0
+
+    def __str__(self) -> str:
+        different = len({fingerprint(row["question"]) for row in self.rows})
+        repeats = "" if different == len(self.rows) else f", {different} different questions"
+        return f"{self.name}: {len(self.rows)} test rows{repeats}"
+
+
+def prompt_of(question: str) -> str:
+    return PROMPT.format(question)
+
+
+def fingerprint(question: str) -> str:
+    """The letters and digits of a question without its options.
+
+    The same questions are spelled in several ways: didn't and did n't, 3,884 and 3884.
+    """
+    return "".join(filter(str.isalnum, stem_of(question).casefold()))
+
+
+def number_text(value, key: str, place: str) -> str:
+    """A number as text, whichever of the two a file has; 8.0 is "8"."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise UserError(f'{place}: the value of "{key}" is neither a number nor a text but {json.dumps(value)[:40]}')
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    return str(value).strip()
+
+
+def final_of(answer: str) -> str:
+    """What stands behind GSM8K's ####, or all of it."""
+    return answer.rpartition("####")[2].strip()
+
+
+def _instruction(row: dict, place: str) -> str:
+    more = row.get("input")
+    return text_of(row, "instruction", place) + (f"\n{text_of(row, 'input', place)}" if more else "")
+
+
+def _equation(row: dict, place: str) -> str:
+    return f"{text_of(row, 'equation', place)}\n{FINAL_ANSWER}{number_text(row.get('ans'), 'ans', place)}"
+
+
+def _text(key: str) -> Callable[[dict, str], str]:
+    return lambda row, place: text_of(row, key, place)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """question, response: give these texts of (row, place). answer: the key of what is compared."""
+
+    question: Callable[[dict, str], str]
+    response: Callable[[dict, str], str]
+    answer: str
+
+
+FORMATS = {
+    "instruction": _Format(_instruction, _text("output"), "answer"),
+    "question": _Format(_text("question"), _text("answer"), "answer"),
+    "original_text": _Format(_text("original_text"), _equation, "ans"),
+}
+
+
+def _format_of(row: dict, place: str) -> _Format:
+    key = next((key for key in FORMATS if key in row), None)
+    if key is None:
+        raise UserError(f"{place}: a row needs the key {', or '.join(FORMATS)}, found {listed(row)}")
+    return FORMATS[key]
+
+
+def _question(row: dict, place: str) -> str:
+    question = _format_of(row, place).question(row, place)
+    if not fingerprint(question):
+        raise UserError(f"{place}: the question is empty: write or remove it")
+    return question
+
+
+def read_training(file: Path) -> tuple[list[dict], int]:
+    """Rows {"question", "response"} to train on, and the number of rows left out as they have no response."""
+    if not file.is_file():
+        raise UserError(f"training file {file} does not exist: name a .json or .jsonl file with --train_file")
+
+    def read(place: str, row: dict) -> dict:
+        response = _format_of(row, place).response(row, place)
+        return {"question": _question(row, place), "response": target_of(response).strip()}
+
+    rows = read_each(file, read)
+    kept = [row for row in rows if row["response"]]
+    if not kept:
+        raise UserError(f"{file}: none of its {len(rows)} rows has a response to learn: name another --train_file")
+    return kept, len(rows) - len(kept)
+
+
+def read_test(folder: Path, name: str) -> ProblemSet:
+    """The set `folder`/`name`/test.json (or test.jsonl)."""
+    found = sorted({file.parent.name for suffix in ("json", "jsonl") for file in folder.glob(f"*/test.{suffix}")})
+    if not found:
+        raise UserError(
+            f"data_dir {folder} has no NAME/test.json of a test set: fetch them with download_datasets.sh, "
+            "or name their folder"
+        )
+    if name not in found:
+        raise UserError(f"unknown test set {name}: {folder} has {', '.join(found)}")
+    file = next(file for suffix in ("json", "jsonl") if (file := folder / name / f"test.{suffix}").is_file())
+    return ProblemSet(name, read_each(file, _read_tested))
+
+
+def _read_tested(place: str, row: dict) -> dict:
+    question, key = _question(row, place), _format_of(row, place).answer
+    if key not in row:
+        raise UserError(f'{place}: the key "{key}" is missing, found {listed(row)}')
+    answer, options = final_of(number_text(row[key], key, place)), options_of(question)
+    if options and answer not in options:
+        raise UserError(f'{place}: the answer "{answer}" is not one of its options {", ".join(options)}')
+    if not options and extract_number(answer) is None:
+        raise UserError(f'{place}: the answer "{answer}" has no number, and the question no options')
+    return {"question": question, "answer": answer}
+
+
+def mark_seen(training: list[dict], tests: list[ProblemSet]) -> None:
+    """Count, in each test set, the rows whose question is one of the training rows'."""
+    questions = {fingerprint(row["question"]) for row in training}
+    for test in tests:
+        test.seen = sum(fingerprint(row["question"]) in questions for row in test.rows)
+
+
+def unseen(training: list[dict], tests: list[ProblemSet]) -> list[dict]:
+    """The training rows whose question is in none of the test sets."""
+    questions = {fingerprint(row["question"]) for test in tests for row in test.rows}
+    return [row for row in training if fingerprint(row["question"]) not in questions]
+
+
+def examples_of(rows: list[dict]) -> list[Example]:
+    """The training rows as a model learns them."""
+    return [Example([(prompt_of(row["question"]), row["response"])]) for row in rows]
+
+
+def demo_training(count: int) -> list[dict]:
+    """Generated rows to train on, every third one with options."""
+    rng = random.Random(DEMO_SEED)
+    problems = word_problems(count, DEMO_SEED)
+    rows = [with_options(problem, rng) if i % 3 == 0 else problem for i, problem in enumerate(problems)]
+    return [{"question": row["question"], "response": target_of(row["answer"])} for row in rows]
+
+
+def demo_test(name: str, count: int) -> ProblemSet:
+    """`count` generated problems of a kind of DEMO_SETS; their questions are held out of the training."""
+    if name not in DEMO_SETS:
+        raise UserError(f"unknown test set {name}: the demo has {', '.join(DEMO_SETS)}")
+    steps, rng = DEMO_SETS[name], random.Random(DEMO_SEED)
+    drawn = word_problems(4 * count + 20, DEMO_SEED, split="test")
+    if steps:
+        rows = [problem for problem in drawn if problem["answer"].count("\n") == steps]
+    else:
+        rows = [with_options(problem, rng) for problem in drawn]
+    return ProblemSet(name, [row | {"answer": final_of(row["answer"])} for row in rows[:count]])
+
+
+def with_options(problem: dict[str, str], rng: random.Random) -> dict[str, str]:
+    """The problem as AQuA asks one: five options, of which the answer names a letter."""
+    reasoning, result = problem["answer"].rsplit("\n#### ", 1)
+    near = [n for n in range(max(int(result) - 9, 0), int(result) + 10) if n != int(result)]
+    numbers = [int(result), *rng.sample(near, len(LETTERS) - 1)]
+    rng.shuffle(numbers)
+    options = " ".join(f"({letter}) {number}" for letter, number in zip(LETTERS, numbers, strict=True))
+    letter = LETTERS[numbers.index(int(result))]
+    return {
+        "question": f"{problem['question']} Answer Choices: {options}",
+        "answer": f"{reasoning}\n#### {letter}",
+    }
