@@ -66,7 +66,7 @@ def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
 def test_named_files_exist():
     named = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`|bash (\w+\.sh)|\]\((?:\.\./)?([\w./-]+)(?:#[\w-]+)?\)", TEXT))
     paths = {path for found in named for path in found if path}
-    generated = {"exp_results_gsm8k/"}
+    generated = {f"exp_results_{driver.removeprefix('run_')}/" for driver in GROUPS}
     assert len(paths) > 10
     assert [path for path in paths - generated if not (ROOT / path).exists()] == []
 

@@ -49,6 +49,52 @@ class ProblemSet:
         return f"{self.name}: {len(self.rows)} test rows{repeats}"
 
 
+@dataclass
+class Problems:
+    """Rows {"question", "response"} to train on, and test sets.
+
+    empty: rows that were left out as they have no response. dropped: as their question is one of a test set.
+    """
+
+    training: list[dict]
+    tests: list[ProblemSet]
+    empty: int = 0
+    dropped: int = 0
+
+    def prepared(self, drop_seen: bool, train_limit: int | None, test_limit: int | None) -> "Problems":
+        """With the first rows only of each, and the test questions that are trained on dropped there, or counted."""
+        tests = [ProblemSet(test.name, test.rows[:test_limit]) for test in self.tests]
+        training, tested = self.training, {fingerprint(row["question"]) for test in tests for row in test.rows}
+        if drop_seen:
+            training = [row for row in training if fingerprint(row["question"]) not in tested]
+            if not training:
+                raise UserError(f"drop_seen leaves none of the {len(self.training)} training rows: train on others")
+        dropped = len(self.training) - len(training)
+        training = training[:train_limit]
+        trained = {fingerprint(row["question"]) for row in training}
+        for test in tests:
+            test.seen = sum(fingerprint(row["question"]) in trained for row in test.rows)
+        return Problems(training, tests, self.empty, dropped)
+
+    def examples(self) -> list[Example]:
+        """The training rows as a model learns them."""
+        return [Example([(prompt_of(row["question"]), row["response"])]) for row in self.training]
+
+    def remarks(self) -> dict[str, str]:
+        """What must be read with the accuracy of a test set, and with their mean, where training has seen questions."""
+        seen = {test.name: f" ({test.seen} of {len(test.rows)} trained on)" for test in self.tests if test.seen}
+        return seen | ({"mean": " (with questions trained on)"} if seen else {})
+
+    def __str__(self) -> str:
+        lines = [f"{self.empty} rows left out, as they have no response"] if self.empty else []
+        lines += [f"{self.dropped} rows left out, as their question is in a test set"] if self.dropped else []
+        lines += map(str, self.tests)
+        remarks = [f"{name}{remark}" for name, remark in self.remarks().items() if name != "mean"]
+        lines += [f"WARNING: {test}: its accuracy says nothing of new questions" for test in remarks]
+        lines += ["WARNING: --drop_seen True leaves those rows out of training"] if remarks else []
+        return "\n".join(lines)
+
+
 def prompt_of(question: str) -> str:
     return PROMPT.format(question)
 
@@ -160,30 +206,27 @@ def _read_tested(place: str, row: dict) -> dict:
     return {"question": question, "answer": answer}
 
 
-def mark_seen(training: list[dict], tests: list[ProblemSet]) -> None:
-    """Count, in each test set, the rows whose question is one of the training rows'."""
-    questions = {fingerprint(row["question"]) for row in training}
-    for test in tests:
-        test.seen = sum(fingerprint(row["question"]) in questions for row in test.rows)
+def read(training: Path, folder: Path, names: list[str]) -> Problems:
+    """The rows of a training file, and the test sets of these names in a folder; UserError for a mistake in them."""
+    tests = [read_test(folder, name) for name in names]
+    rows, empty = read_training(training)
+    return Problems(rows, tests, empty)
 
 
-def unseen(training: list[dict], tests: list[ProblemSet]) -> list[dict]:
-    """The training rows whose question is in none of the test sets."""
-    questions = {fingerprint(row["question"]) for test in tests for row in test.rows}
-    return [row for row in training if fingerprint(row["question"]) not in questions]
-
-
-def examples_of(rows: list[dict]) -> list[Example]:
-    """The training rows as a model learns them."""
-    return [Example([(prompt_of(row["question"]), row["response"])]) for row in rows]
+def demo(count: int, names: list[str], tested: int) -> Problems:
+    """The same of generated problems: `count` to train on, `tested` in each test set."""
+    tests = [demo_test(name, tested) for name in names]
+    return Problems(demo_training(count), tests)
 
 
 def demo_training(count: int) -> list[dict]:
-    """Generated rows to train on, every third one with options."""
+    """Generated rows to train on, every third one with options; the responses end at the number."""
     rng = random.Random(DEMO_SEED)
-    problems = word_problems(count, DEMO_SEED)
-    rows = [with_options(problem, rng) if i % 3 == 0 else problem for i, problem in enumerate(problems)]
-    return [{"question": row["question"], "response": target_of(row["answer"])} for row in rows]
+    rows = []
+    for i, problem in enumerate(word_problems(count, DEMO_SEED)):
+        question = with_options(problem, rng)["question"] if i % 3 == 0 else problem["question"]
+        rows.append({"question": question, "response": target_of(problem["answer"])})
+    return rows
 
 
 def demo_test(name: str, count: int) -> ProblemSet:
@@ -193,21 +236,22 @@ def demo_test(name: str, count: int) -> ProblemSet:
     steps, rng = DEMO_SETS[name], random.Random(DEMO_SEED)
     drawn = word_problems(4 * count + 20, DEMO_SEED, split="test")
     if steps:
-        rows = [problem for problem in drawn if problem["answer"].count("\n") == steps]
+        rows = [problem | {"answer": final_of(problem["answer"])} for problem in drawn if _steps(problem) == steps]
     else:
         rows = [with_options(problem, rng) for problem in drawn]
-    return ProblemSet(name, [row | {"answer": final_of(row["answer"])} for row in rows[:count]])
+    return ProblemSet(name, rows[:count])
+
+
+def _steps(problem: dict[str, str]) -> int:
+    return problem["answer"].count("\n")
 
 
 def with_options(problem: dict[str, str], rng: random.Random) -> dict[str, str]:
-    """The problem as AQuA asks one: five options, of which the answer names a letter."""
-    reasoning, result = problem["answer"].rsplit("\n#### ", 1)
-    near = [n for n in range(max(int(result) - 9, 0), int(result) + 10) if n != int(result)]
-    numbers = [int(result), *rng.sample(near, len(LETTERS) - 1)]
+    """The problem as AQuA asks one: with five options in the question, and the letter of one as the answer."""
+    result = int(final_of(problem["answer"]))
+    near = [n for n in range(max(result - 9, 0), result + 10) if n != result]
+    numbers = [result, *rng.sample(near, len(LETTERS) - 1)]
     rng.shuffle(numbers)
     options = " ".join(f"({letter}) {number}" for letter, number in zip(LETTERS, numbers, strict=True))
-    letter = LETTERS[numbers.index(int(result))]
-    return {
-        "question": f"{problem['question']} Answer Choices: {options}",
-        "answer": f"{reasoning}\n#### {letter}",
-    }
+    question = f"{problem['question']} Answer Choices: {options}"
+    return {"question": question, "answer": LETTERS[numbers.index(result)]}

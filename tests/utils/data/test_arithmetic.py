@@ -4,17 +4,16 @@ import json
 
 import pytest
 
-from hyclora.utils.answers import is_correct
+from hyclora.utils.answers import is_correct, options_of
 from hyclora.utils.data.arithmetic import (
     DEMO_SETS,
+    Problems,
+    demo,
     demo_test,
-    demo_training,
-    examples_of,
-    mark_seen,
     prompt_of,
+    read,
     read_test,
     read_training,
-    unseen,
 )
 from hyclora.utils.errors import UserError
 
@@ -59,7 +58,7 @@ def test_each_format_is_learned_and_compared_by_its_own_keys(written, tmp_path):
 
 
 def test_the_prompt_is_alpacas(written):
-    (example,) = examples_of(read_training(written([ADAPTERS]))[0])
+    (example,) = Problems(read_training(written([ADAPTERS]))[0], []).examples()
     ((prompt, response),) = example.exchanges
     task = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     assert prompt == f"{task}\n\n### Instruction:\n{ADAPTERS['instruction']}\n\n### Response:\n"
@@ -83,6 +82,7 @@ def test_empty_outputs_are_never_learned_but_counted(written):
     empty = {**ADAPTERS, "output": " \n"}
     rows, left_out = read_training(written([ADAPTERS, empty, {**ADAPTERS, "output": ""}]))
     assert (len(rows), left_out) == (1, 2)
+    assert str(Problems(rows, [], left_out)) == "2 rows left out, as they have no response"
     with pytest.raises(UserError, match="train.json: none of its 1 rows has a response to learn"):
         read_training(written([empty]))
 
@@ -113,33 +113,50 @@ def test_repeated_questions_are_kept_and_told(written, tmp_path):
     assert str(read_test(tmp_path, "AddSub")) == "AddSub: 2 test rows"
 
 
-def test_seen_questions_are_found_however_they_are_spelled(written, tmp_path):
+@pytest.fixture
+def overlapping(written, tmp_path):
+    """Four training rows, of which three are asked in two test sets, spelled in another way."""
     written([{**ADAPTERS, "instruction": q} for q in ("He didn't eat 1.5 of 3.", "He ate 1,500 of 3?", "New?")], "a")
     written([AQUA, AQUA, {**AQUA, "instruction": AQUA["instruction"].replace("How old", "How tall")}], "b")
-    tests = [read_test(tmp_path, name) for name in "ab"]
+    written([ADAPTERS], "c")
     other_options = {**AQUA, "instruction": "How OLD?\nAnswer choices: (A) 1 (B) 2 (C) 3 (D) 4 (E) 5"}
-    spelled = {**GSM8K, "question": "He ate 1500 of 3 ?"}
-    training, _ = read_training(written([MAWPS, other_options, GSM8K, spelled]))
-    mark_seen(training, tests)
-    assert [test.seen for test in tests] == [2, 2]
-    assert [row["question"] for row in unseen(training, tests)] == [GSM8K["question"]]
-    mark_seen(unseen(training, tests), tests)
-    assert [test.seen for test in tests] == [0, 0]
+    training = written([MAWPS, other_options, {**GSM8K, "question": "He ate 1500 of 3 ?"}, GSM8K])
+    return read(training, tmp_path, ["a", "b", "c"])
+
+
+def test_questions_that_are_trained_on_are_counted_and_told(overlapping):
+    problems = overlapping.prepared(False, None, None)
+    assert [test.seen for test in problems.tests] == [2, 2, 0] and len(problems.training) == 4
+    remarks = {"a": " (2 of 3 trained on)", "b": " (2 of 3 trained on)", "mean": " (with questions trained on)"}
+    assert problems.remarks() == remarks
+    assert "WARNING: a (2 of 3 trained on): its accuracy says nothing" in str(problems)
+    assert "WARNING: --drop_seen True leaves those rows out" in str(problems)
+
+
+def test_only_rows_that_are_used_count(overlapping):
+    assert [test.seen for test in overlapping.prepared(False, 1, None).tests] == [1, 0, 0]
+    assert [test.seen for test in overlapping.prepared(False, None, 1).tests] == [1, 1, 0]
+
+
+def test_training_rows_that_are_tested_can_be_dropped(overlapping):
+    problems = overlapping.prepared(True, None, None)
+    assert [row["question"] for row in problems.training] == [GSM8K["question"]]
+    assert [test.seen for test in problems.tests] == [0, 0, 0] and problems.remarks() == {}
+    assert "3 rows left out, as their question is in a test set" in str(problems) and "WARNING" not in str(problems)
+    with pytest.raises(UserError, match="drop_seen leaves none of the 3 training rows"):
+        Problems(overlapping.training[:3], overlapping.tests).prepared(True, None, None)
 
 
 def test_demo_sets_are_held_out_and_answerable():
-    training = demo_training(300)
-    tests = [demo_test(name, 20) for name in DEMO_SETS]
-    mark_seen(training, tests)
-    assert [(len(test.rows), test.seen) for test in tests] == [(20, 0)] * 3
-    assert {row["answer"] for row in tests[-1].rows} == set("ABCDE")
-    taught = [row for row in training if "Answer Choices: (A)" in row["question"]]
-    assert len(taught) == 100
-    for row in taught:
-        letter = row["response"][-1]
-        assert is_correct(row["response"], letter, row["question"])
-        # the letter is that of the number which the reasoning comes to
-        assert is_correct(row["response"].rsplit("\n", 1)[0], letter, row["question"])
+    problems = demo(300, list(DEMO_SETS), 20).prepared(False, None, None)
+    assert [(len(test.rows), test.seen) for test in problems.tests] == [(20, 0)] * 3
+    choices = problems.tests[-1].rows
+    assert {row["answer"] for row in choices} == set("ABCDE")
+    assert sum("Answer Choices: (A)" in row["question"] for row in problems.training) == 100
+    for row in choices:
+        # the letter is that of the number which the problem comes to
+        number = options_of(row["question"])[row["answer"]]
+        assert is_correct(f"The final answer is: {number}", row["answer"], row["question"])
 
 
 MISTAKES = [
