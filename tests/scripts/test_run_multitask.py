@@ -48,15 +48,20 @@ def test_the_demo_gives_a_row_a_set_and_their_mean(run):
     file, found, printed = run("--evaluate_before", "True", "--max_train_samples", "20", "--max_eval_samples", "2")
     table = printed.splitlines()
     start = next(i for i, line in enumerate(table) if line.split() == ["before", "after"])
-    assert [line.split()[0] for line in table[start + 1 : start + 5]] == ["two_steps", "three_steps", "choices", "mean"]
+    assert [line.split()[0] for line in table[start + 1 : start + 5]] == [
+        "two_steps",
+        "three_steps",
+        "division",
+        "mean",
+    ]
     assert all(line.count("%") == 2 for line in table[start + 1 : start + 5])
     scores = found["metrics"]
     for when in ("before", "after"):
-        mean = sum(scores[name][when] for name in ("two_steps", "three_steps", "choices")) / 3
+        mean = sum(scores[name][when] for name in ("two_steps", "three_steps", "division")) / 3
         assert scores["mean"][when] == pytest.approx(mean)
-    assert found["overlap"] == {"two_steps": 0, "three_steps": 0, "choices": 0} and "WARNING" not in printed
+    assert found["overlap"] == {"two_steps": 0, "three_steps": 0, "division": 0} and "WARNING" not in printed
     predictions = json.loads((file.with_suffix("") / "predictions.json").read_text())
-    assert [row["set"] for row in predictions] == ["two_steps"] * 2 + ["three_steps"] * 2 + ["choices"] * 2
+    assert [row["set"] for row in predictions] == ["two_steps"] * 2 + ["three_steps"] * 2 + ["division"] * 2
 
 
 def test_accuracies_are_by_set_and_overlaps_are_marked(run, folder, monkeypatch):
@@ -137,7 +142,7 @@ def test_mistakes_end_before_anything_is_loaded(options, folder, tmp_path, capsy
     [
         (["--train_file", "a.json"], "train_file 'a.json' would be ignored with data_name demo"),
         (["--data_dir", "data"], "data_dir 'data' would be ignored with data_name demo"),
-        (["--tests", "SVAMP"], "unknown test set SVAMP: the demo has two_steps, three_steps, choices"),
+        (["--tests", "SVAMP"], "unknown test set SVAMP: the demo has two_steps, three_steps, division"),
         (["--data_name", "math"], "invalid choice: 'math'"),
     ],
 )

@@ -13,7 +13,6 @@ rows and wrong in others: it is learned where there is one, and never compared w
 
 import json
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,11 @@ from hyclora.utils.data.word_problems import word_problems
 from hyclora.utils.errors import UserError
 
 DEMO_SEED = 0
-DEMO_SETS = {"two_steps": 2, "three_steps": 3, "choices": None}  # steps to the answer; None: options, as AQuA has
-LETTERS = "ABCDE"
+DEMO_SETS = {  # of generated problems, by their solution
+    "two_steps": lambda solution: solution.count("\n") == 2,
+    "three_steps": lambda solution: solution.count("\n") == 3,
+    "division": lambda solution: "/" in solution,
+}
 # Stanford Alpaca's prompt, which Math10K is trained with.
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -216,42 +218,14 @@ def read(training: Path, folder: Path, names: list[str]) -> Problems:
 def demo(count: int, names: list[str], tested: int) -> Problems:
     """The same of generated problems: `count` to train on, `tested` in each test set."""
     tests = [demo_test(name, tested) for name in names]
-    return Problems(demo_training(count), tests)
-
-
-def demo_training(count: int) -> list[dict]:
-    """Generated rows to train on, every third one with options; the responses end at the number."""
-    rng = random.Random(DEMO_SEED)
-    rows = []
-    for i, problem in enumerate(word_problems(count, DEMO_SEED)):
-        question = with_options(problem, rng)["question"] if i % 3 == 0 else problem["question"]
-        rows.append({"question": question, "response": target_of(problem["answer"])})
-    return rows
+    rows = word_problems(count, DEMO_SEED)
+    return Problems([{"question": row["question"], "response": target_of(row["answer"])} for row in rows], tests)
 
 
 def demo_test(name: str, count: int) -> ProblemSet:
     """`count` generated problems of a kind of DEMO_SETS; their questions are held out of the training."""
     if name not in DEMO_SETS:
         raise UserError(f"unknown test set {name}: the demo has {', '.join(DEMO_SETS)}")
-    steps, rng = DEMO_SETS[name], random.Random(DEMO_SEED)
     drawn = word_problems(4 * count + 20, DEMO_SEED, split="test")
-    if steps:
-        rows = [problem | {"answer": final_of(problem["answer"])} for problem in drawn if _steps(problem) == steps]
-    else:
-        rows = [with_options(problem, rng) for problem in drawn]
+    rows = [row | {"answer": final_of(row["answer"])} for row in drawn if DEMO_SETS[name](row["answer"])]
     return ProblemSet(name, rows[:count])
-
-
-def _steps(problem: dict[str, str]) -> int:
-    return problem["answer"].count("\n")
-
-
-def with_options(problem: dict[str, str], rng: random.Random) -> dict[str, str]:
-    """The problem as AQuA asks one: with five options in the question, and the letter of one as the answer."""
-    result = int(final_of(problem["answer"]))
-    near = [n for n in range(max(result - 9, 0), result + 10) if n != result]
-    numbers = [result, *rng.sample(near, len(LETTERS) - 1)]
-    rng.shuffle(numbers)
-    options = " ".join(f"({letter}) {number}" for letter, number in zip(LETTERS, numbers, strict=True))
-    question = f"{problem['question']} Answer Choices: {options}"
-    return {"question": question, "answer": LETTERS[numbers.index(result)]}
