@@ -86,7 +86,10 @@ def load(read, data: MultitaskArguments, evaluation: GenerationArguments, tokeni
         dict.fromkeys([*names, "mean"], ".2%"),
         accuracies,
         remarks=problems.remarks(),
-        facts={"overlap": {test.name: test.seen for test in problems.tests}},
+        facts={
+            "overlap": {test.name: test.seen for test in problems.tests},
+            "left_out": {"without a response": problems.empty, "tested": problems.dropped},
+        },
     )
 
 

@@ -2,6 +2,8 @@
 
 A text states its conclusion after words such as "The final answer is:" or "the answer is". Without them the last
 number counts, or the last letter that is marked as an option's.
+
+LLM-Adapters' own evaluation takes the last number of the text, and the first capital from A to E wherever it stands.
 """
 
 import re

@@ -73,6 +73,7 @@ def test_accuracies_are_by_set_and_overlaps_are_marked(run, folder, monkeypatch)
     file, found, printed = run("--data_name", "arithmetic", "--data_dir", folder, "--tests", "SVAMP,AQuA,SVAMP")
     assert found["metrics"] == {"SVAMP": {"after": 0.25}, "AQuA": {"after": 1.0}, "mean": {"after": 0.625}}
     assert found["overlap"] == {"SVAMP": 1, "AQuA": 0}
+    assert found["left_out"] == {"without a response": 2, "tested": 0}
     for said in (
         "3 training rows, ",
         "2 rows left out, as they have no response",

@@ -64,16 +64,20 @@ class Problems:
     dropped: int = 0
 
     def prepared(self, drop_seen: bool, train_limit: int | None, test_limit: int | None) -> "Problems":
-        """With the first rows only of each, and the test questions that are trained on dropped there, or counted."""
-        tests = [ProblemSet(test.name, test.rows[:test_limit]) for test in self.tests]
-        training, tested = self.training, {fingerprint(row["question"]) for test in tests for row in test.rows}
+        """With the first rows only of each, and the test questions that are trained on dropped there, or counted.
+
+        They are dropped whether the first test rows have them or later ones: the training is the same either way.
+        """
+        training = self.training
         if drop_seen:
+            tested = {fingerprint(row["question"]) for test in self.tests for row in test.rows}
             training = [row for row in training if fingerprint(row["question"]) not in tested]
             if not training:
                 raise UserError(f"drop_seen leaves none of the {len(self.training)} training rows: train on others")
         dropped = len(self.training) - len(training)
         training = training[:train_limit]
         trained = {fingerprint(row["question"]) for row in training}
+        tests = [ProblemSet(test.name, test.rows[:test_limit]) for test in self.tests]
         for test in tests:
             test.seen = sum(fingerprint(row["question"]) in trained for row in test.rows)
         return Problems(training, tests, self.empty, dropped)

@@ -142,6 +142,7 @@ def test_training_rows_that_are_tested_can_be_dropped(overlapping):
     problems = overlapping.prepared(True, None, None)
     assert [row["question"] for row in problems.training] == [GSM8K["question"]]
     assert [test.seen for test in problems.tests] == [0, 0, 0] and problems.remarks() == {}
+    assert overlapping.prepared(True, None, 1).training == problems.training
     assert "3 rows left out, as their question is in a test set" in str(problems) and "WARNING" not in str(problems)
     with pytest.raises(UserError, match="drop_seen leaves none of the 3 training rows"):
         Problems(overlapping.training[:3], overlapping.tests).prepared(True, None, None)
