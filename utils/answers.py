@@ -22,12 +22,12 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 # The first of these that a text has announces its conclusion.
-_ANNOUNCED = (re.escape(FINAL_ANSWER.strip()), r"\b[Aa]nswer(?:\s+is\b|\s*:)\s*:?")
+_ANNOUNCED = (re.escape(FINAL_ANSWER.strip()), r"\b[Aa]nswer(?:\s+is\b|\s*:)\s*:?", "####")
 _SENTENCE = re.compile(r"\n|\.(?!\d)")
 _CHOICES = re.compile(r"answer choices\s*:", re.IGNORECASE)
 _OPTION = re.compile(r"\(([A-E])\)\s*(?:\1\s*\))?")  # one question of AQuA writes its options as "(A) A) 59"
 _STATED = re.compile(r"[\s*\"'(]*(?:[Oo]ption |[Cc]hoice )?[(*]*([A-E])(?![\w'])")
-_WHOLE = re.compile(r"\W*([A-E])(?:[.)]|\W*$)")
+_WHOLE = re.compile(r"\W*([A-E])(?:[.)]|[^\w:]*$)")  # "A:" begins an answer, and says nothing yet
 _MARKED = re.compile(r"(?<!\w)\(?([A-Ea-e])\)|\b(?:[Oo]ption|[Cc]hoice) ([A-E])\b")
 
 
