@@ -98,7 +98,7 @@ def test_a_remark_is_a_star(written, lines):
 
 
 def test_models_and_drivers_have_tables_of_their_own(written, lines):
-    written("5.5123", metric="perplexity", driver="wikitext2", data_name="wikitext2")
+    written("5.5123", metric="perplexity_per_token", driver="wikitext2", data_name="wikitext2")
     found = lines(written("1.00%", model_name="tiny-llama"), written("2.00%").parent / "exp_results_wikitext2")
     titles = [line[0] for line in found if line[0].startswith("##")]
     assert titles == ["## gsm8k, tiny-llama", "## gsm8k, llama-2-7b", "## wikitext2, llama-2-7b"]
@@ -110,6 +110,18 @@ def test_columns_name_their_data_where_there_are_several(written, lines):
     found = lines(written("90.00%", data_name="sst2"))
     assert found[1] == ["method", "bit", "rte accuracy", "sst2 accuracy"]
     assert found[3] == ["intra_inter", "4", "60.00", "90.00"]
+
+
+def test_published_means_are_those_of_their_row():
+    """A slip in copying would show."""
+    found = {}
+    for (driver, model, _, metric, method, bit), value in paper_tables.published().items():
+        if driver == "multitask":
+            found.setdefault((model, method, bit), {})[metric] = float(value)
+    assert len(found) == 30
+    for row in found.values():
+        mean = row.pop("mean")
+        assert set(row) == {"gsm8k", "SVAMP", "mawps", "AQuA"} and abs(sum(row.values()) / 4 - mean) < 0.02
 
 
 def test_losses_are_drawn(written, lines, tmp_path):
