@@ -35,7 +35,7 @@ fetch() {
     if [[ -t 2 ]]; then options+=(--progress-bar); else options+=(--silent --show-error); fi
     curl "${options[@]}" --continue-at - "$2" || status=$?
     if [[ $status -eq 33 ]]; then
-        rm "$1"
+        rm -f "$1"
         status=0
         curl "${options[@]}" "$2" || status=$?
     fi
