@@ -13,7 +13,7 @@ class Task:
     train: tokenized rows. test: what to evaluate on, as JSON; empty if there is nothing. summary: what was read.
     forms: how each number that evaluating gives is written, by its name. evaluate: the numbers of a model by name, and
     row by row what it answered, if it did. collate: rows to a batch; default: `Collator`. model: more arguments of
-    `load_model`.
+    `load_model`. remarks: what must be read with a number, by its name. facts: more for the results file.
     """
 
     train: list[dict]
@@ -23,13 +23,14 @@ class Task:
     evaluate: Callable[[PreTrainedModel], tuple[dict[str, float], list[dict]]]
     collate: Callable[[list[dict]], dict] | None = None
     model: dict = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
 
-    def shown(self, scores: dict[str, dict[str, float]]) -> dict[str, str]:
-        """The numbers found "before" and "after" training as a reader sees them, number by number."""
+    def shown(self, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
+        """The numbers found "before" and "after" training as a reader sees them: by name with its remark, then when."""
         return {
-            f"{name} {when} training": format(found[name], form)
+            name + self.remarks.get(name, ""): {when: format(found[name], form) for when, found in scores.items()}
             for name, form in self.forms.items()
-            for when, found in scores.items()
         }
 
     def metrics(self, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

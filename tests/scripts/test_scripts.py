@@ -37,6 +37,7 @@ def test_every_option_that_is_passed_is_known_and_set(driver):
 TRAINING = "--max_steps 1 --max_train_samples 4 --max_eval_samples 1 --per_device_train_batch_size 2"
 SHORTEST = {
     "run_gsm8k": f"{TRAINING} --max_new_tokens 4",
+    "run_multitask": f"{TRAINING} --max_new_tokens 4",
     "run_memory_throughput": "--steps 1 --seq_len 16",
     "run_wikitext2": f"{TRAINING} --seq_len 64 --stride 32",
 }

@@ -4,4 +4,5 @@ gsm8k.py        GSM8K, as the paper trains it                word_problems.py  p
 instructions.py own rows in four formats                     chat.py           chats in the tokenizer's own template
 files.py        JSON rows, each with its place               tokens.py         token ids, labels, batches
 text.py         plain text: blocks, windows, WikiText-2      pretrain_text.py  text to pre-train a tiny model on
+arithmetic.py   several sets of word problems, and overlaps
 """

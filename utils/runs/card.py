@@ -5,7 +5,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from hyclora.utils.results import KEPT_BY
+from hyclora.utils.results import KEPT_BY, line_by_line
 from hyclora.utils.runs.identity import identity
 
 CONFIG = "adapter_config.json"
@@ -77,7 +77,7 @@ def write_card(folder: Path, found: dict, n_rows: int) -> None:
     shown = {name: value for name, value in identity(own).items() if value not in (None, "", {})}
     shown["model_name"] = base
     shown |= {name: value for name, value in found["core"].items() if name != "output_dir"}
-    results = found["shown"] | {"final loss": f"{found['final_loss']:.4f}"}
+    results = line_by_line(found["shown"]) | {"final loss": f"{found['final_loss']:.4f}"}
     results |= {
         f"MiB kept for backward, {KEPT_BY[name]}": f"{n / 2**20:.2f}" for name, n in found["buffered_bytes"].items()
     }
