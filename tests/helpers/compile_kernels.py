@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hyclora.operators import cross_entropy, norm
+from hyclora.operators import cross_entropy, layer_norm, norm
 from hyclora.operators.attention import attention, fused_qkv, rope, softmax
 from hyclora.operators.linear import dropout, low_rank, low_rank_grad, nf4, residual
 from hyclora.operators.mlp import activation, fused_mlp
@@ -23,8 +23,8 @@ from tests.operators.attention.test_fused_qkv import prepare as prepare_qkv
 from tests.operators.mlp.test_fused_mlp import prepare as prepare_mlp
 
 MODULES = (
-    activation, attention, cross_entropy, dropout, fused_mlp, fused_qkv, low_rank, low_rank_grad, measure, nf4, norm,
-    quantize, residual, rope, softmax,
+    activation, attention, cross_entropy, dropout, fused_mlp, fused_qkv, layer_norm, low_rank, low_rank_grad, measure,
+    nf4, norm, quantize, residual, rope, softmax,
 )  # fmt: skip
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
@@ -70,6 +70,7 @@ def saver(bits, x, outliers=0.0):
 def elementwise():
     x = rand(32, 256)
     activation.silu_mul_bwd(x, activation.silu_mul_fwd(x, x), x)
+    activation.gelu_bwd(x, activation.gelu_fwd(x))
     softmax.softmax_bwd(rand(2, 2, 16, 16), rand(2, 2, 16, 16))
     q, k, cos = rand(2, 16, 4, 64), rand(2, 16, 2, 64), rand(1, 16, 64)
     rope.rope(q, cos, cos)
@@ -98,6 +99,14 @@ def quantizers(rule, bits):
     x, book = rand(32, 300), CODEBOOKS[rule][bits]
     mean, std = torch.zeros(300), torch.ones(300)
     quantize.dequantize(*quantize.quantize(x, mean, std, book), mean, std, book, BF16)
+
+
+def layer_norms(p):
+    weight, seed = rand(768), torch.zeros(1, dtype=torch.int64)
+    for dtype in (BF16, torch.float32):
+        x, residual = rand(16, 768), rand(16, 768, dtype=dtype)
+        y, x_hat, rstd = layer_norm.layer_norm_fwd(x, residual, weight, weight, 1e-5, seed, p)
+        layer_norm.layer_norm_bwd(y, x_hat, rstd, weight, seed, p, BF16)
 
 
 def norms(bits):
@@ -145,6 +154,8 @@ def main():
         quantizers("channel_group", bits)
         mlp(bits)
     quantizers("paper", 4)
+    layer_norms(0.0)
+    layer_norms(0.1)
     norms(3)
     norms(4)
     qkv((4, 4, 4))
