@@ -24,6 +24,7 @@ from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
 from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.first_order import first_order
+from hyclora.operators.linear.dropout import draw_seed, dropped
 from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.operators.linear.residual import overwritable
 from hyclora.operators.random_state import get_rng_state, replayed_rng
@@ -89,11 +90,20 @@ class EagerCore:
     dv = prob^T do, dprob = do v^T, dscore = softmax_bwd(dprob, prob), dq = scaling dscore k, dk = scaling dscore^T q;
     q, o [B, S, H, D]; k, v [B, S, H_kv, D], repeated for grouped queries only while used; prob
     [B, H_kv, H / H_kv, S, S] in q's dtype, softmax in fp32; mask None (causal if the module is), or HF's, bool or
-    additive [B, 1, S, S]. Keeps prob by its saver; S x S maps live each way, in forward two of them in fp32.
+    additive [B, 1, S, S]. dropout: where the module has its probability; prob is kept as before it, o and dv are of
+    dropped(prob), dprob = dropped(do v^T). Keeps prob by its saver, and a seed; S x S maps live each way, in forward
+    two of them in fp32.
     """
 
     def __init__(self, module, interface, window: int | None, dropout: str = "attention_dropout"):
-        self.module = module
+        self.module, self.dropout = module, attrgetter(dropout)
+
+    def _drop(self, prob: Tensor, seed: Tensor | None) -> Tensor:
+        """prob after dropout by the mask of a seed; itself without one."""
+        if seed is None:
+            return prob
+        rows = prob.reshape(-1, prob.shape[-1])
+        return dropped(rows, seed, 0, self.dropout(self.module)).view(prob.shape)
 
     def _grouped(self, t: Tensor, groups: int) -> Tensor:
         """[B, S, H, D] to [B, H_kv, H / H_kv, S, D]; H_kv = H / groups."""
@@ -107,7 +117,9 @@ class EagerCore:
         if mask is not None and mask.dtype == torch.bool:
             prob *= mask.any(-1, keepdim=True).unsqueeze(2)  # as from SDPA, 0 where padding sees nothing
         keeper.keep("prob", prob)
-        o = prob @ self._grouped(v, 1)
+        seed = draw_seed(q.device) if self.module.training and self.dropout(self.module) > 0 else None
+        keeper.keep_exact("prob_seed", seed)
+        o = self._drop(prob, seed) @ self._grouped(v, 1)
         return o.permute(0, 3, 1, 2, 4).reshape(q.shape), None
 
     def backward(
@@ -116,11 +128,13 @@ class EagerCore:
         q, k, v = heads
         groups = q.shape[2] // k.shape[2]
         prob = keeper.restore("prob")
-        value = self._grouped(v, 1)
-        o = (prob @ value).permute(0, 3, 1, 2, 4).reshape(q.shape) if attn_out is None else attn_out
+        value, seed = self._grouped(v, 1), keeper.exact("prob_seed")
+        kept = self._drop(prob, seed)
+        o = (kept @ value).permute(0, 3, 1, 2, 4).reshape(q.shape) if attn_out is None else attn_out
         do = self._grouped(do_fn(o).view_as(q), groups)
-        dv = (prob.transpose(-1, -2) @ do).sum(dim=2)
-        dscore = softmax_bwd(do @ value.transpose(-1, -2), prob)
+        dv = (kept.transpose(-1, -2) @ do).sum(dim=2)
+        del kept
+        dscore = softmax_bwd(self._drop(do @ value.transpose(-1, -2), seed), prob)
         dq = (dscore @ self._grouped(k, 1)).mul_(self.module.scaling)
         dk = (dscore.transpose(-1, -2) @ self._grouped(q, groups)).sum(dim=2).mul_(self.module.scaling)
         return dq.permute(0, 3, 1, 2, 4).reshape(q.shape), dk.transpose(1, 2), dv.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""LoRA dropout whose masks are computed from a seed where they are used: 8 bytes are kept of them, drawn on the device.
+"""Dropout whose masks are computed from a seed where they are used: 8 bytes are kept of them, drawn on the device.
 
 A mask is a function of (seed, which projection of a group, row, column), so that forward, dA and dx have the same one
 though each is a kernel of its own. The host never sees the seed: a CUDA graph draws another one at each replay.
@@ -93,18 +93,26 @@ class DropoutFunction(torch.autograd.Function):
 
 
 @contextmanager
-def same_dropout(*groups):
-    """PEFT's own code inside drops what the ProjectionGroups would: checkpointing runs it first, and them later.
+def same_dropout(*groups, modules=()):
+    """Stock code inside drops what ours would: checkpointing runs it first, and ours later.
 
-    They must be refreshed. A group's seed is drawn when its first dropout runs, and anew each time that it comes again.
+    groups: ProjectionGroups, refreshed, for PEFT's dropouts of their adapters; modules: nn.Dropouts of a model's own.
+    A group's or a module's seed is drawn when its first dropout runs, and anew each time that it comes again.
     """
     with ExitStack() as replaced:
+
+        def replace(module: nn.Dropout, forward) -> None:
+            module.forward = forward
+            replaced.callback(nn.Module.__delattr__, module, "forward")
+
         for group in groups:
             drawn = _Drawn()
             for which, p in enumerate(group.projections):
                 if p.dropout:
-                    p.drop.forward = drawn.dropout(which, p.dropout)
-                    replaced.callback(nn.Module.__delattr__, p.drop, "forward")
+                    replace(p.drop, drawn.dropout(which, p.dropout))
+        for module in modules:
+            if module.p and module.training:
+                replace(module, _Drawn().dropout(0, module.p))
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyclora.operators.dispatch import cdiv, device_guard, rank_block
 from hyclora.operators.linear.low_rank import LowRank
-from hyclora.operators.mlp.activation import silu_mul_grad_tile, silu_mul_tile
+from hyclora.operators.mlp.activation import Activation, silu_mul_grad_tile, silu_mul_tile
 from hyclora.operators.packing.fused_tiles import (
     ROWS_A_WARP,
     PackedSlot,
@@ -129,8 +129,10 @@ def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, ke
     return grid, xa, B, constants
 
 
-def fits(savers: dict) -> bool:
+def fits(savers: dict, activation: Activation) -> bool:
     """Whether the kernels take these savers: gate and up quantized, act and hidden recomputed."""
+    if not activation.gated:
+        return False
     quantized = all(hasattr(savers[name], "book") for name in ("gate", "up"))
     return quantized and not (savers["act"].stored or savers["hidden"].stored)
 
