@@ -180,7 +180,7 @@ class PostNormBlock(NormBlock):
         keeper, norm, (drop,) = self.keeper(), self.module, self.drops
         x = LayerNormFunction.apply(
             hidden_states, residual, norm.weight, norm.bias, norm.eps, drop.p if drop.training else 0.0, keeper,
-            None if dtype is None else torch.float32,
+            self.fused, None if dtype is None else torch.float32,
         )  # fmt: skip
         setattr(x, SOURCE, (keeper.source("norm_in", norm.weight, norm.bias), x._version))
         return x

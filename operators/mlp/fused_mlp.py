@@ -130,11 +130,9 @@ def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, ke
 
 
 def fits(savers: dict, activation: Activation) -> bool:
-    """Whether the kernels take these savers: gate and up quantized, act and hidden recomputed."""
-    if not activation.gated:
-        return False
-    quantized = all(hasattr(savers[name], "book") for name in ("gate", "up"))
-    return quantized and not (savers["act"].stored or savers["hidden"].stored)
+    """Whether an activation's kernels take these savers: its inputs quantized, act and hidden recomputed."""
+    quantized = all(hasattr(savers[name], "book") for name in activation.slots)
+    return quantized and not any(savers[name].stored for name in ("act", "hidden") if name in savers)
 
 
 def fused_mlp_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> Tensor:

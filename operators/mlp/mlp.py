@@ -11,11 +11,15 @@ from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.first_order import first_order
 from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.operators.linear.residual import overwritable
-from hyclora.operators.mlp.activation import SILU_MUL, Activation
+from hyclora.operators.mlp.activation import GELU, SILU_MUL, Activation
+from hyclora.operators.mlp.fused_gelu import fused_gelu_bwd, fused_gelu_fwd
 from hyclora.operators.mlp.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
 from hyclora.operators.random_state import get_rng_state, replayed_rng
 from hyclora.operators.savers import Keeper, Observer
 from hyclora.operators.token_tiles import place, token_tiles
+
+# activation, LoRA add and packing in one kernel each way
+FUSED = {SILU_MUL: (fused_mlp_fwd, fused_mlp_bwd), GELU: (fused_gelu_fwd, fused_gelu_bwd)}
 
 
 @dataclass
@@ -96,7 +100,8 @@ def _forward_tile(
     """y [T, C] of x [T, C], residual included; keeps all slots but mlp_in."""
     n_gate_up = len(spec.gate_up.parameters())
     y, low_rank = spec.gate_up.project(x, parameters[:n_gate_up], keeper, switches)
-    hidden = (fused_mlp_fwd if spec.can_fuse and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
+    fused_fwd, _ = FUSED[spec.activation]
+    hidden = (fused_fwd if spec.can_fuse and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
     del y, low_rank
     if spec.down.needs_input:
         keeper.keep("hidden", hidden)
@@ -117,7 +122,8 @@ def _backward_tile(
     dhidden = spec.down.backward_input(dy, g, down, keeper, add_low_rank=not in_kernel)
     low_rank = spec.gate_up.kept_low_rank(keeper, switches, dy.dtype)
     if fused:
-        dgate_up, hidden = fused_mlp_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
+        _, fused_bwd = FUSED[spec.activation]
+        dgate_up, hidden = fused_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
     else:
         dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
     del dhidden, down

@@ -14,17 +14,18 @@ from triton.runtime.jit import JITFunction
 from hyclora.operators import cross_entropy, layer_norm, norm
 from hyclora.operators.attention import attention, fused_qkv, rope, softmax
 from hyclora.operators.linear import dropout, low_rank, low_rank_grad, nf4, residual
-from hyclora.operators.mlp import activation, fused_mlp
+from hyclora.operators.mlp import activation, fused_gelu, fused_mlp
 from hyclora.operators.packing import quantize
 from hyclora.operators.packing.codebook import CODEBOOKS
 from hyclora.operators.savers import ChannelQuant, Step, measure
 from tests.operators.attention.test_fused_qkv import BATCH
 from tests.operators.attention.test_fused_qkv import prepare as prepare_qkv
+from tests.operators.mlp.test_fused_gelu import prepare as prepare_gelu
 from tests.operators.mlp.test_fused_mlp import prepare as prepare_mlp
 
 MODULES = (
-    activation, attention, cross_entropy, dropout, fused_mlp, fused_qkv, layer_norm, low_rank, low_rank_grad, measure,
-    nf4, norm, quantize, residual, rope, softmax,
+    activation, attention, cross_entropy, dropout, fused_gelu, fused_mlp, fused_qkv, layer_norm, low_rank,
+    low_rank_grad, measure, nf4, norm, quantize, residual, rope, softmax,
 )  # fmt: skip
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
@@ -107,6 +108,10 @@ def layer_norms(p):
         x, residual = rand(16, 768), rand(16, 768, dtype=dtype)
         y, x_hat, rstd = layer_norm.layer_norm_fwd(x, residual, weight, weight, 1e-5, seed, p)
         layer_norm.layer_norm_bwd(y, x_hat, rstd, weight, seed, p, BF16)
+        for bits in (3, 4):
+            quantizer, step = saver(bits, x_hat, 0.01)
+            packed = layer_norm.layer_norm_pack(x, residual, weight, weight, 1e-5, quantizer, seed, p, dtype)[-1]
+            layer_norm.layer_norm_unpack_bwd(y, rstd, weight, packed, quantizer.book, seed, p, BF16)
 
 
 def norms(bits):
@@ -120,6 +125,13 @@ def norms(bits):
     for dtype in (BF16, torch.float32):
         norm.rms_norm_unpack_bwd(x, rstd, weight, packed, quantizer.book, x.to(dtype))
     quantizer.unpack(quantizer.pack(x, step), x.shape, BF16, weight)
+
+
+def gelu(bits):
+    spec, frozen, adapters, keeper = prepare_gelu(32, 256, bits, 8, BF16)
+    kept = keeper()
+    fused_gelu.fused_gelu_fwd(spec, frozen, adapters, kept)
+    fused_gelu.fused_gelu_bwd(spec, rand(32, 256), (rand(32, 16), rand(16, 256)), adapters, kept)
 
 
 def mlp(bits):
@@ -153,6 +165,7 @@ def main():
     for bits in (2, 3, 4, 8):
         quantizers("channel_group", bits)
         mlp(bits)
+        gelu(bits)
     quantizers("paper", 4)
     layer_norms(0.0)
     layer_norms(0.1)

@@ -5,7 +5,13 @@ import torch
 from torch.nn import functional
 
 from hyclora.operators import reference
-from hyclora.operators.layer_norm import LayerNormFunction, layer_norm_bwd, layer_norm_fwd
+from hyclora.operators.layer_norm import (
+    LayerNormFunction,
+    layer_norm_bwd,
+    layer_norm_fwd,
+    layer_norm_pack,
+    layer_norm_unpack_bwd,
+)
 from hyclora.operators.savers import ChannelQuant, Exact, Keeper, Step
 from tests.helpers.counting import kept
 from tests.helpers.kernel_checks import (
@@ -88,6 +94,27 @@ def test_eps_is_the_modules():
         torch.testing.assert_close(y, functional.layer_norm(x, (32,), weight, bias, eps))
 
 
+@pytest.mark.parametrize("shape, bits, outliers, p", [((1, 33), 2, 0.05, 0.1), ((5, 96), 3, 0.0, 0.1),
+                                                     ((7, 257), 4, 0.05, 0.0), ((3, 300), 8, 0.02, 0.1)])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_packing_inside_the_kernels_changes_nothing(kernels, shape, bits, outliers, p, dtype):
+    """The same as norm, then pack, exact channels included; both gradients as from the restored x_hat."""
+    x, residual, dy, weight, bias = inputs(shape, dtype)
+    saver, step, drop = ChannelQuant(bits, "channel_group", outliers), Step(threshold=1, index=1), (SEED, p)
+    y, x_hat, rstd = layer_norm_fwd(x, residual, weight, bias, 1e-5, *drop)
+    packed = saver.pack(x_hat, step)
+    ours, our_rstd, our_packed = layer_norm_pack(strided(x), strided(residual), weight, bias, 1e-5, saver, *drop)
+    assert relative_error(ours, y) < ROUNDING[dtype] and relative_error(our_rstd, rstd) < 1e-6
+    assert [(t.shape, t.dtype) for t in our_packed] == [(t.shape, t.dtype) for t in packed]
+    # another order of summation moves rstd by a rounding, and a code with it once in a while
+    restored = saver.unpack(packed, x_hat.shape, torch.float32)
+    assert relative_error(saver.unpack(our_packed, x_hat.shape, torch.float32), restored) < 0.05
+    assert relative_error(our_packed[2], x_hat[:, saver.outliers]) < ROUNDING[dtype] or not saver.n_outliers
+    expected = reference.layer_norm_bwd(dy.float(), restored, rstd, weight.float(), *drop)
+    found = layer_norm_unpack_bwd(strided(dy), rstd, weight, packed, saver.book, *drop)
+    assert all(relative_error(a, b) < ROUNDING[dtype] for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_what_is_kept(kernels, bits):
     """Packed x_hat and rstd alone, from which the gradient is that of the reference; and the output, derived."""
@@ -95,7 +122,7 @@ def test_what_is_kept(kernels, bits):
     saver, step = ChannelQuant(bits, "channel_group", 0.01), Step(threshold=1, index=1)
     keeper, leaves = Keeper({"norm_in": saver}, step), [t.requires_grad_() for t in (x, residual)]
     found = []
-    count = kept(lambda: found.append(LayerNormFunction.apply(*leaves, weight, bias, 1e-5, 0.0, keeper)), weight)
+    count = kept(lambda: found.append(LayerNormFunction.apply(*leaves, weight, bias, 1e-5, 0.0, keeper, True)), weight)
     state = sum(t.numel() * t.element_size() for t in (*saver.restoring, saver.outliers))
     assert count == 32 * saver.bits(128) / 8 + 32 * 4 + state
     source = keeper.source("norm_in", weight, bias)
