@@ -108,7 +108,7 @@ class Builder:
         if len(blocks) < 2 * len(kinds) or trust.why_not_layer(family, layer, ""):
             return blocks
         if family.post_norm:
-            return [*blocks, EncoderLayerBlock(layer, self.names[id(layer)], step, tuple(blocks))]
+            return [*blocks, EncoderLayerBlock(layer, self.names[id(layer)], step, tuple(blocks), family)]
         return [*blocks, LayerBlock(layer, self.names[id(layer)], step, tuple(blocks), first=index == 0)]
 
     def _saver(self, index: int, half: str, slot: str, gauged: bool = False) -> Saver:

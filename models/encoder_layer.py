@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, PostNormBlock, is_learned
+from hyclora.models.families.family import Family
 from hyclora.operators.savers import Step
 
 
@@ -16,13 +17,19 @@ class EncoderLayerBlock(Block):
 
     def __init__(
         self, module: nn.Module, name: str, step: Step,
-        blocks: tuple[AttentionBlock, PostNormBlock, MlpBlock, PostNormBlock],
+        blocks: tuple[AttentionBlock, PostNormBlock, MlpBlock, PostNormBlock], family: Family,
     ):  # fmt: skip
         super().__init__(module, name, {}, step)
         self.blocks = blocks
+        self.parts = {path: module.get_submodule(path) for path in family.structure()}
         self.groups = tuple(group for block in blocks for group in block.groups)
         self.drops = tuple(drop for block in blocks for drop in block.drops)
         self.projections = [p for group in self.groups for p in group.projections]
+
+    def find_replaced(self) -> str | None:
+        """The path of a module in the layer that is not the one that the blocks read."""
+        current = dict(self.module.named_modules())
+        return next((path for path, part in self.parts.items() if current.get(path) is not part), None)
 
     def check_dropout(self) -> None:
         self.blocks[0].check_dropout()

@@ -154,7 +154,7 @@ def why_not_half(
 def _why_not_parts(family: Family, half: str, module: nn.Module, name: str) -> str | None:
     """Modules that the family has inside of half a layer, beside linear layers."""
     parts = [(path, family.classes(kind)) for own, path, kind in family.inside if own == half]
-    parts += [(family.dropout, DROPOUTS)] if family.dropout else []
+    parts += [(family.dropout, DROPOUTS[:1])] if family.dropout else []
     reasons = (why_foreign(module.get_submodule(path), f"{name}.{path}", known) for path, known in parts)
     return next(filter(None, reasons), None)
 

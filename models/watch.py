@@ -70,10 +70,11 @@ class Watch:
 
     def look(self) -> None:
         """Find all reasons anew and tell of new ones; ValueError if blocks may run nowhere in the layers."""
+        around = {id(block): layer for layer in self.encoders for block in layer.blocks}
         for norm, block in self.halves:
             for p in block.projections:
                 p.find_adapters()
-            norm.reason = block.reason = self._why_not(norm, block)
+            norm.reason = block.reason = self._why_not(norm, block, around.get(id(block)))
         for layer in self.encoders:
             reason = next((block.reason for block in layer.blocks if block.reason), None)
             for block in (layer, *layer.blocks):
@@ -123,7 +124,11 @@ class Watch:
         """The decoder's layers."""
         return attrgetter(self.family.layers)(self.decoder)
 
-    def _why_not(self, norm: NormBlock, block: AttentionBlock | MlpBlock) -> str | None:
+    def _why_not(
+        self, norm: NormBlock, block: AttentionBlock | MlpBlock, layer: EncoderLayerBlock | None
+    ) -> str | None:  # fmt: skip
+        if layer is not None and (path := layer.find_replaced()) is not None:
+            return f"{layer.name}.{path} was replaced after apply_hyclora; {AGAIN}"
         for p in block.projections:
             own = p.owner._modules.get(p.name.rpartition(".")[2])
             if own is not p.module or getattr(p.module, "base_layer", p.module) is not p.base:

@@ -68,6 +68,14 @@ class Family:
     head_dim: str = "head_dim"
     attention_dropout: str = "attention_dropout"
 
+    def structure(self) -> list[str]:
+        """Paths in a layer of all that is not a linear layer or below one."""
+        halves = {"attention": self.attention, "mlp": self.mlp}
+        inside = [(half, path) for half, path, _ in self.inside] + [("mlp", self.act)]
+        inside += [(half, self.dropout) for half in halves if self.dropout]
+        paths = [*halves.values(), *(f"{halves[half]}.{path}".lstrip(".") for half, path in inside)]
+        return [self.attention_norm, self.mlp_norm, *filter(None, paths)]
+
     def classes(self, kind: str) -> tuple[str]:
         """Where the family's class of a kind is: RMSNorm, Model, ForCausalLM, and those that fields call kind."""
         return (kind if "." in kind else f"transformers.models.{self.modeling}.{self.prefix}{kind}",)

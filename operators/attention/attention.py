@@ -98,12 +98,10 @@ class EagerCore:
     def __init__(self, module, interface, window: int | None, dropout: str = "attention_dropout"):
         self.module, self.dropout = module, attrgetter(dropout)
 
-    def _drop(self, prob: Tensor, seed: Tensor | None) -> Tensor:
+    @staticmethod
+    def _drop(prob: Tensor, seed: Tensor | None, p: float) -> Tensor:
         """prob after dropout by the mask of a seed; itself without one."""
-        if seed is None:
-            return prob
-        rows = prob.reshape(-1, prob.shape[-1])
-        return dropped(rows, seed, 0, self.dropout(self.module)).view(prob.shape)
+        return prob if seed is None else dropped(prob.reshape(-1, prob.shape[-1]), seed, 0, p).view(prob.shape)
 
     def _grouped(self, t: Tensor, groups: int) -> Tensor:
         """[B, S, H, D] to [B, H_kv, H / H_kv, S, D]; H_kv = H / groups."""
@@ -117,9 +115,10 @@ class EagerCore:
         if mask is not None and mask.dtype == torch.bool:
             prob *= mask.any(-1, keepdim=True).unsqueeze(2)  # as from SDPA, 0 where padding sees nothing
         keeper.keep("prob", prob)
-        seed = draw_seed(q.device) if self.module.training and self.dropout(self.module) > 0 else None
+        p = rng["map"] = self.dropout(self.module) if self.module.training else 0.0
+        seed = draw_seed(q.device) if p > 0 else None
         keeper.keep_exact("prob_seed", seed)
-        o = self._drop(prob, seed) @ self._grouped(v, 1)
+        o = self._drop(prob, seed, p) @ self._grouped(v, 1)
         return o.permute(0, 3, 1, 2, 4).reshape(q.shape), None
 
     def backward(
@@ -128,13 +127,13 @@ class EagerCore:
         q, k, v = heads
         groups = q.shape[2] // k.shape[2]
         prob = keeper.restore("prob")
-        value, seed = self._grouped(v, 1), keeper.exact("prob_seed")
-        kept = self._drop(prob, seed)
+        value, drop = self._grouped(v, 1), (keeper.exact("prob_seed"), rng["map"])
+        kept = self._drop(prob, *drop)
         o = (kept @ value).permute(0, 3, 1, 2, 4).reshape(q.shape) if attn_out is None else attn_out
         do = self._grouped(do_fn(o).view_as(q), groups)
         dv = (kept.transpose(-1, -2) @ do).sum(dim=2)
         del kept
-        dscore = softmax_bwd(self._drop(do @ value.transpose(-1, -2), seed), prob)
+        dscore = softmax_bwd(self._drop(do @ value.transpose(-1, -2), *drop), prob)
         dq = (dscore @ self._grouped(k, 1)).mul_(self.module.scaling)
         dk = (dscore.transpose(-1, -2) @ self._grouped(q, groups)).sum(dim=2).mul_(self.module.scaling)
         return dq.permute(0, 3, 1, 2, 4).reshape(q.shape), dk.transpose(1, 2), dv.transpose(1, 2)

@@ -107,7 +107,7 @@ def our_dropout(model):
                 groups.append(ProjectionGroup([projection(module, "", name) for name in names]))
         if family.dropout in paths:
             drops.append(module.get_submodule(family.dropout))
-    return same_dropout(*groups, modules=drops)
+    return same_dropout(*groups, modules=[drop for drop in drops if isinstance(drop, torch.nn.Dropout)])
 
 
 @contextmanager
