@@ -210,8 +210,7 @@ class AttentionBlock(Block):
         core = CORES[attention](module, interface, window, family.attention_dropout)
         self.norms = tuple(getattr(module, norm) for norm in family.head_norms)
         head_dim = getattr(module, family.head_dim)
-        # the kernel rotates
-        fused = fused and family.causal and fits(head_dim, savers, bool(self.norms))
+        fused = fused and fits(head_dim, savers, bool(self.norms), rotary=family.causal)
         norms = dict(zip("qk", self.norms, strict=False))
         self.spec = AttentionSpec(qkv, out, core, compensate, fused, head_dim, norms)
 

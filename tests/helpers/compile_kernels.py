@@ -146,6 +146,11 @@ def qkv(bits, norms=False):
     kept = keeper()
     fused_qkv.fused_qkv_fwd(spec, y, cos, sin, BATCH, adapters, kept)
     slots = fused_qkv.packed_qkv(kept)
+    if not norms:
+        unrotated = keeper()
+        fused_qkv.fused_qkv_fwd(spec, y, None, None, BATCH, adapters, unrotated)
+        again = fused_qkv.packed_qkv(unrotated)
+        fused_qkv.fused_qkv_restore(spec, again, None, None, BATCH, BF16, adapters, unrotated)
     for rotate in (True, False):
         fused_qkv.fused_qkv_restore(spec, slots, cos, sin, BATCH, BF16, adapters, kept, rotate)
 
