@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import RESULTS
-from benchmarks.report_real_rows import real_rows
+from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.rows import (
     LSE_KEPT,
     describe_batch,
@@ -313,6 +313,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     ROOT / "benchmarks" / "README.md": {
         "memory_throughput": memory_throughput,
+        "packed_rows": packed_rows,
         "buffered": buffered,
         "fidelity": fidelity,
         "finetune": finetune,

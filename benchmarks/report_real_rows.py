@@ -5,16 +5,18 @@ import itertools
 from benchmarks.rows import CELL, describe_device, describe_model, load, name_of, on_gpus
 from benchmarks.tables import remarks, source, table
 
-NAME = "real_rows"
-COMMAND = "python -m benchmarks.real_rows"
 HEAD = ["", "real tokens/s", "of the fastest peer", "ms a micro-step", "first 100, s", "dyn MiB", "held MiB"]
 
 
-def real_rows() -> str:
+def real_rows(name: str = "real_rows") -> str:
     """Lines measured on a GPU, by GPU, model, rows a micro-step and dropout; the GPU measured last is first."""
-    lines = sorted_by_cell(on_gpus(load(NAME, *CELL, "lora_dropout", "gpus")))
+    lines = sorted_by_cell(on_gpus(load(name, *CELL, "lora_dropout", "gpus")))
     groups = [(cell, list(found)) for cell, found in itertools.groupby(lines, cell_of)]
-    return "\n\n".join(one_table(cell, found) for cell, found in groups)
+    return "\n\n".join(one_table(name, cell, found) for cell, found in groups)
+
+
+def packed_rows() -> str:
+    return real_rows("packed_rows")
 
 
 def sorted_by_cell(lines: list[dict]) -> list[dict]:
@@ -28,17 +30,18 @@ def cell_of(line: dict) -> tuple:
     return *(values[key] for key in CELL), values.get("lora_dropout", 0), values.get("gpus", 1)
 
 
-def one_table(cell: tuple, lines: list[dict]) -> str:
+def one_table(name: str, cell: tuple, lines: list[dict]) -> str:
     """A row a setting; what failed says why."""
     measured = [line for line in lines if "error" not in line]
     peers = [line["real_tokens_per_second"] for line in measured if isinstance(line["setting"], str)]
     dropout = f", dropout {cell[-2]:g}" if cell[-2] else ""
     gpus = f"{cell[-1]} x " if cell[-1] > 1 else ""
     tokens = f", {measured[0]['real_tokens']} real tokens" if measured else ""
+    what = f"{cell[4]} GSM8K rows" if name == "real_rows" else f"{cell[4]} x {cell[5]} tokens, packed Alpaca rows"
     each = " each" if cell[-1] > 1 else ""
-    title = f"{gpus}{describe_device(cell)}, {describe_model(cell)}: {cell[4]} GSM8K rows{each}{tokens}{dropout}"
+    title = f"{gpus}{describe_device(cell)}, {describe_model(cell)}: {what}{each}{tokens}{dropout}"
     rows = [[named(line), *columns(line, max(peers, default=None))] for line in lines]
-    parts = [table([title, *HEAD[1:]], rows), source(lines, COMMAND), *remarks([(named(line), line) for line in lines])]
+    parts = [table([title, *HEAD[1:]], rows), source(lines, f"python -m benchmarks.{name}"), *remarks([(named(line), line) for line in lines])]
     return "\n\n".join(parts)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import rows
-from benchmarks.report_real_rows import real_rows
+from benchmarks.report_real_rows import packed_rows, real_rows
 
 
 def line(setting, speed: int | None, **changes) -> dict:
@@ -43,6 +43,14 @@ def test_settings_beside_the_fastest_peer(table):
     assert found[0] == ["**HyC-LoRA least_memory, 4 bit**", "12000", "3.00x", "70", "14.4", "300", "600"]
     assert [row[2] for row in found[1:]] == ["1.00x", "0.75x", "0.50x", ""]
     assert found[-1][:2] == ["Unsloth", "not done after 1 s"] and "stream False" in found[2][0]
+
+
+def test_packed_rows_are_tables_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    packed = line({"offload": True}, 12000, arguments={"batch_size": 1, "seq_len": 2048})
+    (tmp_path / "packed_rows.jsonl").write_text(json.dumps(packed) + "\n")
+    assert real_rows() == ""
+    assert packed_rows().startswith("| H200, llama-2-7b, NF4: 1 x 2048 tokens, packed Alpaca rows, 855 real tokens |")
 
 
 def test_what_a_line_says_of_itself(table):

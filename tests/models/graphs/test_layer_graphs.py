@@ -101,10 +101,7 @@ def test_a_replay_follows_the_weights():
 
 
 def test_kinds_of_input():
-    """Each shape is recorded the second time that it comes; so is each padding in front, which kernels do not read.
-
-    The first one is told to be so: eager memory is given back before it.
-    """
+    """Each shape, and padding in front, is recorded the second time; eager memory is given back before the first."""
     model, reference, begun = llama(), llama(), []
     graphs = graphed(model, {"stream": False})
     graphs.recorder.begin = begun.append
