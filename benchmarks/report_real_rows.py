@@ -41,7 +41,8 @@ def one_table(name: str, cell: tuple, lines: list[dict]) -> str:
     each = " each" if cell[-1] > 1 else ""
     title = f"{gpus}{describe_device(cell)}, {describe_model(cell)}: {what}{each}{tokens}{dropout}"
     rows = [[named(line), *columns(line, max(peers, default=None))] for line in lines]
-    parts = [table([title, *HEAD[1:]], rows), source(lines, f"python -m benchmarks.{name}"), *remarks([(named(line), line) for line in lines])]
+    said = remarks([(named(line), line) for line in lines])
+    parts = [table([title, *HEAD[1:]], rows), source(lines, f"python -m benchmarks.{name}"), *said]
     return "\n\n".join(parts)
 
 
