@@ -85,7 +85,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
         results.print_settings(groups[:-1], core)
         print(*decided, task.summary, sep="\n")
         clock = results.Clock()
-        model = load_model(model_args, lora_args, source, training.device, training.seed, **task.model)
+        model = load_model(model_args, lora_args, source, training.device, training.seed, head=task.head)
         clock.lap("load")
         initial = keep_initial_adapters(model, run.folder / "initial_adapters")
         check_output(run.folder, needed=checkpoint_bytes(model, training.save_total_limit))
@@ -134,7 +134,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
             "log_history": trainer.state.log_history,
         }
         print(results.closing_table(found))
-        write_card(run.folder, found, len(task.train))
+        write_card(run.folder, found, len(task.train), task.head)
         run.finish(found)
         print(f"results: {run.folder}.json, log: {run.folder}.log, adapters: {run.folder}")
 

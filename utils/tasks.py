@@ -1,9 +1,11 @@
 """What a driver trains on, and the numbers that tell what training changed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
+
+from hyclora.utils.heads import NEXT_TOKEN, Head
 
 
 @dataclass
@@ -12,8 +14,7 @@ class Task:
 
     train: tokenized rows. test: what to evaluate on, as JSON; empty if there is nothing. summary: what was read.
     forms: how each number that evaluating gives is written, by its name. evaluate: the numbers of a model by name, and
-    row by row what it answered, if it did. collate: rows to a batch; default: `Collator`. model: more arguments of
-    `load_model`.
+    row by row what it answered, if it did. collate: rows to a batch; default: `Collator`. head: what the model gives.
     """
 
     train: list[dict]
@@ -22,7 +23,7 @@ class Task:
     forms: dict[str, str]
     evaluate: Callable[[PreTrainedModel], tuple[dict[str, float], list[dict]]]
     collate: Callable[[list[dict]], dict] | None = None
-    model: dict = field(default_factory=dict)
+    head: Head = NEXT_TOKEN
 
     def shown(self, scores: dict[str, dict[str, float]]) -> dict[str, str]:
         """The numbers found "before" and "after" training as a reader sees them, number by number."""
