@@ -85,7 +85,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
         results.print_settings(groups[:-1], core)
         print(*decided, task.summary, sep="\n")
         clock = results.Clock()
-        model = load_model(model_args, lora_args, source, training.device, training.seed, head=task.head)
+        model = load_model(model_args, lora_args, source, training.device, training.seed, task.head)
         clock.lap("load")
         initial = keep_initial_adapters(model, run.folder / "initial_adapters")
         check_output(run.folder, needed=checkpoint_bytes(model, training.save_total_limit))

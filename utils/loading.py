@@ -120,8 +120,8 @@ def load_base(
     args: ModelArguments,
     source: str,
     device: torch.device,
-    tell: Callable[[str], None] = print,
     head: Head = NEXT_TOKEN,
+    tell: Callable[[str], None] = print,
 ) -> PreTrainedModel:
     """The frozen model on its device; NF4 if asked for. All of it in one dtype, which `tell` gets with the reason."""
     dtype, why = _dtype_of(args, device)
@@ -194,8 +194,8 @@ def load_model(
     source: str,
     device: torch.device,
     seed: int,
-    tell: Callable[[str], None] = print,
     head: Head = NEXT_TOKEN,
+    tell: Callable[[str], None] = print,
 ) -> PeftModel:
     """The base of `find_base` with fresh adapters drawn from `seed`; tell gets what was decided.
 
@@ -207,7 +207,7 @@ def load_model(
     float_first = args.load_in_4bit and lora.lora_init_type == "pissa"
     set_seed(seed)
     with _reading(source):
-        base = load_base(replace(args, load_in_4bit=False) if float_first else args, source, device, tell, head)
+        base = load_base(replace(args, load_in_4bit=False) if float_first else args, source, device, head, tell)
     base.config.use_cache = False
     # what the Trainer asks: whether the loss is divided by what it counts, or else by it
     base.accepts_loss_kwargs = head.divides_loss

@@ -101,10 +101,8 @@ def _with_right_ids(source: str, files: dict[str, Path], pieces) -> tuple[PreTra
     elif _JSON in files:
         written = tokenizers.Tokenizer.from_file(str(files[_JSON]))
         right, theirs = lambda text: written.encode(text, add_special_tokens=False).ids, f"those written in {_JSON}"
-    elif _VOCABULARY in files and _MERGES in files:
-        _unspaced_mask(tokenizer)
-        return tokenizer, f"{picked}, made of {_VOCABULARY} and {_MERGES}"
     else:
+        _unspaced_mask(tokenizer)
         return tokenizer, f"{picked}, its ids compared with nothing: there is no {_JSON} and no SentencePiece file"
     differing = _differing(tokenizer, right)
     if differing is None:
@@ -123,7 +121,7 @@ def _with_right_ids(source: str, files: dict[str, Path], pieces) -> tuple[PreTra
 
 
 def _unspaced_mask(tokenizer: PreTrainedTokenizerBase):
-    """Let the mask stand for a word with the space before it, as in pre-training; two files alone do not say so."""
+    """Let the mask stand for a word with the space before it, as in pre-training; a bare vocabulary does not say so."""
     if tokenizer.mask_token is not None:
         mask = AddedToken(tokenizer.mask_token, lstrip=True, special=True)
         tokenizer.add_special_tokens({"mask_token": mask})

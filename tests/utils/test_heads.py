@@ -21,7 +21,7 @@ IDS = torch.arange(8, 40).view(2, 16)
 def load(folder, n_labels=2, seed=0, lora=None, **settings):
     arguments = ModelArguments(model_name=folder.name, model_dir=str(folder.parent), **settings)
     lora = LoraArguments(lora_rank=4, target_modules=["all-linear"], **(lora or {}))
-    return load_model(arguments, lora, str(folder), CPU, seed, head=classifier(n_labels, PAD))
+    return load_model(arguments, lora, str(folder), CPU, seed, classifier(n_labels, PAD))
 
 
 @pytest.fixture(params=["roberta", "llama"])
