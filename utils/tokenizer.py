@@ -102,7 +102,7 @@ def _with_right_ids(source: str, files: dict[str, Path], pieces) -> tuple[PreTra
         written = tokenizers.Tokenizer.from_file(str(files[_JSON]))
         right, theirs = lambda text: written.encode(text, add_special_tokens=False).ids, f"those written in {_JSON}"
     else:
-        _unspaced_mask(tokenizer)
+        unspaced_mask(tokenizer)
         return tokenizer, f"{picked}, its ids compared with nothing: there is no {_JSON} and no SentencePiece file"
     differing = _differing(tokenizer, right)
     if differing is None:
@@ -120,7 +120,7 @@ def _with_right_ids(source: str, files: dict[str, Path], pieces) -> tuple[PreTra
     raise UserError(f"the tokenizer of {source} gives other ids than {theirs} for the text {still!r}: {remedy}")
 
 
-def _unspaced_mask(tokenizer: PreTrainedTokenizerBase):
+def unspaced_mask(tokenizer: PreTrainedTokenizerBase):
     """Let the mask stand for a word with the space before it, as in pre-training; a bare vocabulary does not say so."""
     if tokenizer.mask_token is not None:
         mask = AddedToken(tokenizer.mask_token, lstrip=True, special=True)
