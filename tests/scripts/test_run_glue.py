@@ -113,9 +113,11 @@ def test_a_run_learns_reports_and_keeps_its_head(run, folder, tmp_path):
 
 
 def test_the_demo_runs(run, llama, tmp_path):
-    code, said = run(llama, "--max_train_samples", 40, "--max_eval_samples", 8, "--q_bit", 2)
+    options = ["--max_train_samples", 40, "--max_eval_samples", 8, "--per_device_train_batch_size", 1]
+    code, said = run(llama, *options, "--q_bit", 2)
     assert code == 0 and "dev: 8 rows (of 400), " in said
     results = results_of(tmp_path)[1]
+    assert results["train"]["masked_batches"] == 0  # the label of the only row is one
     assert set(results["metrics"]["accuracy"]) == {"before", "after"}
     assert results["buffered_bytes"]["hyclora"] < 0.6 * results["buffered_bytes"]["lora"]
     assert results["settings"]["LoraArguments"]["target_modules"] == ["all-linear"]
