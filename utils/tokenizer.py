@@ -61,7 +61,7 @@ def load_as_trained(source: str, config: PretrainedConfig) -> tuple[PreTrainedTo
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
-    tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(config))
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions_of(config))
     padding = f"padding with {tokenizer.pad_token} on the right"
     if tokenizer.cls_token and tokenizer.sep_token:
         around = f"{tokenizer.cls_token} before a text, {tokenizer.sep_token} behind it and between two"
@@ -127,7 +127,7 @@ def unspaced_mask(tokenizer: PreTrainedTokenizerBase):
         tokenizer.add_special_tokens({"mask_token": mask})
 
 
-def _positions(config: PretrainedConfig) -> int:
+def positions_of(config: PretrainedConfig) -> int:
     """The tokens of the longest text; RoBERTa counts its positions from behind the padding's id."""
     unused = config.pad_token_id + 1 if config.model_type == "roberta" else 0
     return config.max_position_embeddings - unused

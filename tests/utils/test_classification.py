@@ -19,7 +19,7 @@ PAIR = {"texts": ["Tom said that the lamp was good.", "Was it?"], "label": 1}
 
 @pytest.fixture
 def roberta(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "FAMILIES", {**loading.FAMILIES, "roberta": None})
+    monkeypatch.setattr(loading, "FAMILIES", {"roberta": None, **loading.FAMILIES})
     return write_roberta(tmp_path / "roberta")
 
 
