@@ -78,6 +78,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
     tokenizer = load_tokenizer(source, decided.append)
     task = driver.tasks[data_args.data_name](data_args, eval_args, tokenizer)
     check_positions(source, task.train)
+    task.head.check(training)
 
     run = begin(groups, source, task.train, argv)
     core = results.core_of(training, len(task.train))

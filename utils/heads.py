@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+
+from hyclora.utils.errors import UserError
+
+SCORE = "regression"  # what transformers calls it
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,11 @@ class Head:
     trained: tuple[str, ...] = ()
     divides_loss: bool = True
 
+    def check(self, training: TrainingArguments) -> None:
+        """UserError for a setting of the training that this head has no use for."""
+        if training.label_smoothing_factor and self.config.get("problem_type") == SCORE:
+            raise UserError("label_smoothing_factor smooths classes, and this task asks for a score: drop it")
+
 
 NEXT_TOKEN = Head(AutoModelForCausalLM, "CAUSAL_LM", "text-generation")
 
@@ -31,7 +40,7 @@ def classifier(n_labels: int, pad_token_id: int) -> Head:
 
     pad_token_id: the tokenizer's. A decoder is read at the last token that is not this one, an encoder at the first.
     """
-    kind = "regression" if n_labels == 1 else "single_label_classification"
+    kind = SCORE if n_labels == 1 else "single_label_classification"
     config = {"num_labels": n_labels, "problem_type": kind, "pad_token_id": pad_token_id}
     trained = ("classifier", "score")
     return Head(

@@ -193,7 +193,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(run, folder, tmp_path, m
 def test_mistakes_end_it_before_anything_is_loaded_or_written(run, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     data = write_task(tmp_path, "rte", "index\tsentence1\tlabel", ["0\ta\tentailment"], ("train", "dev"))
+    scores = write_task(tmp_path, "stsb", "sentence1\tsentence2\tscore", ["a\tb\t1.0"], ("train", "dev"))
     for options, named in (
+        ([*scores, "--label_smoothing_factor", 0.1], "label_smoothing_factor smooths classes"),
         (data, 'RTE/train.tsv: the column "sentence2" is missing, found index, sentence1, label'),
         (["--data_name", "wnli", "--data_dir", tmp_path / "data"], "WNLI/train.tsv does not exist"),
         (["--data_name", "sst"], "invalid choice: 'sst'"),
