@@ -31,7 +31,7 @@ from hyclora.models.families import FAMILIES
 from hyclora.utils.args import ALL_LINEAR, LoraArguments, ModelArguments
 from hyclora.utils.errors import UserError
 from hyclora.utils.heads import NEXT_TOKEN, Head
-from hyclora.utils.tokenizer import SUFFICIENT, load_as_trained
+from hyclora.utils.tokenizer import SUFFICIENT, load_as_trained, positions_of
 from hyclora.utils.weights import stored_dtypes
 
 _INIT = {"qlora": True, "loftq": True, "gaussian": "gaussian", "pissa": "pissa_niter_16"}
@@ -110,9 +110,9 @@ def load_tokenizer(source: str, tell: Callable[[str], None] = print) -> PreTrain
 
 def check_positions(source: str, rows: list[dict]) -> None:
     """UserError if a tokenized row is longer than what the model has positions for."""
-    positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+    positions = positions_of(AutoConfig.from_pretrained(source))
     longest = max(len(row["input_ids"]) for row in rows)
-    if positions is not None and longest > positions:
+    if longest > positions:
         raise UserError(f"a row has {longest} tokens, {source} only {positions} positions: lower --seq_len")
 
 
