@@ -11,5 +11,6 @@ jobs.py               what a measurement is of               record.py          
 ranks.py              a process a GPU                        rows.py            what the result files say
 random_checkpoint.py  a checkpoint of a shape
 report.py             README's tables                        figures.py         figures/*.png
+paper_tables.py       the paper's tables, of anyone's runs
 report_real_rows.py   and that of rows of many lengths       tables.py          a table in Markdown
 """

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from benchmarks.record import record
 from hyclora.operators.attention.rope import rope, rope_bwd
+from hyclora.operators.layer_norm import layer_norm_bwd, layer_norm_fwd, layer_norm_pack, layer_norm_unpack_bwd
 from hyclora.operators.linear.dropout import add_dropped, draw_seed, dropped
 from hyclora.operators.linear.low_rank_grad import low_rank_grads
 from hyclora.operators.linear.nf4 import bnb, dequantize_4bit
 from hyclora.operators.linear.residual import add_residual
-from hyclora.operators.mlp.activation import silu_mul_bwd, silu_mul_fwd
+from hyclora.operators.mlp.activation import gelu_bwd, gelu_fwd, silu_mul_bwd, silu_mul_fwd
 from hyclora.operators.norm import rms_norm_bwd, rms_norm_fwd, rms_norm_pack, rms_norm_unpack_bwd
 from hyclora.operators.packing.codebook import CODEBOOKS
 from hyclora.operators.packing.quantize import dequantize, quantize
@@ -104,7 +105,31 @@ def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tu
         "rope_bwd": (lambda: rope_bwd(heads, heads, heads, cos, sin), 6 * size(x)),
         "silu_mul_fwd": (lambda: silu_mul_fwd(gate, up), 3 * size(gate)),
         "silu_mul_bwd": (lambda: silu_mul_bwd(dhidden, gate, up), 6 * size(gate)),
+        "gelu_fwd": (lambda: gelu_fwd(up), 2 * size(up)),
+        "gelu_bwd": (lambda: gelu_bwd(dhidden, up), 4 * size(up)),
     }
+    for p in (0.0, 0.1):  # the seed of a mask costs next to nothing, the mask does
+        drop, told = (seed, p), " + dropout" if p else ""
+
+        def norm(drop=drop):
+            return layer_norm_fwd(x, dy, weight, weight, 1e-5, *drop)
+
+        def norm_bwd(drop=drop):
+            return layer_norm_bwd(dy, x_hat, rstd, weight, *drop)
+
+        def norm_pack(drop=drop):
+            return layer_norm_pack(x, dy, weight, weight, 1e-5, saver, *drop)
+
+        def norm_unpack_bwd(drop=drop):
+            return layer_norm_unpack_bwd(dy, rstd, weight, slot, saver.book, *drop)
+
+        gradients = (3 if p else 2) * size(dy)  # dy, dresidual, and dx if that is another
+        found |= {
+            f"layer_norm_fwd{told}": (norm, 4 * size(x)),
+            f"layer_norm_bwd{told}": (norm_bwd, gradients + size(x_hat)),
+            f"layer_norm_pack 4 bit{told}": (norm_pack, 3 * size(x) + packed),
+            f"layer_norm_unpack_bwd 4 bit{told}": (norm_unpack_bwd, gradients + packed),
+        }
     if bnb is not None:
         nf4 = bnb.nn.Params4bit(torch.randn(ffn, hidden).bfloat16(), requires_grad=False, quant_type="nf4").to("cuda")
         out = torch.empty(ffn, hidden, dtype=torch.bfloat16, device="cuda")

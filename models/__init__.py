@@ -9,7 +9,8 @@ outputs.py     what a training forward returns                          late_log
 binding.py     how a block is put in front of a forward                 foreign_head.py  a head of TRL's
 calibration.py when calibration ends, and begins again                  state.py    calibration on disk
 report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
-families/      the names of LLaMA, Mistral, Qwen
+building.py    which blocks and savers layers get                       families/   what families are like
+encoder_layer.py  a whole layer whose norms come after the residual
 """
 
 import logging

@@ -20,6 +20,7 @@ from hyclora.operators.attention.attention import CORES, AttentionFunction, Atte
 from hyclora.operators.attention.flash import takes_varlen, tells_runs
 from hyclora.operators.attention.fused_qkv import fits
 from hyclora.operators.attention.rope import rope
+from hyclora.operators.layer_norm import LayerNormFunction
 from hyclora.operators.linear.dropout import same_dropout
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
 from hyclora.operators.mlp import fused_mlp
@@ -38,9 +39,11 @@ class Block:
 
     store: Store | None = None
     span = 1
-    bound: BoundForward
+    bound: BoundForward | None = None
+    part = False  # of another block, which is bound and runs it
     norms: tuple[nn.Module, ...] = ()  # whose weights it reads
     groups: tuple[ProjectionGroup, ...] = ()
+    drops: tuple[nn.Dropout, ...] = ()  # of the model's own, whose masks are made of seeds too
     fed_by: nn.Module | None = None  # the norm that its input comes from
     reason: str | None = None  # why it may not run (models/watch.py)
 
@@ -48,21 +51,25 @@ class Block:
         self.module, self.name, self.savers, self.step = module, name, savers, step
         self.projections: list[Projection] = []
         self.told = False
-        self.derives = any(isinstance(saver, Derived) for saver in savers.values())
+        derived = [saver for saver in savers.values() if isinstance(saver, Derived)]
+        self.derives, self.must_derive = bool(derived), any(saver.own is None for saver in derived)
 
     def bind(self) -> None:
         """Put this block in front of the module's forward."""
-        self.bound = bind(self.module, self)
+        if not self.part:
+            self.bound = bind(self.module, self)
 
     def unbind(self) -> None:
         """Give the module its own forward back."""
-        unbind(self.bound)
+        if self.bound is not None:
+            unbind(self.bound)
 
     @property
     def alone(self) -> bool:
         """Whether nobody else has replaced the module's forward, before or since."""
         bound = self.bound
-        return bound.block is self and bound.former is None and self.module.__dict__.get("forward") is bound
+        ours = bound is not None and bound.block is self and bound.former is None
+        return ours and self.module.__dict__.get("forward") is bound
 
     def forward(self, *args, **kwargs):
         if not self.applies(*args, **kwargs):
@@ -86,7 +93,12 @@ class Block:
         """Stock code that runs in training, as it does first under checkpointing, drops what run() will."""
         trains = self.groups and self.module.training and self.reason is None
         ours = trains and all([p.refresh() for p in self.projections])
-        return same_dropout(*self.groups) if ours else nullcontext()
+        if ours and self.step.running is not None and not torch.is_grad_enabled():
+            self.check_dropout()
+        return same_dropout(*self.groups, modules=self.drops) if ours else nullcontext()
+
+    def check_dropout(self) -> None:
+        """ValueError if checkpointing runs stock code first that cannot drop what this block will."""
 
     def applies(self, *args, **kwargs) -> bool:
         """Only training forwards with grad enabled and active, unmerged adapters are ours."""
@@ -100,11 +112,12 @@ class Block:
 
     def input_source(self, x: torch.Tensor) -> Source | None:
         """Where the norm before keeps x_hat, if this block derives its input from it."""
-        return getattr(x, SOURCE)[0] if self.derives else None
+        source, version = getattr(x, SOURCE, (None, None)) if self.derives else (None, None)
+        return source if version == x._version else None
 
     def can_derive(self, x: torch.Tensor) -> bool:
         """Whether x is the norm's output as it came, or is kept by itself; a hook or a loop may give another tensor."""
-        if not self.derives:
+        if not self.must_derive:
             return True
         # to write to x.data is not counted as a version
         between = self.fed_by is not None and (self.fed_by._forward_hooks or self.module._forward_pre_hooks)
@@ -131,7 +144,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 class NormBlock(Block):
-    """RMSNorm; its output carries the handle from which the next block derives its input.
+    """RMSNorm before what it feeds; its output carries the handle from which the next block derives its input.
 
     Its projections are those of the block that it feeds, so that both run stock code together. Keeps what
     RMSNormFunction does; a slot that is derived from it costs nothing more.
@@ -150,40 +163,74 @@ class NormBlock(Block):
         return y
 
 
+class PostNormBlock(NormBlock):
+    """LayerNorm after the sum of what a block gives, dropped, and the residual; its output carries the handle too.
+
+    drop: the nn.Dropout before the sum. Keeps what LayerNormFunction does.
+    """
+
+    part = True
+
+    def __init__(self, module, name, savers, step, fused: bool, drop: nn.Dropout):
+        super().__init__(module, name, savers, step, fused)
+        self.drops = (drop,)
+
+    def run(self, dtype, hidden_states, residual):
+        """LayerNorm(residual + dropout(hidden_states)), in fp32 under autocast, as torch has it there."""
+        keeper, norm, (drop,) = self.keeper(), self.module, self.drops
+        x = LayerNormFunction.apply(
+            hidden_states, residual, norm.weight, norm.bias, norm.eps, drop.p if drop.training else 0.0, keeper,
+            self.fused, None if dtype is None else torch.float32,
+        )  # fmt: skip
+        setattr(x, SOURCE, (keeper.source("norm_in", norm.weight, norm.bias), x._version))
+        return x
+
+
 class AttentionBlock(Block):
-    """LlamaAttention's signature on AttentionFunction, which says what is kept; ValueError for what it cannot do."""
+    """LlamaAttention's signature on AttentionFunction, which says what is kept; ValueError for what it cannot do.
+
+    half: the module that has all of it, and where it is called; module: the one with its numbers, often the same.
+    """
 
     def __init__(self, module, name, savers, step, family: Family, attention: str, compensate: bool, fused: bool):
-        super().__init__(module, name, savers, step)
-        qkv = ProjectionGroup([projection(module, name, n) for n in family.qkv])
-        out = ProjectionGroup([projection(module, name, family.out)])
+        super().__init__(module.get_submodule(family.core), name, savers, step)
+        self.half, self.where, self.part = module, name, family.post_norm
+        module = self.module
+        qkv = ProjectionGroup([projection(self.half, name, n) for n in family.qkv])
+        out = ProjectionGroup([projection(self.half, name, family.out)])
         self.groups, self.projections = (qkv, out), [*qkv.projections, *out.projections]
-        if attention == "eager" and module.attention_dropout > 0:
-            raise ValueError(f"{name}: attention_dropout is not supported by attention=eager; use attention=flash")
+        self.dropout = attrgetter(family.attention_dropout)
         self.window_of, self.sparse = family.sliding_window, attention == "eager"
-        self.settings = implementation, window, _ = self.read_settings()
+        self.settings = implementation, window = self.read_settings()
         # what others give where nothing is seen, and its gradients, differs
         eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        causal = getattr(module.config, "is_causal", True)
+        causal = family.causal and getattr(module.config, "is_causal", True)
         self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and causal
-        core = CORES[attention](module, interface, window)
+        core = CORES[attention](module, interface, window, family.attention_dropout)
         self.norms = tuple(getattr(module, norm) for norm in family.head_norms)
-        fused = fused and fits(module.head_dim, savers, bool(self.norms))
+        head_dim = getattr(module, family.head_dim)
+        fused = fused and fits(head_dim, savers, bool(self.norms), rotary=family.causal)
         norms = dict(zip("qk", self.norms, strict=False))
-        self.spec = AttentionSpec(qkv, out, core, compensate, fused, module.head_dim, norms)
+        self.spec = AttentionSpec(qkv, out, core, compensate, fused, head_dim, norms)
 
-    def read_settings(self) -> tuple[str, int | None, float]:
-        """Which attention is asked for, how many keys a query sees, and a dropout that the sparse map cannot do."""
+    def read_settings(self) -> tuple[str, int | None]:
+        """Which attention is asked for, and how many keys a query sees."""
         window = attrgetter(self.window_of)(self.module) if self.window_of else None
-        dropout = self.module.attention_dropout if self.sparse else 0.0
-        return self.module.config._attn_implementation, window, dropout
+        return self.module.config._attn_implementation, window
+
+    def check_dropout(self) -> None:
+        if self.sparse and self.dropout(self.module) > 0:
+            raise ValueError(
+                f"{self.name}: stock attention cannot drop what attention=eager does, which checkpointing with "
+                "use_reentrant=True, offload=True or a quantized layer_in would run it for; use attention=flash"
+            )
 
     def takes_starts(self, dtype: torch.dtype) -> bool:
         """Whether a GPU can read by itself where runs of such q, k, v begin; a CPU reads what is on it anyhow."""
         weight = self.projections[0].base.weight
         probe = torch.empty(0, self.spec.head_dim, dtype=dtype, device=weight.device)
-        return not weight.is_cuda or takes_varlen(probe, self.module.attention_dropout)
+        return not weight.is_cuda or takes_varlen(probe, self.dropout(self.module))
 
     def takes_bounds(self) -> bool:
         """Whether operators/attention/flash.py can run here, so that bounds may stand in for HF's mask."""
@@ -206,7 +253,7 @@ class AttentionBlock(Block):
     ):  # fmt: skip
         """The attention's output, the residual branch added if given (overwrite: in its memory); and None."""
         source = self.input_source(hidden_states)
-        cos, sin = position_embeddings
+        cos, sin = position_embeddings or (None, None)
         y = AttentionFunction.apply(
             hidden_states if dtype is None else hidden_states.to(dtype), residual, overwrite,
             cos, sin, attention_mask, self.spec, kwargs, self.keeper(), source, *self.spec.parameters(),
@@ -229,14 +276,19 @@ class AttentionBlock(Block):
 
 
 class MlpBlock(Block):
-    """LlamaMLP's signature on MlpFunction, which says what is kept."""
+    """LlamaMLP's signature on MlpFunction, which says what is kept. half, where: as of AttentionBlock.
+
+    An MLP that is not a module of its own is called mlp.
+    """
 
     def __init__(self, module, name, savers, step, family: Family, compensate: bool, fused: bool):
-        super().__init__(module, name, savers, step)
+        super().__init__(module, name if family.mlp else f"{name}.mlp", savers, step)
+        self.half, self.where, self.part = module, name, family.post_norm
         gate_up = ProjectionGroup([projection(module, name, n) for n in family.gate_up])
         down = ProjectionGroup([projection(module, name, family.down)])
         self.groups, self.projections = (gate_up, down), [*gate_up.projections, *down.projections]
-        self.spec = MlpSpec(gate_up, down, compensate, fused and fused_mlp.fits(savers))
+        fused = fused and fused_mlp.fits(savers, family.activation)
+        self.spec = MlpSpec(gate_up, down, compensate, fused, family.activation)
 
     def applies(self, x=None, **kwargs) -> bool:
         return super().applies() and (x is None or self.can_derive(x))
@@ -259,6 +311,7 @@ class MlpBlock(Block):
         return y.view(*x.shape[:-1], -1)
 
 
-def projection(parent: nn.Module, parent_name: str, attribute: str) -> Projection:
-    """The Projection of a module's linear."""
-    return Projection(getattr(parent, attribute), attribute, parent, f"{parent_name}.{attribute}")
+def projection(parent: nn.Module, parent_name: str, path: str) -> Projection:
+    """The Projection of a linear layer in a module."""
+    owner = parent.get_submodule(path.rpartition(".")[0])
+    return Projection(parent.get_submodule(path), path, owner, f"{parent_name}.{path}")

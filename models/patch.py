@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 
 import torch
 from peft import PeftModel
@@ -11,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hyclora.models import trust
-from hyclora.models.bits import allocate_bits
-from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.blocks import AttentionBlock, Block
+from hyclora.models.building import HALVES, Builder, parts_of
 from hyclora.models.calibration import Calibration
-from hyclora.models.config import SLOTS, HycloraConfig
+from hyclora.models.config import HycloraConfig
 from hyclora.models.families import FAMILIES
 from hyclora.models.families.family import Family
 from hyclora.models.foreign_head import ForeignHead, reads_labelled_positions
@@ -25,13 +26,12 @@ from hyclora.models.layers import CheckpointBlock, LayerBlock
 from hyclora.models.report import PatchReport, make_report
 from hyclora.models.step_hook import StepHook
 from hyclora.models.watch import Watch
-from hyclora.operators.savers import ChannelQuant, Saver, Step, make_saver
+from hyclora.operators.savers import Step
 from hyclora.operators.store import CudaCopies, Store
 
 logger = logging.getLogger("hyclora")
 PATCH = "_hyclora_patch"
-# Halves of a layer, by block kind: the attributes of Family that name a norm and what it feeds
-HALVES = {"attention": ("attention_norm", "attention"), "mlp": ("mlp_norm", "mlp")}
+NOT_CAUSAL = "not served yet for layers whose tokens see later ones"
 
 
 @dataclass
@@ -88,29 +88,31 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         raise ValueError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
     step = Step(config.iteration_threshold)
     names = {id(module): name for name, module in model.named_modules()}
-    layers = list(getattr(decoder, family.layers))
+    _check(config, family)
+    layers = list(attrgetter(family.layers)(decoder))
     stock = _why_not(family, layers, names)
     if len(stock) == len(HALVES) * len(layers):
         raise ValueError(f"{stock[0, 'attention']}; so no layer of this model can be patched")
-    halves = {(i, half): layer for i, layer in enumerate(layers) for half in HALVES if (i, half) not in stock}
-    bits = _bits(config, family, halves)
-    blocks = [b for i, layer in enumerate(layers) for b in _blocks(config, family, i, layer, names, bits, step, stock)]
+    builder = Builder(config, family, layers, stock, names, step)
+    blocks = builder.blocks()
     head, stock_head = _head(model, family, names, step, blocks)
     inside = blocks if head is None else [*blocks, head]
-    norm = getattr(decoder, family.final_norm)
-    stock_norm = trust.why_not_norm(family, norm, names[id(norm)])
-    reasons = [*stock.values(), *([stock_norm] if stock_norm else []), *stock_head]
+    norm = getattr(decoder, family.final_norm) if family.final_norm else None
+    stock_norm = None if norm is None else trust.why_not_norm(family, norm, names[id(norm)])
+    # a layer that runs as a whole has one reason
+    halves = {half: reason for half, reason in stock.items() if not family.post_norm or half[1] == "mlp"}
+    reasons = [*halves.values(), *([stock_norm] if stock_norm else []), *stock_head]
     head_name = None if head is None else f"{head.name}.{family.head}"
-    widths = {slot: n for (_, half), layer in halves.items() for slot, n in _slot_widths(family, layer, half).items()}
     not_patched = _others(model, family, decoder, layers) + reasons
-    no_graphs = _why_no_graphs(config, layers, blocks) if config.cuda_graphs == "auto" else None
-    report = make_report(config, layers, widths, inside, head_name, not_patched, no_graphs)
-    blocks += [] if stock_norm else [_final_norm(config, norm, names, step, blocks)]
+    no_graphs = _why_no_graphs(config, family, layers, blocks) if config.cuda_graphs == "auto" else None
+    no_stream = None if family.causal or not config.stream else NOT_CAUSAL
+    widths, last_norm = builder.widths(), norm is not None
+    report = make_report(config, layers, widths, inside, head_name, not_patched, no_graphs, no_stream, last_norm)
+    blocks += [] if stock_norm or norm is None else [builder.final_norm(norm, adapted(blocks)[:1])]
     blocks += [] if head is None else [head]
     if reads_labelled_positions(_base(model)):
         blocks.append(ForeignHead(_base(model), names[id(_base(model))], step))
-    savers = [_savers(config, "layer", dict.fromkeys(SLOTS, 8)) for _ in layers]
-    checkpoints = [CheckpointBlock(m, names[id(m)], s, step) for m, s in zip(layers, savers, strict=True)]
+    checkpoints = [CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step) for i, m in enumerate(layers)]
     calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
     patch = Patch(config, step, decoder, calibration, blocks, checkpoints)
     if config.offload:
@@ -123,7 +125,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    patch.hooks = StepHook(patch, attention, _adapted(blocks)[:1]).register(decoder)
+    patch.hooks = StepHook(patch, attention, adapted(blocks)[:1]).register(decoder)
     setattr(decoder, PATCH, patch)
     if stock:
         parts = f"{len(stock)} of {len(HALVES) * len(layers)} halves of layers (a norm and what it feeds)"
@@ -183,8 +185,22 @@ def _elsewhere(layers: list[nn.Module]) -> str | None:
     return f"the layers are on {', '.join(map(str, devices))}"
 
 
-def _why_no_graphs(config: HycloraConfig, layers: list[nn.Module], blocks: list[Block]) -> str | None:
+def _check(config: HycloraConfig, family: Family) -> None:
+    """ValueError for settings that the family has no use for."""
+    missing = config.slot_savers.keys() & {"gate", "act"} if not family.activation.gated else ()
+    if missing:
+        raise ValueError(f"slot_savers[{min(missing)!r}]: an MLP without a gate has no such slot; leave it out")
+    for option in () if family.causal else ("stream", "cuda_graphs"):
+        if getattr(config, option) is True:
+            raise ValueError(f"{option}=True is not supported here, {NOT_CAUSAL}; use {option}=auto")
+
+
+def _why_no_graphs(
+    config: HycloraConfig, family: Family, layers: list[nn.Module], blocks: list[Block]
+) -> str | None:  # fmt: skip
     """Why the layers are not replayed by themselves, as far as it shows before the first step."""
+    if not family.causal:
+        return NOT_CAUSAL
     if elsewhere := _elsewhere(layers):
         return elsewhere
     if config.attention == "eager":
@@ -203,102 +219,46 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, Family]:
     if model_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     decoder, family = getattr(base, base.base_model_prefix, base), FAMILIES[model_type]
-    if not hasattr(decoder, family.layers):
+    if not _has(decoder, family.layers):
         kind = family.classes("Model")[0].rpartition(".")[2]
         raise ValueError(f"{base.base_model_prefix}: {type(decoder).__name__} is not supported, only {kind}")
     return decoder, family
 
 
-def _half(family: Family, layer: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
-    """A norm of a layer and what it feeds."""
-    return tuple(getattr(layer, getattr(family, name)) for name in HALVES[half])
+def _has(module: nn.Module, path: str) -> bool:
+    """Whether there is something in a module at a path."""
+    try:
+        return attrgetter(path)(module) is not None if path else True
+    except AttributeError:
+        return False
 
 
 def _why_not(family: Family, layers: list[nn.Module], names) -> dict[tuple[int, str], str]:
     """Why halves of layers stay stock, keyed (layer, half)."""
     parts = [name for half in HALVES.values() for name in map(partial(getattr, family), half)]
-    foreign = {i: layer for i, layer in enumerate(layers) if not all(hasattr(layer, name) for name in parts)}
+    foreign = {i: layer for i, layer in enumerate(layers) if not all(_has(layer, name) for name in parts)}
     reasons = {
         (i, half): trust.why_not_layer(family, layer, names[id(layer)])
+        or f"{names[id(layer)]}: a module in it was replaced by another one"
         for i, layer in foreign.items()
         for half in HALVES
     }
     known = ((i, layer) for i, layer in enumerate(layers) if i not in foreign)
-    halves = {(i, half): _half(family, layer, half) for i, layer in known for half in HALVES}
+    halves = {(i, half): parts_of(family, layer, half) for i, layer in known for half in HALVES}
     places = Counter(id(module) for modules in halves.values() for module in modules)
     for (i, half), (norm, module) in halves.items():
         shared = next((names[id(m)] for m in (norm, module) if places[id(m)] > 1), None)
         reason = f"{shared}: several layers share it" if shared else None
         if reason := reason or trust.why_not_half(family, half, norm, names[id(norm)], module, names[id(module)]):
             reasons[i, half] = reason
+    if family.post_norm:  # such a layer runs as a whole
+        for i, _ in list(reasons):
+            first = next(reasons[i, half] for half in HALVES if (i, half) in reasons)
+            reasons |= {(i, half): first for half in HALVES}
     return reasons
 
 
-def _bits(config: HycloraConfig, family: Family, halves: dict[tuple[int, str], nn.Module]) -> dict[tuple, int]:
-    """Bits of every quantized slot, keyed (layer, half, block kind, slot)."""
-    sizes = {}
-    for (i, half), layer in halves.items():
-        for slot, width in _slot_widths(family, layer, half).items():
-            if config.saver_name(slot, 2) == "quant2" and slot not in config.slot_savers:
-                sizes[i, half, slot] = width
-    if config.q_bit == "auto":
-
-        def packed_bits(key, width):
-            ratio = config.layernorm_outlier_ratio if SLOTS[key[-1]].block == "norm" else 0.0
-            return ChannelQuant(width, config.scale_rule, ratio).bits(sizes[key])
-
-        return allocate_bits(sizes, config.average_bits, packed_bits)
-    return dict.fromkeys(sizes, config.q_bit)
-
-
-def _slot_widths(family: Family, layer: nn.Module, half: str) -> dict[str, int]:
-    """Elements a token of each slot of half a layer."""
-    if half == "mlp":
-        mlp = getattr(layer, family.mlp)
-        gate, up = (getattr(mlp, name) for name in family.gate_up)
-        n_in, n = gate.in_features, gate.out_features
-        return {"norm_in": n_in, "mlp_in": n_in, "gate": n, "up": up.out_features, "act": n, "hidden": n}
-    attention = getattr(layer, family.attention)
-    projections = [getattr(attention, name) for name in family.qkv]
-    n_in, (q, k, v) = projections[0].in_features, (p.out_features for p in projections)
-    lse = 2 * q // attention.head_dim  # in fp32
-    return {"norm_in": n_in, "attn_in": n_in, "q": q, "k": k, "v": v, "attn_out": q, "lse": lse}
-
-
-def _blocks(config, family, index, layer, names, bits, step, stock) -> list[Block]:
-    """The blocks of one layer and of what is in it, not bound yet; none for halves that stay stock."""
-    policy = config.policy
-    kinds = {
-        "attention": (AttentionBlock, (family, config.attention, policy.compensate, policy.fused)),
-        "mlp": (MlpBlock, (family, policy.compensate, policy.fused)),
-    }
-    blocks = []
-    for half, (block, extra) in kinds.items():
-        if (index, half) in stock:
-            continue
-        norm, module = _half(family, layer, half)
-        slot_bits = {slot: bits.get((index, half, slot), 8) for slot in SLOTS}
-        fed = block(module, names[id(module)], _savers(config, half, slot_bits), step, *extra)
-        blocks.append(NormBlock(norm, names[id(norm)], _savers(config, "norm", slot_bits), step, policy.fused))
-        blocks[-1].projections, fed.fed_by = fed.projections, norm
-        blocks.append(fed)
-    if len(blocks) < 2 * len(kinds) or trust.why_not_layer(family, layer, ""):
-        return blocks
-    return [*blocks, LayerBlock(layer, names[id(layer)], step, tuple(blocks), first=index == 0)]
-
-
-def _final_norm(config, module: nn.Module, names, step, blocks) -> NormBlock:
-    """The norm before the head, not bound yet. It is one of many, so 8 bit cost next to nothing.
-
-    All that layers do shows here, and it runs by itself where they are replayed: so calibration is judged by it.
-    """
-    savers = _savers(config, "norm", dict.fromkeys(SLOTS, 8), gauged=True)
-    norm = NormBlock(module, names[id(module)], savers, step, config.policy.fused)
-    norm.projections = _adapted(blocks)[:1]
-    return norm
-
-
-def _adapted(blocks: list[Block]) -> list:
+def adapted(blocks: list[Block]) -> list:
     """Projections with an adapter. PEFT disables and merges all together: each tells it of the model as a whole."""
     return list({id(p): p for block in blocks for p in block.projections if p.has_adapter}.values())
 
@@ -306,31 +266,17 @@ def _adapted(blocks: list[Block]) -> list:
 def _head(model, family, names, step, blocks) -> tuple[HeadBlock | None, list[str]]:
     """The causal LM's block, not bound yet; or none, and what to report: a head that stays stock with the reason."""
     base = _base(model)
-    if not hasattr(base, family.head):
+    if family.head is None or not hasattr(base, family.head):
         return None, []
     name = names[id(base)]
     if reason := trust.why_not_head(family, base, name):
         return None, [reason]
-    return HeadBlock(base, name, step, family, _adapted(blocks)), []
-
-
-def _savers(config: HycloraConfig, kind: str, bits: dict[str, int], gauged: bool = False) -> dict[str, Saver]:
-    return {
-        slot: make_saver(
-            config.saver_name(slot, bits[slot]),
-            scale_rule=config.scale_rule,
-            outlier_ratio=config.layernorm_outlier_ratio if kind == "norm" else 0.0,
-            softmax_outlier_ratio=config.softmax_outlier_ratio,
-            gauged=gauged,
-        )
-        for slot, spec in SLOTS.items()
-        if spec.block == kind
-    }
+    return HeadBlock(base, name, step, family, adapted(blocks)), []
 
 
 def _others(model: nn.Module, family: Family, decoder: nn.Module, layers: list[nn.Module]) -> list[str]:
     """Names of the modules without children that no block is for."""
     known = {id(m) for layer in layers for m in layer.modules()}
-    known |= {id(m) for m in getattr(_base(model), family.head, nn.Module()).modules()}
-    known.add(id(getattr(decoder, family.final_norm)))
+    elsewhere = [(_base(model), family.head), (decoder, family.final_norm)]
+    known |= {id(m) for owner, name in elsewhere if name for m in getattr(owner, name, nn.Module()).modules()}
     return [n for n, m in model.named_modules() if not list(m.children()) and id(m) not in known]

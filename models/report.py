@@ -20,7 +20,8 @@ class PatchReport:
     average_bits: of an element kept; slot_bits: of a token, by slot, summed over layers (the attention map, whose size
     depends on the sequence, is left out of both). head: name of the LM head whose loss is computed by chunks, or None;
     not_patched then says why. single_kernels: blocks that layer_type would fuse and that fused kernels do not take.
-    no_graphs: why cuda_graphs="auto" is off, None if it is not.
+    no_graphs, no_stream: why cuda_graphs="auto" and stream="auto" are off, None if they are not. last_norm: whether
+    the model has a norm after its layers.
     """
 
     config: HycloraConfig
@@ -33,9 +34,11 @@ class PatchReport:
     single_kernels: list[str]
     not_patched: list[str]
     no_graphs: str | None = None
+    no_stream: str | None = None
+    last_norm: bool = True
 
     def __str__(self) -> str:
-        parts = "2 norms, attention, MLP each; and the last norm"
+        parts = "2 norms, attention, MLP each" + ("; and the last norm" if self.last_norm else "")
         lines = [f"HyC-LoRA ({self.config.layer_type}) patched {self.n_layers} layers: {parts}"]
         lines.append(f"  {self.average_bits:.2f} bits an element kept, scales and exact channels included")
         for slot, names in self.savers.items():
@@ -55,6 +58,8 @@ class PatchReport:
             lines.append("  all layers are replayed as CUDA graphs where a kind of batch comes again")
         if self.no_graphs:
             lines.append(f"  cuda_graphs: off, {self.no_graphs}")
+        if self.no_stream:
+            lines.append(f"  stream: off, {self.no_stream}")
         told = [os.environ.get(name, "") for name in ALLOCATOR]
         if graphs and not any("expandable_segments:True" in text for text in told):
             lines.append(f"  less GPU memory is held with {ALLOCATOR[0]}=expandable_segments:True in the environment")
@@ -70,6 +75,8 @@ def make_report(
     head: str | None,
     not_patched: list[str],
     no_graphs: str | None,
+    no_stream: str | None,
+    last_norm: bool,
 ) -> PatchReport:
     """The report on blocks of layers; widths: elements a token of each slot of one layer."""
     savers: dict[str, list[str]] = {}
@@ -97,6 +104,8 @@ def make_report(
         [f"{name} x{count}" for name, count in single.items()],
         not_patched,
         no_graphs,
+        no_stream,
+        last_norm,
     )
 
 

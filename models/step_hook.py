@@ -95,15 +95,16 @@ class StepHook:
         """The decoder's arguments, with what the layers get in place of HF's mask; early: a replay may be started."""
         embedding = decoder.get_input_embeddings()
         private = self.step.private = stock and self.patch.watch.stock
-        angles = decoder.rotary_emb if private else None
-        self.step.embeds = private and kwargs.get("inputs_embeds") is None and is_lookup(embedding, angles)
-        unseen = private and not (is_watched(angles) or self.patch.watch.sees_arguments())
+        angles = getattr(decoder, "rotary_emb", None) if private else None
+        known = angles is not None
+        self.step.embeds = known and kwargs.get("inputs_embeds") is None and is_lookup(embedding, angles)
+        unseen = known and not (is_watched(angles) or self.patch.watch.sees_arguments())
         self.step.known_angles = unseen and is_stock(angles)
         causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
         maps = _asks_for("attentions", decoder, kwargs)
         self.step.stock_attention = maps or causal is False or _has_cache(decoder, kwargs)
         self.step.padding_differs, self.step.stream, self.step.token_mask = False, None, _token_mask(kwargs)
-        if stock:
+        if stock and self.patch.watch.family.causal:
             args = self._tell_masks(decoder, args, kwargs)
         if early and self.patch.graphs is not None:
             asked = foretell(decoder, self.patch.hooks[0].id, *args, **kwargs) if self.step.embeds else None

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from hyclora.models.binding import is_replaced
-from hyclora.models.families.family import Family
+from hyclora.models.families.family import ACTIVATIONS, Family
 from hyclora.operators.linear.nf4 import bnb, is_4bit
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -39,11 +39,11 @@ LINEAR = "torch.nn.modules.linear.Linear"
 FROZEN = (LINEAR, "bitsandbytes.nn.modules.Linear4bit")
 ADAPTED = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
 DROPOUTS = ("torch.nn.modules.dropout.Dropout", "torch.nn.modules.linear.Identity")
-SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 # of torch.nn.functional, which the modules' forwards call
 FUNCTIONS = {
     "attention": ("linear", "dropout", "scaled_dot_product_attention", "softmax"),
     "mlp": ("linear", "dropout", "silu"),
+    "post_norm": ("gelu", "layer_norm"),
 }
 INTERFACES = ("sdpa_attention_forward", "eager_attention_forward", "flash_attention_forward")
 
@@ -56,7 +56,12 @@ def look(hooks: dict) -> bool:
     if not hooks:
         return False
     asked = output_capturing._active_collector.get()
-    return any(asked or getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values())
+    return any(asked or not records(hook) for hook in hooks.values())
+
+
+def records(hook: Callable) -> bool:
+    """Whether a hook is Hugging Face's, for hidden states and attention maps that are asked for."""
+    return getattr(hook, "__module__", None) == output_capturing.__name__
 
 
 def asks_for_gradients(hook: Callable) -> bool:
@@ -97,8 +102,9 @@ def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...]) -> str |
         is_known(forward) and is_known(cls.__call__) and innermost(forward).__qualname__ == f"{cls.__name__}.forward"
     ):
         return f"{name}: the forward of {cls.__name__} was replaced by another one"
-    methods = (getattr(cls, called, None) for called in innermost(forward).__code__.co_names)
-    if any(isinstance(method, FunctionType) and not is_known(method) for method in methods):
+    named = {called: getattr(cls, called, None) for called in innermost(forward).__code__.co_names}
+    methods = {called: method for called, method in named.items() if isinstance(method, FunctionType)}
+    if not all(map(is_known, methods.values())) or methods.keys() & module.__dict__.keys():
         return f"{name}: a method of {cls.__name__} that its forward calls was replaced by another one"
     if is_replaced(module) and not _is_moved(module):
         return f"{name}: its forward was replaced by another one"
@@ -107,7 +113,7 @@ def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...]) -> str |
 
 def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
     """A decoder layer as a whole; what is in it is another question."""
-    return why_foreign(layer, name, family.classes("DecoderLayer"))
+    return why_foreign(layer, name, family.classes(family.layer_kind))
 
 
 def makes_known_masks(decoder: nn.Module) -> bool:
@@ -129,20 +135,38 @@ def why_not_half(
     family: Family, half: str, norm: nn.Module, norm_name: str, module: nn.Module, name: str
 ) -> str | None:
     """Half a layer: "attention" or "mlp", and the norm before it."""
-    for function in FUNCTIONS[half]:
+    for function in FUNCTIONS[half] + (FUNCTIONS["post_norm"] if family.post_norm else ()):
         called = getattr(nn.functional, function)
         if not (isinstance(called, BuiltinFunctionType) or is_known(called)):
             return f"{name}: torch.nn.functional.{function} was replaced by another one"
-    why_not = {"attention": why_not_attention, "mlp": why_not_mlp}[half]
-    return why_not_norm(family, norm, norm_name) or why_not(family, module, name)
+    why_not, kind = {
+        "attention": (_why_not_attention, family.attention_kind),
+        "mlp": (_why_not_mlp, family.mlp_kind),
+    }[half]
+    return (
+        why_not_norm(family, norm, norm_name)
+        or why_foreign(module, name, family.classes(kind))
+        or _why_not_parts(family, half, module, name)
+        or why_not(family, module, name)
+    )
+
+
+def _why_not_parts(family: Family, half: str, module: nn.Module, name: str) -> str | None:
+    """Modules that the family has inside of half a layer, beside linear layers."""
+    parts = [(path, family.classes(kind)) for own, path, kind in family.inside if own == half]
+    parts += [(family.dropout, DROPOUTS[:1])] if family.dropout else []
+    reasons = (why_foreign(module.get_submodule(path), f"{name}.{path}", known) for path, known in parts)
+    return next(filter(None, reasons), None)
 
 
 def why_not_norm(family: Family, norm: nn.Module, name: str) -> str | None:
-    return why_foreign(norm, name, family.classes("RMSNorm")) or _why_not_tensor(norm, name, "weight")
+    kind = family.norm
+    return why_foreign(norm, name, family.classes(kind.kind)) or _why_not_tensor(norm, name, *kind.tensors)
 
 
-def why_not_attention(family: Family, module: nn.Module, name: str) -> str | None:
-    if reason := why_foreign(module, name, family.classes("Attention")) or _why_not_interface(module, name):
+def _why_not_attention(family: Family, module: nn.Module, name: str) -> str | None:
+    half, module = module, module.get_submodule(family.core)
+    if reason := _why_not_interface(module, name):
         return reason
     if family.sliding_window == "sliding_window":
         slides = module.config.layer_types[module.layer_idx] == "sliding_attention"
@@ -150,23 +174,31 @@ def why_not_attention(family: Family, module: nn.Module, name: str) -> str | Non
             return f"{name}: its sliding window is not the one in the configuration, by which masks are made"
     if not isinstance(module.scaling, (int, float)):
         return f"{name}: a scaling of type {type(module.scaling).__name__} is not supported, only a number"
-    if module.is_causal is not True:
-        return f"{name}: is_causal={module.is_causal}, so that tokens see later ones"
+    if module.is_causal is not family.causal:
+        seen = "do not see" if module.is_causal else "see"
+        return f"{name}: is_causal={module.is_causal}, so that tokens {seen} later ones"
     for attribute in family.head_norms:
         norm, norm_name = getattr(module, attribute), f"{name}.{attribute}"
         if reason := why_not_norm(family, norm, norm_name):
             return reason
         if norm.weight.requires_grad:
             return f"{norm_name}: the weight is trainable; a norm of heads must be frozen"
-    return _why_not_inside(module, name, *family.qkv, family.out)
+    return _why_not_inside(half, name, *family.qkv, family.out)
 
 
-def why_not_mlp(family: Family, module: nn.Module, name: str) -> str | None:
-    return (
-        why_foreign(module, name, family.classes("MLP"))
-        or why_foreign(module.act_fn, f"{name}.act_fn", SILU)
-        or _why_not_inside(module, name, *family.gate_up, family.down)
-    )
+def _why_not_mlp(family: Family, module: nn.Module, name: str) -> str | None:
+    act = _why_not_act(family, module.get_submodule(family.act), f"{name}.{family.act}")
+    return act or _why_not_inside(module, name, *family.gate_up, family.down)
+
+
+def _why_not_act(family: Family, act: nn.Module, name: str) -> str | None:
+    """The activation of an MLP, which may hold the function that it calls: torch's own."""
+    if reason := why_foreign(act, name, ACTIVATIONS[family.activation]):
+        return reason
+    function = getattr(act, "act", None)
+    if function is None or isinstance(function, BuiltinFunctionType):
+        return None
+    return f"{name}: {getattr(function, '__name__', function)} is not torch's own function"
 
 
 def why_not_head(family: Family, model: nn.Module, name: str) -> str | None:
@@ -229,7 +261,7 @@ def _why_not_adapter(module: nn.Module, name: str) -> str | None:
 def _why_not_inside(module: nn.Module, name: str, *linears: str) -> str | None:
     """The linear layers of a module, and hooks on whatever is in it."""
     for attribute in linears:
-        if reason := why_not_linear(getattr(module, attribute), f"{name}.{attribute}"):
+        if reason := why_not_linear(module.get_submodule(attribute), f"{name}.{attribute}"):
             return reason
     return _why_not_hooks((below, m) for below, m in module.named_modules(prefix=name) if m is not module)
 
@@ -239,7 +271,8 @@ def _why_not_hooks(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
     for name, module in modules:
         if any(GLOBAL_HOOKS):
             return f"{name}: there are hooks on all modules, which would not be called"
-        if is_watched(module):
+        # those that record are of maps, for which layers run stock code
+        if not all(records(hook) for kind in HOOKS for hook in module.__dict__[kind].values()):
             return f"{name}: it has hooks, which would not be called"
     return None
 

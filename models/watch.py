@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hyclora.models import trust
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.encoder_layer import EncoderLayerBlock
 from hyclora.models.families.family import Family
 from hyclora.models.layers import LayerBlock
 
@@ -23,7 +24,7 @@ AGAIN = "call remove_hyclora and apply it again"
 logger = logging.getLogger("hyclora")
 
 # of an attention
-SETTINGS = ("config", "is_causal", "config._attn_implementation", "scaling", "attention_dropout")
+SETTINGS = ("config", "is_causal", "config._attn_implementation", "scaling")
 WITH_KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
 # of PEFT, and not called
 CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
@@ -32,7 +33,8 @@ CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 class Watch:
     """What may be relied on in the layers of a patched decoder.
 
-    A norm and the block that it feeds, half a layer, get the same `reason` when they may not run. stock: each layer of
+    A norm and the block that it feeds, or that it follows, half a layer, get the same `reason` when they may not run;
+    so do both halves of an encoder's layer, and that. stock: each layer of
     the decoder is transformers' own, whatever runs in it; bounded: and each attention a block at work; own: and each
     norm, the last one too, and each MLP; whole: and each layer a LayerBlock at work, none added, moved or taken away.
     told: where reasons found later are added. numbers: what blocks read of modules, beside tensors; drops: whether
@@ -42,6 +44,7 @@ class Watch:
     def __init__(self, family: Family, decoder: nn.Module, blocks: list[Block], told: list[str]):
         self.family, self.decoder, self.told = family, decoder, told
         self.layers = [block for block in blocks if isinstance(block, LayerBlock)]
+        self.encoders = [block for block in blocks if isinstance(block, EncoderLayerBlock)]
         fed = [block for block in blocks if isinstance(block, (AttentionBlock, MlpBlock))]
         norms = [block for block in blocks if isinstance(block, NormBlock)]
         self.halves = list(zip(norms, fed, strict=False))
@@ -67,24 +70,30 @@ class Watch:
 
     def look(self) -> None:
         """Find all reasons anew and tell of new ones; ValueError if blocks may run nowhere in the layers."""
+        around = {id(block): layer for layer in self.encoders for block in layer.blocks}
         for norm, block in self.halves:
             for p in block.projections:
                 p.find_adapters()
-            norm.reason = block.reason = self._why_not(norm, block)
+            norm.reason = block.reason = self._why_not(norm, block, around.get(id(block)))
+        for layer in self.encoders:
+            reason = next((block.reason for block in layer.blocks if block.reason), None)
+            for block in (layer, *layer.blocks):
+                block.reason = reason
         for norm in self.last_norms:
             norm.reason = trust.why_not_norm(self.family, norm.module, norm.name)
         for layer in self.layers:
             layer.together = self._fits_together(layer)
-        modules = list(getattr(self.decoder, self.family.layers))
+        modules = list(self._list())
         blocks = [block for half in self.halves for block in half] + self.last_norms
         at_work = {id(block.module) for block in blocks if block.reason is None and block.alone}
         self.stock = not any(trust.why_not_layer(self.family, m, "") for m in modules)
-        known = self.stock and trust.makes_known_masks(self.decoder)
+        known = self.stock and self.family.causal and trust.makes_known_masks(self.decoder)
         attentions = [getattr(m, self.family.attention, None) for m in modules]
         self.bounded = known and all(id(m) in at_work for m in attentions)
         if self.family.sliding_window:  # masks are made by place
             self.bounded = self.bounded and all(m.layer_idx == i for i, m in enumerate(attentions))
-        parts = [(m, name) for m in modules for name in self._names] + [(self.decoder, self.family.final_norm)]
+        parts = [(m, name) for m in modules for name in self._names]
+        parts += [(self.decoder, self.family.final_norm)] if self.family.final_norm else []
         self.own = self.bounded and all(id(getattr(owner, name)) in at_work for owner, name in parts)
         n_layers = self.decoder.config.num_hidden_layers  # the decoder runs as many
         self.whole = n_layers == len(modules) == len(self.layers) and self.stock
@@ -108,20 +117,29 @@ class Watch:
         return any(self._with_kwargs)
 
     def _reasons(self) -> list[str]:
-        blocks = [*(block for _, block in self.halves), *self.last_norms]
+        blocks = [*self.encoders, *(block for _, block in self.halves if not block.part), *self.last_norms]
         return [block.reason for block in blocks if block.reason]
 
-    def _why_not(self, norm: NormBlock, block: AttentionBlock | MlpBlock) -> str | None:
+    def _list(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return attrgetter(self.family.layers)(self.decoder)
+
+    def _why_not(
+        self, norm: NormBlock, block: AttentionBlock | MlpBlock, layer: EncoderLayerBlock | None
+    ) -> str | None:  # fmt: skip
+        if layer is not None and (path := layer.find_replaced()) is not None:
+            return f"{layer.name}.{path} was replaced after apply_hyclora; {AGAIN}"
         for p in block.projections:
-            if p.owner._modules.get(p.name) is not p.module or getattr(p.module, "base_layer", p.module) is not p.base:
+            own = p.owner._modules.get(p.name.rpartition(".")[2])
+            if own is not p.module or getattr(p.module, "base_layer", p.module) is not p.base:
                 return f"{p.where} was replaced after apply_hyclora; {AGAIN}"
         if isinstance(block, AttentionBlock):
             if block.settings != block.read_settings():
-                return f"{block.name}: attention, its window or dropout were changed after apply_hyclora; {AGAIN}"
+                return f"{block.name}: attention or its window were changed after apply_hyclora; {AGAIN}"
             if any(getattr(block.module, n) is not m for n, m in zip(self.family.head_norms, block.norms, strict=True)):
                 return f"{block.name}: a norm of heads was replaced after apply_hyclora; {AGAIN}"
         half = "attention" if isinstance(block, AttentionBlock) else "mlp"
-        return trust.why_not_half(self.family, half, norm.module, norm.name, block.module, block.name)
+        return trust.why_not_half(self.family, half, norm.module, norm.name, block.half, block.where)
 
     @property
     def _names(self) -> tuple[str, str, str, str]:
@@ -146,7 +164,7 @@ class Watch:
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
         self._hooks = [m.__dict__[name] for m in self._modules for name in trust.HOOKS]
-        holders = (self.decoder, getattr(self.decoder, self.family.layers), *inside)
+        holders = (self.decoder, self._list(), *inside)
         places = [(d, name) for m in holders for d in (m._modules, m._parameters) for name in d]
         places += [(d, "forward") for d in self._dicts if "forward" in d]
         # which some replace to be rid of hooks
@@ -159,7 +177,8 @@ class Watch:
         self._adapted = [p.module for p in projections if p.module is not p.base]
         self._attention = [block.module for _, block in self.halves if isinstance(block, AttentionBlock)]
         windows = (self.family.sliding_window, "config.sliding_window") if self.family.sliding_window else ()
-        self._settings = attrgetter(*SETTINGS, *windows)
+        self._settings = attrgetter(*SETTINGS, self.family.attention_dropout, *windows)
+        self._eps_of = attrgetter(self.family.norm.eps)
         self._eps = [*(norm.module for norm, _ in self.halves), *(m for _, block in self.halves for m in block.norms)]
         self._with_kwargs = [m.__dict__[name] for m in (*modules, *self._attention) for name in WITH_KWARGS]
         self._classes = list(set(self._types))
@@ -171,16 +190,16 @@ class Watch:
         self._called += [(vars(functional), name) for names in trust.FUNCTIONS.values() for name in names]
         self._latest, self._counts = -1, []
         self._seen = self._state()
-        attention = [(m.scaling, m.attention_dropout) for m in self._attention]
-        self.numbers = tuple(attention), tuple(m.variance_epsilon for m in self._eps)
+        attention = list(map(attrgetter("scaling", self.family.attention_dropout), self._attention))
+        self.numbers = tuple(attention), tuple(map(self._eps_of, self._eps))
         self.drops = any(dropout > 0 for _, dropout in attention)
 
     def _state(self) -> tuple:
         """What is compared by value."""
         implementations = set(map(attrgetter("config._attn_implementation"), self._attention))
         return (
-            (len(getattr(self.decoder, self.family.layers)), self.decoder.config.num_hidden_layers),
-            list(map(attrgetter("variance_epsilon"), self._eps)),
+            (len(self._list()), self.decoder.config.num_hidden_layers),
+            list(map(self._eps_of, self._eps)),
             self._count_hooks(),
             list(map(len, self._dicts)),
             list(map(attrgetter("forward", "__call__"), self._classes)),

@@ -6,7 +6,8 @@ hands each slot to a saver (savers/channel_quant.py); that calls packing/quantiz
 reference.py      the truth of every operator in plain torch; CPU tensors run it
 dispatch.py       Triton kernels or reference.py
 attention/        q, k, v, rotary positions, softmax, output       norm.py            RMSNorm
-mlp/              gate, up, SiLU, product, down                    cross_entropy.py   LM head and loss, without logits
+layer_norm.py     LayerNorm of a block's output and the residual   cross_entropy.py   LM head and loss, without logits
+mlp/              gate, up, SiLU, product, down; or up, GELU, down
 linear/           frozen weights (NF4 too) and LoRA adapters       checkpoint.py      gradient checkpointing of a layer
 packing/          2, 3, 4, 8 bit: codes, scales, layout            token_tiles.py     long inputs, a tile at a time
 savers/           the ways of keeping one slot                     store/             packed slots in host memory

@@ -114,6 +114,41 @@ def rms_norm_bwd(dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, dresid
     return (dx if dresidual is None else dx + dresidual).to(dy.dtype)
 
 
+def layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, seed: Tensor | None = None, p: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y = x_hat * w + b, x_hat = (s - mean(s)) * rstd, rstd = 1 / sqrt(var(s) + eps), s = residual + dropout(x).
+
+    x, residual [T, C], mean and variance over C; dropout as dropped(x, seed, 0, p), none at p = 0. Returns y and x_hat
+    in dtype (None: the wider one of x and residual) and rstd [T] in fp32 or more.
+    """
+    dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    kept = x.to(exact) * dropout_factors(x, seed, 0, p) if p else x.to(exact)
+    total = kept + residual.to(exact)
+    centred = total - total.mean(dim=-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(dim=-1) + eps)
+    x_hat = centred * rstd.unsqueeze(-1)
+    return (x_hat * weight + bias).to(dtype), x_hat.to(dtype), rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor | None = None, p: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dresidual = rstd * (g - mean(g) - x_hat * mean(g * x_hat)), g = dy * w, in dy's dtype; dx = dropout(dresidual).
+
+    dx has the mask of forward, is in dtype (None: dy's), and is computed before dresidual is rounded.
+    """
+    exact = torch.promote_types(dy.dtype, torch.float32)
+    g, x_hat = dy.to(exact) * weight, x_hat.to(exact)
+    ds = g - g.mean(dim=-1, keepdim=True) - x_hat * (g * x_hat).mean(dim=-1, keepdim=True)
+    ds *= rstd.unsqueeze(-1)
+    dx = ds * dropout_factors(ds, seed, 0, p) if p else ds
+    return ds.to(dy.dtype), dx.to(dtype or dy.dtype)
+
+
 def add_residual(y: Tensor, xa: Tensor | None, B: Tensor | None, residual: Tensor) -> Tensor:
     """y + xa B^T + residual [T, N], rounded once to the wider dtype of y and residual; xa [T, R], B [N, R] or None."""
     dtype = torch.promote_types(y.dtype, residual.dtype)
@@ -147,6 +182,21 @@ def silu_mul_bwd(dhidden: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     act = gate32 * sigmoid
     dgate = dhidden32 * up32 * sigmoid * (1 + gate32 * (1 - sigmoid))
     return dgate.to(gate.dtype), (dhidden32 * act).to(gate.dtype), (act * up32).to(gate.dtype)
+
+
+def gelu_fwd(up: Tensor) -> Tensor:
+    """hidden = up * P, P = (1 + erf(up / sqrt(2))) / 2, the exact one; computed in fp32 or more, in up's dtype."""
+    exact = torch.promote_types(up.dtype, torch.float32)
+    return torch.nn.functional.gelu(up.to(exact)).to(up.dtype)
+
+
+def gelu_bwd(dhidden: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """dup = dhidden * (P + up exp(-up^2 / 2) / sqrt(2 pi)), P as in gelu_fwd; hidden as well."""
+    exact = torch.promote_types(up.dtype, torch.float32)
+    x = up.to(exact)
+    share = (1 + torch.erf(x * math.sqrt(0.5))) / 2
+    dup = dhidden.to(exact) * (share + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi))
+    return dup.to(up.dtype), (x * share).to(up.dtype)
 
 
 def softmax_bwd(dprob: Tensor, prob: Tensor) -> Tensor:

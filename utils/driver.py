@@ -93,7 +93,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
         scores = {}
         if eval_args.evaluate_before and task.test:
             scores["before"] = _evaluate_once(task, model, run, eval_args)
-            print(*map(": ".join, task.shown(scores).items()), sep="\n")
+            print(*map(": ".join, results.line_by_line(task.shown(scores)).items()), sep="\n")
             clock.lap("evaluate before")
         if hyclora_args.use_hyclora:
             print(apply_hyclora(model, hyclora_args.config()))
@@ -127,6 +127,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
             "core": core,
             "environment": results.environment(),
             "metrics": task.metrics(scores),
+            **task.facts,
             "shown": task.shown(scores),
             "final_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
             "buffered_bytes": buffered,

@@ -1,54 +1,35 @@
 """What a model can do: accuracy on word problems, or the loss on responses.
 
-Accuracy: generate an answer, read the final number out of it, compare exactly.
+Accuracy: generate an answer, read out of it what it ends at, compare (utils/answers.py).
 """
 
-import re
-from fractions import Fraction
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hyclora.utils.answers import is_correct
 from hyclora.utils.args import EvalArguments, GenerationArguments
-from hyclora.utils.data.gsm8k import FINAL_ANSWER, prompt_of, target_of
+from hyclora.utils.data.gsm8k import prompt_of
 from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.profiling import undisturbed
 
 HEAD_ROWS = 512
-_NUMBER = re.compile(
-    r"""(?P<sign> (?<![\w.)]) - )?  # a minus that follows a number or a word is not a sign
-        \$? (?P<value> (?: \d{1,3} (?:,\d{3})+ (?!\d) | \d+ ) (?:\.\d+)? | \.\d+ )
-        (?: / (?P<over> [1-9]\d* ) (?!\.?\d) )?""",
-    re.VERBOSE,
-)
-
-
-def extract_number(text: str) -> Fraction | None:
-    """The number that follows "The final answer is:", otherwise the last one of the text; None without a number.
-
-    Fractions compare exactly: 0.5, 1/2 and 50/100 are one number; 50% counts as 50, as in GSM8K.
-    """
-    text = text.replace("\u2212", "-")
-    conclusion = text.partition(FINAL_ANSWER.strip())[2]
-    found = _NUMBER.search(conclusion) or next(reversed(list(_NUMBER.finditer(text))), None)
-    if found is None:
-        return None
-    value = Fraction(found["value"].replace(",", "")) / int(found["over"] or 1)
-    return -value if found["sign"] else value
-
-
-def is_correct(prediction: str, answer: str) -> bool:
-    """Whether a generated text ends at the same number as the answer of the data set."""
-    number = extract_number(prediction)
-    return number is not None and number == extract_number(target_of(answer))
 
 
 def evaluate_generation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], args: GenerationArguments
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    args: GenerationArguments,
+    prompt_of: Callable[[str], str] = prompt_of,
 ) -> tuple[float, list[dict]]:
-    """Accuracy over the rows, and for each row its question, answer, generated text and verdict."""
+    """Accuracy over the rows, and for each row what it has (question, answer), the generated text and the verdict.
+
+    prompt_of: how a question is asked.
+    """
     decoding = {"do_sample": False}
     if not args.greedy:
         decoding = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
@@ -73,7 +54,8 @@ def evaluate_generation(
             texts |= zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True)
             bar.update(len(batch))
     predictions = [
-        {**row, "prediction": texts[i], "correct": is_correct(texts[i], row["answer"])} for i, row in enumerate(rows)
+        {**row, "prediction": texts[i], "correct": is_correct(texts[i], row["answer"], row["question"])}
+        for i, row in enumerate(rows)
     ]
     return sum(p["correct"] for p in predictions) / max(len(rows), 1), predictions
 

@@ -220,14 +220,26 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join([rule, *lines, rule])
 
 
+def line_by_line(shown: dict[str, dict[str, str]]) -> dict[str, str]:
+    """What `Task.shown` gives, each number with its name and time in one line."""
+    return {f"{name} {when} training": text for name, found in shown.items() for when, text in found.items()}
+
+
+def _side_by_side(shown: dict[str, dict[str, str]]) -> str:
+    """The same as a table with a column a time."""
+    times = list(next(iter(shown.values())))
+    return table([("", *times), *((name, *(found[when] for when in times)) for name, found in shown.items())])
+
+
 def closing_table(found: dict) -> str:
-    """What a run found out, at a glance; found: the content of its results file."""
-    train, buffered = found["train"], found["buffered_bytes"]
-    rows = [*found["shown"].items(), ("final loss", f"{found['final_loss']:.4f}")]
+    """What a run found out, at a glance; found: the content of its results file. Several scores get their own table."""
+    train, buffered, shown = found["train"], found["buffered_bytes"], found["shown"]
+    many = len(shown) > 1 and any(shown.values())
+    rows = [*({} if many else line_by_line(shown)).items(), ("final loss", f"{found['final_loss']:.4f}")]
     rows += [("batches without a target, skipped", str(n))] if (n := train["masked_batches"]) else []
     for name, size in buffered.items():
         factor = f" ({size / buffered['hyclora']:.2f}x)" if "hyclora" in buffered and name != "hyclora" else ""
         rows.append((f"MiB kept for backward, {KEPT_BY[name]}{factor}", f"{size / 2**20:.2f}"))
     rows += [(label, f"{train[name] / 2**20:.0f}") for name, label in _MEMORY.items() if train[name]]
     rows.append(("real tokens a second in training", f"{train['tokens_per_second']:.0f}"))
-    return table(rows)
+    return f"{_side_by_side(shown)}\n{table(rows)}" if many else table(rows)

@@ -1,7 +1,7 @@
 """What a driver trains on, and the numbers that tell what training changed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
@@ -15,6 +15,7 @@ class Task:
     train: tokenized rows. test: what to evaluate on, as JSON; empty if there is nothing. summary: what was read.
     forms: how each number that evaluating gives is written, by its name. evaluate: the numbers of a model by name, and
     row by row what it answered, if it did. collate: rows to a batch; default: `Collator`. head: what the model gives.
+    remarks: what must be read with a number, by its name. facts: more for the results file.
     """
 
     train: list[dict]
@@ -24,13 +25,14 @@ class Task:
     evaluate: Callable[[PreTrainedModel], tuple[dict[str, float], list[dict]]]
     collate: Callable[[list[dict]], dict] | None = None
     head: Head = NEXT_TOKEN
+    remarks: dict[str, str] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
 
-    def shown(self, scores: dict[str, dict[str, float]]) -> dict[str, str]:
-        """The numbers found "before" and "after" training as a reader sees them, number by number."""
+    def shown(self, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
+        """The numbers found "before" and "after" training as a reader sees them: by name with its remark, then when."""
         return {
-            f"{name} {when} training": format(found[name], form)
+            name + self.remarks.get(name, ""): {when: format(found[name], form) for when, found in scores.items()}
             for name, form in self.forms.items()
-            for when, found in scores.items()
         }
 
     def metrics(self, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -1,6 +1,7 @@
 """Attention block: q/k/v projections, RoPE, softmax attention, output projection, in one autograd Function.
 
-Some families normalize the heads of q and k before RoPE; backward does both again from what was before them.
+Some families normalize the heads of q and k before RoPE; backward does both again from what was before them. Some have
+no RoPE.
 
 Two cores. FlashCore runs flash attention (flash.py, or the model's own FlashAttention), and no S x S tensor
 exists unless the caller brings a mask of that size. It runs it again in backward on the restored q, k, v, so that
@@ -11,6 +12,7 @@ nearly that probabilities add up by themselves. EagerCore is the paper's: it kee
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
 from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.first_order import first_order
+from hyclora.operators.linear.dropout import draw_seed, dropped
 from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.operators.linear.residual import overwritable
 from hyclora.operators.random_state import get_rng_state, replayed_rng
@@ -33,15 +36,15 @@ class FlashCore:
 
     q [B, S, H, D], k, v [B, S, H_kv, D] to o [B, S, H, D]. mask: bounds, for flash_attention; or what HF made for
     interface, an attention function of its own. window: keys that a query sees, itself included; None: all before it.
-    Keeps nothing of its own, or lse: 4 H bytes a token.
+    dropout: where the module has its probability. Keeps nothing of its own, or lse: 4 H bytes a token.
     """
 
-    def __init__(self, module, interface, window: int | None):
-        self.module, self.interface, self.window = module, interface, window
+    def __init__(self, module, interface, window: int | None, dropout: str = "attention_dropout"):
+        self.module, self.interface, self.window, self.dropout = module, interface, window, attrgetter(dropout)
 
     def run(self, q, k, v, mask, kwargs) -> Tensor:
         """o, and what autograd needs if it is on."""
-        dropout = self.module.attention_dropout if self.module.training else 0.0
+        dropout = self.dropout(self.module) if self.module.training else 0.0
         if tells_runs(mask):
             return flash_attention(q, k, v, mask, self.window, self.module.scaling, dropout)
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
@@ -53,7 +56,7 @@ class FlashCore:
 
     def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, HollowGraph | None]:
         """o, and its graph if lse is kept."""
-        if self.module.attention_dropout > 0:
+        if self.dropout(self.module) > 0:
             rng["attention"] = get_rng_state(q.device)
         if not keeper.keeps("lse"):
             return self.run(q, k, v, mask, kwargs), None
@@ -86,12 +89,19 @@ class EagerCore:
 
     dv = prob^T do, dprob = do v^T, dscore = softmax_bwd(dprob, prob), dq = scaling dscore k, dk = scaling dscore^T q;
     q, o [B, S, H, D]; k, v [B, S, H_kv, D], repeated for grouped queries only while used; prob
-    [B, H_kv, H / H_kv, S, S] in q's dtype, softmax in fp32; mask None (causal), or HF's, bool or additive [B, 1, S, S].
-    Keeps prob by its saver; S x S maps live each way, in forward two of them in fp32.
+    [B, H_kv, H / H_kv, S, S] in q's dtype, softmax in fp32; mask None (causal if the module is), or HF's, bool or
+    additive [B, 1, S, S]. dropout: where the module has its probability; prob is kept as before it, o and dv are of
+    dropped(prob), dprob = dropped(do v^T). Keeps prob by its saver, and a seed; S x S maps live each way, in forward
+    two of them in fp32.
     """
 
-    def __init__(self, module, interface, window: int | None):
-        self.module = module
+    def __init__(self, module, interface, window: int | None, dropout: str = "attention_dropout"):
+        self.module, self.dropout = module, attrgetter(dropout)
+
+    @staticmethod
+    def _drop(prob: Tensor, seed: Tensor | None, p: float) -> Tensor:
+        """prob after dropout by the mask of a seed; itself without one."""
+        return prob if seed is None else dropped(prob.reshape(-1, prob.shape[-1]), seed, 0, p).view(prob.shape)
 
     def _grouped(self, t: Tensor, groups: int) -> Tensor:
         """[B, S, H, D] to [B, H_kv, H / H_kv, S, D]; H_kv = H / groups."""
@@ -105,7 +115,10 @@ class EagerCore:
         if mask is not None and mask.dtype == torch.bool:
             prob *= mask.any(-1, keepdim=True).unsqueeze(2)  # as from SDPA, 0 where padding sees nothing
         keeper.keep("prob", prob)
-        o = prob @ self._grouped(v, 1)
+        p = rng["map"] = self.dropout(self.module) if self.module.training else 0.0
+        seed = draw_seed(q.device) if p > 0 else None
+        keeper.keep_exact("prob_seed", seed)
+        o = self._drop(prob, seed, p) @ self._grouped(v, 1)
         return o.permute(0, 3, 1, 2, 4).reshape(q.shape), None
 
     def backward(
@@ -114,19 +127,22 @@ class EagerCore:
         q, k, v = heads
         groups = q.shape[2] // k.shape[2]
         prob = keeper.restore("prob")
-        value = self._grouped(v, 1)
-        o = (prob @ value).permute(0, 3, 1, 2, 4).reshape(q.shape) if attn_out is None else attn_out
+        value, drop = self._grouped(v, 1), (keeper.exact("prob_seed"), rng["map"])
+        kept = self._drop(prob, *drop)
+        o = (kept @ value).permute(0, 3, 1, 2, 4).reshape(q.shape) if attn_out is None else attn_out
         do = self._grouped(do_fn(o).view_as(q), groups)
-        dv = (prob.transpose(-1, -2) @ do).sum(dim=2)
-        dscore = softmax_bwd(do @ value.transpose(-1, -2), prob)
+        dv = (kept.transpose(-1, -2) @ do).sum(dim=2)
+        del kept
+        dscore = softmax_bwd(self._drop(do @ value.transpose(-1, -2), *drop), prob)
         dq = (dscore @ self._grouped(k, 1)).mul_(self.module.scaling)
         dk = (dscore.transpose(-1, -2) @ self._grouped(q, groups)).sum(dim=2).mul_(self.module.scaling)
         return dq.permute(0, 3, 1, 2, 4).reshape(q.shape), dk.transpose(1, 2), dv.transpose(1, 2)
 
-    @staticmethod
-    def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
-        """Apply HF's mask: None (causal), bool (True keeps) or additive, [B, 1, S, S], to [B, H_kv, groups, S, S]."""
+    def _masked(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """Apply HF's mask: None (causal or nothing), bool (True keeps) or additive, to [B, H_kv, groups, S, S]."""
         lowest = torch.finfo(scores.dtype).min
+        if mask is None and not self.module.is_causal:
+            return scores
         if mask is None:
             seq_len = scores.shape[-1]
             causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=scores.device).tril()
@@ -181,10 +197,10 @@ class AttentionSpec:
 class AttentionFunction(torch.autograd.Function):
     """y = o W_o^T + LoRA (+ residual), o = attention(rope(q), rope(k), v), q/k/v = x W^T + LoRA (q, k normalized).
 
-    x, y [B, S, C]; residual: of y's shape, or None; overwrite: y may take its memory; cos, sin [B or 1, S, D]; mask and
-    kwargs as the core takes them; source: where the norm keeps x_hat, if attn_in is derived; parameters as
-    spec.parameters(). Slots: attn_in, q, k, v, prob, lse, attn_out. Gradients: those of linear/lora.py for the
-    projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual. Keeps what the savers of
+    x, y [B, S, C]; residual: of y's shape, or None; overwrite: y may take its memory; cos, sin [B or 1, S, D], or None
+    for no rotation; mask and kwargs as the core takes them; source: where the norm keeps x_hat, if attn_in is derived;
+    parameters as spec.parameters(). Slots: attn_in, q, k, v, prob, lse, attn_out. Gradients: those of linear/lora.py
+    for the projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual. Keeps what savers of
     slots do (an exact v all of q, k, v), what the core does, and x A^T of both groups; cos, sin, mask by reference.
     Temporary with the flash core and fused, a token: q, k, v, o, in backward their gradients too, and 4 H bytes.
     """
@@ -276,8 +292,10 @@ def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, 
             keeper.keep(name, y[:, columns])
     y = spec.qkv.add(y, low_rank, keeper, in_place=not (spec.compensate and keeper.aliases(*"qkv")))
     heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
-    rotated = [rope(x, cos, sin, norm=spec.norm(name, keeper)) for name, x in zip("qk", heads[:2], strict=True)]
-    rotated.append(heads[2])
+    rotated = heads
+    if cos is not None:
+        rotated = [rope(x, cos, sin, norm=spec.norm(name, keeper)) for name, x in zip("qk", heads[:2], strict=True)]
+        rotated.append(heads[2])
     if not spec.compensate:
         for name, head in zip("qkv", heads if spec.norms else rotated, strict=True):
             keeper.keep(name, head.flatten(0, 1).flatten(1))
@@ -296,7 +314,8 @@ def _rotate_restored(
         if norm is not None:
             norms.append(replace(norm, x=y))
         y = spec.to_heads(y, batch)
-        heads.append(rope(y, cos, sin, norm=norm) if name != "v" and (spec.compensate or norm is not None) else y)
+        rotates = cos is not None and name != "v" and (spec.compensate or norm is not None)
+        heads.append(rope(y, cos, sin, norm=norm) if rotates else y)
     return heads, norms
 
 

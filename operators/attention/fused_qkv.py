@@ -3,7 +3,8 @@
 Forward reads the frozen paths [q, k, v] once, packs them, and leaves the rotated q and k and the sum v in their place;
 backward restores the same from the packed slots. A program takes a group of channels (64) of one half of a head and
 the group of the other half that RoPE mixes it with, so half a head must be whole groups, and a single one where a head
-is normalized; other heads take the unfused path. The packed bytes are those of operators/packing/quantize.py.
+is normalized; other heads take the unfused path. Without RoPE a program takes any group of a slot, in a kernel of its
+own. The packed bytes are those of operators/packing/quantize.py.
 """
 
 import torch
@@ -154,14 +155,46 @@ def _fused_qkv_kernel(
         )  # fmt: skip
 
 
-def fits(head_dim: int, savers: dict, norms: bool = False) -> bool:
-    """Whether the kernel takes these heads and savers: all quantized, half a head 64 channels times a power of two.
+@triton.jit(do_not_specialize=["n_rows"])
+def _fused_add_kernel(
+    y_ptr, xa_ptr, b_ptr, codes_ptr, scale_ptr, mean_ptr, std_ptr, n_rows, n_cols, n_groups, stride_y, stride_xa,
+    stride_b, PACK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    first, row, live = tile_rows(n_rows, GROUP, BLOCK_ROWS)
+    last = (n_rows - first - 1).to(tl.int32)
+    col, inside = tile_columns(group, n_cols, GROUP, WHOLE, BLOCK_ROWS)
+    y_ptr += first * stride_y
+    if PACK:
+        x = load_strips(y_ptr, row, col, stride_y, inside, BLOCK_ROWS)
+        pack_tile(
+            x, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, group, n_cols, n_groups,
+            BITS, STEP, CENTRE, GROUPED, GROUP, WHOLE,
+        )  # fmt: skip
+    else:
+        x = unpack_tile(
+            codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, n_cols, n_groups,
+            BITS, STEP, CENTRE, GROUPED, GROUP, WHOLE, BLOCK_ROWS,
+        )  # fmt: skip
+        x = rounded(x, y_ptr)
+    x = add_lora(
+        x, xa_ptr + first * stride_xa, b_ptr, group, last, n_cols, stride_xa, stride_b, 1, GROUP, WHOLE, RANK,
+        RANK_BLOCK,
+    )  # fmt: skip
+    store_strips(y_ptr, x, row, col, stride_y, live, inside)
 
-    With norms of heads half a head is 64 channels, as a program has a whole head then.
+
+def fits(head_dim: int, savers: dict, norms: bool = False, rotary: bool = True) -> bool:
+    """Whether the kernels take these heads and savers: all quantized, half a head 64 channels times a power of two.
+
+    With norms of heads half a head is 64 channels, as a program has a whole head then; without RoPE it may be any size.
     """
     books = [getattr(savers[name], "book", None) for name in "qkv"]
     if None in books:
         return False
+    if not rotary:
+        return not norms
     half, group = head_dim // 2, books[0].group
     return half % group == 0 and (half // group).bit_count() == 1 and not (norms and half > group)
 
@@ -170,6 +203,8 @@ def _launch(
     spec, y: Tensor, cos, sin, batch: int, slots: list[PackedSlot], low_rank: LowRank | None, keeper,
     pack: bool = False, rotate: bool = True,
 ):  # fmt: skip
+    if cos is None:
+        return _launch_plain(spec, y, slots, low_rank, keeper, pack)
     group = spec.qkv
     ranks = [p.rank for p in group.projections]
     heads = [p.width // spec.head_dim for p in group.projections]
@@ -189,9 +224,24 @@ def _launch(
         )  # fmt: skip
 
 
+def _launch_plain(spec, y: Tensor, slots: list[PackedSlot], low_rank: LowRank | None, keeper, pack: bool) -> None:
+    """Without RoPE: a slot after the other, whatever its heads."""
+    for slot, own, ranks in zip(slots, spec.qkv.columns, spec.qkv.ranks, strict=True):
+        part, rank = y[:, own], ranks.stop - ranks.start
+        xa, B = (part, part) if not rank else (keeper.exact(spec.qkv.xa_name)[:, ranks], low_rank.B[own, ranks])
+        constants = slot.constants("") | shared_constants([slot], [rank]) | {"PACK": pack, "RANK": rank}
+        whole = part.shape[1] % constants["GROUP"] == 0
+        with device_guard(y):
+            _fused_add_kernel[(slot.n_groups, cdiv(len(y), BLOCK_ROWS))](
+                part, xa, B, *slot.arguments(), *part.shape, slot.n_groups, part.stride(0), xa.stride(0), B.stride(0),
+                WHOLE=whole, BLOCK_ROWS=BLOCK_ROWS, num_warps=BLOCK_ROWS // ROWS_A_WARP, **constants,
+            )  # fmt: skip
+
+
 def fused_qkv_fwd(spec, y: Tensor, cos, sin, batch: int, low_rank: LowRank | None, keeper: Keeper) -> Tensor:
     """[rope(q + LoRA), rope(k + LoRA), v + LoRA] in place of the frozen paths y [T, N], which are packed on the way.
 
+    cos, sin: None for no rotation.
     q and k go through the norms of their heads before, if the spec has any. Allocates the packed bytes of q, k, v
     alone, in one piece.
     """

@@ -138,19 +138,19 @@ def _rotate_back(d_ptr, x_ptr, weight_ptr, dy_ptr, cos, sin, dim, half, eps, mas
 
 
 def rope_bwd(
-    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, dy: Tensor | None = None,
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor | None, sin: Tensor | None, dy: Tensor | None = None,
     norms: Sequence[HeadNorm] = (),
 ) -> Tensor:  # fmt: skip
     """Gradients of q, k before RoPE and of v, side by side [T, N]; dq, dk, dv [B, S, H, D] of any strides.
 
-    dy [T, N or more]: where to write them, else they are all that is allocated on a GPU. norms: those of q and of k, if
-    they have any, with their x [T, H D]; the gradients are of x then.
+    cos, sin: None where nothing was rotated. dy [T, N or more]: where to write them, else they are all that is
+    allocated on a GPU. norms: those of q and of k, if they have any, with their x [T, H D]; gradients are of x then.
     """
     batch, seq_len, q_heads, head_dim = dq.shape
     width = (q_heads + 2 * dk.shape[2]) * head_dim
     dy = dq.new_empty(batch * seq_len, width) if dy is None else dy
-    if not use_triton(dq):
-        heads = [rope(d, cos, sin, inverse=True) for d in (dq, dk)]
+    if cos is None or not use_triton(dq):
+        heads = [d if cos is None else rope(d, cos, sin, inverse=True) for d in (dq, dk)]
         if norms:
             heads = [_norm_bwd(d, norm) for d, norm in zip(heads, norms, strict=True)]
         torch.cat([d.reshape(batch * seq_len, -1) for d in (*heads, dv)], dim=1, out=dy[:, :width])

@@ -1,4 +1,4 @@
-"""LoRA dropout whose masks are computed from a seed where they are used: 8 bytes are kept of them, drawn on the device.
+"""Dropout whose masks are computed from a seed where they are used: 8 bytes are kept of them, drawn on the device.
 
 A mask is a function of (seed, which projection of a group, row, column), so that forward, dA and dx have the same one
 though each is a kernel of its own. The host never sees the seed: a CUDA graph draws another one at each replay.
@@ -17,6 +17,18 @@ from hyclora.operators.dispatch import as_rows, cdiv, device_guard, use_triton
 COLUMNS = 1024  # of a program: one load of 16 bytes a thread in half precision
 
 
+@triton.jit
+def dropout_tile(seed_ptr, eight, place, row, which, least, scale, ROUNDS: tl.constexpr):
+    """mask / (1 - p) of the columns 8 eight + place of a row, [N, 8]; eight [N, 1], place [1, 8].
+
+    Eight columns of a thread share a draw, so that the hash costs less than the loads.
+    """
+    words = tl.philox(tl.load(seed_ptr), eight, row, which, 0, ROUNDS)
+    word = tl.where(place < 4, tl.where(place < 2, words[0], words[1]), tl.where(place < 6, words[2], words[3]))
+    piece = (word >> (place % 2 * 16).to(tl.uint32)) & 0xFFFF
+    return tl.where(piece.to(tl.int32) >= least, scale, 0.0)
+
+
 @triton.jit(do_not_specialize=["which", "least"])
 def _dropout_kernel(
     x_ptr, out_ptr, seed_ptr, which, least, scale, n_cols, stride_x, stride_out,
@@ -25,15 +37,11 @@ def _dropout_kernel(
     row = tl.program_id(0)
     x_ptr += row.to(tl.int64) * stride_x
     out_ptr += row.to(tl.int64) * stride_out
-    # eight columns of a thread share a draw, so that the hash costs less than the loads
     eight, place = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None], tl.arange(0, 8)[None, :]
-    words = tl.philox(tl.load(seed_ptr), eight, row, which, 0, ROUNDS)
-    word = tl.where(place < 4, tl.where(place < 2, words[0], words[1]), tl.where(place < 6, words[2], words[3]))
-    piece = (word >> (place % 2 * 16).to(tl.uint32)) & 0xFFFF
     col = eight * 8 + place
     inside = col < n_cols
     y = tl.load(x_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    y *= tl.where(piece.to(tl.int32) >= least, scale, 0.0)
+    y *= dropout_tile(seed_ptr, eight, place, row, which, least, scale, ROUNDS)
     if ADD:
         y += tl.load(out_ptr + col, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + col, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -85,18 +93,26 @@ class DropoutFunction(torch.autograd.Function):
 
 
 @contextmanager
-def same_dropout(*groups):
-    """PEFT's own code inside drops what the ProjectionGroups would: checkpointing runs it first, and them later.
+def same_dropout(*groups, modules=()):
+    """Stock code inside drops what ours would: checkpointing runs it first, and ours later.
 
-    They must be refreshed. A group's seed is drawn when its first dropout runs, and anew each time that it comes again.
+    groups: ProjectionGroups, refreshed, for PEFT's dropouts of their adapters; modules: nn.Dropouts of a model's own.
+    A group's or a module's seed is drawn when its first dropout runs, and anew each time that it comes again.
     """
     with ExitStack() as replaced:
+
+        def replace(module: nn.Dropout, forward) -> None:
+            module.forward = forward
+            replaced.callback(nn.Module.__delattr__, module, "forward")
+
         for group in groups:
             drawn = _Drawn()
             for which, p in enumerate(group.projections):
                 if p.dropout:
-                    p.drop.forward = drawn.dropout(which, p.dropout)
-                    replaced.callback(nn.Module.__delattr__, p.drop, "forward")
+                    replace(p.drop, drawn.dropout(which, p.dropout))
+        for module in modules:
+            if module.p and module.training:
+                replace(module, _Drawn().dropout(0, module.p))
         yield
 
 

@@ -26,7 +26,7 @@ PARAMETERS_PER_PROJECTION = 4
 class Projection:
     """One linear layer of a block as the block's Functions see it; W is read from the module at each use.
 
-    owner has the layer under name, and where tells a person.
+    owner has the layer under the last part of name, a path, and where tells a person.
     adapter: name of the active adapter or None; rank; scaling: lora_alpha / r (/ sqrt(r) with rsLoRA); dropout: its
     probability; drop: the module that PEFT has for it: these are read from PEFT by refresh(), once a forward.
     """

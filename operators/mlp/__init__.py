@@ -1,5 +1,5 @@
-"""The gated MLP block.
+"""The MLP block, gated or not.
 
-mlp.py          gate, up, SiLU, product, down, in one Function          activation.py   SiLU and product
-fused_mlp.py    LoRA, SiLU, product and the packing of gate and up in one kernel
+mlp.py          the linear layers and what is between them, in one Function      activation.py   SiLU and product; GELU
+fused_mlp.py    LoRA, SiLU, product and the packing of gate and up in one kernel    fused_gelu.py   LoRA, GELU, packing
 """

@@ -1,6 +1,8 @@
-"""SiLU-Hadamard product, forward and backward."""
+"""What is between the two linear layers of an MLP, forward and backward: SiLU-Hadamard product, GELU."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -12,6 +14,8 @@ from hyclora.operators.dispatch import as_rows, cdiv, device_guard, use_triton
 
 BLOCK = 2048
 MINUS_LOG2_E = tl.constexpr(-math.log2(math.e))
+SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+NORMAL = tl.constexpr(1 / math.sqrt(2 * math.pi))  # the density of a standard normal number at 0
 
 
 @triton.jit
@@ -95,3 +99,84 @@ def silu_mul_bwd(dhidden: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
             dhidden, gate, up, dy, hidden, n_cols, dhidden.stride(0), gate.stride(0), up.stride(0), BLOCK=BLOCK
         )
     return dy, hidden
+
+
+@triton.jit
+def gelu_share(x):
+    """The part of fp32 x that the exact GELU lets through: (1 + erf(x / sqrt(2))) / 2."""
+    return 0.5 + 0.5 * tl.erf(x * SQRT_HALF)
+
+
+@triton.jit
+def gelu_grad_tile(dhidden, up):
+    """dup, hidden of fp32 tiles."""
+    share = gelu_share(up)
+    return dhidden * (share + up * NORMAL * tl.exp2(up * up * MINUS_LOG2_E * 0.5)), up * share
+
+
+@triton.jit
+def _gelu_fwd_kernel(up_ptr, hidden_ptr, n_cols, stride_up, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < n_cols
+    up = tl.load(up_ptr + row * stride_up + col, mask=mask, other=0.0).to(tl.float32)
+    tl.store(hidden_ptr + row * n_cols + col, (up * gelu_share(up)).to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gelu_bwd_kernel(
+    dhidden_ptr, up_ptr, dup_ptr, hidden_ptr, n_cols, stride_dhidden, stride_up, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < n_cols
+    dhidden = tl.load(dhidden_ptr + row * stride_dhidden + col, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + col, mask=mask, other=0.0).to(tl.float32)
+    dup, hidden = gelu_grad_tile(dhidden, up)
+    dtype = hidden_ptr.dtype.element_ty
+    tl.store(dup_ptr + row * n_cols + col, dup.to(dtype), mask=mask)
+    tl.store(hidden_ptr + row * n_cols + col, hidden.to(dtype), mask=mask)
+
+
+def gelu_fwd(up: Tensor) -> Tensor:
+    """reference.gelu_fwd on any device: up [T, F] to hidden [T, F], all that it allocates on a GPU."""
+    if not use_triton(up):
+        return reference.gelu_fwd(up)
+    up = as_rows(up)
+    n_rows, n_cols = up.shape
+    hidden = torch.empty(n_rows, n_cols, dtype=up.dtype, device=up.device)
+    with device_guard(up):
+        _gelu_fwd_kernel[(n_rows, cdiv(n_cols, BLOCK))](up, hidden, n_cols, up.stride(0), BLOCK=BLOCK)
+    return hidden
+
+
+def gelu_bwd(dhidden: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """reference.gelu_bwd on any device: dup and hidden [T, F], all that it allocates on a GPU."""
+    if not use_triton(dhidden):
+        return reference.gelu_bwd(dhidden, up)
+    dhidden, up = as_rows(dhidden), as_rows(up)
+    n_rows, n_cols = up.shape
+    dup, hidden = (torch.empty(n_rows, n_cols, dtype=up.dtype, device=up.device) for _ in range(2))
+    with device_guard(up):
+        _gelu_bwd_kernel[(n_rows, cdiv(n_cols, BLOCK))](
+            dhidden, up, dup, hidden, n_cols, dhidden.stride(0), up.stride(0), BLOCK=BLOCK
+        )
+    return dup, hidden
+
+
+@dataclass(frozen=True)
+class Activation:
+    """hidden = fwd(*inputs), and (gradients of the inputs side by side, hidden) = bwd(dhidden, *inputs).
+
+    slots: what the inputs are called as slots, each a linear layer's output. gated: the second is multiplied by the
+    SiLU of the first, which is a slot (act) of its own.
+    """
+
+    slots: tuple[str, ...]
+    fwd: Callable[..., Tensor]
+    bwd: Callable[..., tuple[Tensor, Tensor]]
+    gated: bool
+
+
+SILU_MUL = Activation(("gate", "up"), silu_mul_fwd, silu_mul_bwd, gated=True)
+GELU = Activation(("up",), gelu_fwd, gelu_bwd, gated=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyclora.operators.dispatch import cdiv, device_guard, rank_block
 from hyclora.operators.linear.low_rank import LowRank
-from hyclora.operators.mlp.activation import silu_mul_grad_tile, silu_mul_tile
+from hyclora.operators.mlp.activation import Activation, silu_mul_grad_tile, silu_mul_tile
 from hyclora.operators.packing.fused_tiles import (
     ROWS_A_WARP,
     PackedSlot,
@@ -129,10 +129,10 @@ def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, ke
     return grid, xa, B, constants
 
 
-def fits(savers: dict) -> bool:
-    """Whether the kernels take these savers: gate and up quantized, act and hidden recomputed."""
-    quantized = all(hasattr(savers[name], "book") for name in ("gate", "up"))
-    return quantized and not (savers["act"].stored or savers["hidden"].stored)
+def fits(savers: dict, activation: Activation) -> bool:
+    """Whether an activation's kernels take these savers: its inputs quantized, act and hidden recomputed."""
+    quantized = all(hasattr(savers[name], "book") for name in activation.slots)
+    return quantized and not any(savers[name].stored for name in ("act", "hidden") if name in savers)
 
 
 def fused_mlp_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> Tensor:

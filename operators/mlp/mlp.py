@@ -1,4 +1,4 @@
-"""Gated MLP block: gate, up, SiLU-Hadamard, down, in one autograd Function."""
+"""MLP block: gate and up, or up alone, an activation, down, in one autograd Function."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,11 +11,15 @@ from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.first_order import first_order
 from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.operators.linear.residual import overwritable
-from hyclora.operators.mlp.activation import silu_mul_bwd, silu_mul_fwd
+from hyclora.operators.mlp.activation import GELU, SILU_MUL, Activation
+from hyclora.operators.mlp.fused_gelu import fused_gelu_bwd, fused_gelu_fwd
 from hyclora.operators.mlp.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
 from hyclora.operators.random_state import get_rng_state, replayed_rng
 from hyclora.operators.savers import Keeper, Observer
 from hyclora.operators.token_tiles import place, token_tiles
+
+# activation, LoRA add and packing in one kernel each way
+FUSED = {SILU_MUL: (fused_mlp_fwd, fused_mlp_bwd), GELU: (fused_gelu_fwd, fused_gelu_bwd)}
 
 
 @dataclass
@@ -23,13 +27,15 @@ class MlpSpec:
     """The frozen description of one MLP block.
 
     gate_up and down: projection groups. compensate: keep the frozen paths of gate and up and add the LoRA part back
-    (else the sums are kept). fused: LoRA add, activation, product and packing in one kernel each way.
+    (else the sums are kept). fused: LoRA add, activation, product and packing in one kernel each way. activation: what
+    makes hidden of gate and up, or of up alone.
     """
 
     gate_up: ProjectionGroup
     down: ProjectionGroup
     compensate: bool
     fused: bool
+    activation: Activation = SILU_MUL
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.gate_up.parameters() + self.down.parameters()
@@ -41,14 +47,15 @@ class MlpSpec:
 
 
 class MlpFunction(torch.autograd.Function):
-    """y = hidden W_d^T + LoRA (+ residual), hidden = silu(gate) * up, gate/up = x W^T + LoRA; in tiles when x is long.
+    """y = hidden W_d^T + LoRA (+ residual), hidden = silu(gate) * up or gelu(up), gate/up = x W^T + LoRA.
 
-    x [..., C]; residual: of y's shape, or None; y takes its memory if it fits; parameters as spec.parameters(). Slots:
-    mlp_in, gate, up, act, hidden. Gradients: linear/lora.py for the projections, reference.silu_mul_bwd for the
-    product (a kept act, silu(gate), replaces its recomputation), dy for the residual. Keeps what the savers of slots
-    do, and x A^T of both groups, R elements a token (low_rank.LowRank) each. Temporary, a token of a tile: 3 F elements
-    each way if fused, for gate, up and hidden or their gradients; 6 F in backward if not, 8 F with a kept act and
-    hidden; and a piece of W (weight_pieces.py) where it is NF4.
+    x [..., C], taken in tiles when it is long; residual: of y's shape, or None; y takes its memory if it fits;
+    parameters as spec.parameters(). Slots: mlp_in, those of the activation, act if that is gated, hidden. Gradients:
+    linear/lora.py for the projections, reference.silu_mul_bwd or gelu_bwd between them (a kept act, silu(gate),
+    replaces its recomputation), dy for the residual. Keeps what the savers of slots do, and x A^T of both groups, R
+    elements a token (low_rank.LowRank) each. Temporary, a token of a tile: 3 F elements each way if fused, for gate, up
+    and hidden or their gradients; 6 F in backward if not, 8 F with a kept act and hidden; half without a gate; and a
+    piece of W (weight_pieces.py) where it is NF4.
     """
 
     @staticmethod
@@ -93,7 +100,8 @@ def _forward_tile(
     """y [T, C] of x [T, C], residual included; keeps all slots but mlp_in."""
     n_gate_up = len(spec.gate_up.parameters())
     y, low_rank = spec.gate_up.project(x, parameters[:n_gate_up], keeper, switches)
-    hidden = (fused_mlp_fwd if spec.can_fuse and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
+    fused_fwd, _ = FUSED[spec.activation]
+    hidden = (fused_fwd if spec.can_fuse and use_triton(y) else _activate_fwd)(spec, y, low_rank, keeper)
     del y, low_rank
     if spec.down.needs_input:
         keeper.keep("hidden", hidden)
@@ -114,7 +122,8 @@ def _backward_tile(
     dhidden = spec.down.backward_input(dy, g, down, keeper, add_low_rank=not in_kernel)
     low_rank = spec.gate_up.kept_low_rank(keeper, switches, dy.dtype)
     if fused:
-        dgate_up, hidden = fused_mlp_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
+        _, fused_bwd = FUSED[spec.activation]
+        dgate_up, hidden = fused_bwd(spec, dhidden, (g, down.A) if in_kernel else None, low_rank, keeper)
     else:
         dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
     del dhidden, down
@@ -140,27 +149,27 @@ def _calibrate(spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper) -> N
 
 
 def _activate_fwd(spec: MlpSpec, y: Tensor, low_rank, keeper: Keeper) -> Tensor:
-    """hidden [T, F] from the frozen paths y [T, 2F]; keeps gate, up and act."""
-    names = ("gate", "up")
+    """hidden [T, F] from the frozen paths y [T, 2F] or [T, F]; keeps the activation's inputs, and act."""
+    names = spec.activation.slots
     if spec.compensate:
         for name, columns in zip(names, spec.gate_up.columns, strict=True):
             keeper.keep(name, y[:, columns])
     y = spec.gate_up.add(y, low_rank, keeper, in_place=not (spec.compensate and keeper.aliases(*names)))
-    gate, up = (y[:, columns] for columns in spec.gate_up.columns)
+    inputs = [y[:, columns] for columns in spec.gate_up.columns]
     if not spec.compensate:
-        keeper.keep("gate", gate)
-        keeper.keep("up", up)
-    if keeper.keeps("act"):
-        keeper.keep("act", torch.nn.functional.silu(gate))
-    return silu_mul_fwd(gate, up)
+        for name, x in zip(names, inputs, strict=True):
+            keeper.keep(name, x)
+    if spec.activation.gated and keeper.keeps("act"):
+        keeper.keep("act", torch.nn.functional.silu(inputs[0]))
+    return spec.activation.fwd(*inputs)
 
 
 def _activate_bwd(spec: MlpSpec, dhidden: Tensor, low_rank, keeper: Keeper) -> tuple[Tensor, Tensor]:
-    """[dgate, dup] [T, 2F] and hidden [T, F] from the restored slots."""
-    gate, up = keeper.restore("gate"), keeper.restore("up")
+    """Gradients of the activation's inputs side by side, and hidden [T, F], from the restored slots."""
+    inputs = [keeper.restore(name) for name in spec.activation.slots]
     if spec.compensate:
-        gate, up = (spec.gate_up.add(t, low_rank, keeper, i, in_place=False) for i, t in enumerate((gate, up)))
-    dy, hidden = silu_mul_bwd(dhidden, gate, up)
+        inputs = [spec.gate_up.add(t, low_rank, keeper, i, in_place=False) for i, t in enumerate(inputs)]
+    dy, hidden = spec.activation.bwd(dhidden, *inputs)
     act, kept = keeper.restore("act"), keeper.restore("hidden")
     if act is not None:
         torch.mul(dhidden, act, out=dy[:, spec.gate_up.columns[1]])

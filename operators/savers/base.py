@@ -107,7 +107,20 @@ class Recompute(Saver):
 
 
 class Derived(Saver):
-    """Nothing is kept, 0 bytes a token: the slot is x_hat * w of a norm whose x_hat is kept already (Keeper.derive)."""
+    """Nothing is kept, 0 bytes a token: the slot is x_hat * w (+ b) of a norm that keeps x_hat (Keeper.derive).
+
+    own: keeps the slot where it is not that norm's output, as in a layer that checkpointing runs again by itself; None
+    where a block then runs stock code.
+    """
+
+    def __init__(self, own: "StoringSaver | None" = None):
+        self.own = own
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.own is None else self.own.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        (super() if self.own is None else self.own).load_state_dict(state)
 
 
 class StoringSaver(Saver, ABC):
@@ -148,6 +161,7 @@ class Source:
     shape: torch.Size
     dtype: torch.dtype
     weight: Tensor
+    bias: Tensor | None = None
 
 
 class Keeper:
@@ -182,35 +196,41 @@ class Keeper:
 
     def keep(self, name: str, x: Tensor) -> None:
         """Pack slot x by its saver; a slot that is not stored is left out."""
-        saver = self.savers[name]
+        saver = self._storing(name)
         if saver.stored:
             self.adopt(name, saver.pack(x, self.step), x.shape, x.dtype)
 
+    def _storing(self, name: str) -> Saver:
+        """The saver that keeps a slot when it is not derived."""
+        saver = self.savers[name]
+        return saver.own if isinstance(saver, Derived) and saver.own is not None else saver
+
     def adopt(self, name: str, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> None:
         """Keep a slot that a fused kernel has packed already, in the layout of its saver."""
-        saver, first = self.savers[name], len(self._tensors)
+        saver, first = self._storing(name), len(self._tensors)
         self._slots += [first + i for i, t in enumerate(packed[: len(packed) - saver.n_state]) if t.numel()]
-        self._add(name, packed, shape, dtype, saver, None)
+        self._add(name, packed, shape, dtype, saver)
 
     def keep_exact(self, name: str, x: Tensor | None) -> None:
         """Keep a small tensor (rstd, x A^T, a parameter, an input) as it is."""
         if x is not None:
-            self._add(name, (x,), x.shape, x.dtype, None, None)
+            self._add(name, (x,), x.shape, x.dtype, None)
 
     def derive(self, name: str, source: Source) -> None:
-        """Keep slot = x_hat * w by sharing the norm's packed x_hat; w is read again at backward time."""
+        """Keep slot = x_hat * w (+ b) by sharing the norm's packed x_hat; w, b are read again at backward time."""
         first = len(self._tensors)
         self._homes |= {first + i: home for i, home in enumerate(source.homes) if home is not None}
-        self._add(name, source.packed, source.shape, source.dtype, source.saver, source.weight)
+        scale = source.weight, source.bias
+        self._add(name, source.packed, source.shape, source.dtype, source.saver, scale)
 
-    def source(self, name: str, weight: Tensor) -> Source:
-        """A handle by which another block derives its input from the slot saved here."""
+    def source(self, name: str, weight: Tensor, bias: Tensor | None = None) -> Source:
+        """A handle by which another block derives its input, x_hat * w (+ b), from the slot saved here."""
         first, count, shape, dtype, saver, _ = self._layout[name]
         homes = tuple(self._homes.get(first + i) for i in range(count))
-        return Source(tuple(self._tensors[first : first + count]), homes, saver, shape, dtype, weight)
+        return Source(tuple(self._tensors[first : first + count]), homes, saver, shape, dtype, weight, bias)
 
-    def _add(self, name, tensors, shape, dtype, saver, weight) -> None:
-        self._layout[name] = (len(self._tensors), len(tensors), shape, dtype, saver, weight)
+    def _add(self, name, tensors, shape, dtype, saver, scale=(None, None)) -> None:
+        self._layout[name] = (len(self._tensors), len(tensors), shape, dtype, saver, scale)
         self._tensors.extend(tensors)
 
     def save(self, ctx) -> None:
@@ -252,18 +272,24 @@ class Keeper:
         if name not in self._layout:
             return None
         packed = self.take(name)
-        _, _, shape, kept_dtype, saver, weight = self._layout.pop(name)
-        return saver.unpack(packed, shape, dtype or kept_dtype, weight)
+        _, _, shape, kept_dtype, saver, scale = self._layout.pop(name)
+        return _unpack(saver, packed, shape, dtype or kept_dtype, *scale)
 
     def restore_rows(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor | None:
         """These rows of a slot [T, C] in dtype, which stays kept; None if it was not kept."""
         if name not in self._layout:
             return None
-        first, count, shape, _, saver, weight = self._layout[name]
+        first, count, shape, _, saver, scale = self._layout[name]
         state = first + count - saver.n_state
         packed = *(t[rows] for t in self._tensors[first:state]), *self._tensors[state : first + count]
-        return saver.unpack(packed, torch.Size((rows.stop - rows.start, *shape[1:])), dtype, weight)
+        return _unpack(saver, packed, torch.Size((rows.stop - rows.start, *shape[1:])), dtype, *scale)
 
     def exact(self, name: str) -> Tensor | None:
         """A tensor given to keep_exact, as often as needed; None if it was not kept."""
         return self._tensors[self._layout[name][0]] if name in self._layout else None
+
+
+def _unpack(saver: StoringSaver, packed, shape, dtype, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A slot, times weight and plus bias where it is a norm's output; with a weight it is a tensor of its own."""
+    x = saver.unpack(packed, shape, dtype, weight)
+    return x if bias is None else x.add_(bias)

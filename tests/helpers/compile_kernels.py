@@ -11,20 +11,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hyclora.operators import cross_entropy, norm
+from hyclora.operators import cross_entropy, layer_norm, norm
 from hyclora.operators.attention import attention, fused_qkv, rope, softmax
 from hyclora.operators.linear import dropout, low_rank, low_rank_grad, nf4, residual
-from hyclora.operators.mlp import activation, fused_mlp
+from hyclora.operators.mlp import activation, fused_gelu, fused_mlp
 from hyclora.operators.packing import quantize
 from hyclora.operators.packing.codebook import CODEBOOKS
 from hyclora.operators.savers import ChannelQuant, Step, measure
 from tests.operators.attention.test_fused_qkv import BATCH
 from tests.operators.attention.test_fused_qkv import prepare as prepare_qkv
+from tests.operators.mlp.test_fused_gelu import prepare as prepare_gelu
 from tests.operators.mlp.test_fused_mlp import prepare as prepare_mlp
 
 MODULES = (
-    activation, attention, cross_entropy, dropout, fused_mlp, fused_qkv, low_rank, low_rank_grad, measure, nf4, norm,
-    quantize, residual, rope, softmax,
+    activation, attention, cross_entropy, dropout, fused_gelu, fused_mlp, fused_qkv, layer_norm, low_rank,
+    low_rank_grad, measure, nf4, norm, quantize, residual, rope, softmax,
 )  # fmt: skip
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
@@ -70,6 +71,7 @@ def saver(bits, x, outliers=0.0):
 def elementwise():
     x = rand(32, 256)
     activation.silu_mul_bwd(x, activation.silu_mul_fwd(x, x), x)
+    activation.gelu_bwd(x, activation.gelu_fwd(x))
     softmax.softmax_bwd(rand(2, 2, 16, 16), rand(2, 2, 16, 16))
     q, k, cos = rand(2, 16, 4, 64), rand(2, 16, 2, 64), rand(1, 16, 64)
     rope.rope(q, cos, cos)
@@ -100,6 +102,18 @@ def quantizers(rule, bits):
     quantize.dequantize(*quantize.quantize(x, mean, std, book), mean, std, book, BF16)
 
 
+def layer_norms(p):
+    weight, seed = rand(768), torch.zeros(1, dtype=torch.int64)
+    for dtype in (BF16, torch.float32):
+        x, residual = rand(16, 768), rand(16, 768, dtype=dtype)
+        y, x_hat, rstd = layer_norm.layer_norm_fwd(x, residual, weight, weight, 1e-5, seed, p)
+        layer_norm.layer_norm_bwd(y, x_hat, rstd, weight, seed, p, BF16)
+        for bits in (3, 4):
+            quantizer, step = saver(bits, x_hat, 0.01)
+            packed = layer_norm.layer_norm_pack(x, residual, weight, weight, 1e-5, quantizer, seed, p, dtype)[-1]
+            layer_norm.layer_norm_unpack_bwd(y, rstd, weight, packed, quantizer.book, seed, p, BF16)
+
+
 def norms(bits):
     x, weight = rand(16, 512), rand(512)
     _, x_hat, rstd = norm.rms_norm_fwd(x, weight, 1e-5)
@@ -111,6 +125,13 @@ def norms(bits):
     for dtype in (BF16, torch.float32):
         norm.rms_norm_unpack_bwd(x, rstd, weight, packed, quantizer.book, x.to(dtype))
     quantizer.unpack(quantizer.pack(x, step), x.shape, BF16, weight)
+
+
+def gelu(bits):
+    spec, frozen, adapters, keeper = prepare_gelu(32, 256, bits, 8, BF16)
+    kept = keeper()
+    fused_gelu.fused_gelu_fwd(spec, frozen, adapters, kept)
+    fused_gelu.fused_gelu_bwd(spec, rand(32, 256), (rand(32, 16), rand(16, 256)), adapters, kept)
 
 
 def mlp(bits):
@@ -125,6 +146,11 @@ def qkv(bits, norms=False):
     kept = keeper()
     fused_qkv.fused_qkv_fwd(spec, y, cos, sin, BATCH, adapters, kept)
     slots = fused_qkv.packed_qkv(kept)
+    if not norms:
+        unrotated = keeper()
+        fused_qkv.fused_qkv_fwd(spec, y, None, None, BATCH, adapters, unrotated)
+        again = fused_qkv.packed_qkv(unrotated)
+        fused_qkv.fused_qkv_restore(spec, again, None, None, BATCH, BF16, adapters, unrotated)
     for rotate in (True, False):
         fused_qkv.fused_qkv_restore(spec, slots, cos, sin, BATCH, BF16, adapters, kept, rotate)
 
@@ -144,7 +170,10 @@ def main():
     for bits in (2, 3, 4, 8):
         quantizers("channel_group", bits)
         mlp(bits)
+        gelu(bits)
     quantizers("paper", 4)
+    layer_norms(0.0)
+    layer_norms(0.1)
     norms(3)
     norms(4)
     qkv((4, 4, 4))

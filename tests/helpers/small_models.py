@@ -1,5 +1,8 @@
 """Small PEFT models and batches that the block tests share."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -11,13 +14,16 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
 )
 
 from hyclora.models.binding import BoundForward
 from hyclora.models.blocks import projection
 from hyclora.models.families import FAMILIES
 from hyclora.models.outputs import Deferred
-from hyclora.operators.linear.dropout import same_dropout
+from hyclora.operators.linear.dropout import DropoutFunction, draw_seed, same_dropout
 from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.utils.args import LINEARS
 from hyclora.utils.loading import quantize_linears
@@ -46,6 +52,16 @@ def qwen3(lora: dict | None = None, base: str = "float32", **config) -> torch.nn
     return _small(Qwen3ForCausalLM, Qwen3Config, lora, base, {"head_dim": 20} | SECOND_LAYER_SLIDES | config)
 
 
+def roberta(lora: dict | None = None, base: str = "float32", task="masked", **config) -> torch.nn.Module:
+    """A RoBERTa of two layers for masked LM or, with task="classification", three classes; it drops nothing."""
+    model_class = {"masked": RobertaForMaskedLM, "classification": RobertaForSequenceClassification}[task]
+    lora = {"target_modules": "all-linear"} | (lora or {})
+    if task == "classification":
+        lora = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]} | lora
+    plain = {"layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+    return _small(model_class, RobertaConfig, lora, base, plain | config)
+
+
 def _small(model_class, config_class, lora: dict | None, base: str, config: dict) -> torch.nn.Module:
     torch.manual_seed(0)
     shape = {
@@ -59,7 +75,7 @@ def _small(model_class, config_class, lora: dict | None, base: str, config: dict
     for name, p in model.named_parameters():
         if "lora_B" in name or name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.05)
-        elif "norm" in name:
+        elif "norm" in name.lower():
             torch.nn.init.normal_(p, 1.0, 0.2)
     return model.to(DEVICE).train()
 
@@ -80,23 +96,46 @@ def is_late(outputs) -> bool:
 
 def our_dropout(model):
     """Stock attentions and MLPs inside drop what patched ones, which are left alone, do."""
-    family, groups = FAMILIES[model.config.model_type], []
-    for module in model.modules():
-        if not isinstance(module.__dict__.get("forward"), BoundForward):
-            for names in (family.qkv, (family.out,), family.gate_up, (family.down,)):
-                if all(hasattr(module, name) for name in names):
-                    groups.append(ProjectionGroup([projection(module, "", name) for name in names]))
-    return same_dropout(*groups)
+    family, groups, drops = FAMILIES[model.config.model_type], [], []
+    patched = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), BoundForward)]
+    if family.post_norm:
+        patched = [below for m in patched for below in m.modules()]
+    for module in set(model.modules()) - set(patched):
+        paths = {path for path, _ in module.named_modules()}
+        for names in {family.qkv, (family.out,), family.gate_up, (family.down,)}:
+            if paths.issuperset(names):
+                groups.append(ProjectionGroup([projection(module, "", name) for name in names]))
+        if family.dropout in paths:
+            drops.append(module.get_submodule(family.dropout))
+    return same_dropout(*groups, modules=[drop for drop in drops if isinstance(drop, torch.nn.Dropout)])
+
+
+@contextmanager
+def our_map_dropout(model):
+    """our_dropout, and stock code that makes attention maps drops of them what attention=eager does."""
+    stock = torch.nn.functional.dropout
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        if x.dim() == 4 and p and training:
+            return DropoutFunction.apply(x, draw_seed(x.device), 0, p)
+        return stock(x, p, training, inplace)
+
+    with our_dropout(model), mock.patch.object(torch.nn.functional, "dropout", dropout):
+        yield
 
 
 def gradients(model, batch, seed=1, dropping=our_dropout) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and all gradients of one batch, with a fixed dropout seed; dropping: around stock layers' dropout."""
+    """Loss and all gradients of one batch, with a fixed dropout seed; dropping: around stock layers' dropout.
+
+    But for those of RoBERTa's key biases: they move all scores of a query alike, so theirs are nothing but rounding.
+    """
     model.zero_grad()
     torch.manual_seed(seed)
     with dropping(model):
         loss = model(**batch).loss
         loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    told = {name: p for name, p in model.named_parameters() if ".self.key." not in name or not name.endswith("bias")}
+    return loss.item(), {name: p.grad.clone() for name, p in told.items() if p.grad is not None}
 
 
 def largest_error(ours: dict, theirs: dict) -> float:

@@ -9,7 +9,19 @@ from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES, SLOTS
 from hyclora.models.patch import find_patch
 from hyclora.operators.savers import ChannelQuant
-from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, mistral, padded_batch, qwen2, qwen3
+from tests.helpers.small_models import (
+    gradients,
+    largest_error,
+    llama,
+    mean_cosine,
+    mistral,
+    our_dropout,
+    our_map_dropout,
+    padded_batch,
+    qwen2,
+    qwen3,
+    roberta,
+)
 
 VARIANTS = {
     "alpha != r": {},
@@ -48,12 +60,9 @@ def test_baseline_equals_hf_and_peft(variant, attention, request):
     """Every gradient within 1e-5 in fp32; LoRA scaling and dropout were ignored by the original."""
     if "attention_dropout" in variant:  # a GPU's other kernels draw as their tiles go, and HF's mask chooses another
         request.getfixturevalue("deterministic_attention")
-    model, batch = llama(**variant), padded_batch()
-    loss, exact = gradients(model, batch)
-    if attention == "eager" and "attention_dropout" in variant:
-        with pytest.raises(ValueError, match="self_attn: attention_dropout is not supported by attention=eager"):
-            apply_hyclora(model, rows(attention=attention))
-        return
+    maps = attention == "eager" and "attention_dropout" in variant
+    model, batch = llama(**variant, **({"attn_implementation": "eager"} if maps else {})), padded_batch()
+    loss, exact = gradients(model, batch, dropping=our_map_dropout if maps else our_dropout)
     apply_hyclora(model, rows(layer_type="baseline", attention=attention))
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5
@@ -90,7 +99,7 @@ def test_every_layer_type_approximates_exact(variant, layer_type, attention):
 
 
 @pytest.mark.parametrize("attention", ["flash", "eager"])
-@pytest.mark.parametrize("family", [llama, mistral, qwen2, qwen3])
+@pytest.mark.parametrize("family", [llama, mistral, qwen2, qwen3, roberta])
 def test_compression_is_real_and_ordered(family, attention):
     """Fewer bits, larger error; 4 and 2 bit stay useful."""
     model, batch = family(), padded_batch()
@@ -136,14 +145,14 @@ def token_counts(model) -> list[float]:
     return [s.statistics["count"].item() for s in savers if isinstance(s, ChannelQuant) and s.statistics]
 
 
-def check_recomputation(layer_type: str, use_reentrant: bool, family=llama) -> None:
+def check_recomputation(layer_type: str, use_reentrant: bool, family=llama, **settings) -> None:
     """Gradients and calibration under gradient checkpointing are those without it.
 
     Reentrant layers run stock code first, which rounds otherwise even in fp64 (its norms are of fp32), and now and then
     moves a code: of 8 bit, that is little.
     """
     model, batches = family({"lora_dropout": 0.1}).double(), [padded_batch(seed=seed) for seed in range(4)]
-    config = rows(layer_type=layer_type, q_bit=8, iteration_threshold=2)
+    config = rows(layer_type=layer_type, q_bit=8, iteration_threshold=2, **settings)
     apply_hyclora(model, config)
     plain = [gradients(model, batch)[1] for batch in batches]
     counted = token_counts(model)
@@ -161,6 +170,22 @@ def check_recomputation(layer_type: str, use_reentrant: bool, family=llama) -> N
 def test_gradient_checkpointing_gives_the_same_gradients(layer_type, use_reentrant):
     """The recomputed forward neither calibrates again nor changes what is packed."""
     check_recomputation(layer_type, use_reentrant)
+
+
+def test_dropout_of_maps_is_not_drawn_twice_apart():
+    """Stock attention, which checkpointing with use_reentrant=True runs first, cannot; the other kind is served."""
+    for use_reentrant in (True, False):
+        model, batch = llama(attention_dropout=0.2), padded_batch()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        apply_hyclora(model, rows(layer_type="baseline", attention="eager"))
+        if use_reentrant:
+            with pytest.raises(ValueError, match="self_attn: stock attention cannot drop what attention=eager does"):
+                gradients(model, batch)
+        else:
+            _, ours = gradients(model, batch)
+    model.gradient_checkpointing_disable()
+    assert largest_error(ours, gradients(model, batch)[1]) < 1e-5
 
 
 def test_a_kept_act_and_hidden_are_what_backward_reads():
@@ -231,7 +256,7 @@ def _with_disabled(model, batch):
     return out.loss, out.logits
 
 
-@pytest.mark.parametrize("family", [llama, qwen3])
+@pytest.mark.parametrize("family", [llama, qwen3, roberta])
 def test_remove_restores_the_model_bit_for_bit(family):
     model, batch = family(), padded_batch()
     forwards = {name: m.__dict__.get("forward") for name, m in model.named_modules()}

@@ -16,7 +16,7 @@ from hyclora.utils.args import LINEARS
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal, offloaded
 from tests.helpers.replaying import CALIBRATION, batches, config, graphed, train
-from tests.helpers.small_models import gradients, is_late, largest_error, llama, padded_batch, qwen3
+from tests.helpers.small_models import gradients, is_late, largest_error, llama, padded_batch, qwen3, roberta
 
 BASELINE = HycloraConfig(layer_type="baseline")
 
@@ -102,7 +102,7 @@ def test_a_copy_trains_by_itself_as_the_original_would(clone, patch, before):
     assert is_late(twin(**steps[0])) and not is_late(model(**steps[0]))
 
 
-@pytest.mark.parametrize("family", [llama, qwen3])
+@pytest.mark.parametrize("family", [llama, qwen3, roberta])
 @pytest.mark.parametrize("clone", [copy.deepcopy, saved], ids=["deepcopy", "torch.save"])
 def test_a_copy_between_forward_and_backward(clone, family):
     """The original's backward goes on; the copy has nothing in flight."""

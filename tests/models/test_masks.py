@@ -223,11 +223,14 @@ def test_a_mask_given_by_position():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sliding_window", [None, 2, 20, 21, 100])
-def test_windows_of_any_size(sliding_window):
-    model, batch = mistral(sliding_window=sliding_window), padded_batch()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["flash", "eager"])
+@pytest.mark.parametrize("sliding_window", [None, 2, 20, 21, 22, 100])
+def test_windows_of_any_size(sliding_window, attention, implementation):
+    """Shorter than a row of 21 tokens, as long, longer and none at all; on both cores, against both of stock's."""
+    model, batch = mistral(sliding_window=sliding_window, attn_implementation=implementation), padded_batch()
     loss, exact = gradients(model, batch)
-    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    apply_hyclora(model, HycloraConfig(layer_type="baseline", attention=attention))
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
 

@@ -24,7 +24,7 @@ from hyclora.models.patch import find_patch
 from hyclora.operators.attention.flash import tells_runs
 from hyclora.utils.args import LINEARS
 from tests.helpers.kernel_checks import DEVICE
-from tests.helpers.small_models import gradients, llama, mistral, padded_batch, qwen2, qwen3
+from tests.helpers.small_models import gradients, llama, mistral, padded_batch, qwen2, qwen3, roberta
 from tests.models.test_masks import masks_given
 
 BASELINE = HycloraConfig(layer_type="baseline")
@@ -255,7 +255,7 @@ def test_states_and_maps_that_are_asked_for(asked, kind, implementation, how, la
     assert_as_stock(model, batch, loss_of=read)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES.values(), roberta], ids=[*FAMILIES, "roberta"])
 @pytest.mark.parametrize("config", [{}, {"q_bit": 8, "attention": "eager"}, {"q_bit": 2}], ids=str)
 def test_maps_of_every_family_and_then_ours_again(family, config):
     model, batch = family(attn_implementation="eager"), padded_batch()

@@ -11,11 +11,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from hyclora import HycloraConfig, apply_hyclora
+from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.patch import find_patch
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.replaying import record, replayed, train
-from tests.helpers.small_models import gradients, largest_error, llama, padded_batch, qwen2, qwen3
+from tests.helpers.small_models import gradients, largest_error, llama, our_map_dropout, padded_batch, qwen2, qwen3
 from tests.models.test_trust import layers_of
 from tests.models.test_watch import assert_seen
 
@@ -211,11 +211,16 @@ def test_numbers_in_a_recording(name, value):
     assert replayed(model, graphs, batch) == (name in ("scaling", "variance_epsilon")), "with its own recording"
 
 
-def test_dropout_that_the_sparse_map_cannot_do():
-    torch.manual_seed(4)
-    change = each(lambda layer: setattr(layer.self_attn, "attention_dropout", 0.9))
-    eager = HycloraConfig(layer_type="baseline", attention="eager")
-    assert_seen(change, lambda: llama(attn_implementation="eager"), eager)
+def test_dropout_of_attention_maps_that_is_raised_between_steps():
+    """It is drawn as stock draws it with the same masks."""
+    model, batch = llama(attn_implementation="eager"), padded_batch()
+    apply_hyclora(model, HycloraConfig(layer_type="baseline", attention="eager"))
+    gradients(model, batch)
+    for layer in layers_of(model):
+        layer.self_attn.attention_dropout = 0.9
+    _, ours = gradients(model, batch)
+    remove_hyclora(model)
+    assert largest_error(ours, gradients(model, batch, dropping=our_map_dropout)[1]) < 1e-5
 
 
 def test_layers_in_training_by_themselves():

@@ -137,7 +137,7 @@ def test_a_score_is_told_by_its_correlations(run, folder, tmp_path):
     lines = [f"a {i % 6}\ta {i % 5}\t{i % 6:.{i % 4}f}" for i in range(24)]
     data = write_task(tmp_path, "stsb", "sentence1\tsentence2\tscore", lines, ("train", "dev"))
     code, said = run(folder, *data, *stock(folder))
-    assert code == 0 and "Spearman correlation after training" in said
+    assert code == 0 and "Spearman correlation" in said
     file, results = results_of(tmp_path)
     assert set(results["metrics"]) == {"Pearson_correlation", "Spearman_correlation"}
     assert all(-1 <= value <= 1 for found in results["metrics"].values() for value in found.values())
@@ -150,7 +150,7 @@ def test_both_test_sets_of_mnli_are_told_apart(run, llama, tmp_path):
     lines = [f"a {i}\tb {i}\t{labels[i % 3]}" for i in range(12)]
     header, splits = "sentence1\tsentence2\tgold_label", ("train", "dev_matched", "dev_mismatched")
     code, said = run(llama, *write_task(tmp_path, "mnli", header, lines, splits))
-    assert code == 0 and "accuracy mismatched after training" in said
+    assert code == 0 and "accuracy mismatched" in said
     file, results = results_of(tmp_path)
     assert set(results["metrics"]) == {"accuracy_matched", "accuracy_mismatched"}
     predictions = json.loads((file.with_suffix("") / "predictions.json").read_text())

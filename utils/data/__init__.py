@@ -5,5 +5,6 @@ instructions.py own rows in four formats                     chat.py           c
 files.py        JSON rows, each with its place               tokens.py         token ids, labels, batches
 text.py         plain text: blocks, windows, WikiText-2      hub.py           data sets of the Hugging Face hub
 glue.py         the tasks of GLUE, a row of a table each     reviews.py        sentences good or bad, from a seed
+arithmetic.py   several sets of word problems, and overlaps
 pretrain_text.py  text to pre-train a tiny model on
 """

@@ -4,6 +4,7 @@ A mistake is named by file and line or item.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from hyclora.utils.errors import UserError
@@ -24,6 +25,20 @@ def read_rows(file: Path) -> list[tuple[str, dict]]:
         if not isinstance(row, dict):
             raise UserError(f"{place}: not a JSON object: correct or remove it")
     return rows
+
+
+def read_each(file: Path, read: Callable[[str, dict], object]) -> list:
+    """read(place, row) of every row; UserError for the first row that it refuses, and how many these are."""
+    rows, found, mistakes = read_rows(file), [], []
+    for place, row in rows:
+        try:
+            found.append(read(place, row))
+        except UserError as mistake:
+            mistakes.append(mistake)
+    if mistakes:
+        more = f" ({len(mistakes)} rows of {len(rows)} have mistakes)" if len(mistakes) > 1 else ""
+        raise UserError(f"{mistakes[0]}{more}")
+    return found
 
 
 def read_text(file: Path) -> str:

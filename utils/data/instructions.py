@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hyclora.utils.args import DataArguments
-from hyclora.utils.data.files import listed, read_rows, text_of
+from hyclora.utils.data.files import listed, read_each, read_rows, text_of
 from hyclora.utils.data.gsm8k import prompt_of, target_of
 from hyclora.utils.data.tokens import Example
 from hyclora.utils.errors import UserError
@@ -91,19 +91,16 @@ def load_examples(args: DataArguments, split: str) -> list[Example]:
     file = _file_of(Path(args.data_dir), split)
     if file is None:
         return []
-    rows, examples, mistakes = read_rows(file), [], []
-    first = _format_of(rows[0][1], rows[0][0])
-    for place, row in rows:
-        try:
-            keys = _format_of(row, place, first)
-            if keys != first:
-                raise UserError(f"{place}: a row of {_named(keys)} in a file of {_named(first)}: use one format a file")
-            examples.append(FORMATS[keys](row, keys, place))
-        except UserError as mistake:
-            mistakes.append(mistake)
-    if mistakes:
-        more = f" ({len(mistakes)} rows of {len(rows)} have mistakes)" if len(mistakes) > 1 else ""
-        raise UserError(f"{mistakes[0]}{more}")
+    place, row = read_rows(file)[0]
+    first = _format_of(row, place)
+
+    def read(place: str, row: dict) -> Example:
+        keys = _format_of(row, place, first)
+        if keys != first:
+            raise UserError(f"{place}: a row of {_named(keys)} in a file of {_named(first)}: use one format a file")
+        return FORMATS[keys](row, keys, place)
+
+    examples = read_each(file, read)
     return examples[: args.max_train_samples if split == "train" else args.max_eval_samples]
 
 

@@ -8,7 +8,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from hyclora.utils.heads import NEXT_TOKEN, Head
-from hyclora.utils.results import KEPT_BY
+from hyclora.utils.results import KEPT_BY, line_by_line
 from hyclora.utils.runs.identity import identity
 
 CONFIG = "adapter_config.json"
@@ -93,7 +93,7 @@ def write_card(folder: Path, found: dict, n_rows: int, head: Head = NEXT_TOKEN) 
     shown = {name: value for name, value in identity(own).items() if value not in (None, "", {})}
     shown["model_name"] = base
     shown |= {name: value for name, value in found["core"].items() if name != "output_dir"}
-    results = found["shown"] | {"final loss": f"{found['final_loss']:.4f}"}
+    results = line_by_line(found["shown"]) | {"final loss": f"{found['final_loss']:.4f}"}
     results |= {
         f"MiB kept for backward, {KEPT_BY[name]}": f"{n / 2**20:.2f}" for name, n in found["buffered_bytes"].items()
     }

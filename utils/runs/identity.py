@@ -11,7 +11,7 @@ from hyclora.models.state import LAUNCH
 
 # A setting has an effect only with a value of another one that fits; that one has to have an effect itself.
 NEEDS = {
-    "data_dir": ("data_name", lambda name: name != "demo"),
+    **dict.fromkeys(("data_dir", "train_file"), ("data_name", lambda name: name != "demo")),
     **dict.fromkeys(
         ("layer_type", "iteration_threshold", "layernorm_outlier_ratio", "attention", "scale_rule", *LAUNCH),
         ("use_hyclora", bool),
@@ -34,7 +34,7 @@ NEEDS = {
 # evaluated, on which machine and in how many helping processes it runs, where packed bytes wait, how kernels are
 # launched, whether padding is computed.
 FREE = {
-    *("model_dir", "data_dir", "output_dir", "preset", "run_name", "resume_from_checkpoint"),
+    *("model_dir", "data_dir", "train_file", "tests", "output_dir", "preset", "run_name", "resume_from_checkpoint"),
     *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
     *("log_level", "log_level_replica", "disable_tqdm", "report_to", "project", "include_num_input_tokens_seen"),
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "debug"),

@@ -64,8 +64,10 @@ class Run:
                 raise
             raise ending from error
 
-    def finish(self, content: dict) -> None:
-        results.write_json(self.results, content)
+    def finish(self, found: dict) -> None:
+        """Write the results, with the digests of what the settings name."""
+        settings = json.loads((self.folder / results.SETTINGS).read_text(encoding="utf-8"))
+        results.write_json(self.results, found | {"content": settings["content"]})
 
     def ending(self, error: BaseException) -> RunStopped | None:
         """What to say when `error` ends the run; None for a mistake that says it all and for a defect of the code."""

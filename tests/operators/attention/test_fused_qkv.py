@@ -81,6 +81,25 @@ def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, d
     assert relative_error(restored, expected) < tolerance
 
 
+@pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj"), ("k_proj",)], ids=str)
+@pytest.mark.parametrize("bits", [(2, 4, 4), (3, 8, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_fused_equals_unfused_without_rope(kernels, dtype, bits, targets):
+    """Heads of any size: 60 and 20 channels are no whole group."""
+    spec, y, low_rank, _, _, keeper = prepare(bits, dtype, heads=3, head_dim=20, targets=targets)
+    fused, plain = keeper(), keeper()
+    out = fused_qkv_fwd(spec, y.clone(), None, None, BATCH, low_rank, fused)
+    heads_of = attention._rotate_fwd(spec, y.clone(), None, None, BATCH, low_rank, plain)
+    assert relative_error(out, torch.cat([head.flatten(0, 1).flatten(1) for head in heads_of], dim=1)) < ROUNDING[dtype]
+    for name in "qkv":
+        for ours, theirs in zip(fused.source(name, y).packed, plain.source(name, y).packed, strict=True):
+            assert torch.equal(ours, theirs)
+    restored = fused_qkv_restore(spec, packed_qkv(fused), None, None, BATCH, dtype, low_rank, fused)
+    heads_of, _ = attention._rotate_restored(spec, None, None, BATCH, low_rank, plain)
+    expected = torch.cat([head.flatten(0, 1).flatten(1) for head in heads_of], dim=1)
+    assert relative_error(restored, expected) < ROUNDING[dtype]
+
+
 def test_normalized_heads_in_fp32_are_not_fused(kernels):
     for norms, dtype, fuses in (
         (True, torch.float32, False),
@@ -105,4 +124,5 @@ def test_what_the_kernel_cannot_take():
     assert fits(128, quantized) and fits(256, quantized)
     assert not fits(64, quantized) and not fits(96, quantized) and not fits(384, quantized)
     assert not fits(128, quantized | {"k": Exact()})
+    assert fits(64, quantized, rotary=False) and not fits(64, quantized | {"k": Exact()}, rotary=False)
     assert fits(128, quantized, norms=True) and not fits(256, quantized, norms=True)

@@ -1,0 +1,150 @@
+"""Which blocks the layers of a model get, and which savers these."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hyclora.models import trust
+from hyclora.models.bits import allocate_bits
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock, PostNormBlock
+from hyclora.models.config import SLOTS, HycloraConfig
+from hyclora.models.encoder_layer import EncoderLayerBlock
+from hyclora.models.families.family import Family
+from hyclora.models.layers import LayerBlock
+from hyclora.operators.linear.lora import Projection
+from hyclora.operators.savers import ChannelQuant, Derived, Saver, Step, make_saver
+
+# Halves of a layer, by block kind: the attributes of Family that name a norm and what it feeds, or follows
+HALVES = {"attention": ("attention_norm", "attention"), "mlp": ("mlp_norm", "mlp")}
+
+
+def parts_of(family: Family, layer: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
+    """A norm of a layer, and what it feeds or follows."""
+    return tuple(layer.get_submodule(getattr(family, name)) for name in HALVES[half])
+
+
+def slot_widths(family: Family, layer: nn.Module, half: str) -> dict[str, int]:
+    """Elements a token of each slot of half a layer."""
+    _, module = parts_of(family, layer, half)
+    if half == "mlp":
+        linears = [module.get_submodule(name) for name in family.gate_up]
+        n_in, widths = linears[0].in_features, [linear.out_features for linear in linears]
+        slots = dict(zip(family.activation.slots, widths, strict=True)) | {"hidden": widths[0]}
+        return {"norm_in": n_in, "mlp_in": n_in} | slots | ({"act": widths[0]} if family.activation.gated else {})
+    projections = [module.get_submodule(name) for name in family.qkv]
+    n_in, (q, k, v) = projections[0].in_features, (p.out_features for p in projections)
+    lse = 2 * q // getattr(module.get_submodule(family.core), family.head_dim)  # in fp32
+    return {"norm_in": n_in, "attn_in": n_in, "q": q, "k": k, "v": v, "attn_out": q, "lse": lse}
+
+
+@dataclass
+class Builder:
+    """Makes the blocks of a model's layers, not bound yet. stock: halves (layer, half) that get none, with reasons."""
+
+    config: HycloraConfig
+    family: Family
+    layers: list[nn.Module]
+    stock: dict[tuple[int, str], str]
+    names: dict[int, str]
+    step: Step
+
+    def __post_init__(self):
+        self.halves = [(i, half) for i in range(len(self.layers)) for half in HALVES if (i, half) not in self.stock]
+        self.bits = self._bits()
+
+    def blocks(self) -> list[Block]:
+        """Those of each layer and of what is in it, in order."""
+        return [block for i in range(len(self.layers)) for block in self._layer(i)]
+
+    def widths(self) -> dict[str, int]:
+        """Elements a token of each slot of a layer."""
+        return {
+            slot: n for i, half in self.halves for slot, n in slot_widths(self.family, self.layers[i], half).items()
+        }
+
+    def final_norm(self, module: nn.Module, projections: list[Projection]) -> NormBlock:
+        """The norm before the head. It is one of many, so 8 bit cost next to nothing.
+
+        All that layers do shows here, and it runs by itself where they are replayed: so calibration is judged by it.
+        """
+        savers = self.savers(len(self.layers), "norm", gauged=True)
+        norm = NormBlock(module, self.names[id(module)], savers, self.step, self.config.policy.fused)
+        norm.projections = projections
+        return norm
+
+    def savers(self, index: int, half: str, kind: str | None = None, gauged: bool = False) -> dict[str, Saver]:
+        """Savers of the slots of a block in half a layer. kind: norm, or what half says; gauged: judges calibration."""
+        return {
+            slot: self._saver(index, half, slot, gauged)
+            for slot, spec in SLOTS.items()
+            if spec.block == (kind or half) and (spec.block != "mlp" or slot in self._mlp_slots)
+        }
+
+    @property
+    def _mlp_slots(self) -> set[str]:
+        activation = self.family.activation
+        return {"mlp_in", "hidden", *activation.slots} | ({"act"} if activation.gated else set())
+
+    def _layer(self, index: int) -> list[Block]:
+        family, layer, step, policy = self.family, self.layers[index], self.step, self.config.policy
+        kinds = {
+            "attention": (AttentionBlock, (family, self.config.attention, policy.compensate, policy.fused)),
+            "mlp": (MlpBlock, (family, policy.compensate, policy.fused)),
+        }
+        blocks = []
+        for half, (block, extra) in kinds.items():
+            if (index, half) in self.stock:
+                continue
+            norm, module = parts_of(family, layer, half)
+            fed = block(module, self.names[id(module)], self.savers(index, half), step, *extra)
+            # that of the last layer is the last one
+            savers = self.savers(index, half, "norm", gauged=family.post_norm and (index, half) == self.halves[-1])
+            if family.post_norm:
+                drop = module.get_submodule(family.dropout)
+                blocks += [fed, PostNormBlock(norm, self.names[id(norm)], savers, step, policy.fused, drop)]
+            else:
+                blocks += [NormBlock(norm, self.names[id(norm)], savers, step, policy.fused), fed]
+                blocks[-2].projections, fed.fed_by = fed.projections, norm
+        if len(blocks) < 2 * len(kinds) or trust.why_not_layer(family, layer, ""):
+            return blocks
+        if family.post_norm:
+            return [*blocks, EncoderLayerBlock(layer, self.names[id(layer)], step, tuple(blocks), family)]
+        return [*blocks, LayerBlock(layer, self.names[id(layer)], step, tuple(blocks), first=index == 0)]
+
+    def _saver(self, index: int, half: str, slot: str, gauged: bool = False) -> Saver:
+        config = self.config
+        name = self._saver_name(index, slot, self.bits.get((index, half, slot), 8))
+        options = {
+            "scale_rule": config.scale_rule,
+            "outlier_ratio": config.layernorm_outlier_ratio if SLOTS[slot].block == "norm" else 0.0,
+            "softmax_outlier_ratio": config.softmax_outlier_ratio,
+        }
+        if name == "derived" and self._crosses_layers(slot):
+            return Derived(own=make_saver("quant8", **options))  # of one layer at a time, when it is run again
+        return make_saver(name, **options, gauged=gauged)
+
+    def _saver_name(self, index: int, slot: str, bits: int) -> str:
+        name = self.config.saver_name(slot, bits)
+        # before the first layer is no norm that keeps anything
+        return f"quant{bits}" if name == "derived" and index == 0 and self._crosses_layers(slot) else name
+
+    def _crosses_layers(self, slot: str) -> bool:
+        """Whether a slot is derived, if it is, from a norm of the layer before."""
+        return self.family.post_norm and slot == "attn_in"
+
+    def _bits(self) -> dict[tuple, int]:
+        """Bits of every quantized slot, keyed (layer, half, slot)."""
+        config, sizes = self.config, {}
+        for i, half in self.halves:
+            for slot, width in slot_widths(self.family, self.layers[i], half).items():
+                fixed = config.slot_savers.get(slot, "derived") != "derived"
+                if self._saver_name(i, slot, 2) == "quant2" and not fixed:
+                    sizes[i, half, slot] = width
+        if config.q_bit == "auto":
+
+            def packed_bits(key, width):
+                ratio = config.layernorm_outlier_ratio if SLOTS[key[-1]].block == "norm" else 0.0
+                return ChannelQuant(width, config.scale_rule, ratio).bits(sizes[key])
+
+            return allocate_bits(sizes, config.average_bits, packed_bits)
+        return dict.fromkeys(sizes, config.q_bit)

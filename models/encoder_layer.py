@@ -1,0 +1,56 @@
+"""A layer whose norms come after the residual, as a whole: attention, norm, MLP, norm."""
+
+import torch
+from torch import nn
+
+from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, PostNormBlock, is_learned
+from hyclora.models.families.family import Family
+from hyclora.operators.savers import Step
+
+
+class EncoderLayerBlock(Block):
+    """RobertaLayer's signature on the blocks of its parts, in whose place no module's own forward is called.
+
+    A norm's output is the residual too, and what attention of the next layer is fed by: that may be derived, but not
+    under gradient checkpointing, where a layer is run again without the one before.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, step: Step,
+        blocks: tuple[AttentionBlock, PostNormBlock, MlpBlock, PostNormBlock], family: Family,
+    ):  # fmt: skip
+        super().__init__(module, name, {}, step)
+        self.blocks = blocks
+        self.parts = {path: module.get_submodule(path) for path in family.structure()}
+        self.groups = tuple(group for block in blocks for group in block.groups)
+        self.drops = tuple(drop for block in blocks for drop in block.drops)
+        self.projections = [p for group in self.groups for p in group.projections]
+
+    def find_replaced(self) -> str | None:
+        """The path of a module in the layer that is not the one that the blocks read."""
+        current = dict(self.module.named_modules())
+        return next((path for path, part in self.parts.items() if current.get(path) is not part), None)
+
+    def check_dropout(self) -> None:
+        self.blocks[0].check_dropout()
+
+    def applies(
+        self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, cache=None,
+        past_key_values=None, **kwargs,
+    ) -> bool:  # fmt: skip
+        """Nobody asks for maps of the attention, and no other sequence is looked at."""
+        given = (encoder_hidden_states, encoder_attention_mask, cache, past_key_values)
+        ours = all(value is None for value in given) and super().applies()
+        return ours and not self.step.is_stock_attention(None) and not is_learned(None, attention_mask)
+
+    def run(
+        self, dtype, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
+        cache=None, **kwargs,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states [B, S, C] of the next layer."""
+        attention, attention_norm, mlp, mlp_norm = self.blocks
+        again = getattr(self.module, "gradient_checkpointing", False)
+        x = hidden_states.view_as(hidden_states) if again else hidden_states  # another tensor, of nobody's norm
+        y, _ = attention.run(dtype, x, attention_mask=attention_mask, **kwargs)
+        x = attention_norm.run(dtype, y, x)
+        return mlp_norm.run(dtype, mlp.run(dtype, x), x)
