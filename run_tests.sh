@@ -2,7 +2,7 @@
 # Run the tests; options go to pytest: bash run_tests.sh tests/utils/test_metrics.py -k fraction
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-developing=1
+needed="pytest pytest-timeout pytest-xdist scikit-learn scipy"
 source "$root/utils/env.sh"
 cd "$root"
 export OMP_NUM_THREADS=1

@@ -15,14 +15,21 @@ import math
 import multiprocessing
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm, trange
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from hyclora.utils.data.pretrain_text import CUES, LEADS, pretrain_documents
 from hyclora.utils.data.word_problems import word_problems
@@ -50,6 +57,7 @@ ROW_LENGTH = 256  # tokens in a packed training row
 TOKENIZER_DOCUMENTS = 50_000  # more of the corpus would not change so small a vocabulary
 HELD_OUT_ROWS = 64
 LINES_PER_DOCUMENT = 64
+GUTENBERG_MARKS = ("*** START OF", "*** END OF")
 WARM_UP = 0.02  # share of the time budget
 REPORT_EVERY = 50  # steps; reading the loss waits for the device
 
@@ -62,11 +70,17 @@ def generated_documents(n: int, seed: int, chunk: int = 10_000) -> list[str]:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a file: problems of a GSM8K .jsonl, or runs of lines of a plain text; either may be .gz."""
+    """The documents of a file, which may be .gz: problems of a GSM8K .jsonl or the "text" of another one; or runs of
+    lines of a plain text, of a book of Project Gutenberg those between its marks.
+    """
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         lines = file.readlines()
     if ".jsonl" in path.suffixes:
-        return ["{question}\n{answer}".format(**json.loads(line)) for line in lines]
+        rows = map(json.loads, lines)
+        return [row["text"] if "text" in row else "{question}\n{answer}".format(**row) for row in rows]
+    marks = [number for number, line in enumerate(lines) if line.startswith(GUTENBERG_MARKS)]
+    if len(marks) == 2:
+        lines = lines[marks[0] + 1 : marks[1]]
     return ["".join(lines[start : start + LINES_PER_DOCUMENT]) for start in range(0, len(lines), LINES_PER_DOCUMENT)]
 
 
@@ -137,11 +151,11 @@ def batches(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
             yield rows[chosen].long()
 
 
-def learning_rate_factor(progress: float) -> float:
+def learning_rate_factor(progress: float, warm_up: float) -> float:
     """Linear warm-up, then a cosine down to a hundredth, at `progress` in [0, 1] of the time budget."""
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+    if progress < warm_up:
+        return progress / warm_up
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
 
 
 def language_loss(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
@@ -150,8 +164,16 @@ def language_loss(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
         return model(input_ids=batch, labels=batch, use_cache=False).loss
 
 
-def train(model: LlamaForCausalLM, rows: torch.Tensor, minutes: float, batch_tokens: int, peak_lr: float) -> int:
-    """Train on the rows until the minutes are over; give the number of tokens seen."""
+def train(
+    model: PreTrainedModel,
+    rows: torch.Tensor,
+    minutes: float,
+    batch_tokens: int,
+    peak_lr: float,
+    loss_of: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = language_loss,
+    warm_up: float = WARM_UP,
+) -> int:
+    """Train on the rows until the minutes are over; give the number of tokens seen. loss_of: of model and batch."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
@@ -159,13 +181,13 @@ def train(model: LlamaForCausalLM, rows: torch.Tensor, minutes: float, batch_tok
     model.train()
     seen, start = 0, time.monotonic()
     with tqdm(total=round(60 * minutes), unit="s", desc="train") as bar:
-        for step, batch in enumerate(batches(rows, max(1, batch_tokens // ROW_LENGTH)), start=1):
+        for step, batch in enumerate(batches(rows, max(1, batch_tokens // rows.shape[1])), start=1):
             progress = (time.monotonic() - start) / (60 * minutes)
             if progress >= 1:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = peak_lr * learning_rate_factor(progress)
-            loss = language_loss(model, batch)
+                group["lr"] = peak_lr * learning_rate_factor(progress, warm_up)
+            loss = loss_of(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -178,10 +200,10 @@ def train(model: LlamaForCausalLM, rows: torch.Tensor, minutes: float, batch_tok
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
+def held_out_loss(model: PreTrainedModel, rows: torch.Tensor, loss_of: Callable = language_loss) -> float:
     """Mean cross entropy in nats per token of rows kept out of training."""
     model.eval()
-    return sum(language_loss(model, row).item() for row in rows.long().split(1)) / len(rows)
+    return sum(loss_of(model, row).item() for row in rows.long().split(1)) / len(rows)
 
 
 @torch.no_grad()
@@ -201,7 +223,7 @@ def reasoning_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
     return correct / n
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the model in bfloat16, in files below 15 MB, and the tokenizer."""
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="14MB")
     tokenizer.save_pretrained(folder)

@@ -7,5 +7,6 @@ loading.py      base model, tokenizer, LoRA adapters         trainer.py        H
 tokenizer.py    ids as the model was trained with            weights.py       dtypes that tensors are stored in
 metrics.py      accuracy of generated answers, loss          answers.py        what a generated text ends at
 profiling.py    bytes, memory and time of a step             errors.py         how a run ends early
+heads.py        what a model gives: a token, a class         classification.py texts told apart, GLUE's metrics
 runs/           a run's folder, resume and endings           results.py        what a run leaves behind
 """

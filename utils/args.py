@@ -27,6 +27,7 @@ from hyclora.utils.runs.script import check_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_LINEAR = "all-linear"
 
 
 def option(default, help: str, choices=()):
@@ -91,7 +92,9 @@ class LoraArguments:
     lora_alpha: int = option(16, "Adapters are scaled by lora_alpha / lora_rank.")
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters.")
     lora_init_type: Literal["qlora", "gaussian", "pissa", "loftq"] = option("qlora", "How the adapters start.")
-    target_modules: list[str] = option(LINEARS, "Names of the linear layers that get an adapter.")
+    target_modules: list[str] = option(
+        LINEARS, "Names of the linear layers that get an adapter; all-linear: each one but those of the head."
+    )
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_rank) instead.")
 
     def __post_init__(self):

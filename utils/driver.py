@@ -78,6 +78,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
     tokenizer = load_tokenizer(source, decided.append)
     task = driver.tasks[data_args.data_name](data_args, eval_args, tokenizer)
     check_positions(source, task.train)
+    task.head.check(training)
 
     run = begin(groups, source, task.train, argv)
     core = results.core_of(training, len(task.train))
@@ -85,7 +86,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
         results.print_settings(groups[:-1], core)
         print(*decided, task.summary, sep="\n")
         clock = results.Clock()
-        model = load_model(model_args, lora_args, source, training.device, training.seed, **task.model)
+        model = load_model(model_args, lora_args, source, training.device, training.seed, task.head)
         clock.lap("load")
         initial = keep_initial_adapters(model, run.folder / "initial_adapters")
         check_output(run.folder, needed=checkpoint_bytes(model, training.save_total_limit))
@@ -135,7 +136,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
             "log_history": trainer.state.log_history,
         }
         print(results.closing_table(found))
-        write_card(run.folder, found, len(task.train))
+        write_card(run.folder, found, len(task.train), task.head)
         run.finish(found)
         print(f"results: {run.folder}.json, log: {run.folder}.log, adapters: {run.folder}")
 

@@ -19,7 +19,6 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,9 +28,10 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from hyclora.models.families import FAMILIES
-from hyclora.utils.args import LoraArguments, ModelArguments
+from hyclora.utils.args import ALL_LINEAR, LoraArguments, ModelArguments
 from hyclora.utils.errors import UserError
-from hyclora.utils.tokenizer import TOKENIZER_FILES, load_as_trained
+from hyclora.utils.heads import NEXT_TOKEN, Head
+from hyclora.utils.tokenizer import SUFFICIENT, load_as_trained, positions_of
 from hyclora.utils.weights import stored_dtypes
 
 _INIT = {"qlora": True, "loftq": True, "gaussian": "gaussian", "pissa": "pissa_niter_16"}
@@ -63,8 +63,9 @@ def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True)
         AutoConfig.from_pretrained(folder)
     except StrictDataclassError as error:
         raise UserError(f"{folder / 'config.json'} cannot work: {error.__cause__ or error}") from None
-    if tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{folder} has no tokenizer: it needs tokenizer.json or tokenizer.model")
+    if tokenizer and not any(all((folder / name).is_file() for name in names) for names in SUFFICIENT):
+        needed = ", or ".join(map(" with ".join, SUFFICIENT))
+        raise UserError(f"{folder} has no tokenizer: it needs {needed}")
     if not args.random_weights and not list(folder.glob("*.safetensors")):
         if list(folder.glob("*.bin")):
             raise UserError(f"{folder} has only PyTorch .bin weights: convert them to safetensors")
@@ -109,26 +110,33 @@ def load_tokenizer(source: str, tell: Callable[[str], None] = print) -> PreTrain
 
 def check_positions(source: str, rows: list[dict]) -> None:
     """UserError if a tokenized row is longer than what the model has positions for."""
-    positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+    positions = positions_of(AutoConfig.from_pretrained(source))
     longest = max(len(row["input_ids"]) for row in rows)
-    if positions is not None and longest > positions:
+    if longest > positions:
         raise UserError(f"a row has {longest} tokens, {source} only {positions} positions: lower --seq_len")
 
 
 def load_base(
-    args: ModelArguments, source: str, device: torch.device, tell: Callable[[str], None] = print
+    args: ModelArguments,
+    source: str,
+    device: torch.device,
+    head: Head = NEXT_TOKEN,
+    tell: Callable[[str], None] = print,
 ) -> PreTrainedModel:
     """The frozen model on its device; NF4 if asked for. All of it in one dtype, which `tell` gets with the reason."""
     dtype, why = _dtype_of(args, device)
     loaded = f"{'NF4, the rest and what is computed ' if args.load_in_4bit else ''}{str(dtype).removeprefix('torch.')}"
     if args.random_weights:
         tell(f"base weights: random, {loaded} ({why})")
-        return _random_base(args, source, device, dtype)
+        return _random_base(args, source, device, dtype, head)
     quantization = None
     if args.load_in_4bit:
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **_NF4)
-    model = AutoModelForCausalLM.from_pretrained(
+        # without names transformers leaves the last module as it is, which is but a part of some heads
+        skip = {"llm_int8_skip_modules": list(head.trained)} if head.trained else {}
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **_NF4, **skip)
+    model = head.auto.from_pretrained(
         source,
+        **head.config,
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": device},
@@ -147,10 +155,12 @@ def _dtype_of(args: ModelArguments, device: torch.device) -> tuple[torch.dtype, 
     return getattr(torch, args.dtype), f"dtype {args.dtype} is set"
 
 
-def _random_base(args: ModelArguments, source: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(source)
+def _random_base(
+    args: ModelArguments, source: str, device: torch.device, dtype: torch.dtype, head: Head
+) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source, **head.config)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = head.auto.from_config(config, dtype=dtype)
     if args.load_in_4bit:
         quantize_linears(model, dtype)
     return model
@@ -184,19 +194,25 @@ def load_model(
     source: str,
     device: torch.device,
     seed: int,
+    head: Head = NEXT_TOKEN,
     tell: Callable[[str], None] = print,
 ) -> PeftModel:
-    """The base of `find_base` with fresh adapters drawn from `seed`; tell gets what was decided."""
+    """The base of `find_base` with fresh adapters drawn from `seed`; tell gets what was decided.
+
+    head: what the model gives; what of it is trained is drawn from `seed` too.
+    """
     if lora.lora_init_type == "loftq" and device.type != "cuda":
         raise UserError(f"lora_init_type loftq is computed by PEFT on a GPU only, not on {device.type}: choose another")
     # PiSSA splits the float weights; what is left of them is quantized afterwards.
     float_first = args.load_in_4bit and lora.lora_init_type == "pissa"
     set_seed(seed)
     with _reading(source):
-        base = load_base(replace(args, load_in_4bit=False) if float_first else args, source, device, tell)
+        base = load_base(replace(args, load_in_4bit=False) if float_first else args, source, device, head, tell)
     base.config.use_cache = False
+    # what the Trainer asks: whether the loss is divided by what it counts, or else by it
+    base.accepts_loss_kwargs = head.divides_loss
     set_seed(seed)
-    model = add_lora(base, lora, quantize_after=float_first)
+    model = add_lora(base, lora, quantize_after=float_first, head=head)
     if lora.lora_init_type == "loftq":
         _compensate_quantization(model, source)
     for module in model.modules():
@@ -206,18 +222,24 @@ def load_model(
     return model
 
 
-def add_lora(base: PreTrainedModel, lora: LoraArguments, quantize_after: bool = False) -> PeftModel:
-    """PEFT adapters on the target modules, started as `lora_init_type` says (loftq: as qlora)."""
-    present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+def add_lora(
+    base: PreTrainedModel, lora: LoraArguments, quantize_after: bool = False, head: Head = NEXT_TOKEN
+) -> PeftModel:
+    """PEFT adapters on the target modules, started as `lora_init_type` says (loftq: as qlora).
+
+    What of the head is trained is float32, as the adapters are.
+    """
+    targets = ALL_LINEAR if lora.target_modules == [ALL_LINEAR] else lora.target_modules
+    present = {name.rpartition(".")[2] for name, _ in base.named_modules()} | {ALL_LINEAR}
     if absent := [name for name in lora.target_modules if name not in present]:
         raise UserError(f"target_modules: the model has no layer named {', '.join(absent)}")
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=head.task_type,
         r=lora.lora_rank,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
-        target_modules=list(lora.target_modules),
+        target_modules=targets,
         init_lora_weights=_INIT[lora.lora_init_type],
     )
     model = _adapted(base, config)
@@ -237,7 +259,11 @@ def _adapted(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT asks whether layers are checkpointed by a name that newer transformers deprecate.
         warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def checkpoint_layers(model: PreTrainedModel | PeftModel, **options) -> None:

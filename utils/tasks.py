@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from hyclora.utils.heads import NEXT_TOKEN, Head
+
 
 @dataclass
 class Task:
@@ -12,8 +14,8 @@ class Task:
 
     train: tokenized rows. test: what to evaluate on, as JSON; empty if there is nothing. summary: what was read.
     forms: how each number that evaluating gives is written, by its name. evaluate: the numbers of a model by name, and
-    row by row what it answered, if it did. collate: rows to a batch; default: `Collator`. model: more arguments of
-    `load_model`. remarks: what must be read with a number, by its name. facts: more for the results file.
+    row by row what it answered, if it did. collate: rows to a batch; default: `Collator`. head: what the model gives.
+    remarks: what must be read with a number, by its name. facts: more for the results file.
     """
 
     train: list[dict]
@@ -22,7 +24,7 @@ class Task:
     forms: dict[str, str]
     evaluate: Callable[[PreTrainedModel], tuple[dict[str, float], list[dict]]]
     collate: Callable[[list[dict]], dict] | None = None
-    model: dict = field(default_factory=dict)
+    head: Head = NEXT_TOKEN
     remarks: dict[str, str] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
 

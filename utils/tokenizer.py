@@ -11,7 +11,13 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, normalizers
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 
 from hyclora.utils.errors import UserError
@@ -25,14 +31,17 @@ PROBES = (
     "naïve Œuvre, 日本語, 🙂 and 5€",
 )
 _JSON, _SETTINGS, _SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
-TOKENIZER_FILES = (_JSON, _SETTINGS, _SENTENCEPIECE)
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+TOKENIZER_FILES = (_JSON, _SETTINGS, _SENTENCEPIECE, _VOCABULARY, _MERGES)
+SUFFICIENT = ((_JSON,), (_SENTENCEPIECE,), (_VOCABULARY, _MERGES))
 
 
 def load_as_trained(source: str, config: PretrainedConfig) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer of a folder or a hub id, and what was decided, in lines.
 
-    bos comes before a text where the model was trained with it, nothing behind it: a training row gets its own eos.
-    Padding is on the right with an existing token: the embedding is never resized.
+    bos comes before a text where the model was trained with it, nothing behind it: a training row gets its own eos. An
+    encoder's tokenizer, which has cls and sep, puts these around a text and between two itself. Padding is on the right
+    with an existing token: the embedding is never resized. model_max_length is no more than the model has positions.
     UserError if no way to load it gives the ids of the files.
     """
     files = {name: Path(path) for name in TOKENIZER_FILES if (path := _find(source, name))}
@@ -52,10 +61,15 @@ def load_as_trained(source: str, config: PretrainedConfig) -> tuple[PreTrainedTo
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions_of(config))
+    padding = f"padding with {tokenizer.pad_token} on the right"
+    if tokenizer.cls_token and tokenizer.sep_token:
+        around = f"{tokenizer.cls_token} before a text, {tokenizer.sep_token} behind it and between two"
+        return tokenizer, [f"tokenizer: {ids}", f"tokenizer: {around}, {padding}"]
     bos, why = _wants_bos(tokenizer, settings, files, pieces, config)
     _frame(tokenizer, bos, source)
     before = f"bos {tokenizer.bos_token}" if bos else "no bos"
-    after = f"eos {tokenizer.eos_token}, padding with {tokenizer.pad_token} on the right"
+    after = f"eos {tokenizer.eos_token}, {padding}"
     return tokenizer, [f"tokenizer: {ids}", f"tokenizer: {before} before a text ({why}), {after}"]
 
 
@@ -88,6 +102,7 @@ def _with_right_ids(source: str, files: dict[str, Path], pieces) -> tuple[PreTra
         written = tokenizers.Tokenizer.from_file(str(files[_JSON]))
         right, theirs = lambda text: written.encode(text, add_special_tokens=False).ids, f"those written in {_JSON}"
     else:
+        unspaced_mask(tokenizer)
         return tokenizer, f"{picked}, its ids compared with nothing: there is no {_JSON} and no SentencePiece file"
     differing = _differing(tokenizer, right)
     if differing is None:
@@ -103,6 +118,19 @@ def _with_right_ids(source: str, files: dict[str, Path], pieces) -> tuple[PreTra
     if _JSON in files:
         remedy = f"remove whichever of {_JSON} and {_SENTENCEPIECE} the model was not trained with"
     raise UserError(f"the tokenizer of {source} gives other ids than {theirs} for the text {still!r}: {remedy}")
+
+
+def unspaced_mask(tokenizer: PreTrainedTokenizerBase):
+    """Let the mask stand for a word with the space before it, as in pre-training; a bare vocabulary does not say so."""
+    if tokenizer.mask_token is not None:
+        mask = AddedToken(tokenizer.mask_token, lstrip=True, special=True)
+        tokenizer.add_special_tokens({"mask_token": mask})
+
+
+def positions_of(config: PretrainedConfig) -> int:
+    """The tokens of the longest text; RoBERTa counts its positions from behind the padding's id."""
+    unused = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    return config.max_position_embeddings - unused
 
 
 def _differing(tokenizer: PreTrainedTokenizerBase, right: Callable[[str], list[int]]) -> str | None:

@@ -141,7 +141,9 @@ class HycloraTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss, with a divisor of at least one token: without targets it is 0 instead of 0 / 0."""
-        targets = (inputs["labels"][..., 1:] != -100).sum()
+        labels = inputs["labels"]
+        # a label of a row is one of its own, a label of a token is for the one before
+        targets = ((labels[..., 1:] if labels.dim() > 1 else labels) != -100).sum()
         if model.training:
             self.progress.count(inputs["attention_mask"].sum(), targets == 0)
         divisor = targets if num_items_in_batch is None else num_items_in_batch

@@ -5,5 +5,5 @@ counting.py        bytes alive, and kept for backward        replaying.py      C
 offloading.py      a store whose copies come late            small_tokenizers.py  folders with a tokenizer only
 compile_kernels.py every kernel compiled for a GPU, without one
 calibrating.py     rows to calibrate on, usual and poor  ranks.py         two processes on a CPU
-drivers.py         every driver's command line
+drivers.py         every driver's command line           small_roberta.py  an encoder's folder
 """

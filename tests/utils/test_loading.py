@@ -23,7 +23,7 @@ IDS = torch.arange(40).view(2, 20)
 def load(folder, lora=None, seed=0, device=CPU, tell=print, **settings):
     arguments = ModelArguments(model_name=folder.name, model_dir=str(folder.parent), **settings)
     lora = lora or LoraArguments(lora_rank=4, lora_alpha=4)
-    return load_model(arguments, lora, find_base(arguments, lora), device, seed, tell)
+    return load_model(arguments, lora, find_base(arguments, lora), device, seed, tell=tell)
 
 
 def stock(folder):

@@ -4,13 +4,24 @@ import json
 
 import pytest
 from tokenizers import Tokenizer, models, processors
-from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaTokenizer,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
+from hyclora.utils import loading
+from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.data.gsm8k import examples_of, prompt_of, target_of
 from hyclora.utils.data.tokens import Example, tokenize_rows
 from hyclora.utils.errors import UserError
-from hyclora.utils.loading import load_tokenizer
+from hyclora.utils.loading import find_base, load_tokenizer
 from hyclora.utils.tokenizer import PROBES
+from tests.helpers.small_roberta import POSITIONS, write_roberta
 from tests.helpers.small_tokenizers import ROWS, folder_of, write_byte_level, write_sentencepiece
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -223,3 +234,33 @@ def test_what_was_decided_is_said(tmp_path, capsys):
     ids, frame = capsys.readouterr().out.splitlines()
     assert "ids equal to SentencePiece's for tokenizer.model" in ids and "LlamaTokenizer" in ids
     assert frame.startswith("tokenizer: bos <s> before a text (") and "padding with <unk> on the right" in frame
+
+
+@pytest.fixture
+def roberta(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "FAMILIES", {"roberta": None, **loading.FAMILIES})
+    return write_roberta(tmp_path / "roberta")
+
+
+def test_an_encoders_tokenizer_keeps_its_frame_and_knows_the_models_positions(roberta):
+    tokenizer = load_tokenizer(str(roberta))
+    inner = unframed(tokenizer, "a lamp")
+    assert tokenizer("a lamp").input_ids == [0, *inner, 2]
+    assert tokenizer("a lamp", "a lamp").input_ids == [0, *inner, 2, 2, *inner, 2]
+    # two of RoBERTa's positions are for nothing but padding
+    assert tokenizer.model_max_length == POSITIONS == AutoConfig.from_pretrained(roberta).max_position_embeddings - 2
+    assert AutoTokenizer.from_pretrained(roberta).model_max_length > 1e29
+
+
+def test_a_mask_takes_the_space_before_it_along(roberta):
+    """As in pre-training; of vocab.json and merges.txt alone transformers makes a token of the space."""
+    tokens = load_tokenizer(str(roberta))("the <mask> was").tokens()
+    assert len(tokens) == len(AutoTokenizer.from_pretrained(roberta)("the <mask> was").tokens()) - 1
+    assert tokens[tokens.index(next(t for t in tokens if "<mask>" in t)) - 1] != "\u0120"
+
+
+def test_a_vocabulary_without_its_merges_is_no_tokenizer(roberta):
+    (roberta / "merges.txt").unlink()
+    arguments = ModelArguments(model_name=roberta.name, model_dir=str(roberta.parent))
+    with pytest.raises(UserError, match="has no tokenizer: it needs .* vocab.json with merges.txt"):
+        find_base(arguments, LoraArguments())

@@ -3,6 +3,8 @@
 gsm8k.py        GSM8K, as the paper trains it                word_problems.py  problems like it, generated from a seed
 instructions.py own rows in four formats                     chat.py           chats in the tokenizer's own template
 files.py        JSON rows, each with its place               tokens.py         token ids, labels, batches
-text.py         plain text: blocks, windows, WikiText-2      pretrain_text.py  text to pre-train a tiny model on
+text.py         plain text: blocks, windows, WikiText-2      hub.py           data sets of the Hugging Face hub
+glue.py         the tasks of GLUE, a row of a table each     reviews.py        sentences good or bad, from a seed
 arithmetic.py   several sets of word problems, and overlaps
+pretrain_text.py  text to pre-train a tiny model on
 """

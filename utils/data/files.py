@@ -1,4 +1,7 @@
-"""Rows of a JSON file: a list of objects, or one object a line. A mistake is named by file and line or item."""
+"""The text of a file, and the rows of a JSON file: a list of objects, or one object a line.
+
+A mistake is named by file and line or item.
+"""
 
 import json
 from collections.abc import Callable
@@ -14,7 +17,7 @@ def read_rows(file: Path) -> list[tuple[str, dict]]:
 
     UserError for what is not UTF-8, not JSON or not an object.
     """
-    text = _text(file)
+    text = read_text(file)
     rows = _items(text, file) if text.lstrip().startswith("[") else _lines(text, file)
     if not rows:
         raise UserError(f"{file} is empty: it needs one JSON object a line, or a JSON list of objects")
@@ -38,7 +41,8 @@ def read_each(file: Path, read: Callable[[str, dict], object]) -> list:
     return found
 
 
-def _text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of a file, less a byte order mark; UserError for what cannot be read and what is not UTF-8."""
     try:
         content = file.read_bytes().removeprefix(_BYTE_ORDER_MARK)
         return content.decode("utf-8")

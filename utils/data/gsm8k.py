@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hyclora.utils.args import DataArguments
 from hyclora.utils.data.files import read_rows, text_of
+from hyclora.utils.data.hub import download
 from hyclora.utils.data.tokens import Example
 from hyclora.utils.data.word_problems import word_problems
 from hyclora.utils.errors import UserError
@@ -15,6 +16,7 @@ from hyclora.utils.errors import UserError
 INSTRUCTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"
 FINAL_ANSWER = "The final answer is: "
 HUB_ID = "openai/gsm8k"
+BY_HAND = "put gsm8k's train.jsonl and test.jsonl into a folder and give it with --data_dir"
 DEMO_ROWS = {"train": 2400, "test": 200}
 DEMO_SEED = 0
 
@@ -24,7 +26,7 @@ def load_rows(args: DataArguments, split: str) -> list[dict]:
     limit = args.max_train_samples if split == "train" else args.max_eval_samples
     if args.data_name == "demo":
         return word_problems(DEMO_ROWS[split] if limit is None else limit, DEMO_SEED, split=split)
-    rows = read_jsonl(Path(args.data_dir), split) if args.data_dir else download(split)
+    rows = read_jsonl(Path(args.data_dir), split) if args.data_dir else download(HUB_ID, "main", split, BY_HAND)
     return rows[:limit]
 
 
@@ -36,21 +38,6 @@ def read_jsonl(folder: Path, split: str) -> list[dict]:
     if not file.is_file():
         raise UserError(f"{file} does not exist: put gsm8k's {split}.jsonl into the folder given by --data_dir")
     return [{key: text_of(row, key, place) for key in ("question", "answer")} for place, row in read_rows(file)]
-
-
-def download(split: str) -> list[dict]:
-    """The rows from the hub (or from its local cache)."""
-    place_by_hand = "put gsm8k's train.jsonl and test.jsonl into a folder and give it with --data_dir"
-    try:
-        from datasets import load_dataset
-        from huggingface_hub.utils import logging
-    except ImportError:
-        raise UserError(f"{HUB_ID} needs the package datasets: pip install datasets, or {place_by_hand}") from None
-    logging.set_verbosity_error()  # its retries would bury the sentence below
-    try:
-        return load_dataset(HUB_ID, "main", split=split).to_list()
-    except Exception as error:  # the hub client raises its own, httpx's, OSError, ... when it cannot connect
-        raise UserError(f"{HUB_ID} cannot be read from the hub ({type(error).__name__}): {place_by_hand}") from error
 
 
 def prompt_of(question: str) -> str:

@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 
 from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
+from hyclora.utils.heads import NEXT_TOKEN, Head
 from hyclora.utils.results import KEPT_BY, line_by_line
 from hyclora.utils.runs.identity import identity
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 README = "README.md"
 _TEXT = """---
 base_model: {base}
 library_name: peft
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags:
 - lora
 - hyclora
@@ -35,9 +39,11 @@ Trained on {rows} rows of {data} in {steps} steps with {method}.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import {auto}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")  # or the folder where {base} lies
+base = {auto}.from_pretrained("{base}"{config})  # or the folder where {base} lies
 model = PeftModel.from_pretrained(base, "the folder of this file")
 tokenizer = AutoTokenizer.from_pretrained("the folder of this file")
 ```
@@ -64,11 +70,21 @@ def tidy(folder: Path) -> None:
 def save_adapters(model: PeftModel, folder: Path, initial: Path | None) -> None:
     """Write the trained adapters; initial: see `keep_initial_adapters`."""
     model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
+    if initial is not None:
+        _add_whole_modules(model, folder / WEIGHTS)
     tidy(folder)
 
 
-def write_card(folder: Path, found: dict, n_rows: int) -> None:
-    """README.md of the adapters in `folder`; found: the content of the run's results file."""
+def _add_whole_modules(model: PeftModel, file: Path) -> None:
+    """Put a trained head beside the adapters, of which PEFT's conversion writes nothing else."""
+    tensors = load_file(file)
+    trained = get_peft_model_state_dict(model)
+    missing = {name: t.contiguous().cpu() for name, t in trained.items() if name not in tensors and "lora_" not in name}
+    save_file({**tensors, **missing}, file, {"format": "pt"})
+
+
+def write_card(folder: Path, found: dict, n_rows: int, head: Head = NEXT_TOKEN) -> None:
+    """README.md of the adapters in `folder`; found: the content of the run's results file, head: of the model."""
     settings = found["settings"]
     base = settings["ModelArguments"]["model_name"]
     if settings["ModelArguments"]["model_dir"] or Path(base).is_dir():
@@ -83,6 +99,9 @@ def write_card(folder: Path, found: dict, n_rows: int) -> None:
     }
     text = _TEXT.format(
         base=base,
+        pipeline=head.pipeline,
+        auto=head.auto.__name__,
+        config="".join(f", {name}={value!r}" for name, value in head.config.items()),
         rows=n_rows,
         data=shown["data_name"],
         steps=found["core"]["steps"],

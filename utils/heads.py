@@ -1,0 +1,48 @@
+"""What a model is trained to give: the next token, or of a whole text its class or a score."""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+
+from hyclora.utils.errors import UserError
+
+SCORE = "regression"  # what transformers calls it
+
+
+@dataclass(frozen=True)
+class Head:
+    """auto: transformers' class that loads such a model. task_type, pipeline: PEFT's and the hub's names of it. config:
+    what is set in the model's configuration.
+
+    trained: names of modules that are drawn anew, and trained and saved whole beside the adapters, never quantized.
+    divides_loss: whether the model's loss is a sum over what the Trainer counted in all micro-batches of a step; else
+    it is the mean of its own.
+    """
+
+    auto: type
+    task_type: str
+    pipeline: str
+    config: dict = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    divides_loss: bool = True
+
+    def check(self, training: TrainingArguments) -> None:
+        """UserError for a setting of the training that this head has no use for."""
+        if training.label_smoothing_factor and self.config.get("problem_type") == SCORE:
+            raise UserError("label_smoothing_factor smooths classes, and this task asks for a score: drop it")
+
+
+NEXT_TOKEN = Head(AutoModelForCausalLM, "CAUSAL_LM", "text-generation")
+
+
+def classifier(n_labels: int, pad_token_id: int) -> Head:
+    """A class out of n_labels, or a score for n_labels=1.
+
+    pad_token_id: the tokenizer's. A decoder is read at the last token that is not this one, an encoder at the first.
+    """
+    kind = SCORE if n_labels == 1 else "single_label_classification"
+    config = {"num_labels": n_labels, "problem_type": kind, "pad_token_id": pad_token_id}
+    trained = ("classifier", "score")
+    return Head(
+        AutoModelForSequenceClassification, "SEQ_CLS", "text-classification", config, trained, divides_loss=False
+    )
