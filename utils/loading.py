@@ -108,6 +108,13 @@ def load_tokenizer(source: str, tell: Callable[[str], None] = print) -> PreTrain
     return tokenizer
 
 
+def check_head(source: str, head: Head) -> None:
+    """UserError if the model in source cannot have it."""
+    family = AutoConfig.from_pretrained(source).model_type
+    if head is NEXT_TOKEN and not FAMILIES[family].causal:
+        raise UserError(f"{source} is a {family} model, which predicts no next token: it is for run_glue.sh")
+
+
 def check_positions(source: str, rows: list[dict]) -> None:
     """UserError if a tokenized row is longer than what the model has positions for."""
     positions = positions_of(AutoConfig.from_pretrained(source))

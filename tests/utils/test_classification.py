@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from hyclora.utils import loading
 from hyclora.utils.classification import METRICS, collator, encode_rows, metric, outputs_of
 from hyclora.utils.errors import UserError
 from hyclora.utils.loading import load_tokenizer
@@ -18,8 +17,7 @@ PAIR = {"texts": ["Tom said that the lamp was good.", "Was it?"], "label": 1}
 
 
 @pytest.fixture
-def roberta(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "FAMILIES", {"roberta": None, **loading.FAMILIES})
+def roberta(tmp_path):
     return write_roberta(tmp_path / "roberta")
 
 

@@ -11,9 +11,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import run_gsm8k
+import run_memory_throughput
 from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.errors import UserError
 from hyclora.utils.loading import find_base, keep_initial_adapters, load_model, load_tokenizer
+from tests.helpers.small_roberta import write_roberta
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PEFT computes LoftQ on a GPU")
@@ -211,3 +214,14 @@ def test_an_unreachable_hub_says_where_to_put_the_files(monkeypatch):
     arguments = ModelArguments(model_name="nobody/nothing", model_dir="")
     with pytest.raises(UserError, match="nobody/nothing .* --model_dir"):
         load_tokenizer(find_base(arguments, LoraArguments()))
+
+
+@pytest.mark.parametrize("main", [run_gsm8k.main, run_memory_throughput.main])
+def test_an_encoder_predicts_no_next_token(main, tmp_path, capsys):
+    """Said before a run is begun."""
+    write_roberta(tmp_path / "roberta")
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as exit:
+        main(["--model_dir", str(tmp_path), "--model_name", "roberta", "--output_dir", str(output)])
+    assert exit.value.code == 2 and not output.exists()
+    assert "is a roberta model, which predicts no next token: it is for run_glue.sh" in capsys.readouterr().err

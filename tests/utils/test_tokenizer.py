@@ -14,7 +14,6 @@ from transformers import (
     Qwen2Config,
 )
 
-from hyclora.utils import loading
 from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.data.gsm8k import examples_of, prompt_of, target_of
 from hyclora.utils.data.tokens import Example, tokenize_rows
@@ -237,8 +236,7 @@ def test_what_was_decided_is_said(tmp_path, capsys):
 
 
 @pytest.fixture
-def roberta(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "FAMILIES", {"roberta": None, **loading.FAMILIES})
+def roberta(tmp_path):
     return write_roberta(tmp_path / "roberta")
 
 
