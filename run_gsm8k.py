@@ -8,7 +8,6 @@ The settings are at the top of run_gsm8k.sh and in utils/settings.sh; `python ru
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +39,6 @@ class Gsm8kArguments(DataArguments):
             require(
                 bool(self.data_dir), "data_name json needs --data_dir: a .json or .jsonl file, or a folder with one"
             )
-            require(Path(self.data_dir).exists(), f"data_dir {self.data_dir} does not exist: name a file or a folder")
 
 
 def word_problems(data: Gsm8kArguments, evaluation: GenerationArguments, tokenizer: PreTrainedTokenizerBase) -> Task:

@@ -90,7 +90,8 @@ def test_data_files(refused, tmp_path, text, named):
 
 
 def test_data_folder(refused, tmp_path):
-    assert f"{tmp_path / 'none'} does not exist" in refused("--data_name", "gsm8k", "--data_dir", tmp_path / "none")
+    for name in ("gsm8k", "json"):
+        assert f"{tmp_path / 'none'} does not exist" in refused("--data_name", name, "--data_dir", tmp_path / "none")
 
 
 def test_own_rows(refused, tmp_path):

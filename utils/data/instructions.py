@@ -105,6 +105,8 @@ def load_examples(args: DataArguments, split: str) -> list[Example]:
 
 
 def _file_of(path: Path, split: str) -> Path | None:
+    if not path.exists():
+        raise UserError(f"data_dir {path} does not exist: name a file or a folder")
     if path.is_file():
         return path if split == "train" else None
     files = [file for suffix in ("jsonl", "json") if (file := path / f"{split}.{suffix}").is_file()]
