@@ -6,7 +6,7 @@ begins with zeros in it, and gives autograd copies of what it adds.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from functools import partial
 
@@ -32,38 +32,49 @@ class Listener(Enum):
     def of(cls, parameters: list[Tensor]) -> "Listener":
         """Who waits for those of the backward of this forward.
 
-        The hooks by which a wrapper of several processes reduces gradients cannot be seen: it is taken for a listener,
-        but for DDP where it does not reduce (no_sync).
+        The hooks by which a wrapper of several processes reduces gradients cannot be seen: it is taken for a listener.
+        DDP is one within no_sync too: it notes there which parameters were used (find_unused_parameters), and may be
+        told before the backward to reduce after all (accelerate's trigger_sync_in_backward).
         """
-        if any(t._backward_hooks or t._post_accumulate_grad_hooks for t in parameters):
+        if _hooked(parameters):
             return cls.PARTS
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return cls.NOBODY
-        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if wrapper is None:
-            return cls.PARTS
-        return cls.SUMS if wrapper.require_backward_grad_sync else cls.NOBODY
+        return cls.PARTS if _wrapper() is None else cls.SUMS
+
+
+def _wrapper() -> DistributedDataParallel | None:
+    """The DDP whose forward runs."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def _hooked(parameters: Iterable[Tensor]) -> bool:
+    return any(t._backward_hooks or t._post_accumulate_grad_hooks for t in parameters)
 
 
 class GradientBuffers:
     """A buffer a parameter, which all recordings share.
 
     Whoever keeps a gradient after it has been taken off its parameter keeps its values: then that tensor moves. Views
-    of it do not, nor what .detach() and .data make.
+    of it do not, nor what .detach() and .data make, nor memory of DDP's buckets, which is DDP's to overwrite.
     """
 
     def __init__(self):
         self._buffers: dict[nn.Parameter, Tensor] = {}
         self._handed: dict[nn.Parameter, weakref.ref[Tensor]] = {}
+        self._in_buckets: set[nn.Parameter] = set()
 
     def of(self, parameter: nn.Parameter, adopt: bool) -> Tensor:
         """The parameter's buffer; adopt: a new one is the memory of the gradient that it has."""
         buffer = self._buffers.get(parameter)
         if buffer is None or (buffer.dtype, buffer.device) != (parameter.dtype, parameter.device):
             buffer = torch.zeros_like(parameter)
+            self._in_buckets.discard(parameter)
             if adopt and parameter.grad is not None:
                 buffer = parameter.grad.detach()
-                self._handed[parameter] = weakref.ref(parameter.grad)
+                if getattr(_wrapper(), "gradient_as_bucket_view", False):
+                    self._in_buckets.add(parameter)
+                self._hand(parameter, parameter.grad)
             self._buffers[parameter] = buffer
         return buffer
 
@@ -80,7 +91,7 @@ class GradientBuffers:
             else:
                 buffer.copy_(grad)
             parameter.grad = buffer.detach()
-            self._handed[parameter] = weakref.ref(parameter.grad)
+            self._hand(parameter, parameter.grad)
         if empty:
             torch._foreach_zero_(empty)
 
@@ -98,13 +109,21 @@ class GradientBuffers:
         for parameter, buffer in buffers:
             grad = parameter.grad
             if grad is not None and grad.data_ptr() == buffer.data_ptr():
-                self._handed[parameter] = weakref.ref(grad)
+                self._hand(parameter, grad)
 
     def detach(self, buffers: dict[nn.Parameter, Tensor]) -> None:
         """Make these nobody's gradients, and zero."""
-        for parameter in self._handed.keys() & buffers.keys():
-            self._let_go(parameter, buffers[parameter])
+        for parameter, buffer in buffers.items():
+            self._let_go(parameter, buffer)
+            grad = parameter.grad
+            if grad is not None and grad.data_ptr() == buffer.data_ptr():
+                parameter.grad = grad.clone()
         torch._foreach_zero_(list(buffers.values()))
+
+    def _hand(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        # it may be DDP's own view of a bucket, which must not move: DDP would reduce memory that nobody reads
+        if parameter not in self._in_buckets:
+            self._handed[parameter] = weakref.ref(grad)
 
     def _let_go(self, parameter: nn.Parameter, buffer: Tensor) -> None:
         """Whoever has what was handed out keeps it, in other memory."""
@@ -159,9 +178,15 @@ class ReplayFunction(torch.autograd.Function):
             )
         adds = _adds_all(ctx)
         take: Callable = _nothing_for
-        if ctx.listener is Listener.PARTS or ctx.listener is Listener.SUMS and not adds:
+        hooked = _hooked(recording.gradients)  # since the forward, if there is no listener
+        if ctx.listener is Listener.PARTS or ctx.listener is Listener.SUMS and (hooked or not adds):
             buffers.detach(recording.gradients)
             take = _copies
+        elif hooked:
+            raise RuntimeError(
+                "cuda_graphs: a hook was registered on a parameter between forward and backward, which a replay cannot "
+                "call; register it before the forward, or use cuda_graphs=False"
+            )
         elif adds:
             buffers.attach(recording.gradients)
             take = buffers.take if ctx.listener is Listener.SUMS else take

@@ -292,7 +292,7 @@ class LayerGraphs(Pausable):
         args, kwargs = tree_unflatten(leaves, spec)
         trained = [_trained(layer.module) for layer in self.layers]
         anchor = next(p for layer in trained for _, _, p in layer)
-        adopt = self._listener is Listener.NOBODY
+        adopt = self._listener is not Listener.PARTS
         buffers = {p: self.gradients.of(p, adopt) for layer in trained for _, _, p in layer}
         reached: dict[nn.Parameter, Tensor] = {}
         # edges, not tensors: between two layers nothing but the sum of both is kept, and not for backward

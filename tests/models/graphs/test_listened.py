@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hyclora import apply_hyclora
-from hyclora.models.graphs.gradients import Listener
+from hyclora.models.graphs.gradients import GradientBuffers, Listener
 from tests.helpers.offloading import equal
 from tests.helpers.ranks import run_ranks
 from tests.helpers.replaying import CALIBRATION, Rerun, batches, config, graphed, replayed, train
@@ -93,6 +93,72 @@ def test_two_ranks(tmp_path, options, set_to_none):
     run_ranks(compare, tmp_path, options, set_to_none)
 
 
+def two_adapters() -> torch.nn.Module:
+    model = llama()
+    model.add_adapter("other", model.peft_config["default"])
+    return model
+
+
+def activate(model, name: str) -> None:
+    """Which adapter a forward has; both stay trained."""
+    model.set_adapter(name)
+    for n, p in model.named_parameters():
+        p.requires_grad_("lora" in n)
+
+
+def scale_gradients(model) -> list:
+    return [p.register_hook(lambda g: g / 2) for p in model.parameters() if p.requires_grad]
+
+
+def odd_ways(way: str, rank: int, ours: bool) -> list[dict]:
+    """Gradients after each second backward, the first of which is within no_sync."""
+    torch.manual_seed(0)
+    model = two_adapters() if way == "used" else llama()
+    options = {"layer_type": "baseline", "stream": False}
+    graphs = graphed(model, options, recorder=Rerun()) if ours else apply_hyclora(model, config(**options))
+    if way == "used":
+        activate(model, "other")
+    views = way.startswith("views")
+    parallel = DistributedDataParallel(model, find_unused_parameters=way == "used", gradient_as_bucket_view=views)
+    found, replays, hooks = [], 0, []
+    for step in range(-1, 14):
+        late, last = step >= 8, step % 2 == 1
+        if way == "used":
+            activate(model, "other" if last else "default")
+        if way == "views, hooks" and step == 9:
+            hooks = scale_gradients(model)
+        if not last:
+            model.zero_grad(set_to_none=not views or way == "views" and late)
+        with nullcontext() if last and way != "triggered" else parallel.no_sync():
+            loss = parallel(**batches(32)[2 * step + 2 + rank]).loss
+        replays += ours and graphs._pending() is not None
+        if way == "triggered" and last:
+            parallel.require_backward_grad_sync = True
+            parallel.reducer.prepare_for_backward([])
+        if way == "hooks":
+            hooks = scale_gradients(model)
+        loss.backward()
+        if way == "hooks":
+            [hook.remove() for hook in hooks]
+        if last:
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert replays > 8 or not ours
+    return found
+
+
+def compare_odd_ways(rank: int, way: str) -> None:
+    expected, found = (odd_ways(way, rank, ours) for ours in (False, True))
+    assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("way", ["used", "triggered", "hooks", "views", "views, hooks"])
+def test_what_ddp_and_hooks_see_is_what_layers_give(tmp_path, way):
+    """used: a parameter that is used within no_sync alone is reduced all the same. triggered: the backward reduces of a
+    forward within no_sync, as accelerate's trigger_sync_in_backward has it. hooks: registered after the forward. views:
+    DDP's own views of its buckets stay where they are, when gradients are freed or hooked that were recorded there."""
+    run_ranks(compare_odd_ways, tmp_path, way)
+
+
 def compare_streams(rank: int) -> None:
     """Of ragged rows, replayed or not, and of rows of a batch as they are."""
     found = []
@@ -162,7 +228,7 @@ def test_gradients_of_others_than_asked_for_are_left_alone(recorded, kind, monke
 
 
 def test_who_listens(one_process):
-    """In a process group DDP for its sums, but within no_sync; another wrapper's hooks cannot be seen."""
+    """In a process group DDP for its sums; another wrapper's hooks cannot be seen."""
     module = torch.nn.Linear(2, 2)
     module.register_forward_hook(lambda *_: seen.append(Listener.of([module.weight])))
     seen, parallel = [], DistributedDataParallel(module)
@@ -172,7 +238,7 @@ def test_who_listens(one_process):
     module(torch.ones(2))
     module.weight.register_hook(lambda g: None)
     parallel(torch.ones(2))
-    assert seen == [Listener.SUMS, Listener.NOBODY, Listener.PARTS, Listener.PARTS]
+    assert seen == [Listener.SUMS, Listener.SUMS, Listener.PARTS, Listener.PARTS]
 
 
 def test_hooks_on_parameters(recorded):
@@ -195,6 +261,35 @@ def test_hooks_on_parameters(recorded):
     (found,) = train(model, [batch])
     assert equal(found, expected | {"loss": loss})
     assert all(torch.equal(g, expected[n]) for n, grads in kept.items() for g in grads)
+
+
+def test_a_hook_that_comes_after_the_forward_is_refused(recorded):
+    """Where no gradients pass through autograd it would not be called."""
+    model, graphs, batch = recorded
+    loss = model(**batch).loss
+    hook = next(p for p in model.parameters() if p.requires_grad).register_hook(lambda g: g)
+    with pytest.raises(RuntimeError, match="hook .* between forward and backward"):
+        loss.backward()
+    hook.remove()
+
+
+def test_gradients_that_a_failed_backward_left_behind(recorded, monkeypatch):
+    """They are in the graphs' memory, of which the failed one could take no note."""
+    model, graphs, batch = recorded
+    (expected,) = train(model, [batch])
+    listeners = iter([Listener.SUMS, Listener.PARTS])
+    monkeypatch.setattr(Listener, "of", lambda parameters: next(listeners))
+
+    def fail(*_):
+        raise ValueError("failed")
+
+    model.zero_grad()
+    with monkeypatch.context() as patched:
+        patched.setattr(GradientBuffers, "_note", fail)
+        with pytest.raises(ValueError, match="failed"):
+            model(**batch).loss.backward()
+    (found,) = train(model, [batch], set_to_none=False)
+    assert equal(found, expected)
 
 
 def test_gradients_of_a_few_tensors(recorded, one_process):
