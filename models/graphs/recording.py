@@ -23,7 +23,7 @@ class CudaRecorder:
         return CudaRecorder, (self.device,)
 
     def __copy__(self) -> "CudaRecorder":
-        """Another pool; the same stream, as the GEMM workspaces of a stream are never given back."""
+        """Another pool; the same stream, as torch has few, and GEMM workspaces for each that was used."""
         twin = object.__new__(CudaRecorder)
         twin.device, twin.stream, twin.pool = self.device, self.stream, torch.cuda.graph_pool_handle()
         return twin
