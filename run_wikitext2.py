@@ -61,7 +61,11 @@ class TextArguments(DataArguments):
         path = Path(self.data_dir)
         require(path.exists(), f"data_dir {path} does not exist: name a file or a folder with train.txt")
         require(
-            not self.eval_file or bool(self.data_dir) and (path / self.eval_file).is_file(),
+            not self.eval_file or bool(self.data_dir),
+            f"eval_file {self.eval_file} is looked for in data_dir, which is not given: set it, or drop eval_file",
+        )
+        require(
+            not self.eval_file or (path / self.eval_file).is_file(),
             f"eval_file {self.eval_file} is no file in data_dir {self.data_dir!r}",
         )
 

@@ -106,7 +106,7 @@ def test_token_files_are_judged_per_token(drive, tmp_path):
         (["--data_name", "wikitext2", "--data_dir", "{short}"], "has no text for test: put wiki.test.raw or test.txt"),
         (["--data_name", "text", "--data_dir", "{short}"], "train.txt has 5 tokens, too few for a block of 64"),
         (["--data_name", "text", "--data_dir", "{short}", "--eval_file", "no.txt"], "eval_file no.txt is no file in"),
-        (["--eval_file", "no.txt"], "eval_file no.txt is no file in data_dir ''"),
+        (["--eval_file", "no.txt"], "eval_file no.txt is looked for in data_dir, which is not given: set it"),
         (["--stride", "65"], "stride 65 is more than seq_len 64"),
         (["--stride", "-1"], "stride must not be negative"),
         (["--seq_len", "4096"], "a row has 4096 tokens, "),
