@@ -2,7 +2,7 @@
 
     bash run_glue.sh                                                       # demo, a minute on a CPU
     data_name=rte model_name=roberta-base bash run_glue.sh
-    data_name=rte data_dir=../shared/data/glue model_name=roberta-base bash run_glue.sh
+    data_name=rte data_dir=data/glue model_name=roberta-base bash run_glue.sh
 
 The model tells a class of a text or of a pair, or gives a score (stsb). Its head is drawn anew, and trained and saved
 beside the adapters. The settings are at the top of run_glue.sh and in utils/settings.sh; `python run_glue.py --help`

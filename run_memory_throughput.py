@@ -23,7 +23,7 @@ from hyclora.utils.args import HycloraArguments, LoraArguments, ModelArguments, 
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import RunStopped, UserError, entry_point, is_out_of_memory
 from hyclora.utils.heads import NEXT_TOKEN
-from hyclora.utils.loading import check_head, checkpoint_layers, find_base, load_model
+from hyclora.utils.loading import check_model, checkpoint_layers, find_base, load_model
 from hyclora.utils.profiling import random_micro_step
 
 PLAIN = ("PEFT LoRA", "PEFT LoRA, checkpointing")
@@ -52,7 +52,7 @@ def main(argv=None):
     groups = parse_arguments(argv, GROUPS)
     model_args, lora_args, hyclora_args, profile = groups
     source = find_base(model_args, lora_args, tokenizer=False)
-    check_head(source, NEXT_TOKEN)
+    check_model(source, NEXT_TOKEN, lora_args)
     device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(profile.device, profile.device))
     if device.type == "cpu" and Path(source).resolve().parent == SHAPES.resolve():
         raise UserError(f"{source} is the shape of a model for a GPU, and this would run on the CPU: drop model_name")

@@ -25,7 +25,7 @@ from benchmarks.rows import (
     name_of,
     presets_of,
 )
-from benchmarks.tables import remarks, source, table
+from benchmarks.tables import SITTINGS, remarks, source, table
 from hyclora.models.config import BITS, PRESETS, SLOTS, HycloraConfig
 from hyclora.models.patch import FAMILIES
 
@@ -198,7 +198,7 @@ def headline() -> str:
     if not rows:
         return ""
     head = [title, "", "dyn MiB", "held MiB", "host MiB", "ms"]
-    note = "*Commits differ where rows were measured in other sittings, on other cards of this kind.*\n\n"
+    note = f"{SITTINGS}\n\n"
     mixed = note if len({line["commit"] for line in used}) > 1 else ""
     named = [(name_of(line["setting"]), line) for line in used]
     parts = [mixed + source(used, "python -m benchmarks.memory_throughput"), *remarks(named)]

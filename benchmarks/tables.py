@@ -1,5 +1,8 @@
 """A table in Markdown, and where its numbers come from."""
 
+# of rows that are not of one run
+SITTINGS = "*Commits differ where rows were measured in other sittings, on other cards of this kind.*"
+
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]

@@ -6,8 +6,12 @@ The parts of the package are the folders models, operators and utils. In a check
 installed package inside it; they are hyclora.models, hyclora.operators and hyclora.utils in both.
 """
 
+import logging
 from importlib import import_module
 from pathlib import Path
+
+# PEFT imports bitsandbytes, which warns on every CPU machine that an optional kernel package is missing
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if not (Path(__file__).parent / "models").is_dir():
     __path__.append(str(Path(__file__).parent.parent))

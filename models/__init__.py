@@ -12,8 +12,3 @@ report.py      what is said about a patched model                       graphs/ 
 building.py    which blocks and savers layers get                       families/   what families are like
 encoder_layer.py  a whole layer whose norms come after the residual
 """
-
-import logging
-
-# PEFT imports bitsandbytes, which warns on every CPU machine that an optional kernel package is missing
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyclora.operators.savers import ChannelQuant, GaugedQuant, Readback, Saver, Step
+from hyclora.operators.savers import ChannelQuant, Derived, GaugedQuant, Readback, Saver, Step
 from hyclora.operators.savers.channel_quant import sum_over_ranks
 from hyclora.operators.savers.gauge import REFERENCE, SAMPLES
 
@@ -48,7 +48,8 @@ class Calibration:
 
     def __init__(self, step: Step, savers: list[Saver]):
         self.step, self.length = step, step.threshold
-        self.quantizers = [saver for saver in savers if isinstance(saver, ChannelQuant)]
+        own = [saver.own for saver in savers if isinstance(saver, Derived)]
+        self.quantizers = [saver for saver in (*savers, *own) if isinstance(saver, ChannelQuant)]
         self.gauge = next((saver for saver in savers if isinstance(saver, GaugedQuant)), None)
         self.begun, self.counted, self.restarts = 0, 0, 0
         self.seen: Tensor | None = None

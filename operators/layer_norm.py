@@ -180,6 +180,13 @@ def _dropout_arguments(seed: Tensor | None, p: float, like: Tensor) -> tuple[Ten
     return like if seed is None else seed, *reference.dropout_constants(p), constants
 
 
+def _gradients(dy: Tensor, p: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Places for dresidual and dx, one where they are the same; dtype: of dx, None for dy's."""
+    dtype = dtype or dy.dtype
+    dresidual = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    return dresidual, torch.empty(dy.shape, dtype=dtype, device=dy.device) if p > 0 or dtype != dy.dtype else dresidual
+
+
 def _row_launch(n_cols: int) -> dict:
     block = max(1, next_power_of_2(n_cols) // 8)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 64))}
@@ -219,16 +226,13 @@ def layer_norm_bwd(
         return reference.layer_norm_bwd(dy, x_hat, rstd, weight, seed, p, dtype)
     dy, x_hat = as_rows(dy), x_hat.contiguous()
     n_rows, n_cols = dy.shape
-    dtype = dtype or dy.dtype
-    dresidual = torch.empty(n_rows, n_cols, dtype=dy.dtype, device=dy.device)
-    own = p > 0 or dtype != dy.dtype
-    dx = torch.empty(n_rows, n_cols, dtype=dtype, device=dy.device) if own else dresidual
+    dresidual, dx = _gradients(dy, p, dtype)
     seed, least, factor, constants = _dropout_arguments(seed, p, rstd)
     if n_rows:
         with device_guard(dy):
             _layer_norm_bwd_kernel[(n_rows,)](
-                dy, x_hat, rstd, weight, seed, dresidual, dx, least, factor, n_cols, dy.stride(0), OWN_DX=own,
-                **constants, **_row_launch(n_cols),
+                dy, x_hat, rstd, weight, seed, dresidual, dx, least, factor, n_cols, dy.stride(0),
+                OWN_DX=dx is not dresidual, **constants, **_row_launch(n_cols),
             )  # fmt: skip
     return dresidual, dx
 
@@ -269,17 +273,14 @@ def layer_norm_unpack_bwd(
     dy = as_rows(dy)
     n_rows, n_cols = dy.shape
     n_outliers = kept.shape[1] if kept.numel() else 0
-    dtype = dtype or dy.dtype
-    dresidual = torch.empty(n_rows, n_cols, dtype=dy.dtype, device=dy.device)
-    own = p > 0 or dtype != dy.dtype
-    dx = torch.empty(n_rows, n_cols, dtype=dtype, device=dy.device) if own else dresidual
+    dresidual, dx = _gradients(dy, p, dtype)
     seed, least, factor, constants = _dropout_arguments(seed, p, rstd)
     if n_rows:
         with device_guard(dy):
             _layer_norm_unpack_bwd_kernel[(n_rows,)](
                 dy, rstd, weight, seed, dresidual, dx, codes, scale, mean, std, outliers, kept, least, factor,
-                n_cols, codes.shape[1], dy.stride(0), n_outliers, OWN_DX=own, **constants, **book_constants(book),
-                **row_constants(codes.shape[1], book, n_outliers),
+                n_cols, codes.shape[1], dy.stride(0), n_outliers, OWN_DX=dx is not dresidual, **constants,
+                **book_constants(book), **row_constants(codes.shape[1], book, n_outliers),
             )  # fmt: skip
     return dresidual, dx
 

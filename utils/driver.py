@@ -23,7 +23,7 @@ from hyclora.utils.data.tokens import Collator
 from hyclora.utils.disk import check_output, checkpoint_bytes
 from hyclora.utils.errors import entry_point
 from hyclora.utils.loading import (
-    check_head,
+    check_model,
     check_positions,
     checkpoint_layers,
     find_base,
@@ -78,7 +78,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
     decided = []
     tokenizer = load_tokenizer(source, decided.append)
     task = driver.tasks[data_args.data_name](data_args, eval_args, tokenizer)
-    check_head(source, task.head)
+    check_model(source, task.head, lora_args)
     check_positions(source, task.train)
     task.head.check(training)
 

@@ -108,11 +108,19 @@ def load_tokenizer(source: str, tell: Callable[[str], None] = print) -> PreTrain
     return tokenizer
 
 
-def check_head(source: str, head: Head) -> None:
-    """UserError if the model in source cannot have it."""
-    family = AutoConfig.from_pretrained(source).model_type
-    if head is NEXT_TOKEN and not FAMILIES[family].causal:
-        raise UserError(f"{source} is a {family} model, which predicts no next token: it is for run_glue.sh")
+def check_model(source: str, head: Head, lora: LoraArguments) -> None:
+    """UserError if the model in source cannot have this head, or lacks layers that are to get adapters."""
+    config = AutoConfig.from_pretrained(source, **head.config)
+    if head is NEXT_TOKEN and not FAMILIES[config.model_type].causal:
+        raise UserError(f"{source} is a {config.model_type} model, which predicts no next token: it is for run_glue.sh")
+    with torch.device("meta"):
+        _check_targets(head.auto.from_config(config), lora)
+
+
+def _check_targets(base: PreTrainedModel, lora: LoraArguments) -> None:
+    present = {name.rpartition(".")[2] for name, _ in base.named_modules()} | {ALL_LINEAR}
+    if absent := [name for name in lora.target_modules if name not in present]:
+        raise UserError(f"target_modules: the model has no layer named {', '.join(absent)}")
 
 
 def check_positions(source: str, rows: list[dict]) -> None:
@@ -237,9 +245,7 @@ def add_lora(
     What of the head is trained is float32, as the adapters are.
     """
     targets = ALL_LINEAR if lora.target_modules == [ALL_LINEAR] else lora.target_modules
-    present = {name.rpartition(".")[2] for name, _ in base.named_modules()} | {ALL_LINEAR}
-    if absent := [name for name in lora.target_modules if name not in present]:
-        raise UserError(f"target_modules: the model has no layer named {', '.join(absent)}")
+    _check_targets(base, lora)
     config = LoraConfig(
         task_type=head.task_type,
         r=lora.lora_rank,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyclora.operators import reference
-from hyclora.operators.dispatch import cdiv, device_guard, use_triton
+from hyclora.operators.dispatch import as_rows, cdiv, device_guard, use_triton
 from hyclora.operators.token_tiles import token_tiles
 
 MERGED_BY = {"low": torch.minimum, "high": torch.maximum}  # all other measures are sums
@@ -58,6 +58,7 @@ def measure(x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
 
 
 def _measure(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    x = as_rows(x)
     n_rows, n_cols = x.shape
     # finite if all of them are
     mask = mask & x.sum(dim=1, dtype=torch.float32).isfinite()

@@ -13,7 +13,7 @@ from hyclora.models.calibration import PATIENCE, SAMPLES, _contexts
 from hyclora.models.patch import find_patch
 from hyclora.models.state import load_calibration, save_calibration
 from hyclora.operators import dispatch
-from hyclora.operators.savers import ChannelQuant, GaugedQuant, Step
+from hyclora.operators.savers import ChannelQuant, Derived, GaugedQuant, Step
 from tests.helpers.calibrating import (
     POOR,
     WIDTH,
@@ -375,6 +375,9 @@ def test_nothing_waits_for_the_device_afterwards(monkeypatch):
     monkeypatch.setattr(calibration, "_contexts", None)
     run(model, [usual(1), usual(2)])
     assert patch.calibration.seen is None and rested == patch.calibration.quantizers
+    savers = [saver for block in patch.blocks for saver in block.savers.values()]
+    # a slot that is another one's elsewhere has a quantizer for where it is not
+    assert {saver.own for saver in savers if isinstance(saver, Derived)} - {None} < set(rested)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a matter of the GPU")

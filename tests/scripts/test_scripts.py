@@ -51,6 +51,7 @@ def test_every_script_ends_well_in_its_shortest_form(driver, tmp_path):
     environment.pop("TRITON_INTERPRET", None)  # kernels are for other tests
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "gemm_4bit" not in done.stderr, "bitsandbytes misses a package that nothing here needs"
     assert "MiB" in done.stdout and list(tmp_path.glob("*.json*"))
 
 

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import run_glue
 import run_gsm8k
 import run_memory_throughput
 from hyclora.utils.args import LoraArguments, ModelArguments
@@ -225,3 +226,11 @@ def test_an_encoder_predicts_no_next_token(main, tmp_path, capsys):
         main(["--model_dir", str(tmp_path), "--model_name", "roberta", "--output_dir", str(output)])
     assert exit.value.code == 2 and not output.exists()
     assert "is a roberta model, which predicts no next token: it is for run_glue.sh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [run_glue.main, run_gsm8k.main, run_memory_throughput.main])
+def test_layers_that_are_not_there_are_told_before_a_run_is_begun(main, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--target_modules", "q_proj", "query", "--output_dir", str(tmp_path / "out")])
+    assert exit.value.code == 2 and not (tmp_path / "out").exists()
+    assert "target_modules: the model has no layer named query" in capsys.readouterr().err

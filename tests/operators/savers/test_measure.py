@@ -34,9 +34,10 @@ def test_only_tokens_that_count(dtype, interpreted, kernels, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n_rows, n_cols", [(1, 1), (31, 64), (33, 65), (130, 200)])
 def test_kernel_is_the_reference(kernels, dtype, n_rows, n_cols):
-    """To rounding, extremes exactly; of rows that are not dense too."""
-    x = strided(rand(n_rows, n_cols, dtype=dtype) * 3 + 1)
-    for mask in (None, mask_of(n_rows, *range(0, n_rows, 3))):
+    """To rounding, extremes exactly; of rows that are not dense and of columns that are, too."""
+    rows = strided(rand(n_rows, n_cols, dtype=dtype) * 3 + 1)
+    none, some = None, mask_of(n_rows, *range(0, n_rows, 3))
+    for x, mask in ((rows, none), (rows, some), (rows.T.contiguous().T, some)):
         found = measure(x, mask)
         truth = reference.measure(x.double(), mask_of(n_rows) if mask is None else mask)
         assert found["count"] == truth["count"]
