@@ -379,8 +379,7 @@ def test_nothing_waits_for_the_device_afterwards(monkeypatch):
 
 def test_quantizers_of_slots_that_are_derived_elsewhere_count():
     first, second = ChannelQuant(4, "channel_group", 0.0), ChannelQuant(4, "channel_group", 0.0)
-    found = calibration.Calibration(Step(1), [first, Derived(second), Derived()])
-    assert found.quantizers == [first, second]
+    assert calibration.Calibration(Step(1), [first, Derived(second), Derived()]).quantizers == [first, second]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a matter of the GPU")
