@@ -62,11 +62,10 @@ def end_rank_0() -> None:
 
 
 def data_parallel(model, gpus: int, device: str):
-    """The model as DistributedDataParallel, if there are several GPUs."""
+    """The model as DistributedDataParallel, if there are several GPUs. Its buffers are the same in all of them."""
     if gpus == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(
-        model, device_ids=[rank()] if device == "cuda" else None, gradient_as_bucket_view=True
-    )
+    mine = [rank()] if device == "cuda" else None
+    return DistributedDataParallel(model, device_ids=mine, broadcast_buffers=False, gradient_as_bucket_view=True)

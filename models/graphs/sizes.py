@@ -4,7 +4,6 @@ A recording takes the host as long as some thousand tokens take the GPU. So a si
 as much filler as that costs: what is rare never is, and at most twice the least is spent.
 """
 
-import sys
 from collections import Counter
 
 # at least from one size to the next
@@ -30,12 +29,13 @@ class Sizes:
         self.places = 0
         self._served: Counter[tuple[int, int]] = Counter()
         self._shapes: Counter[tuple[int, int]] = Counter()
-        self._largest, self._smallest, self._in_vain = 0, sys.maxsize, 0
+        self._seen: Counter[int] = Counter()
+        self._in_vain = 0
 
     def choose(self, n: int, calibrating: bool, room: bool) -> int:
         """The size of a row for n tokens. room: whether another one can be recorded; calibrating: nothing can yet."""
         own = filled_size(n)
-        self._largest, self._smallest = max(self._largest, own), min(self._smallest, own)
+        self._seen[own] += 1
         if calibrating or own in self.recorded:
             return own
         larger = min((size for size in self.recorded if size > own), default=None)
@@ -43,8 +43,9 @@ class Sizes:
             self._in_vain += 1
             if not room or self._in_vain > PATIENCE:
                 return own
-            # where lengths differ a longer row is still to come
-            return self._largest if self._smallest == self._largest else filled_size(self._largest * 9 // 8)
+            # a longer row is still to come, unless most are as long as they may be
+            largest = max(self._seen)
+            return largest if 2 * self._seen[largest] > self._seen.total() else filled_size(largest * 9 // 8)
         self._served[own, larger] += 1
         size = max((size for size, _ in self._served if size >= own), key=self._saved)
         return size if room and self._saved(size) > PRICE else larger

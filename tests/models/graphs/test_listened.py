@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hyclora import apply_hyclora
 from hyclora.models.graphs.gradients import GradientBuffers, Listener
+from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
 from tests.helpers.ranks import run_ranks
 from tests.helpers.replaying import CALIBRATION, Rerun, batches, config, graphed, replayed, train
@@ -229,15 +230,16 @@ def test_gradients_of_others_than_asked_for_are_left_alone(recorded, kind, monke
 
 def test_who_listens(one_process):
     """In a process group DDP for its sums; another wrapper's hooks cannot be seen."""
-    module = torch.nn.Linear(2, 2)
+    module = torch.nn.Linear(2, 2).to(DEVICE)
     module.register_forward_hook(lambda *_: seen.append(Listener.of([module.weight])))
+    x = torch.ones(2, device=DEVICE)
     seen, parallel = [], DistributedDataParallel(module)
-    parallel(torch.ones(2))
+    parallel(x)
     with parallel.no_sync():
-        parallel(torch.ones(2))
-    module(torch.ones(2))
+        parallel(x)
+    module(x)
     module.weight.register_hook(lambda g: None)
-    parallel(torch.ones(2))
+    parallel(x)
     assert seen == [Listener.SUMS, Listener.SUMS, Listener.PARTS, Listener.PARTS]
 
 

@@ -36,6 +36,14 @@ def test_rows_of_one_length_have_no_filler():
     assert choose(sizes, 2048) == 2048
 
 
+def test_packed_rows_have_no_more_filler_than_they_need():
+    """They are as long as a row may be, but for some."""
+    sizes = Sizes()
+    for n in (2040, 1700, 2048, 2011):
+        sizes.choose(n, calibrating=True, room=True)
+    assert choose(sizes, 1800) == 2048
+
+
 def test_rows_that_nobody_records_are_soon_as_short_as_they_can_be():
     sizes = Sizes()
     sizes.choose(1000, calibrating=True, room=True)
