@@ -246,6 +246,7 @@ def layer_norm_pack(
     Allocates these alone, the packed bytes in one piece: x_hat itself never exists.
     """
     x, residual = as_rows(x), as_rows(residual)
+    saver.follow(x.device)
     n_rows, n_cols = x.shape
     dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
     shapes = [*packed_shapes(n_rows, n_cols, saver.book), ((n_rows, saver.n_outliers), dtype)]

@@ -17,7 +17,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from hyclora.operators.attention.flash import flash_attention, tells_runs
+from hyclora.operators.attention.flash import backward_pieces, flash_attention, tells_runs
 from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore, packed_qkv
 from hyclora.operators.attention.hollow_graph import HollowGraph, record
 from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
@@ -75,13 +75,29 @@ class FlashCore:
             restored = [*heads, attn_out.view_as(heads[0])]
             heads.clear()
             return graph.backward(restored, rest, do_fn(attn_out).view_as(restored[-1]))
-        with torch.enable_grad():
-            q, k, v = (t.detach().requires_grad_() for t in heads)
-            heads.clear()
-            with replayed_rng(q.device, rng["attention"]) if "attention" in rng else nullcontext():
-                o = self.run(q, k, v, mask, kwargs)
-        do = do_fn(o.detach() if attn_out is None else attn_out).view_as(o)
-        return torch.autograd.grad(o, (q, k, v), do)
+        n, device = self._pieces(heads, mask), heads[0].device
+        pieces = list(zip(*(t.detach().chunk(n, dim=2) for t in heads), strict=True))
+        heads.clear()
+        with torch.enable_grad(), replayed_rng(device, rng["attention"]) if "attention" in rng else nullcontext():
+            pieces = [[t.requires_grad_() for t in piece] for piece in pieces]
+            outputs = [self.run(*piece, mask, kwargs) for piece in pieces]
+        o = _joined([o.detach() for o in outputs])
+        do = do_fn(o if attn_out is None else attn_out).view_as(o).chunk(n, dim=2)
+        del o
+        grads = [torch.autograd.grad(outputs.pop(0), pieces.pop(0), do_n) for do_n in do]
+        return tuple(map(_joined, zip(*grads, strict=True)))
+
+    def _pieces(self, heads: list[Tensor], mask) -> int:
+        """In how many pieces of heads the backward goes."""
+        if not tells_runs(mask):
+            return 1
+        dropout = self.dropout(self.module) if self.module.training else 0.0
+        return backward_pieces(*heads[:2], mask, self.window, dropout)
+
+
+def _joined(pieces) -> Tensor:
+    """[B, S, H / n, D] n times to [B, S, H, D]; what is whole is not copied."""
+    return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
 
 class EagerCore:

@@ -55,7 +55,7 @@ class ChannelQuant(StoringSaver):
 
     def prepare(self, x: Tensor, step: Step) -> None:
         """Calibrate on x if this is a calibration forward not counted yet, or the first time that there is an x."""
-        self._follow(x.device)
+        self.follow(x.device)
         if self.due(step) or self.mean is None:
             self.calibrate(measure(x, step.mask(x.shape[0])), step)
 
@@ -86,12 +86,13 @@ class ChannelQuant(StoringSaver):
     @torch.no_grad()
     def calibrate(self, batch: dict[str, Tensor], step: Step) -> None:
         """Add what was measured of a forward to the statistics since step.since; mean, std, outlier channels follow."""
-        self._follow(batch["count"].device)
+        self.follow(batch["count"].device)
         batch = sum_over_ranks(batch)
         batch["steps"] = torch.ones_like(batch["count"])
         batch["range"] = (batch.pop("high") - batch.pop("low")).nan_to_num(neginf=0.0)
         old = self.statistics if self._last_step >= step.since else {}
-        self.statistics = {name: old[name].to(new.device) + new if old else new for name, new in batch.items()}
+        # measures are views of one tensor, of which not all are kept
+        self.statistics = {name: old[name].to(t.device) + t if old else t.clone() for name, t in batch.items()}
         self._last_step = step.index
         self._set_scales(batch["count"].device)
 
@@ -99,7 +100,7 @@ class ChannelQuant(StoringSaver):
         """Have the statistics on the host, where they wait for the next calibration."""
         self.statistics = {name: t.cpu() for name, t in self.statistics.items()}
 
-    def _follow(self, device: torch.device) -> None:
+    def follow(self, device: torch.device) -> None:
         """Have what they mean where the activations are: they are loaded on the CPU, and models move."""
         if self.statistics and self.mean.device != device:
             self._set_scales(device)

@@ -2,11 +2,12 @@
 
 import ctypes
 import itertools
+from dataclasses import replace
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hyclora import apply_hyclora
+from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models.patch import find_patch
 from hyclora.operators.store import CudaCopies, Store
 from tests.helpers.kernel_checks import DEVICE
@@ -63,8 +64,9 @@ class LazyCopies:
 
 
 def offloaded(model, config, copies=None, **options) -> Store:
-    """Patch a model and send its slots to a store, on the GPU or to late copies on the CPU."""
-    apply_hyclora(model, config)
+    """Patch a model, its slots sent to a store, on the GPU or to late copies on the CPU. Graphs only if asked for."""
+    config = config or HycloraConfig()
+    apply_hyclora(model, replace(config, cuda_graphs=config.cuda_graphs is True))
     copies = copies or (CudaCopies(torch.device("cuda", 0)) if DEVICE == "cuda" else LazyCopies())
     store = Store(copies, **{"slab": SLAB} | options)
     find_patch(model).use(store)

@@ -8,6 +8,7 @@ import torch
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES, SLOTS
 from hyclora.models.patch import find_patch
+from hyclora.operators.attention import attention as attention_module
 from hyclora.operators.savers import ChannelQuant
 from tests.helpers.small_models import (
     gradients,
@@ -67,6 +68,16 @@ def test_baseline_equals_hf_and_peft(variant, attention, request):
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5
     assert largest_error(ours, exact) < 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [2, 6])
+def test_attention_goes_back_in_pieces_of_heads(kv_heads, monkeypatch):
+    """To the same gradients: heads know nothing of each other."""
+    model, batch = llama(num_key_value_heads=kv_heads), padded_batch()
+    apply_hyclora(model, rows(layer_type="intra_inter", iteration_threshold=1))
+    expected = [gradients(model, batch)[1] for _ in range(2)][1]
+    monkeypatch.setattr(attention_module, "backward_pieces", lambda *_: 2)
+    assert largest_error(gradients(model, batch)[1], expected) < 1e-5
 
 
 @pytest.mark.parametrize("layer_type", list(POLICIES))

@@ -133,3 +133,14 @@ def test_what_is_kept(kernels, bits):
     assert relative_error(derived.restore("attn_in"), restored * weight + bias) < 2 * ROUNDING[HALF]
     found[0].backward(dy)
     assert relative_error(x.grad, reference.layer_norm_bwd(dy.float(), restored, rstd, weight)[1]) < ROUNDING[HALF]
+
+
+def test_statistics_come_to_where_the_activations_are(kernels):
+    """They are loaded on the CPU, and the first forward after that is no calibration."""
+    x, residual, _, weight, bias = inputs((5, 96), torch.float32)
+    saver = ChannelQuant(4, "channel_group", 0.0)
+    saver.pack(x, Step(threshold=1, index=1))
+    expected = layer_norm_pack(x, residual, weight, bias, 1e-5, saver)[0]
+    saver._set_scales(torch.device("meta"))
+    assert torch.equal(layer_norm_pack(x, residual, weight, bias, 1e-5, saver)[0], expected)
+    assert saver.mean.device.type == DEVICE

@@ -25,7 +25,8 @@ def prepare(n_rows, n_cols, bits, rank, dtype, adapted=True):
         k = Keeper(savers, step)
         if adapted:
             k.keep_exact(group.xa_name, rand(n_rows, padded_rank(rank), dtype=dtype, seed=5))
-            torch.nn.init.normal_(group.parameters()[1], std=0.1, generator=torch.Generator().manual_seed(0))
+            weight = group.parameters()[1].data
+            weight.copy_(rand(*weight.shape, seed=6) / 10)
         return k
 
     return spec, rand(n_rows, n_cols, dtype=dtype) * 2, group.low_rank(group.parameters(), dtype), keeper

@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -305,7 +306,7 @@ def test_late_copies_on_the_gpu(layer_type):
             return super().copy(pairs)
 
     model, batches = llama({"lora_dropout": 0.1}, num_hidden_layers=6), [padded_batch(seed=s) for s in range(3)]
-    config = HycloraConfig(layer_type=layer_type, iteration_threshold=1)
+    config = HycloraConfig(layer_type=layer_type, iteration_threshold=1, cuda_graphs=False)
     apply_hyclora(model, config)
     expected = [gradients(model, batch)[1] for batch in batches]
     remove_hyclora(model)
@@ -335,13 +336,13 @@ def test_memory_is_flat_on_the_gpu():
         torch.cuda.synchronize()
         peaks[key], after[key] = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
 
-    config = HycloraConfig(layer_type="baseline")
+    config = HycloraConfig(layer_type="baseline", cuda_graphs=False)
     apply_hyclora(model, config)
     for i in range(2):
         step(("resident", i))
     remove_hyclora(model)
     gc.collect()
-    apply_hyclora(model, HycloraConfig(layer_type="baseline", offload=True))
+    apply_hyclora(model, replace(config, offload=True))
     store = find_patch(model).store
     for i in range(6):
         step(i)
