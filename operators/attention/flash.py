@@ -24,7 +24,10 @@ else:
     VARLEN_OPTIONS = frozenset(signature(varlen_attn).parameters)
 
 HALF = (torch.bfloat16, torch.float16)
-PLACE = 128  # tokens that the backward of flash's kernel for runs takes memory for with each run, be it empty
+# tokens that the backward of flash's kernel for runs takes memory for with each run, be it empty
+PLACE = 128
+# tokens whose memory is not worth being saved, as each piece of a backward costs some launches
+SMALL = 4096
 
 
 def is_bounds(mask) -> bool:
@@ -82,13 +85,13 @@ def backward_pieces(q: Tensor, k: Tensor, runs: Tensor, window: int | None, drop
     """In how many pieces, of as many heads each, the backward of flash_attention should go; arguments as there.
 
     Flash's kernel for runs takes fp32 memory of the size of q there, for PLACE tokens more with each run. In pieces it
-    takes that of two q at most, where heads allow it.
+    takes that of two q at most, or of SMALL tokens, where heads allow it.
     """
     n_tokens, n_runs = q.shape[0] * q.shape[1], runs.numel() - 1 if is_starts(runs) else runs.shape[-1] - 1
     whole = not is_starts(runs) and n_runs == q.shape[0] and window is None
     if whole or not takes_varlen(q, dropout):
         return 1
-    least = -(-(n_tokens + PLACE * n_runs) // (2 * n_tokens))
+    least = -(-(n_tokens + PLACE * n_runs) // max(2 * n_tokens, SMALL))
     return next((n for n in range(least, k.shape[2]) if k.shape[2] % n == 0), k.shape[2])
 
 

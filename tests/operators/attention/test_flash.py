@@ -181,17 +181,21 @@ def test_bf16_on_the_gpu(rows, window):
 
 
 @pytest.mark.parametrize(
-    "n_runs, kv_heads, window, n",
-    [(3, 4, None, 1), (13, 4, None, 1), (14, 4, None, 2), (40, 4, None, 4), (240, 12, 9, 12), (999, 5, None, 5)],
-)
-def test_pieces_of_a_backward(n_runs, kv_heads, window, n, monkeypatch):
-    """The kernel's memory is that of two q at most, 128 tokens a run counted, where heads can be parted so."""
+    "n_tokens, n_runs, kv_heads, window, n",
+    [(1706, 3, 4, None, 1), (1706, 18, 4, None, 1), (1706, 19, 4, None, 2), (1706, 70, 4, None, 4),
+     (3412, 26, 4, None, 1), (3412, 70, 4, None, 2), (1706, 240, 12, 9, 12), (1706, 999, 5, None, 5)],
+)  # fmt: skip
+def test_pieces_of_a_backward(n_tokens, n_runs, kv_heads, window, n, monkeypatch):
+    """The kernel's memory is that of two q at most, 128 tokens a run counted, where heads can be parted so.
+
+    A few thousand tokens' memory is let be.
+    """
     monkeypatch.setattr(flash, "takes_varlen", lambda q, dropout: True)
-    q, k = torch.empty(1, 1706, 24, 8), torch.empty(1, 1706, kv_heads, 8)
+    q, k = torch.empty(1, n_tokens, 24, 8), torch.empty(1, n_tokens, kv_heads, 8)
     starts = torch.zeros(1, n_runs + 1, 1, 1, dtype=torch.int32)
     bounds = torch.zeros(1, 1, 2, n_runs + 1, dtype=torch.int32)
     assert flash.backward_pieces(q, k, starts, window, 0.0) == flash.backward_pieces(q, k, bounds, window, 0.0) == n
-    assert flash.backward_pieces(q, k, bounds_of([[0, 1706], [1, 0]]), None, 0.0) == 1
+    assert flash.backward_pieces(q, k, bounds_of([[0, n_tokens], [1, 0]]), None, 0.0) == 1
     monkeypatch.undo()
     assert flash.backward_pieces(q, k, starts, window, 0.0) == 1
 

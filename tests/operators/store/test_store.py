@@ -306,7 +306,8 @@ def test_late_copies_on_the_gpu(layer_type):
             return super().copy(pairs)
 
     model, batches = llama({"lora_dropout": 0.1}, num_hidden_layers=6), [padded_batch(seed=s) for s in range(3)]
-    config = HycloraConfig(layer_type=layer_type, iteration_threshold=1, cuda_graphs=False)
+    # the hooks below see rows as they come
+    config = HycloraConfig(layer_type=layer_type, iteration_threshold=1, cuda_graphs=False, stream=False)
     apply_hyclora(model, config)
     expected = [gradients(model, batch)[1] for batch in batches]
     remove_hyclora(model)
