@@ -13,5 +13,6 @@ workers.py            many small runs side by side
 random_checkpoint.py  a checkpoint of a shape
 report.py             README's tables                        figures.py         figures/*.png
 paper_tables.py       the paper's tables, of anyone's runs
-report_real_rows.py   and that of rows of many lengths       tables.py          a table in Markdown
+report_real_rows.py   and those of rows of many lengths      tables.py          a table in Markdown
+report_experiments.py and of the paper's experiments
 """
