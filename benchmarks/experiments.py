@@ -9,7 +9,8 @@ glue/TASK/{train,dev}.tsv; what is not used may be missing. What follows -- goes
 
 Runs go side by side, the first of a task being exact LoRA, 4 bit, auto and 2 bit. Each that ends appends a line to
 OUTPUT_DIR/experiments.jsonl, one that fails with its error; those that are there without an error are not run again, so
-that the same command goes on after an interruption. To be shown, lines belong into benchmarks/results/.
+that the same command goes on after an interruption. To be shown, lines belong into the file of this name in
+benchmarks/results/.
 """
 
 import argparse
