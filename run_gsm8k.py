@@ -44,12 +44,17 @@ class Gsm8kArguments(DataArguments):
 def word_problems(data: Gsm8kArguments, evaluation: GenerationArguments, tokenizer: PreTrainedTokenizerBase) -> Task:
     rows, test = load_rows(data, "train"), load_rows(data, "test")
     train = tokenize_rows(examples_of(rows), tokenizer, data.seq_len)
+    if not test:
+        return Task(train.rows, test, f"{train}\nno test rows", {}, lambda model: ({}, []))
+    answers = tokenize_rows(examples_of(test), tokenizer, data.seq_len, kind="test")
 
-    def accuracy(model):
+    def accuracy_and_loss(model):
         share, predictions = evaluate_generation(model, tokenizer, test, evaluation)
-        return {"accuracy": share}, predictions
+        loss = evaluate_loss(model, answers.rows, tokenizer.pad_token_id, evaluation)
+        return {"accuracy": share, "test loss": loss}, predictions
 
-    return Task(train.rows, test, str(train), {"accuracy": ".2%"}, accuracy)
+    forms = {"accuracy": ".2%", "test loss": ".4f"}
+    return Task(train.rows, test, f"{train}\n{answers}", forms, accuracy_and_loss)
 
 
 def own_rows(data: Gsm8kArguments, evaluation: GenerationArguments, tokenizer: PreTrainedTokenizerBase) -> Task:

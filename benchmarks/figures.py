@@ -1,8 +1,12 @@
 """figures/*.png from the result files; a figure with nothing to show is not drawn."""
 
+from statistics import fmean
+
 import matplotlib
 
+from benchmarks.experiments import EXACT, VARIANTS
 from benchmarks.record import RESULTS
+from benchmarks.report_experiments import BEFORE, LANGUAGE, lines_of, scores_of, spread
 from benchmarks.rows import CELL, describe_batch, describe_device, describe_model, load, load_7b, memory_cells, name_of
 from hyclora.models.config import SLOTS
 
@@ -21,7 +25,7 @@ SIDES = (("left", 7), ("right", -7), ("center", 0))  # of a label: its alignment
 
 def draw() -> None:
     """All figures that the result files have lines for."""
-    for figure in (kept, fidelity, memory_speed, memory_breakdown, memory_length):
+    for figure in (kept, fidelity, loss_bits, memory_speed, memory_breakdown, memory_length):
         drawn = figure()
         if drawn is not None:
             drawn.tight_layout()
@@ -72,6 +76,34 @@ def fidelity():
     axes.set_ylabel("1 - cosine of the LoRA gradients")
     axes.set_title("How far LoRA gradients are from exact ones", fontsize=10)
     axes.legend(fontsize=9)
+    return figure
+
+
+def loss_bits():
+    """What training comes to against bits kept: a panel a metric, a line a way of keeping activations."""
+    panels = [column for column in LANGUAGE if column.compared and scores_of(lines_of([column]), column).get(EXACT)]
+    if not panels:
+        return None
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
+    for axes, column in zip(all_axes[0], panels, strict=True):
+        lines = lines_of([column])
+        scores = scores_of(lines, column)
+        exact = fmean(scores[EXACT].values())
+        axes.axhline(exact, color="grey", linewidth=1, label=f"{EXACT}, and its spread over seeds")
+        axes.axhspan(exact - spread(scores[EXACT]), exact + spread(scores[EXACT]), color="grey", alpha=0.25)
+        for color, way in enumerate(dict.fromkeys(name.partition(",")[0] for name in VARIANTS if name != EXACT)):
+            points = []
+            for name, values in scores.items():
+                bits = [line["kept_bits"] for line in lines if line["variant"] == name and line.get("kept_bits")]
+                if name.partition(",")[0] == way and name != BEFORE and bits:
+                    points.append((fmean(bits), fmean(values.values()), spread(values)))
+            if points:
+                bits, means, spreads = zip(*sorted(points), strict=True)
+                axes.errorbar(bits, means, spreads, fmt="o-", capsize=3, color=f"C{color}", label=way)
+        axes.set_xlabel("bits an element kept, scales included")
+        axes.set_ylabel(column.title)
+        axes.grid(axis="y", alpha=0.3)
+    all_axes[0][0].legend(fontsize=9)
     return figure
 
 

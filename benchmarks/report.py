@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import RESULTS
+from benchmarks.report_experiments import experiments
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.rows import (
     LSE_KEPT,
@@ -308,6 +309,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "fits": fits,
         "kept": kept,
         "accuracy": accuracy,
+        "experiments": experiments,
         "parameters": parameters,
         "slots": slots,
     },

@@ -66,12 +66,19 @@ class Driver:
         """The filled groups; UserError names a mistake."""
         return parse_arguments(argv, self.groups, self.all_defaults)
 
+    def run(self, argv: list[str] | None = None) -> dict | None:
+        """One run with the options argv, or those of the command line: the content of its results file.
+
+        None on a process that writes none. UserError for a mistake, RunStopped if it ended early.
+        """
+        return _run(self, argv)
+
     def main(self, argv: list[str] | None = None) -> None:
-        """The program: one run with the options argv, or those of the command line."""
-        entry_point(lambda argv: _run(self, argv))(argv)
+        """The same as a program, which ends with one sentence and an exit code where it fails."""
+        entry_point(self.run)(argv)
 
 
-def _run(driver: Driver, argv: list[str] | None) -> None:
+def _run(driver: Driver, argv: list[str] | None) -> dict | None:
     groups = driver.parse(argv)
     model_args, data_args, lora_args, hyclora_args, eval_args, training = groups
     source = find_base(model_args, lora_args)
@@ -97,8 +104,11 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
             scores["before"] = _evaluate_once(task, model, run, eval_args)
             print(*map(": ".join, results.line_by_line(task.shown(scores)).items()), sep="\n")
             clock.lap("evaluate before")
+        kept_bits = None
         if hyclora_args.use_hyclora:
-            print(apply_hyclora(model, hyclora_args.config()))
+            report = apply_hyclora(model, hyclora_args.config())
+            kept_bits = report.average_bits
+            print(report)
 
         collate = task.collate or Collator(tokenizer.pad_token_id)
         trainer = HycloraTrainer(
@@ -115,7 +125,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
         with trainer.compute_loss_context_manager():
             buffered = _measure_buffers(model, batch, hyclora_args.use_hyclora)
         if not training.should_save:
-            return
+            return None
         save_adapters(model, run.folder, initial)
         tokenizer.save_pretrained(run.folder)
         if task.test:
@@ -132,6 +142,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
             **task.facts,
             "shown": task.shown(scores),
             "final_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
+            "kept_bits": kept_bits,
             "buffered_bytes": buffered,
             "train": trainer.progress.totals,
             "seconds": clock.seconds,
@@ -141,6 +152,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
         write_card(run.folder, found, len(task.train), task.head)
         run.finish(found)
         print(f"results: {run.folder}.json, log: {run.folder}.log, adapters: {run.folder}")
+        return found
 
 
 def _evaluate_once(task: Task, model, run: Run, evaluation: EvalArguments) -> dict[str, float]:

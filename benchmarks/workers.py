@@ -1,0 +1,119 @@
+"""Many small runs side by side: each worker is a process that imports and compiles once, and does one run at a time."""
+
+import contextlib
+import gc
+import importlib
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing import connection
+from pathlib import Path
+
+from hyclora.utils.errors import RunStopped, UserError
+
+# A run has few threads' worth of work on the host, and there are many runs.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+
+
+class Worker:
+    """A process that runs drivers one after the other; what they print is in `log`. gpu: the one that it sees."""
+
+    def __init__(self, log: Path, gpu: str | None):
+        self.log = log
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=_serve, args=(theirs, log, gpu), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def begin(self, driver: str, argv: list[str]) -> None:
+        self.pipe.send((driver, argv))
+
+    def result(self) -> tuple[dict, bool]:
+        """What the run found, or {"error": why not}, and whether the process can do another one."""
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            error = f"the process died (exit code {self.process.exitcode}), its output is in {self.log.name}"
+            return {"error": error}, False
+
+    def close(self, wait: float = 0.0) -> None:
+        """End the process, which takes its time to do so if it is idle: `wait` seconds at most."""
+        self.pipe.close()
+        self.process.join(wait)
+        self.process.kill()
+        self.process.join()
+
+
+def run_all(jobs: list[tuple], n_workers: int, gpus: list[str | None], logs: Path, until: float) -> Iterator[tuple]:
+    """(job, what it found) of jobs as they end; a job is (anything, a driver's module, its options).
+
+    Begun in their order, n_workers at a time, spread over gpus. A failure ends its worker alone, as it may have broken
+    the GPU's state. At `until`, a time of time.monotonic(), those at work are ended, and no more are begun.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, free = deque(jobs), deque(range(n_workers))
+    workers: dict[int, Worker] = {}
+    busy: dict[connection.Connection, tuple[int, tuple]] = {}
+    try:
+        while (waiting or busy) and time.monotonic() < until:
+            while waiting and free:
+                number, job = free.popleft(), waiting.popleft()
+                if number not in workers:
+                    workers[number] = Worker(logs / f"worker{number}.txt", gpus[number % len(gpus)])
+                workers[number].begin(*job[1:])
+                busy[workers[number].pipe] = number, job
+            left = None if until == float("inf") else max(until - time.monotonic(), 0)
+            for pipe in connection.wait(list(busy), left):
+                number, job = busy.pop(pipe)
+                found, usable = workers[number].result()
+                if not usable:
+                    workers.pop(number).close()
+                free.append(number)
+                yield job, found
+    finally:
+        at_work = {number for number, _ in busy.values()}
+        for number, worker in workers.items():
+            worker.close(0.0 if number in at_work else 10.0)
+
+
+def _serve(pipe: connection.Connection, log: Path, gpu: str | None) -> None:
+    """Run what comes through the pipe, until it is closed or something has failed."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    usable = True
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while usable:
+            found, usable = _run(*pipe.recv())
+            pipe.send((found, usable))
+
+
+def _run(driver: str, argv: list[str]) -> tuple[dict, bool]:
+    """The content of the run's results file or its error, and whether it left the process as it was."""
+    print(f"\n{driver} {' '.join(argv)}", flush=True)
+    try:
+        found = importlib.import_module(driver).DRIVER.run(argv)
+    except Exception as error:
+        traceback.print_exc()
+        mistake = isinstance(error, UserError) and not isinstance(error, RunStopped)
+        return {"error": f"{type(error).__name__}: {error}"}, mistake
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found, True

@@ -1,0 +1,136 @@
+"""The paper's experiments on a small model: what is run, in which order, what is recorded and what is not run again."""
+
+import json
+import os
+import time
+
+import pytest
+
+from benchmarks import experiments
+from benchmarks.workers import run_all
+from hyclora.utils.args import ROOT
+
+FAKE = """
+import os, time
+from types import SimpleNamespace
+from hyclora.utils.errors import UserError
+
+def run(argv):
+    what = argv[0]
+    if what == "die":
+        os._exit(3)
+    if what == "mistake":
+        raise UserError("wrong option")
+    if what == "fail":
+        raise RuntimeError("broken")
+    if what == "sleep":
+        time.sleep(60)
+    names = {"gpu": "CUDA_VISIBLE_DEVICES", "threads": "OMP_NUM_THREADS"}
+    return {"process": os.getpid()} | {name: os.environ.get(variable) for name, variable in names.items()}
+
+DRIVER = SimpleNamespace(run=run)
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    """What a driver that imports next to nothing finds with each of some words, by word."""
+    (tmp_path / "fake_driver.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+    def jobs(*words, n_workers=1, gpus=(None,), seconds=60):
+        asked = [(word, "fake_driver", [word]) for word in words]
+        return list(run_all(asked, n_workers, list(gpus), tmp_path / "logs", time.monotonic() + seconds))
+
+    return jobs
+
+
+def test_a_worker_does_one_run_after_the_other(jobs, tmp_path):
+    found = jobs("a", "b", "c")
+    assert [job[0] for job, _ in found] == ["a", "b", "c"]
+    assert len({result["process"] for _, result in found}) == 1 and found[0][1]["process"] != os.getpid()
+    assert found[0][1]["threads"] == "1"
+    assert "fake_driver b" in (tmp_path / "logs" / "worker0.txt").read_text()
+
+
+def test_what_fails_is_told_and_the_others_are_run(jobs):
+    found = {job[0]: result for job, result in jobs("a", "die", "b", "fail", "c", "mistake", "d")}
+    assert found["die"]["error"] == "the process died (exit code 3), its output is in worker0.txt"
+    assert found["fail"]["error"] == "RuntimeError: broken"
+    assert found["mistake"]["error"] == "UserError: wrong option"
+    a, b, c, d = (found[name]["process"] for name in "abcd")
+    assert len({a, b, c}) == 3 and c == d, "a process that failed must not be used again, after a mistake it may"
+
+
+def test_runs_are_spread_over_gpus(jobs):
+    found = jobs("a", "b", n_workers=2, gpus=("0", "1"))
+    assert sorted(result["gpu"] for _, result in found) == ["0", "1"]
+
+
+def test_what_is_at_work_is_ended_in_time(jobs):
+    begun = time.monotonic()
+    found = jobs("a", "sleep", "b", seconds=8)
+    assert [job[0] for job, _ in found] == ["a"] and time.monotonic() - begun < 40
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder of GSM8K alone."""
+    folder = tmp_path / "data" / "gsm8k"
+    folder.mkdir(parents=True)
+    row = json.dumps({"question": "How much is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"}) + "\n"
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(row * 4)
+    return folder.parent
+
+
+def command(data, *more):
+    common = ["--model", str(ROOT / "ckpt/tiny-llama"), "--data", str(data), "--output_dir", str(data.parent / "out")]
+    return [*common, "--tasks", "gsm8k", "--seeds", "5", *more]
+
+
+def test_the_first_runs_tell_most(data):
+    args = experiments.parse(command(data, "--seeds", "0", "1"))
+    order = [(trial.variant, trial.seed) for trial in experiments.trials(args)]
+    assert order[:8] == [(variant, seed) for variant in experiments.FIRST for seed in (0, 1)]
+    assert len(order) == len(set(order)) == 2 * len(experiments.VARIANTS)
+
+
+def test_options_of_a_run(data):
+    args = experiments.parse(command(data, "--", "--learning_rate", "2e-3"))
+    exact, four = experiments.trials(args)[:2]
+    options = four.argv(args)
+    assert options[-2:] == ["--learning_rate", "2e-3"] and options[options.index("--q_bit") + 1] == "4"
+    assert options[options.index("--data_dir") + 1] == str(data / "gsm8k")
+    assert options[options.index("--evaluate_before") + 1] == "False"
+    options = exact.argv(args)
+    assert options[options.index("--use_hyclora") + 1] == "False" and "--q_bit" not in options
+    assert options[options.index("--evaluate_before") + 1] == "True"
+
+
+def test_mistakes(data, capsys):
+    for more, sentence in (
+        (["--model", "nowhere"], "nowhere has no config.json: --model is a checkpoint folder"),
+        (["--tasks", "rte"], "glue/RTE/train.tsv does not exist: --data is a folder with glue/RTE/train.tsv"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            experiments.main(command(data, *more))
+        assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_lines_of_runs_and_what_is_not_run_again(data, capsys):
+    common = command(data, "--variants", "exact LoRA", "intra_inter, 2 bit", "--jobs", "1")
+    quick = ["--max_steps", "1", "--max_new_tokens", "2", "--use_cpu", "True"]
+    with pytest.raises(SystemExit) as ended:
+        experiments.main([*common, "--", *quick, "--average_bits", "2.5"])
+    assert ended.value.code == 1 and "1 runs failed and 0 were left undone" in capsys.readouterr().err
+    experiments.main([*common, "--variants", "exact LoRA", "--", *quick])
+    experiments.main([*common, "--variants", "exact LoRA", "--", *quick])
+    assert "1 runs, 1 done already" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (data.parent / "out" / "experiments.jsonl").read_text().splitlines()]
+    assert [line.get("error", "")[:9] for line in lines] == ["", "UserError", ""]
+    line = lines[2]
+    assert line["metrics"]["test_loss"].keys() == {"before", "after"} and line["metrics"]["accuracy"]["after"] <= 1
+    assert line["setting"] is None and line["kept_bits"] is None and line["losses"][0][0] == 1
+    assert (line["task"], line["variant"], line["seed"], line["more"]) == ("gsm8k", "exact LoRA", 5, quick)
