@@ -6,7 +6,6 @@ from torch.utils._pytree import tree_leaves
 
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models.graphs.recording import CudaRecorder
-from hyclora.models.layers import LayerBlock
 from hyclora.models.patch import find_patch
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import offloaded
@@ -30,7 +29,7 @@ class Recorder:
 
         def run_layer(x, *args, **kwargs):
             kept.append((x.detach(), x.detach().clone()))
-            return LayerBlock.run_layer(first, x, *args, **kwargs)
+            return type(first).run_layer(first, x, *args, **kwargs)
 
         first.run_layer = run_layer
         result, replay = self.replayable(run)
