@@ -28,7 +28,7 @@ class Recorder:
         first = self.graphs.layers[0]
 
         def run_layer(x, *args, **kwargs):
-            kept.append((x.detach(), x.detach().clone()))
+            kept.append((x.data, x.detach().clone()))  # an encoder saves it, and autograd would see another version
             return type(first).run_layer(first, x, *args, **kwargs)
 
         first.run_layer = run_layer

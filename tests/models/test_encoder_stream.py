@@ -273,12 +273,13 @@ def test_one_recording_serves_many_batches(task, offload, lora, drops):
     assert replayed(ours, graphs, steps[-1])
 
 
-def test_replays_of_one_shape():
+@pytest.mark.parametrize("layer_type", ["baseline", "intra_inter", "intra_inter_full_fuse"])
+def test_replays_of_one_shape(layer_type):
     """Rows without padding, with the stand-in that repeats operations on the same memory as a graph does."""
     stock = half(roberta(*DROPS[:1], task="classification", **DROPS[1]))
     ours = copy.deepcopy(stock)
-    apply_hyclora(stock, config())
-    graphs = graphed(ours, {})
+    apply_hyclora(stock, config(layer_type=layer_type))
+    graphs = graphed(ours, {"layer_type": layer_type})
     steps = [sentences(seed) for seed in range(CALIBRATION + 5)]
     for batch in steps:
         batch["attention_mask"].fill_(1)
