@@ -6,7 +6,7 @@ step_hook.py   around each training forward                             bits.py 
 stream.py      a padded batch as one row of its real tokens             no_cache.py  what stands for a cache
 trust.py       which modules a block may stand in for                   watch.py    whether they still are the same
 outputs.py     what a training forward returns                          late_logits.py  logits, if somebody looks
-binding.py     how a block is put in front of a forward                 foreign_head.py  a head of TRL's
+binding.py     how a block is put in front of a forward                 foreign_head.py  heads that are not ours
 calibration.py when calibration ends, and begins again                  state.py    calibration on disk
 report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
 building.py    which blocks and savers layers get                       families/   what families are like

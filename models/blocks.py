@@ -205,8 +205,8 @@ class AttentionBlock(Block):
         # what others give where nothing is seen, and its gradients, differs
         eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        causal = family.causal and getattr(module.config, "is_causal", True)
-        self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and causal
+        as_usual = getattr(module.config, "is_causal", family.causal) is family.causal
+        self.own_flash = attention == "flash" and implementation in ("sdpa", "eager") and as_usual
         core = CORES[attention](module, interface, window, family.attention_dropout)
         self.norms = tuple(getattr(module, norm) for norm in family.head_norms)
         head_dim = getattr(module, family.head_dim)
@@ -264,13 +264,14 @@ class AttentionBlock(Block):
         if not tells_runs(attention_mask):
             return super().run_stock(hidden_states, position_embeddings, attention_mask, **kwargs)
         # checkpointing runs a layer first without grad; stock attention could not read the bounds
-        heads = [p.module(hidden_states).unflatten(-1, (-1, self.module.head_dim)) for p in self.spec.qkv.projections]
+        heads = [p.module(hidden_states).unflatten(-1, (-1, self.spec.head_dim)) for p in self.spec.qkv.projections]
         q, k, v = heads
         if self.norms:
             q, k = (norm(x) for norm, x in zip(self.norms, (q, k), strict=True))
-        # the kernel is for blocks, whose backward rotates by itself; here autograd goes through
-        rotate = reference.rope if torch.is_grad_enabled() else rope
-        q, k = (rotate(x, *position_embeddings).to(v.dtype) for x in (q, k))
+        if position_embeddings is not None:
+            # the kernel is for blocks, whose backward rotates by itself; here autograd goes through
+            rotate = reference.rope if torch.is_grad_enabled() else rope
+            q, k = (rotate(x, *position_embeddings).to(v.dtype) for x in (q, k))
         o = self.spec.core.run(q, k, v, attention_mask, kwargs)
         return self.spec.out.projections[0].module(o.flatten(2)), None
 

@@ -3,12 +3,14 @@
 import torch
 from torch import nn
 
-from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, PostNormBlock, is_learned
+from hyclora.models.blocks import AttentionBlock, MlpBlock, PostNormBlock, is_learned
 from hyclora.models.families.family import Family
+from hyclora.models.layers import WholeLayer
+from hyclora.operators.attention.flash import tells_runs
 from hyclora.operators.savers import Step
 
 
-class EncoderLayerBlock(Block):
+class EncoderLayerBlock(WholeLayer):
     """RobertaLayer's signature on the blocks of its parts, in whose place no module's own forward is called.
 
     A norm's output is the residual too, and what attention of the next layer is fed by: that may be derived, but not
@@ -54,3 +56,11 @@ class EncoderLayerBlock(Block):
         y, _ = attention.run(dtype, x, attention_mask=attention_mask, **kwargs)
         x = attention_norm.run(dtype, y, x)
         return mlp_norm.run(dtype, mlp.run(dtype, x), x)
+
+    def run_stock(self, hidden_states, attention_mask=None, *args, **kwargs):
+        if not tells_runs(attention_mask):
+            return super().run_stock(hidden_states, attention_mask, *args, **kwargs)
+        # as in AttentionBlock: where checkpointing runs a layer first
+        attention, norm, *_ = self.blocks
+        y, _ = attention.run_stock(hidden_states, attention_mask=attention_mask, **kwargs)
+        return self.module.feed_forward_chunk(norm.module(norm.drops[0](y) + hidden_states))

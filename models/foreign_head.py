@@ -1,10 +1,20 @@
-"""A causal LM's forward that somebody else has replaced, of which is known what it reads."""
+"""A model's forward that runs as it is, and of which is known what it reads of the last hidden states."""
 
-from torch import nn
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
 
 from hyclora.models.blocks import Block
+from hyclora.models.families.family import Family
+from hyclora.models.trust import find_reader
 from hyclora.operators.cross_entropy import Targets
 from hyclora.operators.savers import Step
+
+
+def is_known(family: Family, model: nn.Module, decoder: nn.Module) -> bool:
+    """Whether it is of a family's readers, or one of TRL's."""
+    return reads_labelled_positions(model) or find_reader(family, model, decoder) is not None
 
 
 def reads_labelled_positions(module: nn.Module) -> bool:
@@ -15,17 +25,31 @@ def reads_labelled_positions(module: nn.Module) -> bool:
 
 
 class ForeignHead(Block):
-    """Runs that forward as it is, and tells the decoder which positions are read: so padding may be told in bounds."""
+    """Runs that forward as it is, and tells the decoder which positions are read: other padding may be left out."""
 
-    def __init__(self, module: nn.Module, name: str, step: Step):
+    def __init__(self, module: nn.Module, name: str, step: Step, family: Family, decoder: nn.Module):
         super().__init__(module, name, {}, step)
+        self.family, self.decoder = family, decoder
 
-    def forward(self, *args, fused_lm_head=False, **kwargs):
-        if not fused_lm_head:
-            return self.run_stock(*args, **kwargs)
-        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
-        self.step.unread = (Targets(labels, ahead=1) if shifted is None else Targets(shifted)).miss
+    def forward(self, *args, **kwargs):
+        if self.module.training and torch.is_grad_enabled():
+            self.step.unread = self._unread(**kwargs)
         try:
-            return self.run_stock(*args, fused_lm_head=True, **kwargs)
+            return self.run_stock(*args, **kwargs)
         finally:
             self.step.unread = None
+
+    def _unread(
+        self, fused_lm_head=False, labels: Tensor | None = None, shift_labels: Tensor | None = None, **kwargs
+    ) -> Callable[[Tensor], bool] | None:  # fmt: skip
+        """What tells of positions, bool [B, S] on the host, whether nobody reads them; None if that is not known."""
+        if fused_lm_head:
+            return (Targets(labels, ahead=1) if shift_labels is None else Targets(shift_labels)).miss
+        reader = find_reader(self.family, self.module, self.decoder)
+        if reader is None or labels is None and not reader.first:
+            return None
+        return _miss_first if reader.first else Targets(labels).miss
+
+
+def _miss_first(rows: Tensor) -> bool:
+    return not rows[:, 0].any()

@@ -15,17 +15,35 @@ from hyclora.operators.store import UNITS_A_LAYER
 OURS = "_hyclora_ours"
 
 
-class LayerBlock(Block):
-    """A decoder layer's forward, whose residual branches go through the blocks at their sides.
+class WholeLayer(Block):
+    """The block of a layer as a whole.
 
-    A branch leaves from the norm, whose backward adds its gradient on the way, and is added where the attention or
-    the MLP ends: in its own memory, so that all layers have one residual stream. first: of the decoder's layers.
     graphs: a LayerGraphs that may replay the layer, and all others with it. together: whether the layer is as it came,
     so that its blocks may be run without its own forward (models/watch.py).
     """
 
     graphs = None
     together = False
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output = None if self.graphs is None else self.graphs.replay(self, hidden_states, args, kwargs)
+        return self.run_layer(hidden_states, *args, **kwargs) if output is None else output
+
+    def run_layer(self, hidden_states, *args, **kwargs):
+        """This layer by itself."""
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def dropout(self) -> tuple[float, ...]:
+        """Probabilities of the model's own dropout in it."""
+        return tuple(drop.p if drop.training else 0.0 for drop in self.drops)
+
+
+class LayerBlock(WholeLayer):
+    """A decoder layer's forward, whose residual branches go through the blocks at their sides.
+
+    A branch leaves from the norm, whose backward adds its gradient on the way, and is added where the attention or
+    the MLP ends: in its own memory, so that all layers have one residual stream. first: of the decoder's layers.
+    """
 
     def __init__(
         self, module: nn.Module, name: str, step: Step, blocks: tuple[NormBlock, AttentionBlock, NormBlock, MlpBlock],
@@ -34,13 +52,8 @@ class LayerBlock(Block):
         super().__init__(module, name, {}, step)
         self.blocks, self.first = blocks, first
 
-    def forward(self, hidden_states, *args, **kwargs):
-        """Autocast stays on: each block looks at it."""
-        output = None if self.graphs is None else self.graphs.replay(self, hidden_states, args, kwargs)
-        return self.run_layer(hidden_states, *args, **kwargs) if output is None else output
-
     def run_layer(self, hidden_states, *args, **kwargs):
-        """This layer by itself."""
+        """This layer by itself. Autocast stays on: each block looks at it."""
         run = self.run if self.applies(*args, **kwargs) else self.run_stock
         return run(hidden_states, *args, **kwargs)
 

@@ -49,6 +49,22 @@ def causal_bounds(
     return torch.from_numpy(bounds)
 
 
+def row_bounds(attention_mask, batch: int, seq_len: int) -> Tensor | None:
+    """The bounds of an encoder's batch, where the real tokens of a row, wherever they are, see each other: a run each.
+
+    They begin with the first one. None where only a mask of HF's will do. attention_mask: on the host.
+    """
+    if attention_mask is None:
+        return _whole_rows(batch, seq_len)
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, seq_len):
+        return None
+    real = attention_mask.numpy()
+    starts = np.flatnonzero(real & (real.cumsum(1) == 1))
+    bounds = np.ones((1, 1, 2, len(starts) + 1), np.int32)
+    bounds[0, 0, 0] = *starts, batch * seq_len
+    return torch.from_numpy(bounds)
+
+
 def _whole_rows(batch: int, seq_len: int) -> Tensor:
     """Each row is a run."""
     starts = range(0, batch * seq_len + 1, seq_len)

@@ -18,11 +18,11 @@ from hyclora.models.calibration import Calibration
 from hyclora.models.config import HycloraConfig
 from hyclora.models.families import FAMILIES
 from hyclora.models.families.family import Family
-from hyclora.models.foreign_head import ForeignHead, reads_labelled_positions
+from hyclora.models.foreign_head import ForeignHead, is_known
 from hyclora.models.graphs.layer_graphs import LayerGraphs
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
-from hyclora.models.layers import CheckpointBlock, LayerBlock
+from hyclora.models.layers import CheckpointBlock, WholeLayer
 from hyclora.models.report import PatchReport, make_report
 from hyclora.models.step_hook import StepHook
 from hyclora.models.watch import Watch
@@ -31,7 +31,6 @@ from hyclora.operators.store import CudaCopies, Store
 
 logger = logging.getLogger("hyclora")
 PATCH = "_hyclora_patch"
-NOT_CAUSAL = "not served yet for layers whose tokens see later ones"
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Patch:
 
     def add_graphs(self, recorder) -> None:
         """Have the layers replayed by a recorder where that can be done."""
-        layers = [block for block in self.blocks if isinstance(block, LayerBlock)]
+        layers = [block for block in self.blocks if isinstance(block, WholeLayer)]
         self.graphs = LayerGraphs(recorder, self, layers)
         for layer in layers:
             layer.graphs = self.graphs
@@ -104,14 +103,18 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     reasons = [*halves.values(), *([stock_norm] if stock_norm else []), *stock_head]
     head_name = None if head is None else f"{head.name}.{family.head}"
     not_patched = _others(model, family, decoder, layers) + reasons
-    no_graphs = _why_no_graphs(config, family, layers, blocks) if config.cuda_graphs == "auto" else None
-    no_stream = None if family.causal or not config.stream else NOT_CAUSAL
+    no_graphs = _why_no_graphs(config, layers, blocks) if config.cuda_graphs == "auto" else None
+    known = is_known(family, _base(model), decoder)
+    no_stream = f"it is not known what {type(_base(model)).__name__} reads" if not (known or family.causal) else None
+    drops = 0.0 if _elsewhere(layers) else max([b.dropout(b.module) for b in blocks if isinstance(b, AttentionBlock)])
     widths, last_norm = builder.widths(), norm is not None
-    report = make_report(config, layers, widths, inside, head_name, not_patched, no_graphs, no_stream, last_norm)
+    report = make_report(
+        config, layers, widths, inside, head_name, not_patched, no_graphs, no_stream, last_norm, drops
+    )  # fmt: skip
     blocks += [] if stock_norm or norm is None else [builder.final_norm(norm, adapted(blocks)[:1])]
     blocks += [] if head is None else [head]
-    if reads_labelled_positions(_base(model)):
-        blocks.append(ForeignHead(_base(model), names[id(_base(model))], step))
+    if known:
+        blocks.append(ForeignHead(_base(model), names[id(_base(model))], step, family, decoder))
     checkpoints = [CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step) for i, m in enumerate(layers)]
     calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
     patch = Patch(config, step, decoder, calibration, blocks, checkpoints)
@@ -190,22 +193,15 @@ def _check(config: HycloraConfig, family: Family) -> None:
     missing = config.slot_savers.keys() & {"gate", "act"} if not family.activation.gated else ()
     if missing:
         raise ValueError(f"slot_savers[{min(missing)!r}]: an MLP without a gate has no such slot; leave it out")
-    for option in () if family.causal else ("stream", "cuda_graphs"):
-        if getattr(config, option) is True:
-            raise ValueError(f"{option}=True is not supported here, {NOT_CAUSAL}; use {option}=auto")
 
 
-def _why_no_graphs(
-    config: HycloraConfig, family: Family, layers: list[nn.Module], blocks: list[Block]
-) -> str | None:  # fmt: skip
+def _why_no_graphs(config: HycloraConfig, layers: list[nn.Module], blocks: list[Block]) -> str | None:
     """Why the layers are not replayed by themselves, as far as it shows before the first step."""
-    if not family.causal:
-        return NOT_CAUSAL
     if elsewhere := _elsewhere(layers):
         return elsewhere
     if config.attention == "eager":
         return "attention=eager has not been recorded on a GPU yet; cuda_graphs=True tries it"
-    if sum(isinstance(block, LayerBlock) for block in blocks) < len(layers):
+    if sum(isinstance(block, WholeLayer) for block in blocks) < len(layers):
         return "parts of layers run stock code"
     return None
 

@@ -20,8 +20,8 @@ class PatchReport:
     average_bits: of an element kept; slot_bits: of a token, by slot, summed over layers (the attention map, whose size
     depends on the sequence, is left out of both). head: name of the LM head whose loss is computed by chunks, or None;
     not_patched then says why. single_kernels: blocks that layer_type would fuse and that fused kernels do not take.
-    no_graphs, no_stream: why cuda_graphs="auto" and stream="auto" are off, None if they are not. last_norm: whether
-    the model has a norm after its layers.
+    no_graphs, no_stream: why cuda_graphs="auto" and the stream are off, None if they are not. last_norm: whether
+    the model has a norm after its layers. drops: of the attention, on a GPU, where that is in the way of both.
     """
 
     config: HycloraConfig
@@ -36,6 +36,7 @@ class PatchReport:
     no_graphs: str | None = None
     no_stream: str | None = None
     last_norm: bool = True
+    drops: float = 0.0
 
     def __str__(self) -> str:
         parts = "2 norms, attention, MLP each" + ("; and the last norm" if self.last_norm else "")
@@ -54,12 +55,17 @@ class PatchReport:
         if self.config.offload:
             lines.append("  packed slots wait in pinned host memory")
         graphs = self.config.cuda_graphs and not self.no_graphs
-        if graphs:
+        if graphs and not self.drops:
             lines.append("  all layers are replayed as CUDA graphs where a kind of batch comes again")
         if self.no_graphs:
             lines.append(f"  cuda_graphs: off, {self.no_graphs}")
-        if self.no_stream:
+        if self.no_stream and self.config.stream:
             lines.append(f"  stream: off, {self.no_stream}")
+        if self.drops and self.config.attention == "flash" and (graphs or self.config.stream):
+            lines.append(
+                f"  attention dropout is {self.drops}, which the kernel for rows of many lengths cannot do: padding is "
+                "computed and layers run one by one; at 0 in the model's configuration rows are streamed and replayed"
+            )
         told = [os.environ.get(name, "") for name in ALLOCATOR]
         if graphs and not any("expandable_segments:True" in text for text in told):
             lines.append(f"  less GPU memory is held with {ALLOCATOR[0]}=expandable_segments:True in the environment")
@@ -77,6 +83,7 @@ def make_report(
     no_graphs: str | None,
     no_stream: str | None,
     last_norm: bool,
+    drops: float,
 ) -> PatchReport:
     """The report on blocks of layers; widths: elements a token of each slot of one layer."""
     savers: dict[str, list[str]] = {}
@@ -106,6 +113,7 @@ def make_report(
         no_graphs,
         no_stream,
         last_norm,
+        drops,
     )
 
 

@@ -9,14 +9,14 @@ from torch.utils.hooks import RemovableHandle
 
 from hyclora.models.blocks import AttentionBlock, autocast_dtype
 from hyclora.models.graphs.foresight import foretell, is_last, is_lookup, is_tokenwise
-from hyclora.models.masks import causal_bounds
+from hyclora.models.masks import causal_bounds, row_bounds
 from hyclora.models.no_cache import NO_CACHE
 from hyclora.models.report import tell_of_checkpointing
 from hyclora.models.stream import Stream
 from hyclora.models.trust import GLOBAL_HOOKS, is_stock, is_watched, look
 
 # a decoder's arguments that a stream has in another shape
-TOKENWISE = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
+TOKENWISE = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
 CACHE = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
 
 
@@ -28,6 +28,7 @@ class StepHook:
 
     def __init__(self, patch, attention: list[AttentionBlock], adapted: list):
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
+        self.family = patch.watch.family
         self.told = self.without_cache = self.counted = False
 
     def register(self, decoder: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
@@ -71,7 +72,7 @@ class StepHook:
             self.told = True
             tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints])
         # a loop over the layers that is not Hugging Face's own may keep what it likes, and takes what it likes
-        stock = is_stock(decoder)
+        stock = is_stock(decoder) and is_stock(decoder.get_submodule(self.family.caller))
         if stock and len(args) > 1:
             names = list(signature(type(decoder).forward).parameters)[2 : 1 + len(args)]
             args, kwargs = args[:1], kwargs | dict(zip(names, args[1:], strict=True))
@@ -98,13 +99,16 @@ class StepHook:
         angles = getattr(decoder, "rotary_emb", None) if private else None
         known = angles is not None
         self.step.embeds = known and kwargs.get("inputs_embeds") is None and is_lookup(embedding, angles)
-        unseen = known and not (is_watched(angles) or self.patch.watch.sees_arguments())
-        self.step.known_angles = unseen and is_stock(angles)
-        causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", True))
+        turned = known and not is_watched(angles) and is_stock(angles)
+        unseen = private and not self.patch.watch.sees_arguments()
+        self.step.known_angles = unseen and (turned or not self.family.causal)
+        causal = kwargs.get("is_causal", getattr(decoder.config, "is_causal", self.family.causal))
         maps = _asks_for("attentions", decoder, kwargs)
-        self.step.stock_attention = maps or causal is False or _has_cache(decoder, kwargs)
+        other = causal not in (None, self.family.causal)
+        self.step.stock_attention = maps or other or _has_cache(decoder, kwargs)
         self.step.padding_differs, self.step.stream, self.step.token_mask = False, None, _token_mask(kwargs)
-        if stock and self.patch.watch.family.causal:
+        if stock:
+            kwargs.pop("num_items_in_batch", None)  # the loss's; heads hand on to layers whatever they are called with
             args = self._tell_masks(decoder, args, kwargs)
         if early and self.patch.graphs is not None:
             asked = foretell(decoder, self.patch.hooks[0].id, *args, **kwargs) if self.step.embeds else None
@@ -122,20 +126,23 @@ class StepHook:
             return args
         if self.step.token_mask is not None and mask.shape != tokens.shape[:2]:
             return args  # without a cache HF takes the number of keys from the mask
-        if kwargs.get("use_cache") is None:
+        if self.family.causal and kwargs.get("use_cache") is None:
             # config.use_cache is True by default; a cache is of no use in training and would hold every k and v
             kwargs["use_cache"] = False
             # but HF looks for packed rows only without one
             if _has_cache(decoder, {"use_cache": decoder.config.use_cache}):
                 positions, self.without_cache = None, True
         if self._take_bounds(decoder):
-            unread = partial(self._unread, decoder, kwargs)
-            zero = decoder.config._attn_implementation == "sdpa"  # where it masks all keys; eager takes their mean
             real = mask.bool().cpu() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else mask
-            bounds = causal_bounds(real, positions, *tokens.shape[:2], unread, zero)
-            if bounds is not None:
-                if self._can_stream(decoder, args, kwargs, bounds, real):
-                    return self._be_stream(args, kwargs, bounds, real, tokens)
+            if self.family.causal:
+                unread = partial(self._unread, decoder, kwargs)
+                zero = decoder.config._attn_implementation == "sdpa"  # where it masks all keys; eager takes their mean
+                bounds = causal_bounds(real, positions, *tokens.shape[:2], unread, zero)
+            else:
+                bounds = row_bounds(real, *tokens.shape[:2])
+            if bounds is not None and self._can_stream(decoder, args, kwargs, bounds, real):
+                return self._be_stream(decoder, args, kwargs, bounds, real, tokens)
+            if bounds is not None and self.family.causal:
                 kwargs["attention_mask"] = bounds
                 return args
         if mask is None and positions is None and kwargs.get("position_ids") is not None:
@@ -150,7 +157,10 @@ class StepHook:
         """
         if not (self.patch.config.stream and self.step.private) or self._is_watched(decoder, kwargs):
             return False
-        if not is_tokenwise(decoder, kwargs.get("inputs_embeds") is not None) or any(GLOBAL_HOOKS):
+        embedded = kwargs.get("inputs_embeds") is not None
+        if not is_tokenwise(decoder, self.family.embeddings, embedded) or any(GLOBAL_HOOKS):
+            return False
+        if getattr(decoder, "pooler", None) is not None:  # which reads first tokens of rows
             return False
         if any(isinstance(kwargs[name], torch.Tensor) for name in kwargs.keys() - TOKENWISE):
             return False
@@ -167,7 +177,9 @@ class StepHook:
         asked = self.step.padding_differs and bool(bounds[0, 0, 1, :-1].all())
         return bool(real.any() and (asked or self._unread(decoder, kwargs, ~real)))
 
-    def _be_stream(self, args: tuple, kwargs: dict, bounds: torch.Tensor, real, tokens: torch.Tensor) -> tuple:
+    def _be_stream(
+        self, decoder: nn.Module, args: tuple, kwargs: dict, bounds: torch.Tensor, real, tokens: torch.Tensor
+    ) -> tuple:  # fmt: skip
         """Give the layers one row in place of the batch."""
         if real is None:
             real = torch.ones(tokens.shape[:2], dtype=torch.bool)
@@ -175,10 +187,12 @@ class StepHook:
         stream = self.step.stream = Stream(bounds, real, tokens.device, fill)
         self.step.token_mask = stream.mask
         positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(real.shape[1], device=tokens.device)[None]
-        kwargs["position_ids"] = stream.gather(positions.expand(real.shape))
+        kwargs["position_ids"] = stream.rows_of(
+            self.family.positions(decoder, tokens) if positions is None else positions
+        )
         kwargs["attention_mask"] = stream.starts
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = stream.rows_of(kwargs["token_type_ids"])
         for name in ("input_ids", "inputs_embeds"):
             if kwargs.get(name) is not None:
                 kwargs[name] = stream.gather(kwargs[name])
@@ -189,7 +203,9 @@ class StepHook:
         if _asks_for("hidden_states", decoder, kwargs):
             return True
         others = {i: hook for i, hook in decoder._forward_hooks.items() if i != self.patch.hooks[1].id}
-        return not self.patch.watch.own or self.patch.watch.is_hooked() or look(others)
+        caller = decoder.get_submodule(self.family.caller)
+        watched = look(others) or caller is not decoder and is_watched(caller)
+        return watched or not self.patch.watch.own or self.patch.watch.is_hooked()
 
     def _recorded(self) -> bool:
         """Whether graphs may be recorded or replayed."""
@@ -198,6 +214,8 @@ class StepHook:
     def _take_bounds(self, decoder: nn.Module) -> bool:
         """Whether the layers know what bounds are; or HF shall make a mask."""
         if self.step.stock_attention or not (self.patch.watch.bounded and self.step.known_angles):
+            return False
+        if not (self.family.causal or self.patch.config.stream):
             return False
         if not is_last(decoder, self.patch.hooks[0].id):  # another one may change the mask
             return False

@@ -52,6 +52,10 @@ class Stream:
         """[B, S, ...] to [1, T, ...]; filler is a copy of the first token."""
         return t.flatten(0, 1).index_select(0, self.rows)[None]
 
+    def rows_of(self, t: Tensor) -> Tensor:
+        """gather of a number a token, [B, S] or the same for all rows, [1, S]."""
+        return self.gather(t.expand(self.shape))
+
     def scatter(self, t: Tensor, padding: Tensor | None = None) -> Tensor:
         """[1, T, C] to [B, S, C]; padding is what it is in another [B, S, C], or else 0."""
         whole = t.new_zeros(self.shape.numel(), t.shape[-1]) if padding is None else padding.flatten(0, 1)

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from hyclora.models.binding import is_replaced
-from hyclora.models.families.family import ACTIVATIONS, Family
+from hyclora.models.families.family import ACTIVATIONS, LAYER_NORM, Family, Reader
 from hyclora.operators.linear.nf4 import bnb, is_4bit
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -38,6 +38,9 @@ ROOTS = tuple(f"{Path(package.__file__).parent}{os.sep}" for package in PACKAGES
 LINEAR = "torch.nn.modules.linear.Linear"
 FROZEN = (LINEAR, "bitsandbytes.nn.modules.Linear4bit")
 ADAPTED = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
+WRAPPER = "peft.utils.other.ModulesToSaveWrapper"
+# of PEFT and torch, and not called
+CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 DROPOUTS = ("torch.nn.modules.dropout.Dropout", "torch.nn.modules.linear.Identity")
 # of torch.nn.functional, which the modules' forwards call
 FUNCTIONS = {
@@ -119,16 +122,22 @@ def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
 def makes_known_masks(decoder: nn.Module) -> bool:
     """Whether a decoder's masks are made by transformers' own code, so that bounds may stand in for them."""
     interface = ALL_MASK_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation)
-    makers = (*calls(innermost(type(decoder).forward)), interface)
+    makers = (called for function in own_code(decoder) for called in calls(function))
     inside = (called for maker in mask_makers(decoder) for called in calls(maker))
-    return all(maker is None or is_known(maker) for maker in (*makers, *inside))
+    return all(maker is None or is_known(maker) for maker in (*makers, interface, *inside))
 
 
 def mask_makers(decoder: nn.Module) -> list[FunctionType]:
-    """Functions of other files that a decoder's forward names, which make its masks."""
-    forward = innermost(type(decoder).forward)
-    made = [maker for maker in calls(forward) if "mask" in maker.__name__]
+    """Functions of other files that a decoder's code names, which make its masks."""
+    made = [maker for function in own_code(decoder) for maker in calls(function) if "mask" in maker.__name__]
     return [function for maker in made for function in (innermost(maker), *map(innermost, calls(innermost(maker))))]
+
+
+def own_code(module: nn.Module) -> list[FunctionType]:
+    """A module's forward, and the methods that it calls."""
+    forward = innermost(type(module).forward)
+    methods = (getattr(type(module), name, None) for name in forward.__code__.co_names)
+    return [forward, *(innermost(method) for method in methods if isinstance(method, FunctionType))]
 
 
 def why_not_half(
@@ -212,6 +221,19 @@ def why_not_head(family: Family, model: nn.Module, name: str) -> str | None:
         if not is_known(called):
             return f"{head_name}: {called.__name__}, which the loss calls, was replaced by another one"
     return why_not_linear(head, head_name) or _why_not_hooks(head.named_modules(prefix=head_name))
+
+
+def find_reader(family: Family, model: nn.Module, decoder: nn.Module) -> Reader | None:
+    """The reader that a model is, if all beside its decoder is what it looks like, and nobody looks there."""
+    known = (reader for reader in family.readers if why_foreign(model, "", family.classes(reader.kind)) is None)
+    if (reader := next(known, None)) is None:
+        return None
+    inside = set(decoder.modules()) | {model}
+    beside = [m for m in model.modules() if m not in inside and type(m) not in CONTAINERS]
+    heads = family.classes(reader.head) if reader.head else ()
+    classes = (*heads, *FROZEN, *ADAPTED, *DROPOUTS, *family.classes(LAYER_NORM.kind))
+    foreign = (why_foreign(m, "", classes) for m in beside if _path(type(m)) != WRAPPER or is_replaced(m))
+    return None if any(foreign) or any(map(is_watched, beside)) else reader
 
 
 def why_not_linear(module: nn.Module, name: str) -> str | None:

@@ -18,7 +18,7 @@ from hyclora.models import trust
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.encoder_layer import EncoderLayerBlock
 from hyclora.models.families.family import Family
-from hyclora.models.layers import LayerBlock
+from hyclora.models.layers import WholeLayer
 
 AGAIN = "call remove_hyclora and apply it again"
 logger = logging.getLogger("hyclora")
@@ -26,8 +26,6 @@ logger = logging.getLogger("hyclora")
 # of an attention
 SETTINGS = ("config", "is_causal", "config._attn_implementation", "scaling")
 WITH_KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
-# of PEFT, and not called
-CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 
 
 class Watch:
@@ -36,15 +34,15 @@ class Watch:
     A norm and the block that it feeds, or that it follows, half a layer, get the same `reason` when they may not run;
     so do both halves of an encoder's layer, and that. stock: each layer of
     the decoder is transformers' own, whatever runs in it; bounded: and each attention a block at work; own: and each
-    norm, the last one too, and each MLP; whole: and each layer a LayerBlock at work, none added, moved or taken away.
+    norm, the last one too, and each MLP; whole: and each layer a WholeLayer at work, none added, moved or taken away.
     told: where reasons found later are added. numbers: what blocks read of modules, beside tensors; drops: whether
     attention drops.
     """
 
     def __init__(self, family: Family, decoder: nn.Module, blocks: list[Block], told: list[str]):
         self.family, self.decoder, self.told = family, decoder, told
-        self.layers = [block for block in blocks if isinstance(block, LayerBlock)]
-        self.encoders = [block for block in blocks if isinstance(block, EncoderLayerBlock)]
+        self.layers = [block for block in blocks if isinstance(block, WholeLayer)]
+        self.encoders = [layer for layer in self.layers if isinstance(layer, EncoderLayerBlock)]
         fed = [block for block in blocks if isinstance(block, (AttentionBlock, MlpBlock))]
         norms = [block for block in blocks if isinstance(block, NormBlock)]
         self.halves = list(zip(norms, fed, strict=False))
@@ -87,17 +85,18 @@ class Watch:
         blocks = [block for half in self.halves for block in half] + self.last_norms
         at_work = {id(block.module) for block in blocks if block.reason is None and block.alone}
         self.stock = not any(trust.why_not_layer(self.family, m, "") for m in modules)
-        known = self.stock and self.family.causal and trust.makes_known_masks(self.decoder)
+        n_layers = self.decoder.config.num_hidden_layers  # the decoder runs as many
+        self.whole = n_layers == len(modules) == len(self.layers) and self.stock
+        self.whole = self.whole and modules == [layer.module for layer in self.layers if layer.together]
+        known = self.stock and trust.makes_known_masks(self.decoder)
         attentions = [getattr(m, self.family.attention, None) for m in modules]
+        at_work |= {id(m) for layer in self.encoders if layer.together for m in layer.module.modules()}
         self.bounded = known and all(id(m) in at_work for m in attentions)
         if self.family.sliding_window:  # masks are made by place
             self.bounded = self.bounded and all(m.layer_idx == i for i, m in enumerate(attentions))
         parts = [(m, name) for m in modules for name in self._names]
         parts += [(self.decoder, self.family.final_norm)] if self.family.final_norm else []
-        self.own = self.bounded and all(id(getattr(owner, name)) in at_work for owner, name in parts)
-        n_layers = self.decoder.config.num_hidden_layers  # the decoder runs as many
-        self.whole = n_layers == len(modules) == len(self.layers) and self.stock
-        self.whole = self.whole and modules == [layer.module for layer in self.layers if layer.together]
+        self.own = self.bounded and all(id(owner.get_submodule(name)) in at_work for owner, name in parts)
         self._remember(modules)
         reasons = self._reasons()
         if all(block.reason for _, block in self.halves):
@@ -146,21 +145,23 @@ class Watch:
         """What a layer's parts are called, in order."""
         return self.family.attention_norm, self.family.attention, self.family.mlp_norm, self.family.mlp
 
-    def _fits_together(self, layer: LayerBlock) -> bool:
+    def _fits_together(self, layer: WholeLayer) -> bool:
         """Whether a layer's blocks may be run one after the other without its own forward."""
+        if trust.why_not_layer(self.family, layer.module, layer.name) is not None or not layer.alone:
+            return False
+        if isinstance(layer, EncoderLayerBlock):
+            return layer.reason is None
         return (
-            trust.why_not_layer(self.family, layer.module, layer.name) is None
-            and layer.alone
-            and all(layer.module._modules.get(n) is b.module for n, b in zip(self._names, layer.blocks, strict=True))
+            all(layer.module._modules.get(n) is b.module for n, b in zip(self._names, layer.blocks, strict=True))
             and all(b.reason is None and b.alone for b in layer.blocks)
-        )
+        )  # fmt: skip
 
     def _remember(self, modules: list[nn.Module]) -> None:
         """List what changed() looks at, as it is now."""
         inside = [m for module in modules for m in module.modules()]
         inside += [norm for _, block in self.halves for norm in block.norms]
         inside += [norm.module for norm in self.last_norms]
-        self._modules = [m for m in inside if m._modules or m._parameters or not isinstance(m, CONTAINERS)]
+        self._modules = [m for m in inside if m._modules or m._parameters or not isinstance(m, trust.CONTAINERS)]
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
         self._hooks = [m.__dict__[name] for m in self._modules for name in trust.HOOKS]
@@ -182,7 +183,7 @@ class Watch:
         self._eps = [*(norm.module for norm, _ in self.halves), *(m for _, block in self.halves for m in block.norms)]
         self._with_kwargs = [m.__dict__[name] for m in (*modules, *self._attention) for name in WITH_KWARGS]
         self._classes = list(set(self._types))
-        forwards = {trust.innermost(type(m).forward) for m in (self.decoder, *self._attention)}
+        forwards = {function for m in (self.decoder, *self._attention) for function in trust.own_code(m)}
         own = [f for g in forwards for f in (g, *trust.calls(g)) if f.__globals__ is g.__globals__]
         own += trust.mask_makers(self.decoder)
         named = [(f.__globals__, name) for f in own for name in f.__code__.co_names]

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hyclora.models.blocks import AttentionBlock
+from hyclora.models.layers import WholeLayer
 from hyclora.operators import dispatch
 from hyclora.utils.data.gsm8k import prompt_of, target_of
 from hyclora.utils.data.word_problems import word_problems
@@ -59,6 +61,26 @@ def deterministic_attention():
 def recorded():
     """tests.helpers.replaying.record()."""
     return record()
+
+
+@pytest.fixture
+def any_dtype(monkeypatch):
+    """A GPU's kernel takes half precision alone; so that rows of fp32 go through all the rest."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(AttentionBlock, "takes_starts", lambda *_: True)
+
+
+@pytest.fixture
+def shapes(monkeypatch) -> list[tuple]:
+    """Of batch and row, what the layers get."""
+    found, run = [], WholeLayer.forward
+
+    def forward(block, hidden, *args, **kwargs):
+        found.append(tuple(hidden.shape[:2]))
+        return run(block, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(WholeLayer, "forward", forward)
+    return found
 
 
 @pytest.fixture

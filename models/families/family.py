@@ -1,6 +1,10 @@
 """What a model family is: where its modules are, and what they compute."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
 
 from hyclora.operators.mlp.activation import GELU, SILU_MUL, Activation
 
@@ -25,6 +29,24 @@ ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A model whose head is not ours, and of which is known what it reads of the last hidden states.
+
+    kind: its class, head: that of its head, if it is no linear layer; each token's output is of that token alone.
+    first: it reads the first token of each row; else the loss reads the tokens that have a label, of labels [B, S].
+    """
+
+    kind: str
+    head: str | None = None
+    first: bool = False
+
+
+def by_place(decoder: nn.Module, tokens: Tensor) -> Tensor:
+    """Position ids [1, S] of tokens: ids [B, S], or embeddings [B, S, C]."""
+    return torch.arange(tokens.shape[1], device=tokens.device)[None]
+
+
+@dataclass(frozen=True)
 class Family:
     """What a family's classes and modules are called, and how its layers are built.
 
@@ -36,7 +58,9 @@ class Family:
     post_norm: a norm comes after the sum of a block's output, dropped by dropout, and the residual, and not before the
     block; such layers run as a whole or not at all. causal: a token sees those before it, by RoPE, and not all.
     inside: other modules inside of attention and mlp, by what their classes are called. core: of attention, the one
-    that has scaling, configuration, and at the paths head_dim and attention_dropout their numbers.
+    that has scaling, configuration, and at the paths head_dim and attention_dropout their numbers. embeddings: the
+    module that makes all that goes into the first layer, if that is more than a lookup. positions: position ids of
+    tokens that come without, [B or 1, S]. readers: what reads the last hidden states, beside the causal LM's head.
     """
 
     modeling: str
@@ -67,6 +91,14 @@ class Family:
     core: str = ""
     head_dim: str = "head_dim"
     attention_dropout: str = "attention_dropout"
+    embeddings: str | None = None
+    positions: Callable[[nn.Module, Tensor], Tensor] = by_place
+    readers: tuple[Reader, ...] = ()
+
+    @property
+    def caller(self) -> str:
+        """Where in a decoder the module is that calls the layers, "" for the decoder itself."""
+        return self.layers.rpartition(".")[0]
 
     def structure(self) -> list[str]:
         """Paths in a layer of all that is not a linear layer or below one."""

@@ -1,7 +1,18 @@
 """RoBERTa: an encoder whose norms come after the residual. Its MLP is in two modules of the layer itself."""
 
-from hyclora.models.families.family import LAYER_NORM, Family
+from torch import Tensor, nn
+
+from hyclora.models.families.family import LAYER_NORM, Family, Reader
 from hyclora.operators.mlp.activation import GELU
+
+
+def positions(encoder: nn.Module, tokens: Tensor) -> Tensor:
+    """As transformers' own code counts them: from after the padding's id on, and no token that is padding by its id."""
+    embeddings = encoder.embeddings
+    ids = tokens.dim() == 2
+    count = embeddings.create_position_ids_from_input_ids if ids else embeddings.create_position_ids_from_inputs_embeds
+    return count(tokens, embeddings.padding_idx)
+
 
 ROBERTA = Family(
     modeling="roberta.modeling_roberta",
@@ -35,4 +46,11 @@ ROBERTA = Family(
     core="self",
     head_dim="attention_head_size",
     attention_dropout="dropout.p",
+    embeddings="embeddings",
+    positions=positions,
+    readers=(
+        Reader("ForSequenceClassification", head="ClassificationHead", first=True),
+        Reader("ForTokenClassification"),
+        Reader("ForMaskedLM", head="LMHead"),
+    ),
 )

@@ -62,15 +62,24 @@ def is_last(decoder: nn.Module, hook: int) -> bool:
     return next(reversed(decoder._forward_pre_hooks)) == hook
 
 
-def is_tokenwise(decoder: nn.Module, embedded: bool) -> bool:
-    """Whether what a decoder makes of tokens (embedded: they are already) before its layers is nothing of the batch."""
-    embedding, angles = decoder.get_input_embeddings(), decoder.rotary_emb
-    if not is_stock(angles) or angles.rope_type not in FIXED_ANGLES or is_watched(angles):
+def is_tokenwise(decoder: nn.Module, embeddings: str | None, embedded: bool) -> bool:
+    """Whether what a decoder makes of tokens (embedded: they are already) before its layers is nothing of the batch.
+
+    embeddings: the module that makes it, or None for a lookup and angles.
+    """
+    lookup, first = decoder.get_input_embeddings(), decoder.get_submodule(embeddings or "rotary_emb")
+    if not is_stock(first) or is_watched(first) or getattr(first, "rope_type", "default") not in FIXED_ANGLES:
         return False
-    plain = type(embedding) is nn.Embedding and "forward" not in embedding.__dict__
-    plain = plain and not (embedding._forward_pre_hooks or embedding._backward_hooks or embedding._backward_pre_hooks)
-    plain = plain and not embedding.scale_grad_by_freq
-    return embedded or plain and all(map(asks_for_gradients, embedding._forward_hooks.values()))
+    parts = list(first.children()) if embeddings else [lookup]
+    return all(is_plain(part) for part in parts if not (embedded and part is lookup))
+
+
+def is_plain(part: nn.Module) -> bool:
+    """Whether a module is torch's own, of each token by itself, and nobody looks."""
+    own = type(part) in (nn.Embedding, nn.LayerNorm, nn.Dropout) and "forward" not in part.__dict__
+    seen = part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    own = own and not seen and not getattr(part, "scale_grad_by_freq", False)
+    return own and all(map(asks_for_gradients, part._forward_hooks.values()))
 
 
 def is_lookup(embedding: nn.Module, angles: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The decoder layers of a training step as CUDA graphs, for kinds of input that come again.
+"""The layers of a training step as CUDA graphs, for kinds of input that come again.
 
 At a few thousand tokens a layer's kernels are shorter than the time the host needs to launch them. So the second time
 that a kind of input (shapes, padding, adapters) comes after calibration, the forward of all layers is captured as one
@@ -7,8 +7,8 @@ Inputs are copied to fixed places; activations live in a memory pool that all gr
 buffers, which are the parameters' .grad, or are given to autograd where DDP or hooks on parameters wait for them.
 
 Whatever a graph cannot do or would hide runs layer by layer: dropout of attention, hooks on modules, gradient
-checkpointing, FSDP, inputs that differ from layer to layer, a forward before the backward of another one. The adapters'
-dropout is replayed: a graph draws seeds anew (operators/linear/dropout.py).
+checkpointing, FSDP, inputs that differ from layer to layer, a forward before the backward of another one. Dropout of
+adapters and of an encoder's hidden states is replayed: a graph draws seeds anew (operators/linear/dropout.py).
 """
 
 import logging
@@ -28,7 +28,7 @@ from hyclora.models.graphs.foresight import Foretold
 from hyclora.models.graphs.gradients import GradientBuffers, Listener, ReplayFunction, Ticket, add_gradients, nothing
 from hyclora.models.graphs.recording import Recording
 from hyclora.models.graphs.sizes import Sizes
-from hyclora.models.layers import OURS, LayerBlock
+from hyclora.models.layers import OURS, WholeLayer
 from hyclora.operators.attention.flash import is_bounds
 from hyclora.operators.pausable import Pausable
 from hyclora.operators.random_state import get_rng_state, replayed_rng
@@ -45,7 +45,7 @@ class LayerGraphs(Pausable):
     While it is paused the layers run one by one.
     """
 
-    def __init__(self, recorder, patch, layers: list[LayerBlock]):
+    def __init__(self, recorder, patch, layers: list[WholeLayer]):
         self.recorder, self.patch, self.step = recorder, patch, patch.step
         self.layers = layers
         inside = [block for layer in layers for block in layer.blocks]
@@ -115,7 +115,7 @@ class LayerGraphs(Pausable):
         """What was started for a forward that did not come to its first layer is nobody's."""
         self._asked = self._started = None
 
-    def replay(self, layer: LayerBlock, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
+    def replay(self, layer: WholeLayer, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
         """What a layer returns if all layers are replayed as one; None if it has to run by itself."""
         if layer is not self.layers[0]:
             if self._passing:
@@ -219,7 +219,7 @@ class LayerGraphs(Pausable):
         if not all([p.refresh(running) for p in self.projections]):
             return None
         trainable = [t for p in self.projections for t in p.parameters() if t is not None]
-        trainable += [norm.weight for norm in self.norms]
+        trainable += [t for norm in self.norms for t in norm.parameters(recurse=False)]
         if not any(t.requires_grad for t in trainable):
             return None
         self._listener = Listener.of(trainable)
@@ -229,7 +229,7 @@ class LayerGraphs(Pausable):
         """What a recording is found by beside its inputs: which weights there are, where, and the adapters' state."""
         trained = tuple(id(t) if t.requires_grad else 0 for t in weights)
         adapters = ((p.adapter, p.scaling, p.dropout) for p in self.projections)
-        return _places(weights), trained, self.patch.watch.numbers, *adapters
+        return _places(weights), trained, self.patch.watch.numbers, *adapters, *(m.dropout() for m in self.layers)
 
     def _compare(self, args: tuple, kwargs: dict) -> None:
         """A later layer runs by itself: unless its arguments are those of the first one, this kind stays so."""
@@ -335,7 +335,7 @@ class LayerGraphs(Pausable):
         paths = tree_flatten_with_path((args, kwargs))[0]
         varying = [(path, t) for path, t in paths if _varies(t, hidden)]
         inputs, places = [first, *(t for _, t in varying)], [path for path, _ in varying]
-        draws = any(p.dropout for p in self.projections)
+        draws = any(p.dropout for p in self.projections) or any(any(m.dropout()) for m in self.layers)
         replays = replay_forward, replay_backward
         return Recording(anchor, inputs, places, output, dy, dx, reached, *replays, self._store, draws)
 
@@ -370,7 +370,7 @@ class LayerGraphs(Pausable):
         for p in self.projections:
             p.refresh()
 
-    def _held(self, layer: LayerBlock):
+    def _held(self, layer: WholeLayer):
         """A graph ends when its copies do: those of the last layer would be waited for, only to be fetched again."""
         hold = self._store is not None and layer is self.layers[-1]
         return self._store.holding() if hold else nullcontext()

@@ -46,7 +46,9 @@ class FlashCore:
         """o, and what autograd needs if it is on."""
         dropout = self.dropout(self.module) if self.module.training else 0.0
         if tells_runs(mask):
-            return flash_attention(q, k, v, mask, self.window, self.module.scaling, dropout)
+            return flash_attention(
+                q, k, v, mask, self.window, self.module.scaling, dropout, self.module.is_causal
+            )  # fmt: skip
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
         if self.window is not None:
             kwargs = kwargs | {"sliding_window": self.window}

@@ -1,4 +1,4 @@
-"""Causal attention of runs of tokens, with a sliding window and grouped queries, in memory linear in the tokens.
+"""Attention of runs of tokens, with a sliding window and grouped queries, in memory linear in the tokens.
 
 A run is a row of the batch, a document packed into one, the padding in front of a row or the rest of it.
 Which tokens see which is told by bounds, an int32 tensor on the host (to read it never waits for a GPU), [1, 1, 2, N+1]
@@ -47,19 +47,21 @@ def tells_runs(mask) -> bool:
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, runs: Tensor, window: int | None, scaling: float, dropout: float = 0.0
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, runs: Tensor, window: int | None, scaling: float, dropout: float = 0.0,
+    causal: bool = True,
+) -> Tensor:  # fmt: skip
     """o = softmax(scaling q k^T) v, where token i of a run sees the tokens i - window + 1 to i of that run.
 
-    q, o [B, S, H, D]; k, v [B, S, H_kv, D]; runs: bounds or starts; window None: all of the run up to i. o is 0 where
-    nothing is seen. Under autograd torch keeps q, k, v, o and 4 H bytes a token for lse. Without torch's varlen kernel
-    a window also makes a mask of 2 window^2 elements, and keeps keys and values of each chunk twice, with the chunk
-    before.
+    q, o [B, S, H, D]; k, v [B, S, H_kv, D]; runs: bounds or starts; window None: all of the run up to i, or, if
+    not causal, all of it. o is 0 where nothing is seen. Under autograd torch keeps q, k, v, o and 4 H bytes a token for
+    lse. Without torch's varlen kernel a window also makes a mask of 2 window^2 elements, and keeps keys and values of
+    each chunk twice, with the chunk before.
     """
     if is_starts(runs):
         starts, seeing, longest = runs[0, :, 0, 0], None, q.shape[1]
         if takes_varlen(q, dropout):
-            return _varlen(q, k, v, starts, seeing, longest, None if window is None else min(window, longest), scaling)
+            window = None if window is None else min(window, longest)
+            return _varlen(q, k, v, starts, seeing, longest, window, scaling, causal)
         lengths = [n for n in starts.diff().tolist() if n]
         seeing = torch.ones(len(lengths))
     else:
@@ -70,12 +72,12 @@ def flash_attention(
         window = None
     rows_are_runs = len(lengths) == q.shape[0]
     if (window is not None or not rows_are_runs) and takes_varlen(q, dropout):
-        return _varlen(q, k, v, starts, seeing, longest, window, scaling)
+        return _varlen(q, k, v, starts, seeing, longest, window, scaling, causal)
     if rows_are_runs:
-        return _causal(q, k, v, window, scaling, dropout)
+        return _of_rows(q, k, v, window, scaling, dropout, causal)
     runs = zip(*(t.flatten(0, 1)[None].split(lengths, dim=1) for t in (q, k, v)), strict=True)
     o = [
-        _causal(*run, window, scaling, dropout) if sees else torch.zeros_like(run[0])
+        _of_rows(*run, window, scaling, dropout, causal) if sees else torch.zeros_like(run[0])
         for run, sees in zip(runs, seeing, strict=True)
     ]
     return torch.cat(o, dim=1).view(q.shape)
@@ -109,12 +111,12 @@ def takes_varlen(q: Tensor, dropout: float) -> bool:
     )
 
 
-def _varlen(q, k, v, starts, seeing, longest: int, window: int | None, scaling: float) -> Tensor:
+def _varlen(q, k, v, starts, seeing, longest: int, window: int | None, scaling: float, causal: bool) -> Tensor:
     """All runs in one kernel. Grouped queries are a matter of course before torch had a switch for them."""
     on_device = starts.to(q.device, non_blocking=True)
     grouped = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
     tokens = (t.flatten(0, 1) for t in (q, k, v))
-    window_size = (-1 if window is None else window - 1, 0)
+    window_size = (-1 if window is None else window - 1, 0 if causal else -1)
     o = varlen_attn(
         *tokens, on_device, on_device, longest, longest, scale=scaling, window_size=window_size, **grouped
     )  # fmt: skip
@@ -123,11 +125,11 @@ def _varlen(q, k, v, starts, seeing, longest: int, window: int | None, scaling: 
     return o.view(q.shape)
 
 
-def _causal(q, k, v, window: int | None, scaling: float, dropout: float) -> Tensor:
+def _of_rows(q, k, v, window: int | None, scaling: float, dropout: float, causal: bool) -> Tensor:
     """Attention within each row, by chunks of `window` queries: they see their own chunk and the one before."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if window is None or window >= q.shape[2]:
-        return _sdpa(q, k, v, None, scaling, dropout).transpose(1, 2)
+        return _sdpa(q, k, v, None, scaling, dropout, causal).transpose(1, 2)
     # one additive mask for all chunks: query r sees keys r + 1 to r + window of the two chunks
     seen = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).tril(window).triu(1)
     mask = q.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
@@ -140,9 +142,9 @@ def _causal(q, k, v, window: int | None, scaling: float, dropout: float) -> Tens
     return torch.cat(o, dim=2).transpose(1, 2)
 
 
-def _sdpa(q, k, v, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
-    """torch's attention, causal without a mask; q [B, H, S, D], k, v [B, H_kv, S_k, D], never repeated."""
-    options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
+def _sdpa(q, k, v, mask: Tensor | None, scaling: float, dropout: float, causal: bool = True) -> Tensor:
+    """torch's attention; causal: without a mask; q [B, H, S, D], k, v [B, H_kv, S_k, D], never repeated."""
+    options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": causal and mask is None, "scale": scaling}
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and q.is_cuda and (mask is not None or q.dtype not in HALF):
         # on a GPU only flash takes grouped heads, and no mask nor fp32; else torch repeats them and makes whole scores

@@ -17,6 +17,7 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    RobertaForTokenClassification,
 )
 
 from hyclora.models.binding import BoundForward
@@ -53,11 +54,15 @@ def qwen3(lora: dict | None = None, base: str = "float32", **config) -> torch.nn
 
 
 def roberta(lora: dict | None = None, base: str = "float32", task="masked", **config) -> torch.nn.Module:
-    """A RoBERTa of two layers for masked LM or, with task="classification", three classes; it drops nothing."""
-    model_class = {"masked": RobertaForMaskedLM, "classification": RobertaForSequenceClassification}[task]
+    """A RoBERTa of two layers for masked LM or three classes, of rows or (task="tokens") tokens; it drops nothing."""
+    model_class, task_type = {
+        "masked": (RobertaForMaskedLM, None),
+        "classification": (RobertaForSequenceClassification, "SEQ_CLS"),
+        "tokens": (RobertaForTokenClassification, "TOKEN_CLS"),
+    }[task]
     lora = {"target_modules": "all-linear"} | (lora or {})
-    if task == "classification":
-        lora = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]} | lora
+    if task_type:
+        lora = {"task_type": task_type, "modules_to_save": ["classifier"]} | lora
     plain = {"layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
     return _small(model_class, RobertaConfig, lora, base, plain | config)
 

@@ -6,7 +6,7 @@ from transformers import DataCollatorWithFlattening
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES
-from hyclora.models.masks import causal_bounds
+from hyclora.models.masks import causal_bounds, row_bounds
 from hyclora.models.patch import find_patch
 from hyclora.models.step_hook import StepHook
 from hyclora.operators.attention.flash import tells_runs
@@ -266,3 +266,11 @@ def test_one_synchronisation_a_forward(kind):
     expected = 3 if kind in ("right-padded", "both sides") else 2
     assert len([w for w in caught if "synchroniz" in str(w.message)]) <= expected
     assert find_patch(model).step.index == 3
+
+
+def test_rows_of_an_encoder():
+    """Each begins with its first real token, wherever the others are; an empty one is none."""
+    real = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()
+    assert row_bounds(real, 4, 3)[0, 0, 0].tolist() == [0, 4, 9, 12]
+    assert row_bounds(None, 2, 3)[0, 0, 0].tolist() == [0, 3, 6]
+    assert row_bounds(real, 4, 4) is None and row_bounds(real[:, None], 4, 3) is None

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from hyclora import HycloraConfig, apply_hyclora
-from hyclora.models.blocks import AttentionBlock
 from hyclora.models.graphs.sizes import filled_size
 from hyclora.models.head import HeadBlock
 from hyclora.models.layers import LayerBlock
@@ -20,6 +19,7 @@ from tests.helpers.replaying import CALIBRATION, Rerun, config, graphed, train
 from tests.helpers.small_models import gradients, largest_error, llama, mistral, padded_batch, qwen2, qwen3
 
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+pytestmark = pytest.mark.usefixtures("any_dtype")
 BASELINE = {"layer_type": "baseline", "stream": True, "cuda_graphs": False}
 
 
@@ -42,26 +42,6 @@ def ragged(seed: int, rows=4, longest=33, side="right", packed=False) -> dict:
     unlabelled[:, 1:] |= mask[:, 1:] & ~mask[:, :-1]  # the first token after padding is foretold from padding
     labels = ids.masked_fill(~mask | unlabelled, -100)
     return {k: t.to(DEVICE) for k, t in {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}.items()}
-
-
-@pytest.fixture(autouse=True)
-def any_dtype(monkeypatch):
-    """A GPU's kernel takes half precision alone; so that rows of fp32 go through all the rest."""
-    if DEVICE == "cuda":
-        monkeypatch.setattr(AttentionBlock, "takes_starts", lambda *_: True)
-
-
-@pytest.fixture
-def shapes(monkeypatch) -> list[tuple]:
-    """What the layers get."""
-    found, run = [], LayerBlock.forward
-
-    def forward(block, hidden, *args, **kwargs):
-        found.append(tuple(hidden.shape[:2]))
-        return run(block, hidden, *args, **kwargs)
-
-    monkeypatch.setattr(LayerBlock, "forward", forward)
-    return found
 
 
 def test_a_row_and_back():

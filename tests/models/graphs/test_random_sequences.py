@@ -9,7 +9,7 @@ import torch
 from hyclora import apply_hyclora
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.replaying import Rerun, config, graphed
-from tests.helpers.small_models import largest_error, llama, padded_batch
+from tests.helpers.small_models import largest_error, llama, padded_batch, roberta
 from tests.models.test_stream import half, ragged
 
 N_STEPS = 24
@@ -80,10 +80,12 @@ def run(model, seed: int, folder) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_replays_give_what_layers_give(seed, tmp_path):
+@pytest.mark.parametrize(
+    "family, seed", [*((llama, seed) for seed in range(10)), *((roberta, seed) for seed in range(4))]
+)
+def test_replays_give_what_layers_give(family, seed, tmp_path):
     options = {"layer_type": "baseline", "stream": True}
-    reference = half(llama({"lora_dropout": 0.1}))
+    reference = half(family({"lora_dropout": 0.1}))
     ours = copy.deepcopy(reference)
     apply_hyclora(reference, config(**options, cuda_graphs=False))
     graphs = graphed(ours, options, recorder=Rerun())

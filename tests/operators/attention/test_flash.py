@@ -31,13 +31,13 @@ def heads(batch=2, seq_len=40, n_heads=6, kv_heads=2, head_dim=16, dtype=torch.f
     return [t.detach().requires_grad_() for t in y], do
 
 
-def seen(bounds, window, batch, seq_len) -> torch.Tensor:
+def seen(bounds, window, batch, seq_len, causal=True) -> torch.Tensor:
     """[B, S, S]: the dense mask that bounds and window stand for."""
     starts, seeing = bounds[0, 0].tolist()
     token = torch.arange(batch * seq_len)
     run = torch.bucketize(token, torch.tensor(starts[1:-1]), right=True)
     age = token[:, None] - token
-    mask = (run[:, None] == run) & (age >= 0) & torch.tensor(seeing).bool()[run]
+    mask = (run[:, None] == run) & (age >= 0 if causal else True) & torch.tensor(seeing).bool()[run]
     if window is not None:
         mask &= age < window
     return torch.stack([mask[i : i + seq_len, i : i + seq_len] for i in range(0, batch * seq_len, seq_len)]).to(DEVICE)
@@ -94,23 +94,24 @@ STARTS = {
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2])
-@pytest.mark.parametrize("window", [None, 7, 40, 1000])
+@pytest.mark.parametrize("window, causal", [(None, True), (7, True), (40, True), (1000, True), (None, False)])
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
-def test_starts_say_the_same(starts, varlen, window, kv_heads, monkeypatch):
+def test_starts_say_the_same(starts, varlen, window, causal, kv_heads, monkeypatch):
     """On the device of the tokens; torch's kernel reads them there, and is told of no run that is longer than all."""
-    mask = seen(bounds_of([starts, [1] * len(starts)]), window, 1, 80)
+    mask = seen(bounds_of([starts, [1] * len(starts)]), window, 1, 80, causal)
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=True):
         assert cu_q is cu_k and cu_q.tolist() == starts and cu_q.device == q.device
-        assert max_q == max_k == 80 and window_size == (-1 if window is None else min(window, 80) - 1, 0)
+        assert max_q == max_k == 80
+        assert window_size == (-1 if window is None else min(window, 80) - 1, 0 if causal else -1)
         return dense(*(t[None] for t in (q, k, v)), mask, scale)[0].to(q.dtype)
 
     monkeypatch.setattr(flash, "varlen_attn", stand_in, raising=False)
     monkeypatch.setattr(flash, "takes_varlen", lambda q, dropout: varlen)
     runs = torch.tensor(starts, dtype=torch.int32, device=DEVICE)[None, :, None, None]
     qkv, do = heads(batch=1, seq_len=80, kv_heads=kv_heads)
-    ours = results(lambda q, k, v: flash_attention(q, k, v, runs, window, 0.3), *qkv, do)
+    ours = results(lambda q, k, v: flash_attention(q, k, v, runs, window, 0.3, causal=causal), *qkv, do)
     for got, want in zip(ours, results(lambda q, k, v: dense(q, k, v, mask, 0.3), *qkv, do), strict=True):
         torch.testing.assert_close(got.double(), want.double(), atol=1e-5, rtol=1e-5)
 
@@ -156,14 +157,14 @@ def test_dropout_drops_and_scales():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernel for runs needs a GPU")
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window, causal", [(None, True), (100, True), (None, False)])
 @pytest.mark.parametrize("rows", BOUNDS.values(), ids=BOUNDS)
-def test_bf16_on_the_gpu(rows, window):
+def test_bf16_on_the_gpu(rows, window, causal):
     """Errors against fp64 are those of SDPA with a dense mask in bf16, up to twice."""
     rows = [[32 * start for start in rows[0]], rows[1]]
     bounds, (qkv, do) = bounds_of(rows), heads(seq_len=1280, head_dim=64, dtype=torch.bfloat16)
     assert flash.takes_varlen(qkv[0], 0.0)
-    mask = seen(bounds, window, 2, 1280)
+    mask = seen(bounds, window, 2, 1280, causal)
     blind = ~mask.any(-1)[:, :, None, None]
 
     def sdpa(q, k, v):
@@ -174,7 +175,7 @@ def test_bf16_on_the_gpu(rows, window):
         return o.transpose(1, 2).masked_fill(blind, 0)
 
     exact = results(lambda q, k, v: dense(q, k, v, mask, 0.125), *qkv, do)
-    ours = results(lambda q, k, v: flash_attention(q, k, v, bounds, window, 0.125), *qkv, do)
+    ours = results(lambda q, k, v: flash_attention(q, k, v, bounds, window, 0.125, causal=causal), *qkv, do)
     theirs = results(sdpa, *qkv, do)
     for got, stock, want in zip(ours, theirs, exact, strict=True):
         assert (got.double() - want.double()).norm() <= 2 * (stock.double() - want.double()).norm()
