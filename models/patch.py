@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hyclora.models import trust
 from hyclora.models.blocks import AttentionBlock, Block
@@ -24,6 +25,7 @@ from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
 from hyclora.models.layers import CheckpointBlock, LayerBlock
 from hyclora.models.report import PatchReport, make_report
+from hyclora.models.shifted import is_shifted_sparse
 from hyclora.models.step_hook import StepHook
 from hyclora.models.watch import Watch
 from hyclora.operators.savers import Step
@@ -88,7 +90,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         raise ValueError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
     step = Step(config.iteration_threshold)
     names = {id(module): name for name, module in model.named_modules()}
-    _check(config, family)
+    _check(config, family, decoder.config._attn_implementation)
     layers = list(attrgetter(family.layers)(decoder))
     stock = _why_not(family, layers, names)
     if len(stock) == len(HALVES) * len(layers):
@@ -185,8 +187,10 @@ def _elsewhere(layers: list[nn.Module]) -> str | None:
     return f"the layers are on {', '.join(map(str, devices))}"
 
 
-def _check(config: HycloraConfig, family: Family) -> None:
-    """ValueError for settings that the family has no use for."""
+def _check(config: HycloraConfig, family: Family, attention: str) -> None:
+    """ValueError for settings that the family, or the attention function of this name, has no use for."""
+    if config.attention == "eager" and is_shifted_sparse(ALL_ATTENTION_FUNCTIONS.get(attention)):
+        raise ValueError("attention=eager keeps the map of all tokens, not of shifted groups; use attention=flash")
     missing = config.slot_savers.keys() & {"gate", "act"} if not family.activation.gated else ()
     if missing:
         raise ValueError(f"slot_savers[{min(missing)!r}]: an MLP without a gate has no such slot; leave it out")

@@ -26,6 +26,7 @@ from transformers.utils import output_capturing
 
 from hyclora.models.binding import is_replaced
 from hyclora.models.families.family import ACTIVATIONS, Family
+from hyclora.models.shifted import is_shifted_sparse
 from hyclora.operators.linear.nf4 import bnb, is_4bit
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -299,7 +300,8 @@ def _why_not_interface(module: nn.Module, name: str) -> str | None:
     implementation = module.config._attn_implementation
     eager = forward.__globals__.get("eager_attention_forward")
     interface = eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS.get(implementation)
-    if not (isinstance(interface, FunctionType) and is_known(interface) and interface.__name__ in INTERFACES):
+    stock = isinstance(interface, FunctionType) and is_known(interface) and interface.__name__ in INTERFACES
+    if not (stock or is_shifted_sparse(interface)):
         return f"{name}: attention {implementation!r} is not one of transformers' sdpa, eager and flash attention"
     return None
 
