@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from hyclora.utils.args import EvalArguments, option, require
+from hyclora.utils.data.tokens import Collator
 from hyclora.utils.heads import NEXT_TOKEN, Head
 from hyclora.utils.metrics import evaluate_loss
 from hyclora.utils.tasks import Task
@@ -34,11 +35,12 @@ def language_task(
     tokenizer: PreTrainedTokenizerBase,
     evaluation: EvalArguments,
     head: Head = NEXT_TOKEN,
+    reach: int = 0,
 ) -> Task:
-    """Train on rows, judge by others.
+    """Train on rows of one length, which need no padding, and judge by others.
 
     judged: tokenized rows by the name of their perplexity; without any there is nothing to evaluate. units: what a
-    perplexity is of, "token" or "word", and how many tokens that is. summary, head: of the Task.
+    perplexity is of, "token" or "word", and how many tokens that is. summary, head, reach: of the Task.
     """
 
     def perplexities(model) -> tuple[dict[str, float], list[dict]]:
@@ -49,4 +51,5 @@ def language_task(
         return found, []
 
     forms = {f"{name} per {unit}": ".3f" for name in judged for unit in units}
-    return Task(train, next(iter(judged.values()), []), summary, forms, perplexities, head=head)
+    collate = Collator(tokenizer.pad_token_id, multiple=1)
+    return Task(train, next(iter(judged.values()), []), summary, forms, perplexities, collate, head, reach=reach)
