@@ -81,7 +81,7 @@ def _run(driver: Driver, argv: list[str] | None) -> None:
     head = task.head.of(source)
     check_model(source, head, lora_args)
     check_positions(source, head, task.longest)
-    head.check(training)
+    head.check(training, hyclora_args)
 
     run = begin(groups, source, task.train, argv)
     core = results.core_of(training, len(task.train))

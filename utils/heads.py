@@ -32,10 +32,12 @@ class Head:
     attention: str = ""
     rope_scaling: float | None = None
 
-    def check(self, training: TrainingArguments) -> None:
-        """UserError for a setting of the training that this head has no use for."""
+    def check(self, training: TrainingArguments, hyclora) -> None:
+        """UserError for a setting of the training, or of HyC-LoRA, that this head has no use for."""
         if training.label_smoothing_factor and self.config.get("problem_type") == SCORE:
             raise UserError("label_smoothing_factor smooths classes, and this task asks for a score: drop it")
+        if self.attention and hyclora.use_hyclora and hyclora.attention == "eager":
+            raise UserError("group_size needs attention=flash: attention=eager keeps a map of all tokens")
 
     def of(self, source: str) -> "Head":
         """The same for the model in source (a folder or a hub id), of which rope_scaling is a matter of configuration.
