@@ -99,7 +99,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     blocks = builder.blocks()
     head, stock_head = _head(model, family, names, step, blocks)
     inside = blocks if head is None else [*blocks, head]
-    norm = getattr(decoder, family.final_norm) if family.final_norm else None
+    norm = trust.acting(getattr(decoder, family.final_norm)) if family.final_norm else None
     stock_norm = None if norm is None else trust.why_not_norm(family, norm, names[id(norm)])
     # a layer that runs as a whole has one reason
     halves = {half: reason for half, reason in stock.items() if not family.post_norm or half[1] == "mlp"}

@@ -112,6 +112,19 @@ def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...]) -> str |
     return None
 
 
+def acting(module: nn.Module) -> nn.Module:
+    """What runs in a module's place: of PEFT's modules_to_save the copy that is trained, while nobody is around it."""
+    if not is_whole(module) or module.disable_adapters or is_replaced(module) or not is_known(type(module).forward):
+        return module
+    active = [module.modules_to_save[name] for name in module.active_adapters if name in module.modules_to_save]
+    return active[0] if len(active) == 1 and not any(module.__dict__[name] for name in HOOKS) else module
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module is PEFT's around one of modules_to_save."""
+    return _path(type(module)) == "peft.utils.other.ModulesToSaveWrapper"
+
+
 def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
     """A decoder layer as a whole; what is in it is another question."""
     return why_foreign(layer, name, family.classes(family.layer_kind))
