@@ -44,10 +44,10 @@ fi
 
 # HyC-LoRA: with checkpointing the input of each layer is kept, in host memory on a GPU, and here in 8 bit
 preset=${preset:-$([[ "$gpu" == True ]] && echo longest || echo default)}
-slot_savers=${slot_savers-'{"layer_in": "quant8"}'}
+exact=$([[ "${use_hyclora:-}" == False || "${layer_type:-}" == baseline ]] && echo True || echo False)
+slot_savers=${slot_savers-$([[ "$exact" == True ]] || echo '{"layer_in": "quant8"}')}
 
 source "$root/utils/settings.sh"
-[[ "$use_hyclora" == False ]] && slot_savers=
 options+=(--gradient_accumulation_steps "$gradient_accu_steps")
 add_options load_in_4bit data_name data_dir eval_files seq_len group_size rope_scaling trainable_params slot_savers
 add_options eval_lengths stride seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
