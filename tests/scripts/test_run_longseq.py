@@ -123,6 +123,26 @@ def test_stretched_positions_are_saved_with_the_adapters_as_a_recipe(drive, fold
     assert found["after"] == pytest.approx(per_token_loop(model, ids, 64, 16), rel=1e-3)
 
 
+def test_norms_and_embeddings_are_trained_saved_and_loaded_with_the_adapters(
+    drive, folder, tiny_llama_folder, tmp_path
+):
+    options = ["--data_name", "text", "--data_dir", folder, "--eval_files", "b.txt", "--trainable_params", "norm,embed"]
+    code, said, results = drive(*options, "--max_eval_samples", 2, "--eval_lengths", 64)
+    assert code == 0 and "patched 2 layers" in said
+    (adapters,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    stock = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    model = PeftModel.from_pretrained(base, adapters).eval()
+    whole = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+    assert len(whole) == 2 * 2 + 1 + 1
+    for name, parameter in whole.items():
+        original = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        assert not torch.equal(parameter, stock[original])
+    ids = AutoTokenizer.from_pretrained(tiny_llama_folder)((folder / "b.txt").read_text()).input_ids[:128]
+    (found,) = results["metrics"].values()
+    assert found["after"] == pytest.approx(per_token_loop(model, ids, 64, 16), rel=1e-3)
+
+
 def test_token_files_and_data_sets_on_disk_are_trained_on_and_judged(drive, tmp_path):
     Dataset.from_dict({"input_ids": [list(range(2, 130))] * 3}).save_to_disk(tmp_path / "rows")
     np.arange(2, 302, dtype="<u2").tofile(tmp_path / "test.bin")
