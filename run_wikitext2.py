@@ -12,17 +12,17 @@ which compares across tokenizers: over the whole blocks of the test text, each b
 The settings are at the top of run_wikitext2.sh and in utils/settings.sh; `python run_wikitext2.py --help` lists all.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from hyclora.utils.args import DataArguments, EvalArguments, option, require
+from hyclora.utils.args import DataArguments, option, require
 from hyclora.utils.data.text import (
     HUB_NAME,
     TokenizedText,
+    Windows,
     blocks,
     demo_text,
     download,
@@ -31,11 +31,10 @@ from hyclora.utils.data.text import (
     read_text,
     read_token_file,
     tokenize,
-    windows,
 )
 from hyclora.utils.driver import Driver
 from hyclora.utils.errors import UserError
-from hyclora.utils.metrics import evaluate_loss
+from hyclora.utils.perplexity import PerplexityArguments, language_task
 from hyclora.utils.tasks import Task
 
 
@@ -71,13 +70,8 @@ class TextArguments(DataArguments):
 
 
 @dataclass
-class PerplexityArguments(EvalArguments):
-    eval_batch_size: int = option(8, "Blocks evaluated at once.")
+class WindowArguments(PerplexityArguments):
     stride: int = option(512, "Tokens that the sliding window moves on, at most seq_len; 0: blocks only.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.stride >= 0, f"stride must not be negative, not {self.stride}")
 
 
 def read_split(data: TextArguments, split: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedText | None:
@@ -101,9 +95,7 @@ def read_split(data: TextArguments, split: str, tokenizer: PreTrainedTokenizerBa
     return tokenize(file.name, joined, tokenizer)
 
 
-def language_modelling(
-    data: TextArguments, evaluation: PerplexityArguments, tokenizer: PreTrainedTokenizerBase
-) -> Task:
+def language_modelling(data: TextArguments, evaluation: WindowArguments, tokenizer: PreTrainedTokenizerBase) -> Task:
     size, stride, limit = data.seq_len, evaluation.stride, data.max_eval_samples
     require(stride <= size, f"stride {stride} is more than seq_len {size}: lower --stride")
     train = read_split(data, "train", tokenizer)
@@ -111,7 +103,7 @@ def language_modelling(
     rows = blocks(train, size)[: data.max_train_samples]
     summary = f"{train}; {len(rows)} blocks of {size}"
     if test is None:
-        return Task(rows, [], f"{summary}\nno test text", {}, lambda model: ({}, []))
+        return language_task(rows, f"{summary}\nno test text", {}, {}, tokenizer, evaluation)
 
     test = test.first(limit and limit * size)
     whole = blocks(test, size)
@@ -120,23 +112,14 @@ def language_modelling(
         masked = train.name if train.masked else test.name
         summary += f"\nrare words are <unk> in {masked} alone: the perplexity after training suffers from that"
     units = {"token": 1.0} | ({"word": test.tokens_per_word} if test.tokens_per_word else {})
-    judged = {"perplexity": whole} | ({"sliding perplexity": windows(test, size, stride)} if stride else {})
-
-    def perplexities(model) -> tuple[dict[str, float], list[dict]]:
-        found = {}
-        for name, judged_rows in judged.items():
-            loss = evaluate_loss(model, judged_rows, tokenizer.pad_token_id, evaluation)
-            found |= {f"{name} per {unit}": math.exp(loss * tokens) for unit, tokens in units.items()}
-        return found, []
-
-    forms = {f"{name} per {unit}": ".3f" for name in judged for unit in units}
-    return Task(rows, whole, summary, forms, perplexities)
+    judged = {"perplexity": whole} | ({"sliding perplexity": Windows(test.ids, size, stride)} if stride else {})
+    return language_task(rows, summary, judged, units, tokenizer, evaluation)
 
 
 DRIVER = Driver(
     "wikitext2",
     TextArguments,
-    PerplexityArguments,
+    WindowArguments,
     dict.fromkeys(("demo", "wikitext2", "text"), language_modelling),
     {"num_train_epochs": 3.0},
 )

@@ -10,5 +10,5 @@ binding.py     how a block is put in front of a forward                 foreign_
 calibration.py when calibration ends, and begins again                  state.py    calibration on disk
 report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
 building.py    which blocks and savers layers get                       families/   what families are like
-encoder_layer.py  a whole layer whose norms come after the residual
+encoder_layer.py  a whole layer whose norms come after the residual      shifted.py  attention in shifted groups
 """

@@ -20,7 +20,7 @@ HALVES = {"attention": ("attention_norm", "attention"), "mlp": ("mlp_norm", "mlp
 
 def parts_of(family: Family, layer: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
     """A norm of a layer, and what it feeds or follows."""
-    return tuple(layer.get_submodule(getattr(family, name)) for name in HALVES[half])
+    return tuple(trust.acting(layer.get_submodule(getattr(family, name))) for name in HALVES[half])
 
 
 def slot_widths(family: Family, layer: nn.Module, half: str) -> dict[str, int]:

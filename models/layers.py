@@ -97,12 +97,16 @@ class CheckpointBlock(Block):
     span = UNITS_A_LAYER
     bound = None
 
+    @property
+    def better(self) -> bool:
+        """Whether the input is kept otherwise than torch does."""
+        return self.store is not None or not isinstance(self.savers["layer_in"], Exact)
+
     def bind(self) -> None:
         if not getattr(self.module, "gradient_checkpointing", False):
             return
         installed = getattr(self.module, "_gradient_checkpointing_func", None)
-        better = self.store is not None or not isinstance(self.savers["layer_in"], Exact)
-        if better and (self.bound is None or installed is not self.bound):
+        if self.better and (self.bound is None or installed is not self.bound):
             if isinstance(installed, BoundForward):  # a copied layer's, which has no block any more
                 installed = installed.former
             self._check(installed)

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hyclora.models import trust
 from hyclora.models.blocks import AttentionBlock, Block
@@ -24,6 +25,7 @@ from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
 from hyclora.models.layers import CheckpointBlock, WholeLayer
 from hyclora.models.report import PatchReport, make_report
+from hyclora.models.shifted import is_shifted_sparse
 from hyclora.models.step_hook import StepHook
 from hyclora.models.watch import Watch
 from hyclora.operators.savers import Step
@@ -87,7 +89,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         raise ValueError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
     step = Step(config.iteration_threshold)
     names = {id(module): name for name, module in model.named_modules()}
-    _check(config, family)
+    _check(config, family, decoder.config._attn_implementation)
     layers = list(attrgetter(family.layers)(decoder))
     stock = _why_not(family, layers, names)
     if len(stock) == len(HALVES) * len(layers):
@@ -96,7 +98,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     blocks = builder.blocks()
     head, stock_head = _head(model, family, names, step, blocks)
     inside = blocks if head is None else [*blocks, head]
-    norm = getattr(decoder, family.final_norm) if family.final_norm else None
+    norm = trust.acting(getattr(decoder, family.final_norm)) if family.final_norm else None
     stock_norm = None if norm is None else trust.why_not_norm(family, norm, names[id(norm)])
     # a layer that runs as a whole has one reason
     halves = {half: reason for half, reason in stock.items() if not family.post_norm or half[1] == "mlp"}
@@ -188,8 +190,10 @@ def _elsewhere(layers: list[nn.Module]) -> str | None:
     return f"the layers are on {', '.join(map(str, devices))}"
 
 
-def _check(config: HycloraConfig, family: Family) -> None:
-    """ValueError for settings that the family has no use for."""
+def _check(config: HycloraConfig, family: Family, attention: str) -> None:
+    """ValueError for settings that the family, or the attention function of this name, has no use for."""
+    if config.attention == "eager" and is_shifted_sparse(ALL_ATTENTION_FUNCTIONS.get(attention)):
+        raise ValueError("attention=eager keeps the map of all tokens, not of shifted groups; use attention=flash")
     missing = config.slot_savers.keys() & {"gate", "act"} if not family.activation.gated else ()
     if missing:
         raise ValueError(f"slot_savers[{min(missing)!r}]: an MLP without a gate has no such slot; leave it out")

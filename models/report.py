@@ -118,7 +118,10 @@ def make_report(
 
 
 def tell_of_checkpointing(layers: list[nn.Module]) -> None:
-    """Warn if gradient checkpointing is on, as in TRL by default: what a block packs then lives for one layer only."""
+    """Warn if gradient checkpointing is on, as in TRL by default: what a block packs then lives for one layer only.
+
+    layers: those whose inputs HyC-LoRA keeps no better.
+    """
     if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
         logger.warning(
             "HyC-LoRA: gradient checkpointing is on. Each layer keeps its input alone and is run again in backward, so "

@@ -70,7 +70,7 @@ class StepHook:
             return None
         if not self.told:
             self.told = True
-            tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints])
+            tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints if not checkpoint.better])
         # a loop over the layers that is not Hugging Face's own may keep what it likes, and takes what it likes
         stock = is_stock(decoder) and is_stock(decoder.get_submodule(self.family.caller))
         if stock and len(args) > 1:

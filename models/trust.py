@@ -26,6 +26,7 @@ from transformers.utils import output_capturing
 
 from hyclora.models.binding import is_replaced
 from hyclora.models.families.family import ACTIVATIONS, LAYER_NORM, Family, Reader
+from hyclora.models.shifted import is_shifted_sparse
 from hyclora.operators.linear.nf4 import bnb, is_4bit
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -112,6 +113,19 @@ def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...]) -> str |
     if is_replaced(module) and not _is_moved(module):
         return f"{name}: its forward was replaced by another one"
     return None
+
+
+def acting(module: nn.Module) -> nn.Module:
+    """What runs in a module's place: of PEFT's modules_to_save the copy that is trained, while nobody is around it."""
+    if not is_whole(module) or module.disable_adapters or is_replaced(module) or not is_known(type(module).forward):
+        return module
+    active = [module.modules_to_save[name] for name in module.active_adapters if name in module.modules_to_save]
+    return active[0] if len(active) == 1 and not any(module.__dict__[name] for name in HOOKS) else module
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module is PEFT's around one of modules_to_save."""
+    return _path(type(module)) == "peft.utils.other.ModulesToSaveWrapper"
 
 
 def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
@@ -321,7 +335,8 @@ def _why_not_interface(module: nn.Module, name: str) -> str | None:
     implementation = module.config._attn_implementation
     eager = forward.__globals__.get("eager_attention_forward")
     interface = eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS.get(implementation)
-    if not (isinstance(interface, FunctionType) and is_known(interface) and interface.__name__ in INTERFACES):
+    stock = isinstance(interface, FunctionType) and is_known(interface) and interface.__name__ in INTERFACES
+    if not (stock or is_shifted_sparse(interface)):
         return f"{name}: attention {implementation!r} is not one of transformers' sdpa, eager and flash attention"
     return None
 

@@ -95,8 +95,9 @@ class Watch:
         if self.family.sliding_window:  # masks are made by place
             self.bounded = self.bounded and all(m.layer_idx == i for i, m in enumerate(attentions))
         parts = [(m, name) for m in modules for name in self._names]
-        parts += [(self.decoder, self.family.final_norm)] if self.family.final_norm else []
-        self.own = self.bounded and all(id(owner.get_submodule(name)) in at_work for owner, name in parts)
+        parts += [(self.decoder, self.family.final_norm)] if self._final_norms() else []
+        named = (owner.get_submodule(name) for owner, name in parts)
+        self.own = self.bounded and all(id(trust.acting(m)) in at_work for m in named)
         self._remember(modules)
         reasons = self._reasons()
         if all(block.reason for _, block in self.halves):
@@ -123,6 +124,10 @@ class Watch:
         """The decoder's layers."""
         return attrgetter(self.family.layers)(self.decoder)
 
+    def _final_norms(self) -> list[nn.Module]:
+        """The decoder's last norm, if it has one, with what PEFT may have put around it."""
+        return [getattr(self.decoder, self.family.final_norm)] if self.family.final_norm else []
+
     def _why_not(
         self, norm: NormBlock, block: AttentionBlock | MlpBlock, layer: EncoderLayerBlock | None
     ) -> str | None:  # fmt: skip
@@ -145,6 +150,9 @@ class Watch:
         """What a layer's parts are called, in order."""
         return self.family.attention_norm, self.family.attention, self.family.mlp_norm, self.family.mlp
 
+    def _parts(self, layer: nn.Module) -> list[nn.Module | None]:
+        return [layer._modules.get(name) for name in self._names]
+
     def _fits_together(self, layer: WholeLayer) -> bool:
         """Whether a layer's blocks may be run one after the other without its own forward."""
         if trust.why_not_layer(self.family, layer.module, layer.name) is not None or not layer.alone:
@@ -152,7 +160,7 @@ class Watch:
         if isinstance(layer, EncoderLayerBlock):
             return layer.reason is None
         return (
-            all(layer.module._modules.get(n) is b.module for n, b in zip(self._names, layer.blocks, strict=True))
+            all(trust.acting(m) is b.module for m, b in zip(self._parts(layer.module), layer.blocks, strict=True))
             and all(b.reason is None and b.alone for b in layer.blocks)
         )  # fmt: skip
 
@@ -160,7 +168,7 @@ class Watch:
         """List what changed() looks at, as it is now."""
         inside = [m for module in modules for m in module.modules()]
         inside += [norm for _, block in self.halves for norm in block.norms]
-        inside += [norm.module for norm in self.last_norms]
+        inside += [m for norm in self._final_norms() for m in norm.modules()]
         self._modules = [m for m in inside if m._modules or m._parameters or not isinstance(m, trust.CONTAINERS)]
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
@@ -176,6 +184,7 @@ class Watch:
         bases = [*(p.base for p in projections), *(norm for _, block in self.halves for norm in block.norms)]
         self._frozen = [m.weight for m in bases if hasattr(m, "weight")]
         self._adapted = [p.module for p in projections if p.module is not p.base]
+        self._whole = [m for m in inside if trust.is_whole(m)]
         self._attention = [block.module for _, block in self.halves if isinstance(block, AttentionBlock)]
         windows = (self.family.sliding_window, "config.sliding_window") if self.family.sliding_window else ()
         self._settings = attrgetter(*SETTINGS, self.family.attention_dropout, *windows)
@@ -207,6 +216,7 @@ class Watch:
             [functions.get(name) for functions, name in self._called],
             list(map(attrgetter("requires_grad"), self._frozen)),
             list(map(attrgetter("_active_adapter"), self._adapted)),
+            list(map(attrgetter("_active_adapter", "_disable_adapters"), self._whole)),
             list(map(self._settings, self._attention)),
             tuple(getattr(self.decoder.config, "layer_types", None) or ()),
             [(ALL_ATTENTION_FUNCTIONS.get(n), ALL_MASK_ATTENTION_FUNCTIONS.get(n)) for n in implementations],

@@ -205,6 +205,28 @@ def softmax_bwd(dprob: Tensor, prob: Tensor) -> Tensor:
     return (prob32 * (dprob32 - (prob32 * dprob32).sum(dim=-1, keepdim=True))).to(prob.dtype)
 
 
+def shifted_sparse_attention(q: Tensor, k: Tensor, v: Tensor, group: int, scaling: float) -> Tensor:
+    """Causal attention within groups of tokens, which begin half a group later for the second half of the heads.
+
+    q, o [B, S, H, D]; k, v [B, S, H_kv, D]; S is a multiple of group. As LongLoRA writes it: heads from H / 2 on are
+    rolled by group // 2 tokens, all attend within groups, and o is rolled back by as many. Other than there what the
+    roll puts behind the row's end, its first tokens, does not see that end.
+    """
+    half, shift, n_heads = q.shape[2] // 2, group // 2, q.shape[2]
+
+    def roll(t: Tensor, by: int) -> Tensor:
+        return torch.cat([t[:, :, :half], t[:, :, half:].roll(by, dims=1)], dim=2)
+
+    k, v = (t.repeat_interleave(n_heads // t.shape[2], dim=2) for t in (k, v))
+    q, k, v = (roll(t, -shift).unflatten(1, (-1, group)) for t in (q, k, v))
+    scores = torch.einsum("bgqhd,bgkhd->bghqk", q, k) * scaling
+    seen = torch.ones(group, group, dtype=torch.bool, device=q.device).tril().repeat(q.shape[1], n_heads, 1, 1)
+    first = torch.arange(group, device=q.device) >= group - shift
+    seen[-1, half:] &= first[:, None] == first
+    prob = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+    return roll(torch.einsum("bghqk,bgkhd->bgqhd", prob, v).flatten(1, 2), shift)
+
+
 def padded_rank(rank: int) -> int:
     """The next multiple of 16."""
     return -(-rank // 16) * 16

@@ -6,7 +6,8 @@ data/           training and test data                       disk.py           w
 loading.py      base model, tokenizer, LoRA adapters         trainer.py        HF's Trainer, stopped and resumed safely
 tokenizer.py    ids as the model was trained with            weights.py       dtypes that tensors are stored in
 metrics.py      accuracy of generated answers, loss          answers.py        what a generated text ends at
-profiling.py    bytes, memory and time of a step             errors.py         how a run ends early
+profiling.py    bytes, memory and time of a step             perplexity.py     language modelling, before and after
 heads.py        what a model gives: a token, a class         classification.py texts told apart, GLUE's metrics
+errors.py       how a run ends early
 runs/           a run's folder, resume and endings           results.py        what a run leaves behind
 """

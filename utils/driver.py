@@ -85,9 +85,10 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
     decided = []
     tokenizer = load_tokenizer(source, decided.append)
     task = driver.tasks[data_args.data_name](data_args, eval_args, tokenizer)
-    check_model(source, task.head, lora_args)
-    check_positions(source, task.train)
-    task.head.check(training)
+    head = task.head.of(source)
+    check_model(source, head, lora_args)
+    check_positions(source, head, task.longest)
+    head.check(training, hyclora_args)
 
     run = begin(groups, source, task.train, argv)
     core = results.core_of(training, len(task.train))
@@ -95,7 +96,7 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
         results.print_settings(groups[:-1], core)
         print(*decided, task.summary, sep="\n")
         clock = results.Clock()
-        model = load_model(model_args, lora_args, source, training.device, training.seed, task.head)
+        model = load_model(model_args, lora_args, source, training.device, training.seed, head)
         clock.lap("load")
         initial = keep_initial_adapters(model, run.folder / "initial_adapters")
         check_output(run.folder, needed=checkpoint_bytes(model, training.save_total_limit))
@@ -123,7 +124,7 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
         clock.lap("train")
         batch = trainer._prepare_inputs(collate(task.train[: training.per_device_train_batch_size]))
         with trainer.compute_loss_context_manager():
-            buffered = _measure_buffers(model, batch, hyclora_args.use_hyclora)
+            buffered = _measure_buffers(model, batch, hyclora_args.use_hyclora, training.gradient_checkpointing)
         if not training.should_save:
             return None
         save_adapters(model, run.folder, initial)
@@ -149,7 +150,7 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
             "log_history": trainer.state.log_history,
         }
         print(results.closing_table(found))
-        write_card(run.folder, found, len(task.train), task.head)
+        write_card(run.folder, found, len(task.train), head)
         run.finish(found)
         print(f"results: {run.folder}.json, log: {run.folder}.log, adapters: {run.folder}")
         return found
@@ -161,15 +162,17 @@ def _evaluate_once(task: Task, model, run: Run, evaluation: EvalArguments) -> di
     return results.once(run.folder / "evaluated_before.json", asked, lambda: task.evaluate(model)[0])
 
 
-def _measure_buffers(model, batch, compressed: bool) -> dict[str, int]:
+def _measure_buffers(model, batch, compressed: bool, checkpointed: bool) -> dict[str, int]:
     """Bytes kept for backward on one batch: compressed, and as plain LoRA, which the model is afterwards.
 
-    The last one is with checkpointing, which stays on.
+    The last one is with checkpointing, which stays on. checkpointed: it is on already, as without it rows of this
+    length may have no room.
     """
     buffered = {}
     if compressed:
         buffered["hyclora"] = buffered_bytes(model, batch)
         remove_hyclora(model)
-    buffered["lora"] = buffered_bytes(model, batch)
-    checkpoint_layers(model)
+    if not checkpointed:
+        buffered["lora"] = buffered_bytes(model, batch)
+        checkpoint_layers(model)
     return buffered | {"lora_checkpointing": buffered_bytes(model, batch)}

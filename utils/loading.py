@@ -6,6 +6,7 @@ GPU and float32 on a CPU unless told otherwise; adapters are float32, as PEFT ma
 
 import contextlib
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,7 +112,7 @@ def load_tokenizer(source: str, tell: Callable[[str], None] = print) -> PreTrain
 def check_model(source: str, head: Head, lora: LoraArguments) -> None:
     """UserError if the model in source cannot have this head, or lacks layers that are to get adapters."""
     config = AutoConfig.from_pretrained(source, **head.config)
-    if head is NEXT_TOKEN and not FAMILIES[config.model_type].causal:
+    if head.task_type == NEXT_TOKEN.task_type and not FAMILIES[config.model_type].causal:
         raise UserError(f"{source} is a {config.model_type} model, which predicts no next token: it is for run_glue.sh")
     with torch.device("meta"):
         _check_targets(head.auto.from_config(config), lora)
@@ -123,12 +124,13 @@ def _check_targets(base: PreTrainedModel, lora: LoraArguments) -> None:
         raise UserError(f"target_modules: the model has no layer named {', '.join(absent)}")
 
 
-def check_positions(source: str, rows: list[dict]) -> None:
-    """UserError if a tokenized row is longer than what the model has positions for."""
-    positions = positions_of(AutoConfig.from_pretrained(source))
-    longest = max(len(row["input_ids"]) for row in rows)
+def check_positions(source: str, head: Head, longest: int) -> None:
+    """UserError if a row of so many tokens is longer than what the model has positions for."""
+    positions = positions_of(AutoConfig.from_pretrained(source, **head.config))
     if longest > positions:
-        raise UserError(f"a row has {longest} tokens, {source} only {positions} positions: lower --seq_len")
+        factor = math.ceil(longest / positions * (head.rope_scaling or 1))
+        stretch = "" if head.rope_scaling is None else f", or stretch them: --rope_scaling {factor}"
+        raise UserError(f"a row has {longest} tokens, {source} only {positions} positions: lower --seq_len{stretch}")
 
 
 def load_base(
@@ -143,7 +145,7 @@ def load_base(
     loaded = f"{'NF4, the rest and what is computed ' if args.load_in_4bit else ''}{str(dtype).removeprefix('torch.')}"
     if args.random_weights:
         tell(f"base weights: random, {loaded} ({why})")
-        return _random_base(args, source, device, dtype, head)
+        return _attending(_random_base(args, source, device, dtype, head), head)
     quantization = None
     if args.load_in_4bit:
         # without names transformers leaves the last module as it is, which is but a part of some heads
@@ -159,6 +161,13 @@ def load_base(
     )
     stored = stored_dtypes(Path(cached_file(source, "config.json")).parent)
     tell(f"base weights: {loaded} ({why}){stored and f'; in the checkpoint {stored}'}")
+    return _attending(model, head)
+
+
+def _attending(model: PreTrainedModel, head: Head) -> PreTrainedModel:
+    """The model with the attention that is asked for."""
+    if head.attention:
+        model.set_attn_implementation(head.attention)
     return model
 
 
@@ -254,6 +263,7 @@ def add_lora(
         use_rslora=lora.use_rslora,
         target_modules=targets,
         init_lora_weights=_INIT[lora.lora_init_type],
+        modules_to_save=list(head.whole) or None,
     )
     model = _adapted(base, config)
     if not quantize_after:

@@ -3,7 +3,7 @@
 Accuracy: generate an answer, read out of it what it ends at, compare (utils/answers.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,18 +60,20 @@ def evaluate_generation(
     return sum(p["correct"] for p in predictions) / max(len(rows), 1), predictions
 
 
-def evaluate_loss(model: PreTrainedModel, rows: list[dict], pad_token_id: int, args: EvalArguments) -> float:
+def evaluate_loss(model: PreTrainedModel, rows: Sequence[dict], pad_token_id: int, args: EvalArguments) -> float:
     """Mean cross-entropy (in nats) of a learned token over the tokenized rows, each token with the same weight.
 
-    The head runs on HEAD_ROWS learned positions at a time: logits of a batch would take more memory than training.
+    The longest rows come first, and each row is made when its batch is. The head runs on HEAD_ROWS learned positions at
+    a time: logits of a batch would take more memory than training.
     """
     collate = Collator(pad_token_id)
-    rows = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     total, count = 0.0, 0
     with undisturbed(model, train=False), torch.no_grad(), tqdm(total=len(rows), desc="evaluating") as bar:
         for start in range(0, len(rows), args.eval_batch_size):
-            batch = collate(rows[start : start + args.eval_batch_size])
+            batch = collate([rows[i] for i in order[start : start + args.eval_batch_size]])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
             states = decoder(**batch, use_cache=False).last_hidden_state

@@ -15,7 +15,8 @@ class Task:
     train: tokenized rows. test: what to evaluate on, as JSON; empty if there is nothing. summary: what was read.
     forms: how each number that evaluating gives is written, by its name. evaluate: the numbers of a model by name, and
     row by row what it answered, if it did. collate: rows to a batch; default: `Collator`. head: what the model gives.
-    remarks: what must be read with a number, by its name. facts: more for the results file.
+    remarks: what must be read with a number, by its name. facts: more for the results file. reach: tokens of the
+    longest row that evaluating reads, as far as that is known.
     """
 
     train: list[dict]
@@ -27,6 +28,12 @@ class Task:
     head: Head = NEXT_TOKEN
     remarks: dict[str, str] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
+    reach: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that the model is going to read."""
+        return max(self.reach, *(len(row["input_ids"]) for row in self.train))
 
     def shown(self, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
         """The numbers found "before" and "after" training as a reader sees them: by name with its remark, then when."""

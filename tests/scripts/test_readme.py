@@ -50,6 +50,7 @@ def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("my_rows.jsonl", "my_text.txt"):
         (tmp_path / name).touch()
+    (tmp_path / "my_texts").mkdir()
     commands = re.findall(r"^((?:\w+=\S+ )*)bash (run_\w+\.sh)([^#\n]*)", "\n".join(blocks("bash")), re.MULTILINE)
     assert len(commands) > 5
     for given, script, options in commands:

@@ -67,7 +67,7 @@ def test_it_is_transformers_perplexity(drive, folder, tiny_llama_folder):
     *_, results = drive("--data_name", "text", "--data_dir", folder, "--evaluate_before", True, "--max_eval_samples", 2)
     data = run_wikitext2.DRIVER.parse(["--data_name", "text", "--data_dir", str(folder), "--seq_len", "64"])[1]
     tokenizer = driver.load_tokenizer(str(tiny_llama_folder), lambda line: None)
-    evaluation = run_wikitext2.PerplexityArguments(stride=0)
+    evaluation = run_wikitext2.WindowArguments(stride=0)
     rows = run_wikitext2.language_modelling(data, evaluation, tokenizer).test[:2]
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder).eval()
     ids = torch.tensor([row["input_ids"] for row in rows])

@@ -1,5 +1,8 @@
 """Models with a head for classes: loaded, adapted, quantized, saved, and trained by a loss that is a mean."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -7,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hyclora.utils.args import LoraArguments, ModelArguments, TrainingArguments
 from hyclora.utils.classification import collator
-from hyclora.utils.heads import classifier
+from hyclora.utils.errors import UserError
+from hyclora.utils.heads import NEXT_TOKEN, classifier
 from hyclora.utils.loading import keep_initial_adapters, load_model
 from hyclora.utils.runs.card import save_adapters
 from hyclora.utils.trainer import HycloraTrainer
@@ -96,3 +100,41 @@ def test_a_step_of_several_micro_batches_takes_the_mean_of_their_losses(folder, 
         trainer.train()
         norms.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def stretched(folder, factor):
+    return replace(NEXT_TOKEN, rope_scaling=factor).of(str(folder)).config
+
+
+def write_rope(folder, rope):
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "max_position_embeddings": 100, "rope_parameters": rope})
+    )
+
+
+def test_positions_are_stretched_by_a_factor_and_by_another_one(tmp_path):
+    write_rope(tmp_path, {"rope_type": "default", "rope_theta": 5e5})
+    assert stretched(tmp_path, 1.0) == stretched(tmp_path, None) == {}
+    once = stretched(tmp_path, 4.0)
+    assert once["max_position_embeddings"] == 400
+    assert once["rope_parameters"] == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+    write_rope(tmp_path, once["rope_parameters"])
+    assert stretched(tmp_path, 2.0)["rope_parameters"]["factor"] == 8.0
+
+
+def test_other_positions_are_not_stretched(tmp_path):
+    write_rope(
+        tmp_path,
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 50,
+        },
+    )
+    with pytest.raises(UserError, match="and .* has rotary positions of the kind llama3: drop it"):
+        stretched(tmp_path, 2.0)
+    with pytest.raises(UserError, match="has no rotary positions: drop it"):
+        stretched(write_roberta(tmp_path / "roberta"), 2.0)

@@ -17,7 +17,7 @@ and perplexities of different rows of this table do not compare.
 
 import gzip
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,14 +37,14 @@ DEMO_SEED = 5
 
 @dataclass
 class TokenizedText:
-    """Token ids of a text.
+    """Token ids of a text, integers [N]; those of a file stay in it until they are read.
 
     tokens_per_word: what turns the mean loss of a token into that of a word; words are what is between blanks, and bos
     is no token here. None where words are unknown. masked: whether rare words are <unk> in it.
     """
 
     name: str
-    ids: list[int]
+    ids: np.ndarray
     tokens_per_word: float | None = None
     masked: bool = False
 
@@ -107,54 +107,78 @@ def demo_text(split: str) -> str:
 def tokenize(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
     ids = tokenizer(text, verbose=False).input_ids
     with_bos = ids[0] == tokenizer.bos_token_id
-    return TokenizedText(name, ids, (len(ids) - with_bos) / len(text.split()), "<unk>" in text)
+    return TokenizedText(name, np.array(ids, np.int32), (len(ids) - with_bos) / len(text.split()), "<unk>" in text)
 
 
 def read_token_file(file: Path, n_tokens: int) -> TokenizedText:
     """Token ids as uint16 (little endian), as LongLoRA ships its texts; n_tokens: how many there are of the tokenizer.
 
-    UserError for a file of odd size, of which numpy would drop the last byte, and for ids that the tokenizer has not.
+    The file is mapped, not loaded. UserError for one of odd size, of which numpy's fromfile would drop the last byte,
+    and for ids that the tokenizer has not.
     """
-    content = file.read_bytes()
-    if not content:
+    size = file.stat().st_size
+    if not size:
         raise UserError(f"{file} has no tokens in it")
-    if len(content) % 2:
-        raise UserError(f"{file} has {len(content)} bytes, an odd number: it is cut, or not of uint16: copy it again")
-    ids = np.frombuffer(content, dtype="<u2")
-    if len(beyond := np.flatnonzero(ids >= n_tokens)):
+    if size % 2:
+        raise UserError(f"{file} has {size} bytes, an odd number: it is cut, or not of uint16: copy it again")
+    ids = np.memmap(file, dtype="<u2", mode="r")
+    check_ids(str(file), ids, n_tokens)
+    return TokenizedText(file.name, ids)
+
+
+def check_ids(place: str, ids: np.ndarray, n_tokens: int) -> None:
+    """UserError for ids [N] that a tokenizer of n_tokens has not."""
+    if len(ids) and not 0 <= ids.min() <= ids.max() < n_tokens:
+        first = int(((ids < 0) | (ids >= n_tokens)).argmax())
         raise UserError(
-            f"{file}: token {beyond[0]} has the id {ids[beyond[0]]}, the tokenizer only {n_tokens} tokens: "
+            f"{place}: token {first} has the id {ids[first]}, the tokenizer only {n_tokens} tokens: "
             "it was made for another model"
         )
-    return TokenizedText(file.name, ids.tolist())
 
 
-def blocks(text: TokenizedText, size: int) -> list[dict]:
-    """Rows {"input_ids", "labels"} of `size` tokens, all learned; what is left at the end is dropped.
+@dataclass(frozen=True)
+class Blocks(Sequence):
+    """Rows {"input_ids", "labels"}, all learned, of ids [N, size]; a row is made when it is asked for."""
 
-    UserError if that is everything.
-    """
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return Blocks(self.ids[place])
+        ids = self.ids[place].tolist()
+        return {"input_ids": ids, "labels": ids}
+
+
+def blocks(text: TokenizedText, size: int) -> Blocks:
+    """Blocks of `size` tokens; what is left at the end is dropped. UserError if that is everything."""
     whole = len(text.ids) // size
     if not whole:
         raise UserError(
             f"{text.name} has {len(text.ids)} tokens, too few for a block of {size}: give more text or lower --seq_len"
         )
-    cut = (text.ids[start : start + size] for start in range(0, whole * size, size))
-    return [{"input_ids": ids, "labels": ids} for ids in cut]
+    return Blocks(text.ids[: whole * size].reshape(whole, size))
 
 
-def windows(text: TokenizedText, size: int, stride: int) -> list[dict]:
-    """Rows of at most `size` tokens, each `stride` further on, that predict every token but the first once.
+@dataclass(frozen=True)
+class Windows(Sequence):
+    """Rows of at most `size` tokens, each `stride` further on, that predict every token of ids [N] but the first once.
 
     A token is judged in the first window that holds it: with size - stride tokens before it or more, but in the first
     one. What is in a window besides is context, with the label IGNORED.
     """
-    rows, seen = [], 0
-    for start in range(0, len(text.ids), stride):
-        ids = text.ids[start : start + size]
-        end = start + len(ids)
-        rows.append({"input_ids": ids, "labels": [IGNORED] * (seen - start) + text.ids[max(seen, start) : end]})
-        if end == len(text.ids):
-            break
-        seen = end
-    return rows
+
+    ids: np.ndarray
+    size: int
+    stride: int
+
+    def __len__(self) -> int:
+        return 1 + max(0, -(-(len(self.ids) - self.size) // self.stride))
+
+    def __getitem__(self, place: int) -> dict:
+        start = range(0, len(self) * self.stride, self.stride)[place]
+        ids = self.ids[start : start + self.size].tolist()
+        context = min(self.size - self.stride, len(ids)) if start else 0
+        return {"input_ids": ids, "labels": [IGNORED] * context + ids[context:]}

@@ -21,7 +21,16 @@ NEEDS = {
     "average_bits": ("q_bit", lambda bits: bits == "auto"),
     "softmax_outlier_ratio": ("attention", lambda core: core == "eager"),
     **dict.fromkeys(
-        ("greedy", "max_new_tokens", "eval_batch_size", "evaluate_before", "stride", "eval_file"),
+        (
+            "greedy",
+            "max_new_tokens",
+            "eval_batch_size",
+            "evaluate_before",
+            "stride",
+            "eval_file",
+            "eval_files",
+            "eval_lengths",
+        ),
         ("max_eval_samples", lambda limit: limit != 0),
     ),
     **dict.fromkeys(("temperature", "top_k", "top_p", "generation_seed"), ("greedy", lambda greedy: not greedy)),
@@ -45,6 +54,8 @@ FREE = {
     *(
         "stride",
         "eval_file",
+        "eval_files",
+        "eval_lengths",
         "generation_seed",
         "evaluate_before",
         "eval_strategy",
