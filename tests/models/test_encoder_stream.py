@@ -177,7 +177,7 @@ def test_outputs_have_the_batchs_shape():
     logits = model(**batch).logits
     torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        logits[~real], model.get_base_model().classifier(torch.zeros(1, 96)).expand_as(logits[~real])
+        logits[~real], model.get_base_model().classifier(logits.new_zeros(1, 96)).expand_as(logits[~real])
     )
     hidden = model(**batch, output_hidden_states=True).hidden_states
     assert len(hidden) == 3 and hidden[1].shape[:2] == real.shape
