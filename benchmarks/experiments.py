@@ -7,7 +7,7 @@
 The data folder has gsm8k/{train,test}.jsonl, wikitext-2/{train.txt.gz,test.txt}, arithmetic/NAME/test.json and
 glue/TASK/{train,dev}.tsv; what is not used may be missing. What follows -- goes to the drivers.
 
-Runs go side by side, the first of a task being exact LoRA, 4 bit, auto and 2 bit. Each that ends appends a line to
+Runs go side by side, the first of each task being those that tell most (FIRST). Each that ends appends a line to
 OUTPUT_DIR/experiments.jsonl, one that fails with its error; those that are there without an error are not run again, so
 that the same command goes on after an interruption. To be shown, lines belong into the file of this name in
 benchmarks/results/.
@@ -15,6 +15,7 @@ benchmarks/results/.
 
 import argparse
 import itertools
+import json
 import signal
 import sys
 import time
@@ -36,6 +37,8 @@ VARIANTS: dict[str, dict | None] = {
     "intra_inter, 4 bit": {"q_bit": 4},
     "intra_inter, auto 3.0": {"q_bit": "auto", "average_bits": 3.0},
     "intra_inter, 2 bit": {"q_bit": 2},
+    "k wider, 2 bit": {"q_bit": 2, "slot_savers": {"k": "quant4"}},
+    "k wider, auto 3.0": {"q_bit": "auto", "average_bits": 3.0, "slot_savers": {"k": "quant4"}},
     "intra_inter, 8 bit": {"q_bit": 8},
     **{f"intra, {bits} bit": {"layer_type": "intra", "q_bit": bits} for bits in (8, 4, 2)},
     **{
@@ -43,7 +46,7 @@ VARIANTS: dict[str, dict | None] = {
         for bits in (4, 2)
     },
 }
-FIRST = list(VARIANTS)[:4]
+FIRST = list(VARIANTS)[:5]
 GLUE_VARIANTS = [EXACT, "intra_inter, 4 bit", "intra_inter, 2 bit", *(f"published quantizer, {b} bit" for b in (4, 2))]
 COMMON = {
     **{"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1},
@@ -128,7 +131,8 @@ class Trial:
         options |= {"use_hyclora": False} if setting is None else setting
         # what a model can do untrained is the same for all
         options["evaluate_before"] = (self.variant, self.seed) == (EXACT, args.seeds[0])
-        words = [str(value).format(data=args.data) for value in itertools.chain(*options.items())]
+        options = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in options.items()}
+        words = [str(word).replace("{data}", str(args.data)) for word in itertools.chain(*options.items())]
         return [*(f"--{word}" if i % 2 == 0 else word for i, word in enumerate(words)), *self.more]
 
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import experiments
 from benchmarks.workers import run_all
 from hyclora.utils.args import ROOT
+from run_gsm8k import DRIVER
 
 FAKE = """
 import os, time
@@ -93,7 +94,7 @@ def command(data, *more):
 def test_the_first_runs_tell_most(data):
     args = experiments.parse(command(data, "--seeds", "0", "1"))
     order = [(trial.variant, trial.seed) for trial in experiments.trials(args)]
-    assert order[:8] == [(variant, seed) for variant in experiments.FIRST for seed in (0, 1)]
+    assert order[: 2 * len(experiments.FIRST)] == [(variant, seed) for variant in experiments.FIRST for seed in (0, 1)]
     assert len(order) == len(set(order)) == 2 * len(experiments.VARIANTS)
 
 
@@ -104,6 +105,8 @@ def test_options_of_a_run(data):
     assert options[-2:] == ["--learning_rate", "2e-3"] and options[options.index("--q_bit") + 1] == "4"
     assert options[options.index("--data_dir") + 1] == str(data / "gsm8k")
     assert options[options.index("--evaluate_before") + 1] == "False"
+    wider = next(trial for trial in experiments.trials(args) if trial.variant == "k wider, 2 bit").argv(args)
+    assert DRIVER.parse(wider)[3].config().slot_savers == {"k": "quant4"}
     options = exact.argv(args)
     assert options[options.index("--use_hyclora") + 1] == "False" and "--q_bit" not in options
     assert options[options.index("--evaluate_before") + 1] == "True"
