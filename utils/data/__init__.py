@@ -6,5 +6,6 @@ files.py        JSON rows, each with its place               tokens.py         t
 text.py         plain text: blocks, windows, WikiText-2      hub.py           data sets of the Hugging Face hub
 glue.py         the tasks of GLUE, a row of a table each     reviews.py        sentences good or bad, from a seed
 arithmetic.py   several sets of word problems, and overlaps
+alpaca.py       Alpaca's instructions, in its prompt format
 pretrain_text.py  text to pre-train a tiny model on
 """
