@@ -139,7 +139,7 @@ DRIVER = Driver(
 def main(argv: list[str] | None = None):
     groups = DRIVER.parse(argv)
     if groups[-1].sweep:
-        technique_grid.sweep(groups, argv)
+        technique_grid.sweep(DRIVER, groups, argv)
     else:
         DRIVER.run(groups, argv)
 

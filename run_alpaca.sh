@@ -18,16 +18,19 @@ seq_len=${seq_len:-512}
 # techniques; use_lora=False trains all weights, which HyC-LoRA is not for. With sweep=True all of them are on, so that
 # each is measured off and on.
 sweep=${sweep:-False}
-gradient_accumulation=${gradient_accumulation:-8}      # micro-batches a step; 1 is off
 if [[ "$sweep" == True ]]; then
     gradient_checkpointing=${gradient_checkpointing:-2 of 3}
     mixed_precision=${mixed_precision:-bf16}
-    max_train_samples=${max_train_samples:-$([[ "$data_name" == demo ]] && echo 32 || echo 200)}
+    if [[ "$data_name" == demo ]]; then  # a CPU computes in 16 bit much slower than in float32
+        gradient_accumulation=${gradient_accumulation:-4}
+        max_train_samples=${max_train_samples:-8}
+    fi
 else
     gradient_checkpointing=${gradient_checkpointing:-off}  # off, all, or '2 of 3': every third layer is left out
     mixed_precision=${mixed_precision:-off}                # off (float32), fp16 or bf16
-    max_train_samples=${max_train_samples:-200}            # the first rows
 fi
+gradient_accumulation=${gradient_accumulation:-8}          # micro-batches a step; 1 is off
+max_train_samples=${max_train_samples:-200}                # the first rows
 use_lora=${use_lora:-True}
 use_hyclora=${use_hyclora:-$use_lora}
 lora_alpha=${lora_alpha:-32}

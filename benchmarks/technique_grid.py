@@ -26,6 +26,7 @@ from benchmarks.technique_tables import report
 from hyclora.utils import results
 from hyclora.utils.args import ROOT
 from hyclora.utils.disk import check_output
+from hyclora.utils.driver import Driver
 from hyclora.utils.errors import Interrupted, RunStopped, is_out_of_memory
 from hyclora.utils.plain.arguments import OFF
 from hyclora.utils.plain.breakdown import counted_peak
@@ -80,11 +81,12 @@ def arguments_of(groups: tuple) -> dict:
     return json.loads(json.dumps(shared, default=str))
 
 
-def sweep(groups: tuple, argv: list[str] | None) -> None:
+def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     """Measure what no line answers, and write the report of all lines of these settings.
 
     Interrupted by Ctrl-C, RunStopped if a combination failed for another reason than memory: the lines are kept.
     """
+    driver.read(groups, tell=lambda line: None)  # its mistakes would be those of every combination
     folder = Path(groups[-1].output_dir)
     check_output(folder)
     options, common = list(sys.argv[1:] if argv is None else argv), arguments_of(groups)

@@ -139,16 +139,25 @@ class Driver:
         """One run with filled groups; argv: where they come from, to be repeated in messages."""
         _run(self, groups, argv)
 
+    def read(self, groups: tuple, tell: Callable[[str], None]) -> tuple[str, PreTrainedTokenizerBase, Task]:
+        """Where the base model lies, its tokenizer and the tokenized rows; UserError for a mistake in any of them.
+
+        Nothing is loaded or written. tell gets what was decided about the tokenizer.
+        """
+        model_args, data_args, lora_args, _, eval_args, training = groups
+        source = find_base(model_args, lora_args)
+        tokenizer = load_tokenizer(source, tell, model_args.tokenizer_dir)
+        task = self.tasks[data_args.data_name](data_args, eval_args, tokenizer)
+        check_model(source, task.head, lora_args)
+        check_positions(source, task.train)
+        task.head.check(training)
+        return source, tokenizer, task
+
 
 def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
-    model_args, data_args, lora_args, hyclora_args, eval_args, training = groups
-    source = find_base(model_args, lora_args)
+    model_args, _, lora_args, hyclora_args, eval_args, training = groups
     decided = []
-    tokenizer = load_tokenizer(source, decided.append, model_args.tokenizer_dir)
-    task = driver.tasks[data_args.data_name](data_args, eval_args, tokenizer)
-    check_model(source, task.head, lora_args)
-    check_positions(source, task.train)
-    task.head.check(training)
+    source, tokenizer, task = driver.read(groups, decided.append)
 
     run = begin(groups, source, task.train, argv)
     core = results.core_of(training, len(task.train))
