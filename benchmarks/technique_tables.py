@@ -4,9 +4,11 @@ Arrows come from pairs of lines that differ in one technique only: the geometric
 by, and the least and most of it.
 """
 
+import json
 import math
 from pathlib import Path
 
+from benchmarks.record import RESULTS, read
 from benchmarks.seed_reports import DOWN, IN_WORDS, MEMORY, NONE, REPORTS, TECHNIQUES, TIME, UP, Report
 from benchmarks.tables import source, table
 
@@ -40,6 +42,21 @@ def report(lines: list[dict], picture: Path | None) -> str:
             *([f"![memory of every combination]({picture.name})"] if picture else []),
         ]
     )
+
+
+def technique_grid() -> str:
+    """All grids that were recorded on a GPU, by GPU and settings, and what the reports say."""
+    grids: dict[str, list[dict]] = {}
+    for line in read(RESULTS / "technique_grid.jsonl"):
+        grids.setdefault(json.dumps([line["device"], line["arguments"]]), []).append(line)
+    parts = []
+    for lines in grids.values():
+        asked = lines[0]["arguments"]
+        base = "NF4" if asked["load_in_4bit"] else asked["dtype"]
+        parts.append(f"{lines[0]['device']}, {asked['model_name']}, {base}, {asked['max_train_samples']} rows:")
+        parts += [measured_table(lines), arrows_table(lines)]
+    said = "\n".join(f"- {text}" for text in contradictions())
+    return "\n\n".join([*parts, f"Where the reports contradict themselves and each other:\n\n{said}"])
 
 
 def latest(lines: list[dict]) -> list[dict]:

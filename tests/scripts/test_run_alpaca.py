@@ -178,7 +178,7 @@ def refused(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "more, named",
     [
-        (["--mixed_precision", "fp8"], "--mixed_precision: invalid choice: 'fp8'"),
+        (["--mixed_precision", "fp8"], "invalid choice: 'fp8' (choose from 'off', 'fp16', 'bf16')"),
         (["--gradient_checkpointing", "some"], "gradient_checkpointing 'some' is not off, all, or"),
         (["--gradient_checkpointing", "1 of 3"], "gradient_checkpointing '1 of 3' is not off, all, or"),
         (["--gradient_checkpointing", "0 of 1"], "checkpoints no layer: write off"),

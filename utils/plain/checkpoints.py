@@ -31,12 +31,12 @@ def save(run: Path, model: nn.Module, optimizer, scaler, progress: Progress, lim
         prune(run, limit)
 
 
-def _write(folder: Path, model: nn.Module, optimizer, scaler, progress: Progress, totals: dict) -> None:
+def _write(folder: Path, model: nn.Module, optimizer, scaler, progress: Progress) -> None:
     save_trained(model, folder)
     if patch_of(model) is not None:
         save_calibration(model, folder)
     on_gpu = torch.cuda.is_initialized()
-    kept = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "totals": totals}
+    kept = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "progress": progress.state_dict()}
     kept["random"] = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
     torch.save(kept, folder / OPTIMIZER)
     progress.state.save_to_json(str(folder / STATE))
@@ -44,7 +44,7 @@ def _write(folder: Path, model: nn.Module, optimizer, scaler, progress: Progress
 
 
 def restore(folder: Path, model: nn.Module, optimizer, scaler) -> tuple[TrainerState, dict]:
-    """Put everything back as it was; the state and the totals."""
+    """Put everything back as it was; what `Progress.resume` takes."""
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_file(folder / ADAPTERS))
     else:
@@ -57,4 +57,4 @@ def restore(folder: Path, model: nn.Module, optimizer, scaler) -> tuple[TrainerS
     torch.set_rng_state(kept["random"][0])
     for random in kept["random"][1:]:
         torch.cuda.set_rng_state(random)
-    return state_of(folder), kept["totals"]
+    return state_of(folder), kept["progress"]

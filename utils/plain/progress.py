@@ -31,9 +31,13 @@ class Progress:
             torch.cuda.reset_peak_memory_stats()
         self.start = time.perf_counter()
 
-    def resume(self, state: TrainerState, totals: dict) -> None:
+    def state_dict(self) -> dict:
+        """What a checkpoint needs beside `state`."""
+        return {"totals": self.totals, "untold": self.untold, "scale": self.scale}
+
+    def resume(self, state: TrainerState, kept: dict) -> None:
         """Go on from what a checkpoint has."""
-        self.state, self.totals = state, totals
+        self.state, self.totals, self.untold, self.scale = state, kept["totals"], kept["untold"], kept["scale"]
         self.start = time.perf_counter()
 
     def count(self, loss: Tensor, batches: list[dict[str, Tensor]], targets: int, scale: float) -> None:
@@ -87,7 +91,8 @@ class Progress:
     @contextlib.contextmanager
     def paused(self):
         """Time that is not of training."""
-        yield self.settle()
+        self.settle()
+        yield
         self.start = time.perf_counter()
 
     def is_due(self, save_steps: int) -> bool:
