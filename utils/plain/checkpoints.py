@@ -24,10 +24,9 @@ OPTIMIZER = "optimizer.pt"
 
 def save(run: Path, model: nn.Module, optimizer, scaler, progress: Progress, limit: int | None) -> None:
     """Write the checkpoint of a step and delete those that are too many."""
-    with progress.paused() as totals:
-        _write(
-            run / f"{PREFIX_CHECKPOINT_DIR}-{progress.state.global_step}", model, optimizer, scaler, progress, totals
-        )
+    folder = run / f"{PREFIX_CHECKPOINT_DIR}-{progress.state.global_step}"
+    with progress.paused():
+        _write(folder, model, optimizer, scaler, progress)
         prune(run, limit)
 
 
