@@ -91,20 +91,21 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     check_output(folder)
     options, common = list(sys.argv[1:] if argv is None else argv), arguments_of(groups)
     now, file = results.environment(), folder / f"{NAME}.jsonl"
-    grid = combinations(groups)
+    grid, lines = combinations(groups), []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends as well
     try:
         for number, one in enumerate(grid, 1):
             print(f"{number} of {len(grid)}  {one.name:<24}", end="", flush=True)
-            if answered(read(file), one, common, now):
+            line = answer(read(file), one, common, now)
+            if line is not None:
                 print("measured already")
-                continue
-            found = run(one, options, folder / "grid")
-            record(NAME, {"setting": asdict(one), **found, "arguments": common}, folder)
-            print(told(found), flush=True)
+            else:
+                found = run(one, options, folder / "grid")
+                line = record(NAME, {"setting": asdict(one), **found, "arguments": common}, folder)
+                print(told(found), flush=True)
+            lines.append(line)
     except KeyboardInterrupt:
         raise Interrupted("interrupted: the same command goes on where it stopped") from None
-    lines = [line for line in read(file) if line["arguments"] == common and same_place(line, now)]
     drawn = importlib.util.find_spec("matplotlib") is not None
     text = report(lines, folder / f"{NAME}.png" if drawn else None)
     (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
@@ -114,19 +115,17 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
         raise RunStopped(f"{len(failed)} of {len(grid)} combinations failed, the last one: {failed[-1]['error']}")
 
 
-def same_place(line: dict, now: dict) -> bool:
-    return (line["commit"], line["device"]) == (now["commit"], now["device"])
-
-
-def answered(lines: list[dict], one: Combination, common: dict, now: dict) -> bool:
-    """Whether a line of this commit, device and settings has the combination; a failure is tried again."""
-    return any(
-        same_place(line, now)
+def answer(lines: list[dict], one: Combination, common: dict, now: dict) -> dict | None:
+    """The line of this commit, device and settings that has the combination; a failure is tried again."""
+    found = (
+        line
+        for line in reversed(lines)
+        if (line["commit"], line["device"]) == (now["commit"], now["device"])
         and line["setting"] == asdict(one)
         and line["arguments"] == common
         and is_out_of_memory(RuntimeError(line.get("error", "out of memory")))
-        for line in lines
     )
+    return next(found, None)
 
 
 def run(one: Combination, options: list[str], folder: Path) -> dict:

@@ -143,7 +143,7 @@ def arrow(found: list[tuple[float, float]], least: float) -> str:
         return f"{SIGN[NONE]} 1.00x"
     if any(a == 0 or b == 0 for a, b in found):
         a, b = (sum(values) / len(found) for values in zip(*found, strict=True))
-        return f"{SIGN[direction(b - a, 0)]} {a:.1f} to {b:.1f} MiB"
+        return f"{SIGN[direction(b - a, least * max(a, b))]} {a:.1f} to {b:.1f} MiB"
     mean, low, high = spread(found)
     inside = f" ({low:.2f} to {high:.2f})" if high - low > 0.01 else ""
     return f"{SIGN[direction(mean - 1, least)]} {mean:.2f}x{inside}"

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import technique_grid, technique_tables
 from benchmarks.seed_reports import REPORTS
-from benchmarks.technique_grid import Combination, answered, arguments_of, combinations
+from benchmarks.technique_grid import Combination, answer, arguments_of, combinations
 from run_alpaca import DRIVER
 
 ALL_ON = ["--gradient_checkpointing", "2 of 3", "--mixed_precision", "bf16"]
@@ -52,11 +52,11 @@ def test_nf4_weights_are_not_trained():
 
 def test_a_line_answers_for_its_settings_commit_and_device():
     one, common = Combination(1, "off", "off", True, False), {"model_name": "m"}
-    assert answered([line()], one, common, NOW)
-    assert answered([{**line(), "error": "out of memory"}], one, common, NOW), "it would run out of memory again"
+    assert answer([line()], one, common, NOW)
+    assert answer([{**line(), "error": "out of memory"}], one, common, NOW), "it would run out of memory again"
     for other in ({**line(), "error": "ValueError"}, {**line(), "commit": "def"}, line(accumulation=8)):
-        assert not answered([other], one, common, NOW)
-    assert not answered([line()], one, {"model_name": "n"}, NOW)
+        assert not answer([other], one, common, NOW)
+    assert not answer([line()], one, {"model_name": "n"}, NOW)
     techniques = {"gradient_accumulation", "gradient_checkpointing", "mixed_precision", "use_lora", "use_hyclora"}
     shared = [arguments_of(DRIVER.parse(options)) for options in ([], ALL_ON, ["--learning_rate", "1"])]
     assert shared[0] == shared[1] != shared[2] and not techniques & shared[0].keys()
