@@ -228,7 +228,7 @@ def draw(lines: list[dict], file: Path) -> None:
     axes.set_xlabel("MiB")
     model = lines[0]["arguments"].get("model_name", "")
     axes.set_title(f"{model}, {lines[0]['device']}: memory and run time of every combination", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
     figure.tight_layout()
     figure.savefig(file, dpi=130, metadata={"Software": None})
     plt.close(figure)
