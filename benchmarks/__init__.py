@@ -5,7 +5,8 @@ real_rows.py          training on rows of many lengths       packed_rows.py     
 peers.py              one way of fine-tuning, measured       cross_entropy.py   LM head and loss against others
 buffered.py           bytes kept by one layer                fidelity.py        how close gradients are to exact ones
 peak_memory.py        what is alive at the peak of a step    finetune.py        whether fine-tuning notices
-profile_step.py       where the time of a step goes      experiments.py      the paper's, on a small model
+profile_step.py       where the time of a step goes          experiments.py     the paper's, on a small model
+technique_grid.py     run_alpaca.py's techniques, on and off
 
 jobs.py               what a measurement is of               record.py          a line of a result file
 ranks.py              a process a GPU                        rows.py            what the result files say
@@ -13,6 +14,7 @@ workers.py            many small runs side by side
 random_checkpoint.py  a checkpoint of a shape
 report.py             README's tables                        figures.py         figures/*.png
 paper_tables.py       the paper's tables, of anyone's runs
-report_real_rows.py   and those of rows of many lengths      tables.py          a table in Markdown
-report_experiments.py and of the paper's experiments
+report_real_rows.py   and those of rows of many lengths      report_experiments.py  and of the paper's experiments
+technique_tables.py   those of a grid                        seed_reports.py    what two reports say of one
+tables.py             a table in Markdown
 """

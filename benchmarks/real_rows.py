@@ -2,16 +2,17 @@
 
     python -m benchmarks.real_rows --data_dir ../shared/data/gsm8k --tokenizer ../shared/tokenizers/llama2
     python -m benchmarks.real_rows ... --cells 16x512 --lora_dropout 0.05 --settings '["Unsloth", {"stream": false}]'
+    python -m benchmarks.real_rows --alpaca ../shared/data/alpaca/alpaca_small.json ... --cells 1x512
     python -m benchmarks.real_rows ... --gpus 2 --settings '["PEFT LoRA", {"offload": true}]'
 
-Random weights of a shape in NF4, LoRA on all seven linears, rows of GSM8K in one shuffled order for all settings, cut
-at the cell's length, widths a multiple of 8, an optimizer step every 4 micro-steps. One process a setting. first_100_s:
-from the first micro-step on, calibration and recordings included, compiled kernels not if they were run before; times
-of a micro-step after --warm_up of them. dyn and held: the peak of the whole run, as graphs are seen by the allocator
-while they are recorded alone, over static: the model and at the end its gradients and Adam's state. Real tokens are
-those that are no padding. Lines are kept and continued as those of memory_throughput. With --gpus N each of N processes
-has rows of its own (DistributedDataParallel; gradients are added up over micro-steps before they are exchanged): times
-and memory are those of the first process, tokens those of all.
+Random weights of a shape in NF4, LoRA on all seven linears, rows of GSM8K (or, with --alpaca, instructions in Alpaca's
+format) in one shuffled order for all settings, cut at the cell's length, widths a multiple of 8, a step of AdamW every
+4 micro-steps. One process a setting. first_100_s: from the first micro-step on, calibration and recordings included,
+compiled kernels not if they were run before; times of a micro-step after --warm_up of them. dyn and held: the peak of
+the whole run, as graphs are seen by the allocator while they are recorded alone, over static: the model and at the end
+its gradients and Adam's state. Real tokens are those that are no padding. Lines are kept and continued as those of
+memory_throughput. With --gpus N each of N processes has rows of its own (DistributedDataParallel; gradients are added
+up over micro-steps before they are exchanged): times and memory are those of the first process, tokens those of all.
 """
 
 import argparse
@@ -103,19 +104,28 @@ def tokenizer_of(job: Job):
     return load_as_trained(job.rows["tokenizer"], AutoConfig.from_pretrained(job.folder))[0]
 
 
+def examples_of(job: Job) -> tuple[list, str]:
+    """All rows that the job may take, and where they come from."""
+    from hyclora.utils.args import DataArguments
+    from hyclora.utils.data import alpaca, gsm8k
+
+    if file := job.rows.get("alpaca"):
+        return alpaca.load_examples(DataArguments(data_name="alpaca", data_dir=file, max_eval_samples=0))[0], file
+    folder = job.rows["data_dir"]
+    return gsm8k.examples_of(gsm8k.load_rows(DataArguments(data_name="gsm8k", data_dir=folder), "train")), folder
+
+
 def batches_of(job: Job) -> list[dict]:
     """The job's micro-batches on the CPU, the same for every setting; UserError if there are too few rows."""
-    from hyclora.utils.args import DataArguments
-    from hyclora.utils.data import gsm8k
     from hyclora.utils.data.tokens import Collator, tokenize_rows
 
     tokenizer = tokenizer_of(job)
-    rows = gsm8k.load_rows(DataArguments(data_name="gsm8k", data_dir=job.rows["data_dir"]), "train")
-    random.Random(ORDER).shuffle(rows)
+    examples, place = examples_of(job)
+    random.Random(ORDER).shuffle(examples)
     needed = (job.rows["warm_up"] + job.steps) * job.batch_size * job.gpus
-    found = tokenize_rows(gsm8k.examples_of(rows[: 2 * needed]), tokenizer, job.seq_len).rows[:needed]
+    found = tokenize_rows(examples[: 2 * needed], tokenizer, job.seq_len).rows[:needed]
     if len(found) < needed:
-        raise UserError(f"{job.rows['data_dir']} has {len(found)} such rows, and this takes {needed}: lower --steps")
+        raise UserError(f"{place} has {len(found)} such rows, and this takes {needed}: lower --steps")
     collate = Collator(tokenizer.pad_token_id)
     return [collate(found[i : i + job.batch_size]) for i in range(0, len(found), job.batch_size)]
 
@@ -174,7 +184,9 @@ def sweep_rows(name: str, args: argparse.Namespace, rows: dict, check: Callable[
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder with GSM8K's train.jsonl")
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--data_dir", type=Path, help="folder with GSM8K's train.jsonl")
+    rows.add_argument("--alpaca", type=Path, help="JSON list of rows with instruction, input and output")
     parser.add_argument("--gpus", type=number(1), default=1, help="data parallel; a cell's rows are those of each")
     add_row_arguments(parser, SETTINGS, (4, 512))
     return parser.parse_args(argv)
@@ -183,7 +195,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @entry_point
 def main(argv: list[str] | None = None):
     args = parse(argv)
-    sweep_rows(NAME, args, {"data_dir": str(args.data_dir)}, batches_of, args.gpus)
+    rows = {"alpaca": str(args.alpaca)} if args.alpaca else {"data_dir": str(args.data_dir)}
+    sweep_rows(NAME, args, rows, batches_of, args.gpus)
 
 
 if __name__ == "__main__":

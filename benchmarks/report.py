@@ -27,6 +27,7 @@ from benchmarks.rows import (
     presets_of,
 )
 from benchmarks.tables import SITTINGS, remarks, source, table
+from benchmarks.technique_tables import technique_grid
 from hyclora.models.config import BITS, PRESETS, SLOTS, HycloraConfig
 from hyclora.models.patch import FAMILIES
 
@@ -316,6 +317,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "benchmarks" / "README.md": {
         "memory_throughput": memory_throughput,
         "packed_rows": packed_rows,
+        "technique_grid": technique_grid,
         "buffered": buffered,
         "fidelity": fidelity,
         "finetune": finetune,

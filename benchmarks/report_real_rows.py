@@ -10,7 +10,7 @@ HEAD = ["", "real tokens/s", "of the fastest peer", "ms a micro-step", "first 10
 
 def real_rows(name: str = "real_rows") -> str:
     """Lines measured on a GPU, by GPU, model, rows a micro-step and dropout; the GPU measured last is first."""
-    lines = sorted_by_cell(on_gpus(load(name, *CELL, "lora_dropout", "gpus")))
+    lines = sorted_by_cell(on_gpus(load(name, *CELL, "lora_dropout", "gpus", "rows")))
     groups = [(cell, list(found)) for cell, found in itertools.groupby(lines, cell_of)]
     return "\n\n".join(one_table(name, cell, found) for cell, found in groups)
 
@@ -27,7 +27,8 @@ def sorted_by_cell(lines: list[dict]) -> list[dict]:
 
 def cell_of(line: dict) -> tuple:
     values = line["arguments"] | line
-    return *(values[key] for key in CELL), values.get("lora_dropout", 0), values.get("gpus", 1)
+    rows = "Alpaca" if "alpaca" in (values.get("rows") or {}) else "GSM8K"
+    return *(values[key] for key in CELL), rows, values.get("lora_dropout", 0), values.get("gpus", 1)
 
 
 def one_table(name: str, cell: tuple, lines: list[dict]) -> str:
@@ -37,7 +38,9 @@ def one_table(name: str, cell: tuple, lines: list[dict]) -> str:
     dropout = f", dropout {cell[-2]:g}" if cell[-2] else ""
     gpus = f"{cell[-1]} x " if cell[-1] > 1 else ""
     tokens = f", {measured[0]['real_tokens']} real tokens" if measured else ""
-    what = f"{cell[4]} GSM8K rows" if name == "real_rows" else f"{cell[4]} x {cell[5]} tokens, packed Alpaca rows"
+    what = f"{cell[4]} {cell[-3]} row{'s' * (cell[4] > 1)}"
+    if name == "packed_rows":
+        what = f"{cell[4]} x {cell[5]} tokens, packed Alpaca rows"
     each = " each" if cell[-1] > 1 else ""
     title = f"{gpus}{describe_device(cell)}, {describe_model(cell)}: {what}{each}{tokens}{dropout}"
     rows = [[named(line), *columns(line, max(peers, default=None))] for line in lines]

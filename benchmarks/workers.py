@@ -47,9 +47,14 @@ class Worker:
             error = f"the process died (exit code {self.process.exitcode}), its output is in {self.log.name}"
             return {"error": error}, False
 
-    def close(self, wait: float = 0.0) -> None:
-        """End the process, which takes its time to do so if it is idle: `wait` seconds at most."""
+    def end(self, at_once: bool) -> None:
+        """Have the process end, by itself if it is idle."""
         self.pipe.close()
+        if at_once:
+            self.process.kill()
+
+    def join(self, wait: float) -> None:
+        """Wait for its end, `wait` seconds until it is forced."""
         self.process.join(wait)
         self.process.kill()
         self.process.join()
@@ -80,13 +85,17 @@ def run_all(jobs: list[tuple], n_workers: int, gpus: list[str | None], logs: Pat
                 number, job = busy.pop(pipe)
                 found, usable = workers[number].result()
                 if not usable:
-                    workers.pop(number).close()
+                    broken = workers.pop(number)
+                    broken.end(at_once=True)
+                    broken.join(0.0)
                 free.append(number)
                 yield job, found
     finally:
         at_work = {number for number, _ in busy.values()}
         for number, worker in workers.items():
-            worker.close(0.0 if number in at_work else 10.0)
+            worker.end(at_once=number in at_work)
+        for worker in workers.values():
+            worker.join(10.0)
 
 
 def _serve(pipe: connection.Connection, log: Path, gpu: str | None) -> None:
@@ -103,11 +112,12 @@ def _serve(pipe: connection.Connection, log: Path, gpu: str | None) -> None:
             pipe.send((found, usable))
 
 
-def _run(driver: str, argv: list[str]) -> tuple[dict, bool]:
+def _run(module: str, argv: list[str]) -> tuple[dict, bool]:
     """The content of the run's results file or its error, and whether it left the process as it was."""
-    print(f"\n{driver} {' '.join(argv)}", flush=True)
+    print(f"\n{module} {' '.join(argv)}", flush=True)
     try:
-        found = importlib.import_module(driver).DRIVER.run(argv)
+        driver = importlib.import_module(module).DRIVER
+        found = driver.run(driver.parse(argv), argv)
     except Exception as error:
         traceback.print_exc()
         mistake = isinstance(error, UserError) and not isinstance(error, RunStopped)

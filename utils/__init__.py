@@ -8,6 +8,7 @@ tokenizer.py    ids as the model was trained with            weights.py       dt
 metrics.py      accuracy of generated answers, loss          answers.py        what a generated text ends at
 profiling.py    bytes, memory and time of a step             perplexity.py     language modelling, before and after
 heads.py        what a model gives: a token, a class         classification.py texts told apart, GLUE's metrics
-errors.py       how a run ends early
+generate.py     token by token, with and without a cache     errors.py         how a run ends early
+plain/          for a training loop without the Trainer
 runs/           a run's folder, resume and endings           results.py        what a run leaves behind
 """

@@ -11,7 +11,7 @@ import json
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import transformers
@@ -52,6 +52,7 @@ class ModelArguments:
     model_dir: str = option(str(ROOT / "ckpt"), "Folder of the checkpoints; '' takes model_name from the hub.")
     load_in_4bit: bool = option(False, "Keep the frozen linear weights in NF4 with double quantization (QLoRA).")
     random_weights: bool = option(False, "Benchmark a shape: random weights, only config and tokenizer are read.")
+    tokenizer_dir: str = option("", "Folder of the tokenizer, for a shape that has none; '': the model's.")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "Of the base weights; auto: bfloat16 on a GPU.")
 
 
@@ -87,6 +88,7 @@ class DataArguments:
 @dataclass
 class LoraArguments:
     _argument_group_name = "LoRA"
+    use_lora: ClassVar[bool] = True  # a driver that also trains all weights makes it an option
 
     lora_rank: int = option(16, "Rank of the adapters.")
     lora_alpha: int = option(16, "Adapters are scaled by lora_alpha / lora_rank.")

@@ -20,6 +20,8 @@ RANGES = {
     "max_steps": (lambda x: x == -1 or x >= 1, "at least 1, or -1 for num_train_epochs"),
     "per_device_train_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
+    "gradient_accumulation": _COUNT,
+    "logging_steps": (lambda x: x > 0, "positive"),
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
     "max_grad_norm": _NOT_NEGATIVE,
@@ -31,6 +33,29 @@ RANGES = {
     "seed": _NOT_NEGATIVE,
     "eval_strategy": (lambda x: x == "no", "no: the evaluation is before and after the training"),
 }
+# Settings that do not go together: values of each, and why not, which may name any setting.
+CONFLICTS = (
+    (
+        {"use_lora": (False,), "use_hyclora": (True,)},
+        "use_hyclora=True packs what LoRA keeps for backward, and use_lora=False trains all weights: "
+        "set use_hyclora=False, or use_lora=True",
+    ),
+    (
+        {"use_lora": (False,), "load_in_4bit": (True,)},
+        "load_in_4bit=True freezes the weights in NF4, and use_lora=False trains them: "
+        "set load_in_4bit=False, or use_lora=True",
+    ),
+    (
+        {"use_lora": (False,), "dtype": ("auto", "bfloat16")},
+        "dtype={dtype} is too coarse for weights that are trained, as with use_lora=False: "
+        "set dtype=float32, and mixed_precision=bf16 to compute in it",
+    ),
+    (
+        {"mixed_precision": ("off",), "dtype": ("auto", "bfloat16")},
+        "mixed_precision=off computes in float32, and dtype={dtype} has the weights in 16 bit: "
+        "set dtype=float32, or mixed_precision=bf16",
+    ),
+)
 # What the GPU alone can do.
 NEED_GPU = ("offload", "cuda_graphs")
 
@@ -42,6 +67,9 @@ def check_settings(groups) -> None:
     for name, (fits, meaning) in RANGES.items():
         if name in active and not fits(active[name]):
             raise UserError(f"{name} must be {meaning}, not {active[name]}")
+    for together, sentence in CONFLICTS:
+        if all(active.get(name) in refused for name, refused in together.items()):
+            raise UserError(sentence.format(**active))
     present = torch.cuda.is_available()
     if active.get("device") == "cuda" and not present:
         raise UserError("device cuda: torch sees no GPU here; install a torch with CUDA, or set device=cpu")

@@ -5,7 +5,10 @@ main = DRIVER.main
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hyclora import apply_hyclora, remove_hyclora
 from hyclora.utils import results
@@ -32,11 +35,69 @@ from hyclora.utils.loading import (
     load_tokenizer,
 )
 from hyclora.utils.profiling import buffered_bytes
-from hyclora.utils.runs.card import save_adapters, write_card
+from hyclora.utils.runs.card import save_trained, write_card
 from hyclora.utils.runs.identity import digest_of
 from hyclora.utils.runs.run import Run, begin
 from hyclora.utils.tasks import Task
 from hyclora.utils.trainer import HycloraTrainer
+
+
+@dataclass
+class Fitting:
+    """What a training loop gets: the model with its adapters and patched, if asked for, and what it is trained on.
+
+    training, compressed: the driver's last group of arguments, and whether HyC-LoRA is at work.
+    """
+
+    model: PeftModel | PreTrainedModel
+    task: Task
+    run: Run
+    training: TrainingArguments
+    compressed: bool
+    tokenizer: PreTrainedTokenizerBase
+    clock: results.Clock
+
+    def __post_init__(self):
+        self.collate = self.task.collate or Collator(self.tokenizer.pad_token_id)
+        self.steps = results.core_of(self.training, len(self.task.train))["steps"]
+
+    @property
+    def kept_by(self) -> str:
+        """What of `results.KEPT_BY` keeps activations for backward."""
+        if self.compressed or not isinstance(self.model, PeftModel):
+            return "hyclora" if self.compressed else "full"
+        return "lora_checkpointing" if self.training.gradient_checkpointing != "off" else "lora"
+
+
+@dataclass
+class Fitted:
+    """What a training loop found: history, an entry {"step", "loss"} each time that it logged; totals: the numbers of
+    `trainer.Progress`; buffered: bytes kept for backward by the names of `results.KEPT_BY`; facts: more for the results
+    file.
+    """
+
+    history: list[dict]
+    totals: dict
+    buffered: dict[str, int]
+    facts: dict = field(default_factory=dict)
+
+
+def fit_with_trainer(job: Fitting) -> Fitted:
+    """By HF's Trainer."""
+    trainer = HycloraTrainer(
+        model=job.model,
+        args=job.training,
+        train_dataset=job.task.train,
+        data_collator=job.collate,
+        processing_class=job.tokenizer,
+        compressed=job.compressed,
+    )
+    trainer.train(job.run.checkpoint)
+    job.clock.lap("train")
+    batch = trainer._prepare_inputs(job.collate(job.task.train[: job.training.per_device_train_batch_size]))
+    with trainer.compute_loss_context_manager():
+        buffered = _measure_buffers(job.model, batch, job.compressed, job.training.gradient_checkpointing)
+    return Fitted(trainer.state.log_history, trainer.progress.totals, buffered)
 
 
 @dataclass(frozen=True)
@@ -45,7 +106,8 @@ class Driver:
 
     name: its runs are in exp_results_<name>. data, evaluation: its classes of arguments. tasks: for each data_name what
     reads and tokenizes all rows, given data and evaluation arguments and the tokenizer; UserError for a mistake in
-    them. defaults: values of options, where utils/args.py has others.
+    them. defaults: values of options, where utils/args.py has others. lora, training, fit: a training loop of its own,
+    and the arguments that it takes.
     """
 
     name: str
@@ -53,10 +115,13 @@ class Driver:
     evaluation: type[EvalArguments]
     tasks: dict[str, Callable[..., Task]]
     defaults: dict = field(default_factory=dict)
+    lora: type[LoraArguments] = LoraArguments
+    training: type = TrainingArguments
+    fit: Callable[[Fitting], Fitted] = fit_with_trainer
 
     @property
     def groups(self) -> tuple[type, ...]:
-        return (ModelArguments, self.data, LoraArguments, HycloraArguments, self.evaluation, TrainingArguments)
+        return (ModelArguments, self.data, self.lora, HycloraArguments, self.evaluation, self.training)
 
     @property
     def all_defaults(self) -> dict:
@@ -66,29 +131,37 @@ class Driver:
         """The filled groups; UserError names a mistake."""
         return parse_arguments(argv, self.groups, self.all_defaults)
 
-    def run(self, argv: list[str] | None = None) -> dict | None:
-        """One run with the options argv, or those of the command line: the content of its results file.
-
-        None on a process that writes none. UserError for a mistake, RunStopped if it ended early.
-        """
-        return _run(self, argv)
-
     def main(self, argv: list[str] | None = None) -> None:
-        """The same as a program, which ends with one sentence and an exit code where it fails."""
-        entry_point(self.run)(argv)
+        """The program: one run with the options argv, or those of the command line."""
+        entry_point(lambda argv: self.run(self.parse(argv), argv))(argv)
+
+    def run(self, groups: tuple, argv: list[str] | None = None) -> dict | None:
+        """One run with filled groups: the content of its results file, None on a process that writes none.
+
+        argv: where they come from, to be repeated in messages. UserError for a mistake, RunStopped if it ended early.
+        """
+        return _run(self, groups, argv)
+
+    def read(self, groups: tuple, tell: Callable[[str], None]) -> tuple[str, PreTrainedTokenizerBase, Task]:
+        """Where the base model lies, its tokenizer and the tokenized rows; UserError for a mistake in any of them.
+
+        Nothing is loaded or written. tell gets what was decided about the tokenizer.
+        """
+        model_args, data_args, lora_args, hyclora_args, eval_args, training = groups
+        source = find_base(model_args, lora_args)
+        tokenizer = load_tokenizer(source, tell, model_args.tokenizer_dir)
+        task = self.tasks[data_args.data_name](data_args, eval_args, tokenizer)
+        task = replace(task, head=task.head.of(source))
+        check_model(source, task.head, lora_args)
+        check_positions(source, task.head, task.longest)
+        task.head.check(training, hyclora_args)
+        return source, tokenizer, task
 
 
-def _run(driver: Driver, argv: list[str] | None) -> dict | None:
-    groups = driver.parse(argv)
-    model_args, data_args, lora_args, hyclora_args, eval_args, training = groups
-    source = find_base(model_args, lora_args)
+def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> dict | None:
+    model_args, _, lora_args, hyclora_args, eval_args, training = groups
     decided = []
-    tokenizer = load_tokenizer(source, decided.append)
-    task = driver.tasks[data_args.data_name](data_args, eval_args, tokenizer)
-    head = task.head.of(source)
-    check_model(source, head, lora_args)
-    check_positions(source, head, task.longest)
-    head.check(training, hyclora_args)
+    source, tokenizer, task = driver.read(groups, decided.append)
 
     run = begin(groups, source, task.train, argv)
     core = results.core_of(training, len(task.train))
@@ -96,11 +169,15 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
         results.print_settings(groups[:-1], core)
         print(*decided, task.summary, sep="\n")
         clock = results.Clock()
-        model = load_model(model_args, lora_args, source, training.device, training.seed, head)
+        model = load_model(model_args, lora_args, source, training.device, training.seed, task.head)
         clock.lap("load")
         initial = keep_initial_adapters(model, run.folder / "initial_adapters")
-        check_output(run.folder, needed=checkpoint_bytes(model, training.save_total_limit))
-        scores = {}
+        if training.save_steps:
+            check_output(run.folder, needed=checkpoint_bytes(model, training.save_total_limit))
+        scores, texts = {}, {}
+        if task.write is not None:
+            texts["before"] = results.once(run.folder / "texts_before.json", vars(eval_args), lambda: task.write(model))
+            clock.lap("write before")
         if eval_args.evaluate_before and task.test:
             scores["before"] = _evaluate_once(task, model, run, eval_args)
             print(*map(": ".join, results.line_by_line(task.shown(scores)).items()), sep="\n")
@@ -111,29 +188,21 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
             kept_bits = report.average_bits
             print(report)
 
-        collate = task.collate or Collator(tokenizer.pad_token_id)
-        trainer = HycloraTrainer(
-            model=model,
-            args=training,
-            train_dataset=task.train,
-            data_collator=collate,
-            processing_class=tokenizer,
-            compressed=hyclora_args.use_hyclora,
-        )
-        trainer.train(run.checkpoint)
-        clock.lap("train")
-        batch = trainer._prepare_inputs(collate(task.train[: training.per_device_train_batch_size]))
-        with trainer.compute_loss_context_manager():
-            buffered = _measure_buffers(model, batch, hyclora_args.use_hyclora, training.gradient_checkpointing)
+        fitted = driver.fit(Fitting(model, task, run, training, hyclora_args.use_hyclora, tokenizer, clock))
         if not training.should_save:
             return None
-        save_adapters(model, run.folder, initial)
-        tokenizer.save_pretrained(run.folder)
+        if training.save_steps:
+            save_trained(model, run.folder, initial)
+            tokenizer.save_pretrained(run.folder)
         if task.test:
             scores["after"], predictions = task.evaluate(model)
             clock.lap("evaluate after")
             if predictions:
                 results.write_json(run.folder / "predictions.json", predictions)
+        if task.write is not None:
+            texts["after"] = task.write(model)
+            clock.lap("write after")
+            print(results.texts_of(texts))
 
         found = {
             "settings": results.settings(*groups),
@@ -141,18 +210,22 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
             "environment": results.environment(),
             "metrics": task.metrics(scores),
             **task.facts,
+            **fitted.facts,
+            **({"texts": texts} if texts else {}),
             "shown": task.shown(scores),
-            "final_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
+            "final_loss": [entry["loss"] for entry in fitted.history if "loss" in entry][-1],
             "kept_bits": kept_bits,
-            "buffered_bytes": buffered,
-            "train": trainer.progress.totals,
+            "buffered_bytes": fitted.buffered,
+            "train": fitted.totals,
             "seconds": clock.seconds,
-            "log_history": trainer.state.log_history,
+            "log_history": fitted.history,
         }
         print(results.closing_table(found))
-        write_card(run.folder, found, len(task.train), head)
+        if training.save_steps and lora_args.use_lora:
+            write_card(run.folder, found, len(task.train), task.head)
         run.finish(found)
-        print(f"results: {run.folder}.json, log: {run.folder}.log, adapters: {run.folder}")
+        kept = f", {'adapters' if lora_args.use_lora else 'weights'}: {run.folder}" if training.save_steps else ""
+        print(f"results: {run.folder}.json, log: {run.folder}.log{kept}")
         return found
 
 

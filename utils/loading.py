@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
@@ -64,9 +65,10 @@ def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True)
         AutoConfig.from_pretrained(folder)
     except StrictDataclassError as error:
         raise UserError(f"{folder / 'config.json'} cannot work: {error.__cause__ or error}") from None
-    if tokenizer and not any(all((folder / name).is_file() for name in names) for names in SUFFICIENT):
+    place = Path(args.tokenizer_dir or folder)
+    if tokenizer and not any(all((place / name).is_file() for name in names) for names in SUFFICIENT):
         needed = ", or ".join(map(" with ".join, SUFFICIENT))
-        raise UserError(f"{folder} has no tokenizer: it needs {needed}")
+        raise UserError(f"{place} has no tokenizer: it needs {needed}")
     if not args.random_weights and not list(folder.glob("*.safetensors")):
         if list(folder.glob("*.bin")):
             raise UserError(f"{folder} has only PyTorch .bin weights: convert them to safetensors")
@@ -93,15 +95,20 @@ def _reading(source: str):
         ) from error
 
 
-def load_tokenizer(source: str, tell: Callable[[str], None] = print) -> PreTrainedTokenizerBase:
-    """The tokenizer of `load_as_trained`; tell gets what was decided, line by line."""
+def load_tokenizer(
+    source: str, tell: Callable[[str], None] = print, folder: str = ""
+) -> PreTrainedTokenizerBase:  # fmt: skip
+    """The tokenizer of `load_as_trained`; tell gets what was decided, line by line.
+
+    folder: where it lies if not with the model in source.
+    """
     with _reading(source):
         config = AutoConfig.from_pretrained(source)
         _check_family(config.model_type, source)
-        tokenizer, decided = load_as_trained(source, config)
+        tokenizer, decided = load_as_trained(folder or source, config)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens, the model only {config.vocab_size}: "
+            f"the tokenizer of {folder or source} has {len(tokenizer)} tokens, the model only {config.vocab_size}: "
             "they do not belong together"
         )
     for line in decided:
@@ -115,7 +122,9 @@ def check_model(source: str, head: Head, lora: LoraArguments) -> None:
     if head.task_type == NEXT_TOKEN.task_type and not FAMILIES[config.model_type].causal:
         raise UserError(f"{source} is a {config.model_type} model, which predicts no next token: it is for run_glue.sh")
     with torch.device("meta"):
-        _check_targets(head.auto.from_config(config), lora)
+        base = head.auto.from_config(config)
+    if lora.use_lora:
+        _check_targets(base, lora)
 
 
 def _check_targets(base: PreTrainedModel, lora: LoraArguments) -> None:
@@ -220,8 +229,10 @@ def load_model(
     seed: int,
     head: Head = NEXT_TOKEN,
     tell: Callable[[str], None] = print,
-) -> PeftModel:
+) -> PeftModel | PreTrainedModel:
     """The base of `find_base` with fresh adapters drawn from `seed`; tell gets what was decided.
+
+    Without LoRA it is the base itself, all of whose weights are trained.
 
     head: what the model gives; what of it is trained is drawn from `seed` too.
     """
@@ -236,6 +247,8 @@ def load_model(
     # what the Trainer asks: whether the loss is divided by what it counts, or else by it
     base.accepts_loss_kwargs = head.divides_loss
     set_seed(seed)
+    if not lora.use_lora:
+        return base.requires_grad_(True)
     model = add_lora(base, lora, quantize_after=float_first, head=head)
     if lora.lora_init_type == "loftq":
         _compensate_quantization(model, source)
@@ -289,18 +302,24 @@ def _adapted(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return model
 
 
-def checkpoint_layers(model: PreTrainedModel | PeftModel, **options) -> None:
-    """Keep the layers' inputs alone and run each layer again in backward; options: transformers' own."""
+def checkpoint_layers(model: PreTrainedModel | PeftModel, leave_out: int | None = None, **options) -> None:
+    """Keep the layers' inputs alone and run each layer again in backward; options: transformers' own.
+
+    leave_out: the first and then every such layer keeps what it needs and is not run again.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False}, **options)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[::leave_out] if leave_out else ():
+        layer.gradient_checkpointing = False
 
 
-def keep_initial_adapters(model: PeftModel, folder: Path) -> Path | None:
+def keep_initial_adapters(model: PeftModel | PreTrainedModel, folder: Path) -> Path | None:
     """Save what PEFT needs to write adapters for the original weights, where the start has changed the weights.
 
     To be given to `save_pretrained(..., path_initial_model_for_weight_conversion=...)`; None where it is not needed.
     """
-    if not str(model.peft_config["default"].init_lora_weights).startswith("pissa"):
+    if not isinstance(model, PeftModel) or not str(model.peft_config["default"].init_lora_weights).startswith("pissa"):
         return None
     model.save_pretrained(folder)
     return folder

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,16 @@ def layer_by_layer(model: nn.Module):
 
 
 def buffered_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes of the storages that one training forward of `batch` saves for backward on the model's device.
+    """Bytes of the storages that one training forward of `batch` saves for backward on the model's device: `buffered`
+    of one kind.
+    """
+    return sum(buffered(model, batch, lambda tensor: "kept").values())
+
+
+def buffered(model: nn.Module, batch: dict[str, Tensor], kind_of: Callable[[Tensor], str]) -> dict[str, int]:
+    """The bytes that one training forward of `batch` saves for backward on the model's device, by kind.
+
+    kind_of: told by a saved tensor, when its storage is saved first; what HyC-LoRA's store holds is "kept".
 
     A storage counts once however many operators save views of it; parameters, buffers and the batch itself do not
     count, as they live anyway. With offload=True, host memory does not count (the patch's store knows it), but what the
@@ -49,12 +59,12 @@ def buffered_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     resident = [*model.parameters(), *model.buffers(), *batch.values()]
     known = {tensor.untyped_storage().data_ptr() for tensor in resident}
     # Holding the storages keeps their addresses from being given to a later tensor.
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept: dict[int, tuple[str, torch.UntypedStorage]] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
+        if storage.data_ptr() not in known and storage.data_ptr() not in kept:
+            kept[storage.data_ptr()] = kind_of(tensor.detach()), storage
         # an operator that holds its own output in a hook's result would never be freed
         return tensor if tensor.grad_fn is None else tensor.detach()
 
@@ -64,7 +74,10 @@ def buffered_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
         patch = patch_of(model)
         in_store = patch.store.device_bytes if patch is not None and patch.store is not None else 0
         del output
-    return in_store + sum(storage.nbytes() for storage in kept.values())
+    sizes = {"kept": in_store}
+    for kind, storage in kept.values():
+        sizes[kind] = sizes.get(kind, 0) + storage.nbytes()
+    return sizes
 
 
 def random_batch(vocab: int, batch_size: int, seq_len: int, device: torch.device | str) -> dict[str, Tensor]:

@@ -52,6 +52,7 @@ KEPT_BY = {
     "hyclora": "HyC-LoRA",
     "lora": "plain LoRA",
     "lora_checkpointing": "plain LoRA with checkpointing",
+    "full": "training of all weights",
 }
 _PEERS = ("liger-kernel", "unsloth", "unsloth_zoo", "cut-cross-entropy")
 
@@ -192,8 +193,9 @@ def core_of(training: TrainingArguments, n_rows: int) -> dict:
     batch = training.per_device_train_batch_size * training.world_size
     per_epoch = math.ceil(math.ceil(n_rows / batch) / training.gradient_accumulation_steps)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
-    values = training.to_dict()
-    return {name: values[name] for name in CORE if in_effect(name, values)} | {"steps": steps}
+    values = next(iter(settings(training).values()))
+    names = getattr(training, "CORE", CORE)
+    return {name: values[name] for name in names if in_effect(name, values)} | {"steps": steps}
 
 
 def once(file: Path, settings: dict, compute):
@@ -229,6 +231,14 @@ def _side_by_side(shown: dict[str, dict[str, str]]) -> str:
     """The same as a table with a column a time."""
     times = list(next(iter(shown.values())))
     return table([("", *times), *((name, *(found[when] for when in times)) for name, found in shown.items())])
+
+
+def texts_of(texts: dict[str, dict]) -> str:
+    """What the model wrote to each prompt, before and after training; texts: what `Task.write` gives, by time."""
+    lines = []
+    for time_, found in texts.items():
+        lines += [f"{time_} training: {row['prompt']}\n> {row['text']}" for row in found["texts"]]
+    return "\n\n".join(lines)
 
 
 def closing_table(found: dict) -> str:

@@ -15,8 +15,9 @@ class Task:
     train: tokenized rows. test: what to evaluate on, as JSON; empty if there is nothing. summary: what was read.
     forms: how each number that evaluating gives is written, by its name. evaluate: the numbers of a model by name, and
     row by row what it answered, if it did. collate: rows to a batch; default: `Collator`. head: what the model gives.
-    remarks: what must be read with a number, by its name. facts: more for the results file. reach: tokens of the
-    longest row that evaluating reads, as far as that is known.
+    write: what the model writes, to be read before and after training: {"texts": [{"prompt", "text"}]} and what else
+    there is to tell. remarks: what must be read with a number, by its name. facts: more for the results file. reach:
+    tokens of the longest row that evaluating reads, as far as that is known.
     """
 
     train: list[dict]
@@ -26,6 +27,7 @@ class Task:
     evaluate: Callable[[PreTrainedModel], tuple[dict[str, float], list[dict]]]
     collate: Callable[[list[dict]], dict] | None = None
     head: Head = NEXT_TOKEN
+    write: Callable[[PreTrainedModel], dict] | None = None
     remarks: dict[str, str] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
     reach: int = 0

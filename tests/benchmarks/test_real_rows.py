@@ -48,6 +48,22 @@ def test_all_settings_train_on_the_same_rows(run, tmp_path, data, tiny_llama_fol
     assert len(run("--settings", json.dumps(settings), "--lora_dropout", "0.5")) == 6
 
 
+def test_rows_of_alpaca_one_by_one(run, tiny_llama_folder, tmp_path, monkeypatch, capsys):
+    """In place of GSM8K's; a batch is a row as it comes, padded to a multiple of 8."""
+    monkeypatch.setattr("benchmarks.memory_throughput.run", lambda job, timeout: peers.measure(job))
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"instruction": "Say it." * (i % 5 + 1), "output": "It."} for i in range(12)]))
+    fixed = ["--alpaca", str(file), "--tokenizer", str(tiny_llama_folder), "--shape", str(tiny_llama_folder)]
+    fixed += ["--device", "cpu", "--base", "bf16", "--output_dir", str(tmp_path / "alpaca"), "--cells", "1x400"]
+    real_rows.main([*fixed, "--steps", "4", "--warm_up", "6", "--settings", '["PEFT LoRA"]'])
+    (line,) = map(json.loads, (tmp_path / "alpaca/real_rows.jsonl").read_text().splitlines())
+    assert line["arguments"]["rows"] == {"alpaca": "rows.json", "tokenizer": tiny_llama_folder.name, "warm_up": 6}
+    assert line["widths"] > 1 and line["width"] - 8 < line["real_tokens"] <= line["width"] and line["ms"] > 0
+    with pytest.raises(SystemExit) as exit:
+        real_rows.main([*fixed, "--steps", "40", "--warm_up", "6", "--settings", '["PEFT LoRA"]'])
+    assert exit.value.code == 2 and "rows.json has 12 such rows, and this takes 46" in capsys.readouterr().err
+
+
 def test_in_a_process_of_its_own(run):
     (line,) = run("--settings", '["PEFT LoRA"]', "--steps", "1", "--warm_up", "1")
     assert line["setting"] == "PEFT LoRA" and line["ms"] > 0 and "first_100_s" not in line

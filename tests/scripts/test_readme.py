@@ -9,7 +9,7 @@ from benchmarks.report import PARTS, ROOT, render
 from hyclora.utils import checks
 from hyclora.utils.args import Parser, parse_arguments
 from hyclora.utils.runs.script import settings_of
-from tests.helpers.drivers import GROUPS
+from tests.helpers.drivers import DEFAULTS, GROUPS
 
 FILES = [*PARTS, ROOT / "CONTRIBUTING.md"]
 TEXT = "".join(file.read_text(encoding="utf-8") for file in FILES)
@@ -62,7 +62,7 @@ def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
             name, _, value = variable.partition("=")
             assert name in settings, f"{script} has no {name}"
             argv += [f"--{name}", value]
-        parse_arguments(argv, GROUPS[driver])
+        parse_arguments(argv, GROUPS[driver], DEFAULTS[driver])
 
 
 def test_named_files_exist():

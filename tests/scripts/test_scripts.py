@@ -36,6 +36,7 @@ def test_every_option_that_is_passed_is_known_and_set(driver):
 # what keeps a driver's own run to seconds
 TRAINING = "--max_steps 1 --max_train_samples 4 --max_eval_samples 1 --per_device_train_batch_size 2"
 SHORTEST = {
+    "run_alpaca": f"{TRAINING} --max_new_tokens 2",
     "run_glue": TRAINING,
     "run_gsm8k": f"{TRAINING} --max_new_tokens 4",
     "run_longseq": f"{TRAINING} --seq_len 64 --eval_lengths 32,64 --stride 32 --group_size 16",

@@ -13,7 +13,7 @@ from hyclora.utils.classification import collator
 from hyclora.utils.errors import UserError
 from hyclora.utils.heads import NEXT_TOKEN, classifier
 from hyclora.utils.loading import keep_initial_adapters, load_model
-from hyclora.utils.runs.card import save_adapters
+from hyclora.utils.runs.card import save_trained
 from hyclora.utils.trainer import HycloraTrainer
 from tests.helpers.small_roberta import write_roberta
 
@@ -69,7 +69,7 @@ def test_saved_adapters_bring_their_head(folder, tmp_path, init, four_bit):
     initial = keep_initial_adapters(model, tmp_path / "initial")
     for p in trained(model).values():
         p.data += 0.02 * torch.randn_like(p)
-    save_adapters(model, tmp_path / "saved", initial)
+    save_trained(model, tmp_path / "saved", initial)
     fresh = AutoModelForSequenceClassification.from_pretrained(folder, **classifier(2, PAD).config, dtype=torch.float32)
     again = PeftModel.from_pretrained(fresh, tmp_path / "saved").eval()
     ours, theirs = (m(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits for m in (model, again))

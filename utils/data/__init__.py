@@ -7,5 +7,6 @@ text.py         plain text: blocks, windows, WikiText-2      hub.py           da
 glue.py         the tasks of GLUE, a row of a table each     reviews.py        sentences good or bad, from a seed
 arithmetic.py   several sets of word problems, and overlaps
 long_text.py    many documents as one stream of token ids
+alpaca.py       Alpaca's instructions, in its prompt format
 pretrain_text.py  text to pre-train a tiny model on
 """

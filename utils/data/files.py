@@ -18,7 +18,12 @@ def read_rows(file: Path) -> list[tuple[str, dict]]:
     UserError for what is not UTF-8, not JSON or not an object.
     """
     text = read_text(file)
-    rows = _items(text, file) if text.lstrip().startswith("[") else _lines(text, file)
+    if text.lstrip().startswith("["):
+        rows = _items(text, file)
+    elif _is_one_object(text):
+        raise UserError(f"{file} is one JSON object: it needs a JSON list of objects, or one object a line")
+    else:
+        rows = _lines(text, file)
     if not rows:
         raise UserError(f"{file} is empty: it needs one JSON object a line, or a JSON list of objects")
     for place, row in rows:
@@ -51,6 +56,14 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}:{line}: not UTF-8: save the file with this encoding") from None
+
+
+def _is_one_object(text: str) -> bool:
+    """Whether it is written over several lines, none of which is one by itself."""
+    try:
+        return "\n" in text.strip() and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _lines(text: str, file: Path) -> list[tuple[str, object]]:

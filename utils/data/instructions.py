@@ -32,7 +32,8 @@ def under_headings(parts: list[tuple[str, str]], answer: str) -> str:
     return "".join(f"{heading}:\n{text}\n\n" for heading, text in parts) + f"{answer}:\n"
 
 
-def _response(row: dict, key: str, place: str) -> str:
+def response_of(row: dict, key: str, place: str) -> str:
+    """The text under a key; UserError if there is nothing to learn in it."""
     text = text_of(row, key, place)
     if not text.strip():
         raise UserError(f'{place}: the response under "{key}" is empty: write or remove it')
@@ -40,18 +41,18 @@ def _response(row: dict, key: str, place: str) -> str:
 
 
 def _as_written(row: dict, keys: tuple[str, str], place: str) -> Example:
-    return Example([(text_of(row, keys[0], place), _response(row, keys[1], place))])
+    return Example([(text_of(row, keys[0], place), response_of(row, keys[1], place))])
 
 
 def _word_problem(row: dict, keys: tuple[str, str], place: str) -> Example:
-    return Example([(prompt_of(text_of(row, keys[0], place)), target_of(_response(row, keys[1], place)))])
+    return Example([(prompt_of(text_of(row, keys[0], place)), target_of(response_of(row, keys[1], place)))])
 
 
 def _instruction(row: dict, keys: tuple[str, str], place: str) -> Example:
     parts = [("Task", text_of(row, keys[0], place))]
     if row.get("input") is not None and text_of(row, "input", place):
         parts.append(("Input", row["input"]))
-    return Example([(under_headings(parts, "Answer"), _response(row, keys[1], place))])
+    return Example([(under_headings(parts, "Answer"), response_of(row, keys[1], place))])
 
 
 def _chat(row: dict, keys: tuple[str], place: str) -> Example:
@@ -67,7 +68,7 @@ def _chat(row: dict, keys: tuple[str], place: str) -> Example:
         if role not in ROLES:
             raise UserError(f'{at}: the role "{role}" is unknown, known are {", ".join(ROLES)}')
         if role == "assistant":
-            exchanges.append((under_headings(told, ROLES[role]), _response(message, "content", at)))
+            exchanges.append((under_headings(told, ROLES[role]), response_of(message, "content", at)))
             told, ends = [], number
         else:
             told.append((ROLES[role], text_of(message, "content", at)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from hyclora.utils.heads import NEXT_TOKEN, Head
 from hyclora.utils.results import KEPT_BY, line_by_line
@@ -67,8 +68,11 @@ def tidy(folder: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def save_adapters(model: PeftModel, folder: Path, initial: Path | None) -> None:
-    """Write the trained adapters; initial: see `keep_initial_adapters`."""
+def save_trained(model: PeftModel | PreTrainedModel, folder: Path, initial: Path | None = None) -> None:
+    """Write the trained adapters, or all weights if all were trained; initial: see `keep_initial_adapters`."""
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder, max_shard_size="1TB")  # one file, which a checkpoint is restored from
+        return
     model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
     if initial is not None:
         _add_whole_modules(model, folder / WEIGHTS)

@@ -16,7 +16,8 @@ from hyclora.utils.results import SETTINGS, write_json
 
 SUMS = "checksums.json"
 STATE = "trainer_state.json"
-_NEEDED = ("adapter_model.safetensors", "optimizer.pt", STATE)
+ADAPTERS, ALL_WEIGHTS = "adapter_model.safetensors", "model.safetensors"
+_NEEDED = ("optimizer.pt", STATE)
 _CHUNK = 2**22
 
 
@@ -42,7 +43,8 @@ def fault_of(folder: Path) -> str | None:
         return f"it has no {SUMS}, so it was not written to its end"
     except (ValueError, TypeError):
         return f"{SUMS} is broken"
-    for name in (*_NEEDED, *sums):
+    weights = ALL_WEIGHTS if ALL_WEIGHTS in sums else ADAPTERS
+    for name in (weights, *_NEEDED, *sums):
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _digest(folder / name) != sums.get(name):

@@ -17,6 +17,10 @@ NEEDS = {
         ("use_hyclora", bool),
     ),
     "slot_savers": ("use_hyclora", bool),
+    **dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_init_type", "target_modules", "use_rslora"),
+        ("use_lora", bool),
+    ),
     "q_bit": ("layer_type", lambda name: name != "baseline"),
     "average_bits": ("q_bit", lambda bits: bits == "auto"),
     "softmax_outlier_ratio": ("attention", lambda core: core == "eager"),
@@ -43,7 +47,17 @@ NEEDS = {
 # evaluated, on which machine and in how many helping processes it runs, where packed bytes wait, how kernels are
 # launched, whether padding is computed.
 FREE = {
-    *("model_dir", "data_dir", "train_file", "tests", "output_dir", "preset", "run_name", "resume_from_checkpoint"),
+    *(
+        "model_dir",
+        "tokenizer_dir",
+        "data_dir",
+        "train_file",
+        "tests",
+        "output_dir",
+        "preset",
+        "run_name",
+        "resume_from_checkpoint",
+    ),
     *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
     *("log_level", "log_level_replica", "disable_tqdm", "report_to", "project", "include_num_input_tokens_seen"),
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "debug"),
@@ -58,6 +72,9 @@ FREE = {
         "eval_lengths",
         "generation_seed",
         "evaluate_before",
+        "test_prompts",
+        "use_cache",
+        "sweep",
         "eval_strategy",
         "eval_steps",
         "eval_delay",

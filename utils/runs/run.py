@@ -32,6 +32,7 @@ from hyclora.utils.runs.identity import content_of, differences, identity
 from hyclora.utils.runs.script import again
 
 RESUME = "--resume_from_checkpoint"
+ACCUMULATION = ("gradient_accumulation", "gradient_accumulation_steps")  # what drivers call it
 
 
 @dataclass
@@ -106,7 +107,8 @@ class Run:
             return self.left("--offload", True)
         batch, accumulation = self.training.per_device_train_batch_size, self.training.gradient_accumulation_steps
         if batch > 1:
-            smaller = ("--per_device_train_batch_size", batch // 2, "--gradient_accumulation_steps", accumulation * 2)
+            name = next(name for name in ACCUMULATION if name in values)
+            smaller = ("--per_device_train_batch_size", batch // 2, f"--{name}", accumulation * 2)
             return self.left(*smaller, anew="smaller batches")
         return self.left("--seq_len", max(values["seq_len"] // 2, 2), anew="shorter rows")
 
@@ -143,8 +145,11 @@ def begin(groups: tuple, source: str, rows: list[dict], argv: list[str] | None) 
 def tag_of(groups: tuple) -> str:
     """The settings that tell runs apart at a glance."""
     values = {name: value for group in groups for name, value in vars(group).items()}
+    start = f"{Path(values['model_name']).name}-{values['data_name']}"
+    if not values.get("use_lora", True):
+        return f"{start}-full"
     method = f"{values['layer_type']}-q{values['q_bit']}" if values["use_hyclora"] else "lora"
-    return f"{Path(values['model_name']).name}-{values['data_name']}-{method}-r{values['lora_rank']}"
+    return f"{start}-{method}-r{values['lora_rank']}"
 
 
 def _identity_of(folder: Path) -> dict | None:

@@ -1,0 +1,222 @@
+"""run_alpaca.py from end to end on a small model: what it leaves behind, how it goes on, the grid, what it refuses."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import run_alpaca
+from benchmarks import technique_grid
+from hyclora.utils import driver
+
+ROWS = [
+    {"instruction": f"Say {n}.", "input": "", "output": f"It is {n}, and no more{' at all' * (n % 3)}."}
+    for n in range(30)
+]
+RESUME = "--resume_from_checkpoint"
+
+
+@pytest.fixture
+def options(tiny_llama_folder, tmp_path):
+    """Options of a run that works: 12 rows, accumulated over 2, so 6 steps."""
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(ROWS))
+    return (
+        ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name, "--use_cpu", "True"]
+        + ["--data_name", "alpaca", "--data_dir", str(file), "--output_dir", str(tmp_path / "runs")]
+        + ["--max_train_samples", "12", "--max_eval_samples", "4", "--max_new_tokens", "3", "--lora_rank", "4"]
+        + ["--gradient_accumulation", "2", "--logging_steps", "2", "--save_steps", "2", "--learning_rate", "1e-2"]
+        + ["--iteration_threshold", "2"]
+    )
+
+
+@pytest.fixture
+def run(options, tmp_path, capsys):
+    """Run it; the folder of the newest run, its results (None if it did not end well), what it said, its exit code."""
+
+    def run(*more):
+        code, before = 0, set((tmp_path / "runs").glob("*/"))
+        try:
+            run_alpaca.main([*options, *map(str, more)])
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        new = set((tmp_path / "runs").glob("*/")) - before
+        folder = new.pop() if new else None
+        results = folder.with_name(f"{folder.name}.json") if folder else tmp_path / "none"
+        found = json.loads(results.read_text()) if results.is_file() else None
+        return folder, found, captured.out + captured.err, code
+
+    return run
+
+
+def test_a_run_tells_and_keeps_everything(run):
+    folder, found, said, code = run("--evaluate_before", "True", "--mixed_precision", "fp16")
+    assert code == 0, said
+    parameters = found["parameters"]
+    assert parameters["trained"] == 2 * 4 * (64 + 64 + 64 + 32) and parameters["share"] < 0.05
+    assert f"trainable parameters: {parameters['trained']:,} of {parameters['total']:,} (" in said
+    assert [entry["step"] for entry in found["log_history"]] == [2, 4, 6] and "step 4 of 6: loss " in said
+    loss = found["metrics"]["held-out_loss"]
+    assert loss["after"] < loss["before"] - 0.05
+    assert f"average loss {found['train']['average_loss']:.4f}, " in said and " s of training" in said
+    assert set(found["texts"]) == {"before", "after"}
+    for time in ("before", "after"):
+        assert len(found["texts"][time]["texts"]) == 4 and found["texts"][time]["cache"]["alike"] == 3
+        assert f"{time} training: I believe the meaning of life is\n> " in said
+    taken = found["breakdown"]
+    assert taken["optimizer_state"] // taken["gradients"] == 2, "AdamW's moments, and a number of steps each"
+    assert taken["weight_copies"] == 0 < taken["activations"] and found["buffered_bytes"].keys() == {"hyclora"}
+    assert (folder / "adapter_model.safetensors").is_file() and "| mixed_precision | fp16 |" in (
+        folder / "README.md"
+    ).read_text()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--use_lora", "False", "--use_hyclora", "False"],
+        ["--use_hyclora", "False", "--gradient_checkpointing", "1 of 2", "--mixed_precision", "bf16"],
+        ["--gradient_checkpointing", "all", "--q_bit", "2"],
+    ],
+    ids=" ".join,
+)
+def test_techniques_in_other_combinations_train(run, more):
+    folder, found, said, code = run("--test_prompts", "False", *more)
+    assert code == 0, said
+    assert found["log_history"][-1]["loss"] < found["log_history"][0]["loss"] and "texts" not in found
+    full = "--use_lora" in more
+    assert (folder / ("model.safetensors" if full else "adapter_model.safetensors")).is_file()
+    taken = found["breakdown"]
+    assert (taken["gradients"] == taken["parameters"]) == full
+    # with float32 weights autocast keeps copies of those of the layer that is not run again, unless they are packed
+    assert (taken["weight_copies"] > 0) == ("bf16" in more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--mixed_precision", "fp16", "--lora_dropout", "0.2"],
+        ["--use_lora", "False", "--use_hyclora", "False", "--num_train_epochs", "2"],
+    ],
+    ids=["hyclora fp16", "all weights"],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, more, monkeypatch):
+    whole, found, said, _ = run("--test_prompts", "False", *more)
+    stock, steps = run_alpaca.train_step, []
+
+    def stopping(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return stock(*args)
+
+    monkeypatch.setattr(run_alpaca, "train_step", stopping)
+    folder, nothing, said, code = run("--test_prompts", "False", *more)
+    assert (nothing, code) == (None, 130) and f"{RESUME} {folder / 'checkpoint-3'}" in said
+    monkeypatch.setattr(run_alpaca, "train_step", stock)
+    _, _, said, code = run("--test_prompts", "False", *more, RESUME, "True")
+    assert code == 0 and "resuming" in said, said
+    again = json.loads(folder.with_name(f"{folder.name}.json").read_text())
+    assert again["metrics"] == found["metrics"] and again["log_history"][1:] == found["log_history"][1:]
+    assert (
+        again["train"]["tokens"] == found["train"]["tokens"] and again["train"]["targets"] == found["train"]["targets"]
+    )
+    assert again["train"]["average_loss"] == pytest.approx(found["train"]["average_loss"])
+    name = "model.safetensors" if "--use_lora" in more else "adapter_model.safetensors"
+    ours, theirs = load_file(whole / name), load_file(folder / name)
+    assert all(torch.equal(t, theirs[key]) for key, t in ours.items())
+    _, _, said, code = run("--test_prompts", "False", *more, RESUME, folder)
+    assert code == 0 and "is finished" in said
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run, monkeypatch):
+    stock = run_alpaca.train_step
+    monkeypatch.setattr(run_alpaca, "train_step", lambda *args: (stock(*args)[0] * float("nan"), 5))
+    _, found, said, code = run("--test_prompts", "False")
+    assert (found, code) == (None, 1) and "the loss is not finite at step 1" in said
+
+
+def test_the_smallest_grid_has_two_rows(run, tmp_path):
+    """LoRA off and on, in processes of their own; the second time nothing is measured."""
+    more = ["--sweep", "True", "--use_hyclora", "False", "--gradient_accumulation", "1", "--max_steps", "2"]
+    _, _, said, code = run(*more)
+    assert code == 0, said
+    folder = tmp_path / "runs"
+    lines = [json.loads(line) for line in (folder / "technique_grid.jsonl").read_text().splitlines()]
+    assert [line["setting"]["use_lora"] for line in lines] == [False, True]
+    full, lora = (line["mib"] for line in lines)
+    assert full["gradients"] == full["parameters"] > 10 * lora["gradients"] > 0
+    text = (folder / "technique_grid.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| gradients"))
+    assert f"↓ {lora['gradients'] / full['gradients']:.2f}x" in row
+    assert "| off | off | off | " in text and "first report (7B), mixed precision" in text and text in said
+    assert (folder / "technique_grid.png").stat().st_size > 1000
+    assert not list(folder.glob("grid/*/*.safetensors")), "a combination saves nothing"
+    _, _, said, code = run(*more)
+    assert code == 0 and said.count("measured already") == 2
+
+
+@pytest.fixture
+def refused(run, tmp_path, monkeypatch):
+    """What it says to mistaken options, after checking that nothing was loaded or written."""
+    monkeypatch.setattr(driver, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(technique_grid, "run", lambda *args: pytest.fail("a combination was measured"))
+
+    def refused(*more):
+        _, _, said, code = run(*more)
+        assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        assert not list((tmp_path / "runs").glob("*"))
+        return said
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--mixed_precision", "fp8"], "invalid choice: 'fp8' (choose from 'off', 'fp16', 'bf16')"),
+        (["--gradient_checkpointing", "some"], "gradient_checkpointing 'some' is not off, all, or"),
+        (["--gradient_checkpointing", "1 of 3"], "gradient_checkpointing '1 of 3' is not off, all, or"),
+        (["--gradient_checkpointing", "0 of 1"], "checkpoints no layer: write off"),
+        (["--gradient_accumulation", "0"], "gradient_accumulation must be at least 1"),
+        (["--use_lora", "False"], "set use_hyclora=False, or use_lora=True"),
+        (["--use_lora", "False", "--use_hyclora", "False", "--load_in_4bit", "True"], "set load_in_4bit=False"),
+        (["--use_lora", "False", "--use_hyclora", "False", "--dtype", "bfloat16"], "dtype=bfloat16 is too coarse"),
+        (["--dtype", "bfloat16"], "mixed_precision=off computes in float32, and dtype=bfloat16"),
+        (["--temperature", "-1"], "temperature must not be negative"),
+        (["--top_p", "0"], "top_p must lie in (0, 1]"),
+        (["--max_new_tokens", "0"], "max_new_tokens must be positive"),
+        (["--save_steps", "-1"], "save_steps must not be negative"),
+        (["--sweep", "True", RESUME, "True"], "sweep goes on where it stopped by itself"),
+        (["--max_eval_samples", "30"], "would hold out all of the 30 rows"),
+        (["--tokenizer_dir", "nowhere"], "nowhere has no tokenizer"),
+        (["--data_dir", "nowhere.json"], "data_dir nowhere.json is no file"),
+        (["--target_modules", "query"], "the model has no layer named query"),
+        ([RESUME, "True"], "no unfinished run"),
+    ],
+)
+def test_mistaken_options(refused, more, named):
+    assert named in refused(*more)
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (json.dumps({"rows": ROWS}, indent=1), "is one JSON object: it needs a JSON list of objects"),
+        (json.dumps([ROWS[0], {"input": "", "output": "1"}]), 'item 2: the key "instruction" is missing'),
+        (json.dumps([{"instruction": "Say 1."}]), 'item 1: the key "output" is missing'),
+        (json.dumps([ROWS[0] | {"output": ""}]), 'item 1: the response under "output" is empty'),
+    ],
+)
+def test_mistaken_rows(refused, tmp_path, text, named):
+    (tmp_path / "rows.json").write_text(text)
+    assert named in refused() and named in refused("--sweep", "True")
+
+
+def test_several_processes_are_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "this loop is for one process" in refused()

@@ -1,0 +1,109 @@
+"""How far a plain loop is, and what it has cost: losses, tokens, seconds, memory; kept over the sessions of a run."""
+
+import contextlib
+import time
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_callback import TrainerState
+
+from hyclora.utils.errors import NotFinite
+from hyclora.utils.profiling import pinned_bytes
+
+SUMS = ("seconds", "tokens", "targets", "loss_sum", "skipped_steps")
+PEAKS = ("peak_bytes", "held_bytes", "host_bytes")
+
+
+class Progress:
+    """state: step, number of steps and the losses told; totals: sums and peaks of all sessions of the run.
+
+    A loss stays on its device until it is told or saved: steps need not wait for the GPU.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, steps: int, logging_steps: int):
+        self.model, self.on_gpu, self.logging_steps = model, device.type == "cuda", logging_steps
+        self.state = TrainerState(global_step=0, max_steps=steps, log_history=[])
+        self.totals = dict.fromkeys((*SUMS, *PEAKS), 0)
+        self.unread: list[tuple[Tensor, int]] = []
+        self.untold: list[float] = []
+        self.scale = 0.0
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.start = time.perf_counter()
+
+    def state_dict(self) -> dict:
+        """What a checkpoint needs beside `state`."""
+        return {"totals": self.totals, "untold": self.untold, "scale": self.scale}
+
+    def resume(self, state: TrainerState, kept: dict) -> None:
+        """Go on from what a checkpoint has."""
+        self.state, self.totals, self.untold, self.scale = state, kept["totals"], kept["untold"], kept["scale"]
+        self.start = time.perf_counter()
+
+    def count(self, loss: Tensor, batches: list[dict[str, Tensor]], targets: int, scale: float) -> None:
+        """A step of the optimizer: its loss, batches, learned tokens, and the scale of losses after it.
+
+        NotFinite if a loss that is told is not a number.
+        """
+        self.state.global_step += 1
+        self.totals["tokens"] += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.totals["skipped_steps"] += scale < self.scale  # a GradScaler lowers it where it takes no step
+        self.scale = scale
+        self.unread.append((loss, targets))
+        if self.state.global_step % self.logging_steps == 0 or self.ended:
+            self._read()
+            mean = sum(self.untold) / len(self.untold)
+            self.state.log_history.append({"step": self.state.global_step, "loss": mean})
+            print(f"step {self.state.global_step} of {self.state.max_steps}: loss {mean:.4f}", flush=True)
+            self.untold.clear()
+
+    @property
+    def ended(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
+    def _read(self) -> None:
+        """Wait for the losses."""
+        values = torch.stack([loss.float() for loss, _ in self.unread]).tolist() if self.unread else []
+        first = self.state.global_step - len(values) + 1
+        for step, (value, (_, targets)) in enumerate(zip(values, self.unread, strict=True), first):
+            if value != value or abs(value) == float("inf"):
+                raise NotFinite(f"the loss is not finite at step {step}")
+            self.totals["loss_sum"] += value * targets
+            self.totals["targets"] += targets
+        self.untold += values
+        self.unread.clear()
+
+    def settle(self) -> dict:
+        """The totals up to now."""
+        self._read()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.totals["seconds"] += time.perf_counter() - self.start
+        peaks = {
+            "peak_bytes": torch.cuda.max_memory_allocated() if self.on_gpu else 0,
+            "held_bytes": torch.cuda.max_memory_reserved() if self.on_gpu else 0,
+            "host_bytes": pinned_bytes(self.model),
+        }
+        self.totals |= {name: max(self.totals[name], value) for name, value in peaks.items()}
+        self.start = time.perf_counter()
+        return self.totals
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that is not of training."""
+        self.settle()
+        yield
+        self.start = time.perf_counter()
+
+    def is_due(self, save_steps: int) -> bool:
+        """Whether a checkpoint is to be written after this step: every so many, and after the last one."""
+        return save_steps > 0 and (self.ended or self.state.global_step % save_steps == 0)
+
+    def result(self) -> dict:
+        """The totals as results have them; average_loss: of a response token over the whole training."""
+        totals = self.settle()
+        return totals | {
+            "masked_batches": 0,
+            "tokens_per_second": round(totals["tokens"] / totals["seconds"], 1),
+            "average_loss": totals["loss_sum"] / totals["targets"],
+        }
