@@ -38,7 +38,6 @@ VARIANTS: dict[str, dict | None] = {
     "intra_inter, auto 3.0": {"q_bit": "auto", "average_bits": 3.0},
     "intra_inter, 2 bit": {"q_bit": 2},
     "k wider, 2 bit": {"q_bit": 2, "slot_savers": {"k": "quant4"}},
-    "k wider, auto 3.0": {"q_bit": "auto", "average_bits": 3.0, "slot_savers": {"k": "quant4"}},
     "intra_inter, 8 bit": {"q_bit": 8},
     **{f"intra, {bits} bit": {"layer_type": "intra", "q_bit": bits} for bits in (8, 4, 2)},
     **{
