@@ -16,7 +16,7 @@ import os, time
 from types import SimpleNamespace
 from hyclora.utils.errors import UserError
 
-def run(argv):
+def run(groups, argv):
     what = argv[0]
     if what == "die":
         os._exit(3)
@@ -25,11 +25,11 @@ def run(argv):
     if what == "fail":
         raise RuntimeError("broken")
     if what == "sleep":
-        time.sleep(60)
+        time.sleep(3600)
     names = {"gpu": "CUDA_VISIBLE_DEVICES", "threads": "OMP_NUM_THREADS"}
     return {"process": os.getpid()} | {name: os.environ.get(variable) for name, variable in names.items()}
 
-DRIVER = SimpleNamespace(run=run)
+DRIVER = SimpleNamespace(parse=list, run=run)
 """
 
 
@@ -70,9 +70,8 @@ def test_runs_are_spread_over_gpus(jobs):
 
 
 def test_what_is_at_work_is_ended_in_time(jobs):
-    begun = time.monotonic()
-    found = jobs("a", "sleep", "b", seconds=8)
-    assert [job[0] for job, _ in found] == ["a"] and time.monotonic() - begun < 40
+    """Which sleeps for an hour."""
+    assert [job[0] for job, _ in jobs("a", "sleep", "b", seconds=15)] == ["a"]
 
 
 @pytest.fixture
