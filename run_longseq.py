@@ -13,6 +13,7 @@ The settings are at the top of run_longseq.sh and in utils/settings.sh; `python 
 """
 
 import itertools
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,10 +65,15 @@ class LongArguments(DataArguments):
             f"eval_files {self.eval_files!r} would be ignored with data_name demo: drop it, or set --data_name text",
         )
         require(
-            self.group_size == 0 or self.group_size >= 2 and self.seq_len % self.group_size == 0,
+            self.group_size == 0 or self.group_size >= 2,
+            f"group_size must be 2 or more, or 0 for full attention, not {self.group_size}",
+        )
+        require(
+            self.group_size == 0 or self.seq_len % self.group_size == 0,
             f"group_size {self.group_size} does not divide seq_len {self.seq_len}: take a quarter of it, as LongLoRA",
         )
-        require(self.rope_scaling >= 1, f"rope_scaling must be at least 1, not {self.rope_scaling}")
+        stretches = 1 <= self.rope_scaling < math.inf
+        require(stretches, f"rope_scaling must be a number of at least 1, not {self.rope_scaling}")
         unknown = [name for name in words(self.trainable_params) if name not in WHOLE]
         require(not unknown, f"trainable_params has no {', '.join(unknown)}: choose among {', '.join(WHOLE)}")
 
@@ -76,15 +82,20 @@ class LongArguments(DataArguments):
 class LengthArguments(PerplexityArguments):
     eval_batch_size: int = option(1, "Windows evaluated at once.")
     eval_lengths: str = option("2048 4096 8192", "Tokens of the windows, each of these lengths by itself.")
-    stride: int = option(256, "Tokens that the windows move on, at most the shortest length.")
+    stride: int = option(256, "Tokens that the windows move on, fewer than the shortest length.")
 
     def __post_init__(self):
         super().__post_init__()
         right = bool(self.lengths) and all(length.isdecimal() for length in words(self.eval_lengths))
         require(right, f"eval_lengths {self.eval_lengths!r} are no numbers: write for example '2048 4096 8192'")
         require(
-            0 < self.stride <= min(self.lengths),
-            f"stride must be from 1 to the shortest of eval_lengths, {min(self.lengths)}, not {self.stride}",
+            min(self.lengths) >= 2, f"eval_lengths {self.eval_lengths!r}: a window of fewer than 2 tokens predicts none"
+        )
+        # the first token of a window is predicted by none in it
+        require(
+            0 < self.stride < min(self.lengths),
+            f"stride must be at least 1 and less than the shortest of eval_lengths, {min(self.lengths)}, "
+            f"not {self.stride}",
         )
 
     @property
@@ -121,7 +132,8 @@ def long_rows(data: LongArguments, evaluation: LengthArguments, tokenizer: PreTr
     judged = {}
     for text, length in itertools.product(texts, evaluation.lengths):
         n = len(text.ids)
-        require(length <= n, f"eval_lengths: {text.name} has only {n} tokens, fewer than {length}: drop it")
+        cut = " within max_eval_samples" if data.max_eval_samples else ""
+        require(length <= n, f"eval_lengths: {text.name} has only {n} tokens{cut}, fewer than {length}: drop {length}")
         judged[f"perplexity of {text.name} at {length}"] = Windows(text.ids, length, evaluation.stride)
     summary = "\n".join(
         [f"{train}; {len(rows)} rows of {data.seq_len}", *map(str, texts or ["no text to evaluate on"])]

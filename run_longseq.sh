@@ -24,7 +24,7 @@ if [[ "$data_name" == demo ]]; then
     seq_len=${seq_len:-2048}            # tokens of a row
     rope_scaling=${rope_scaling:-2}     # the demo's model has 1024 positions
     eval_lengths=${eval_lengths:-512 1024 2048}
-    stride=${stride:-512}               # of the sliding windows
+    stride=${stride:-256}               # of the sliding windows
     learning_rate=${learning_rate:-2e-3}
     num_train_epochs=${num_train_epochs:-1}
     per_device_train_batch_size=${per_device_train_batch_size:-1}

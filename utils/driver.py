@@ -25,6 +25,7 @@ from hyclora.utils.errors import entry_point
 from hyclora.utils.loading import (
     check_model,
     check_positions,
+    check_windows,
     checkpoint_layers,
     find_base,
     keep_initial_adapters,
@@ -88,6 +89,7 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
     head = task.head.of(source)
     check_model(source, head, lora_args)
     check_positions(source, head, task.longest)
+    check_windows(source, head, len(task.train[0]["input_ids"]))
     head.check(training, hyclora_args)
 
     run = begin(groups, source, task.train, argv)
