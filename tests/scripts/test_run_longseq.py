@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import run_longseq
 from hyclora.utils import driver
+from hyclora.utils.args import ROOT
 
 TEXT = "The river runs to the sea , and the sea is wide .\n" * 30
 
@@ -177,8 +178,8 @@ TEXTS = ["--data_name", "text", "--data_dir", "{folder}"]
             "only 4096 positions: lower --seq_len, or stretch them: --rope_s",
         ),
         (["--eval_lengths", "long"], "eval_lengths 'long' are no numbers: write for example"),
-        (["--stride", "32"], "stride must be at least 1 and less than the shortest of eval_lengths, 32, not 32"),
-        (["--stride", "0"], "stride must be at least 1 and less than the shortest of eval_lengths, 32, not 0"),
+        (["--stride", "32"], "stride must be from 1 to below the shortest of eval_lengths, 32, not 32"),
+        (["--stride", "0"], "stride must be from 1 to below the shortest of eval_lengths, 32, not 0"),
         (["--eval_lengths", "32 1", "--stride", "1"], "eval_lengths '32 1': a window of fewer than 2 tokens"),
         (
             [*TEXTS, "--eval_files", "a.txt", "--max_eval_samples", "1", "--eval_lengths", "80"],
@@ -216,3 +217,14 @@ def test_groups_have_no_sliding_windows(drive, tiny_llama_folder, tmp_path, seq_
     found, said, *_ = drive(*options, "--eval_lengths", 64, "--max_eval_samples", 4)
     assert found == code and ("has a sliding window of 32 tokens, no longer than rows" in said) == (code == 2)
     assert any((tmp_path / "out").glob("*")) == (code == 0)
+
+
+@pytest.mark.parametrize("file", ["README.md", "run_longseq.py", "run_longseq.sh"])
+def test_the_examples_with_llama_2_have_positions_enough(file):
+    lines = [
+        line for line in (ROOT / file).read_text().splitlines() if "llama-2-7b-hf" in line and "longseq.sh" in line
+    ]
+    assert lines
+    for line in lines:
+        given = dict(word.split("=") for word in line.split() if "=" in word)
+        assert int(given.get("seq_len", 8192)) <= 4096 * float(given.get("rope_scaling", 1)), line
