@@ -1,7 +1,7 @@
 """Fine-tune on long rows with HyC-LoRA, on top of gradient checkpointing; report the perplexity at several lengths.
 
     bash run_longseq.sh                                                # demo, minutes on a CPU
-    model_name=llama-2-7b-hf data_name=text data_dir=redpajama eval_files=pg19/test.bin bash run_longseq.sh
+    model_name=llama-2-7b-hf data_name=text data_dir=redpajama eval_files=test.bin rope_scaling=2 bash run_longseq.sh
 
 Rows of seq_len tokens are cut out of all documents, one behind the other (utils/data/long_text.py says what is read).
 Perplexity, of a token, is that of windows as long as each of eval_lengths which slide by `stride` tokens: every token
@@ -13,6 +13,7 @@ The settings are at the top of run_longseq.sh and in utils/settings.sh; `python 
 """
 
 import itertools
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,9 +52,7 @@ class LongArguments(DataArguments):
     rope_scaling: float = option(1.0, "Positions are divided by this factor, and the model has as many times more.")
     trainable_params: str = option("", f"Train these whole, beside adapters, as LongLoRA does: {', '.join(WHOLE)}.")
     max_train_samples: int | None = option(None, "Train on the first N rows only; no more is read than they take.")
-    max_eval_samples: int | None = option(
-        None, "Evaluate on the first N x seq_len tokens only; 0 skips the evaluation."
-    )
+    max_eval_samples: int | None = option(None, "Evaluate on the first N x seq_len tokens only; 0 skips it.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,11 +62,11 @@ class LongArguments(DataArguments):
             self.data_name == "text" or not self.eval_files,
             f"eval_files {self.eval_files!r} would be ignored with data_name demo: drop it, or set --data_name text",
         )
-        require(
-            self.group_size == 0 or self.group_size >= 2 and self.seq_len % self.group_size == 0,
-            f"group_size {self.group_size} does not divide seq_len {self.seq_len}: take a quarter of it, as LongLoRA",
-        )
-        require(self.rope_scaling >= 1, f"rope_scaling must be at least 1, not {self.rope_scaling}")
+        group, factor = self.group_size, self.rope_scaling
+        require(group == 0 or group >= 2, f"group_size must be 2 or more, or 0 for full attention, not {group}")
+        whole = group == 0 or self.seq_len % group == 0
+        require(whole, f"group_size {group} does not divide seq_len {self.seq_len}: take a quarter of it, as LongLoRA")
+        require(1 <= factor < math.inf, f"rope_scaling must be a number of at least 1, not {factor}")
         unknown = [name for name in words(self.trainable_params) if name not in WHOLE]
         require(not unknown, f"trainable_params has no {', '.join(unknown)}: choose among {', '.join(WHOLE)}")
 
@@ -76,16 +75,17 @@ class LongArguments(DataArguments):
 class LengthArguments(PerplexityArguments):
     eval_batch_size: int = option(1, "Windows evaluated at once.")
     eval_lengths: str = option("2048 4096 8192", "Tokens of the windows, each of these lengths by itself.")
-    stride: int = option(256, "Tokens that the windows move on, at most the shortest length.")
+    stride: int = option(256, "Tokens that the windows move on, fewer than the shortest length.")
 
     def __post_init__(self):
         super().__post_init__()
         right = bool(self.lengths) and all(length.isdecimal() for length in words(self.eval_lengths))
         require(right, f"eval_lengths {self.eval_lengths!r} are no numbers: write for example '2048 4096 8192'")
-        require(
-            0 < self.stride <= min(self.lengths),
-            f"stride must be from 1 to the shortest of eval_lengths, {min(self.lengths)}, not {self.stride}",
-        )
+        least = min(self.lengths)
+        require(least >= 2, f"eval_lengths {self.eval_lengths!r}: a window of fewer than 2 tokens predicts none")
+        # the first token of a window is predicted by none in it
+        moves = 0 < self.stride < least
+        require(moves, f"stride must be from 1 to below the shortest of eval_lengths, {least}, not {self.stride}")
 
     @property
     def lengths(self) -> list[int]:
@@ -121,11 +121,10 @@ def long_rows(data: LongArguments, evaluation: LengthArguments, tokenizer: PreTr
     judged = {}
     for text, length in itertools.product(texts, evaluation.lengths):
         n = len(text.ids)
-        require(length <= n, f"eval_lengths: {text.name} has only {n} tokens, fewer than {length}: drop it")
+        cut = " within max_eval_samples" if data.max_eval_samples else ""
+        require(length <= n, f"eval_lengths: {text.name} has only {n} tokens{cut}, fewer than {length}: drop {length}")
         judged[f"perplexity of {text.name} at {length}"] = Windows(text.ids, length, evaluation.stride)
-    summary = "\n".join(
-        [f"{train}; {len(rows)} rows of {data.seq_len}", *map(str, texts or ["no text to evaluate on"])]
-    )
+    lines = [f"{train}; {len(rows)} rows of {data.seq_len}", *map(str, texts or ["no text to evaluate on"])]
     head = replace(
         NEXT_TOKEN,
         whole=tuple(module for name in words(data.trainable_params) for module in WHOLE[name]),
@@ -133,7 +132,7 @@ def long_rows(data: LongArguments, evaluation: LengthArguments, tokenizer: PreTr
         rope_scaling=data.rope_scaling,
     )
     reach = max(evaluation.lengths) if judged else 0
-    return language_task(rows, summary, judged, {"token": 1.0}, tokenizer, evaluation, head, reach)
+    return language_task(rows, "\n".join(lines), judged, {"token": 1.0}, tokenizer, evaluation, head, reach)
 
 
 DRIVER = Driver(

@@ -2,7 +2,7 @@
 # Fine-tune on long rows with HyC-LoRA, on top of gradient checkpointing; perplexity at several lengths before and after.
 # Every setting below, and those of the model, HyC-LoRA (preset, layer_type, q_bit, ...) and LoRA in utils/settings.sh, can
 # also be given from outside:
-#   model_name=llama-2-7b-hf data_name=text data_dir=redpajama eval_files="pg19/test.bin" bash run_longseq.sh
+#   model_name=llama-2-7b-hf data_name=text data_dir=redpajama eval_files=pg19/test.bin rope_scaling=2 bash run_longseq.sh
 #   model_name=llama-2-7b-hf data_name=text data_dir=books seq_len=32768 rope_scaling=8 group_size=8192 bash run_longseq.sh
 # Other options of run_longseq.py follow the script: bash run_longseq.sh --max_steps 20 --gradient_checkpointing False
 set -euo pipefail
@@ -24,7 +24,7 @@ if [[ "$data_name" == demo ]]; then
     seq_len=${seq_len:-2048}            # tokens of a row
     rope_scaling=${rope_scaling:-2}     # the demo's model has 1024 positions
     eval_lengths=${eval_lengths:-512 1024 2048}
-    stride=${stride:-512}               # of the sliding windows
+    stride=${stride:-256}               # of the sliding windows
     learning_rate=${learning_rate:-2e-3}
     num_train_epochs=${num_train_epochs:-1}
     per_device_train_batch_size=${per_device_train_batch_size:-1}

@@ -6,6 +6,7 @@ from torch import nn
 from hyclora.models.blocks import AttentionBlock, MlpBlock, PostNormBlock, is_learned
 from hyclora.models.families.family import Family
 from hyclora.models.layers import WholeLayer
+from hyclora.models.trust import acting
 from hyclora.operators.attention.flash import tells_runs
 from hyclora.operators.savers import Step
 
@@ -24,6 +25,7 @@ class EncoderLayerBlock(WholeLayer):
         super().__init__(module, name, {}, step)
         self.blocks = blocks
         self.parts = {path: module.get_submodule(path) for path in family.structure()}
+        self.read_norms = {family.attention_norm: blocks[1], family.mlp_norm: blocks[3]}
         self.groups = tuple(group for block in blocks for group in block.groups)
         self.drops = tuple(drop for block in blocks for drop in block.drops)
         self.projections = [p for group in self.groups for p in group.projections]
@@ -32,6 +34,11 @@ class EncoderLayerBlock(WholeLayer):
         """The path of a module in the layer that is not the one that the blocks read."""
         current = dict(self.module.named_modules())
         return next((path for path, part in self.parts.items() if current.get(path) is not part), None)
+
+    def why_not_norms(self) -> str | None:
+        """Why the norms that the blocks read do not run, where PEFT trains them whole: those of another adapter do."""
+        others = (norm for path, norm in self.read_norms.items() if acting(self.parts[path]) is not norm.module)
+        return next((f"{norm.name}: another copy of it runs, of another adapter or of none" for norm in others), None)
 
     def check_dropout(self) -> None:
         self.blocks[0].check_dropout()

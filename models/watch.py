@@ -77,6 +77,7 @@ class Watch:
             reason = next((block.reason for block in layer.blocks if block.reason), None)
             for block in (layer, *layer.blocks):
                 block.reason = reason
+            layer.reason = reason or layer.why_not_norms()
         for norm in self.last_norms:
             norm.reason = trust.why_not_norm(self.family, norm.module, norm.name)
         for layer in self.layers:

@@ -28,6 +28,7 @@ from hyclora.utils.errors import entry_point
 from hyclora.utils.loading import (
     check_model,
     check_positions,
+    check_windows,
     checkpoint_layers,
     find_base,
     keep_initial_adapters,
@@ -154,6 +155,7 @@ class Driver:
         task = replace(task, head=task.head.of(source))
         check_model(source, task.head, lora_args)
         check_positions(source, task.head, task.longest)
+        check_windows(source, task.head, len(task.train[0]["input_ids"]))
         task.head.check(training, hyclora_args)
         return source, tokenizer, task
 

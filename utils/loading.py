@@ -142,6 +142,18 @@ def check_positions(source: str, head: Head, longest: int) -> None:
         raise UserError(f"a row has {longest} tokens, {source} only {positions} positions: lower --seq_len{stretch}")
 
 
+def check_windows(source: str, head: Head, seq_len: int) -> None:
+    """UserError if rows of so many tokens do not fit into a sliding window of the model, which groups cannot have."""
+    config = AutoConfig.from_pretrained(source, **head.config)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = window is not None and window <= seq_len and (kinds is None or "sliding_attention" in kinds)
+    if head.attention and slides:
+        raise UserError(
+            f"group_size: {source} has a sliding window of {window} tokens, no longer than rows of {seq_len}: "
+            f"drop group_size, as windows are short attention already, or lower --seq_len below {window}"
+        )
+
+
 def load_base(
     args: ModelArguments,
     source: str,

@@ -8,7 +8,7 @@ nothing is moved, and the half groups at both ends of a row are runs of their ow
 import torch
 from torch import Tensor
 
-from hyclora.operators.attention.flash import flash_attention
+from hyclora.operators.attention.flash import flash_attention, takes_varlen
 
 
 def shifted_sparse_attention(
@@ -22,9 +22,11 @@ def shifted_sparse_attention(
     if k.shape[2] % 2:
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
     halves = zip(*((t[:, :, : t.shape[2] // 2], t[:, :, t.shape[2] // 2 :]) for t in (q, k, v)), strict=True)
+    # the kernel for runs reads them where the tokens are, else the host does, which would wait for a GPU
+    device = q.device if takes_varlen(q, dropout) else torch.device("cpu")
     o = []
     for heads, first in zip(halves, (group, group // 2), strict=True):
-        runs = _starts(*q.shape[:2], first, group, q.device)
+        runs = _starts(*q.shape[:2], first, group, device)
         o.append(flash_attention(*(t.flatten(0, 1)[None] for t in heads), runs, None, scaling, dropout))
     return torch.cat(o, dim=2).view(q.shape)
 

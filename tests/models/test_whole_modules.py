@@ -1,12 +1,25 @@
 """Norms and embeddings that PEFT trains whole (modules_to_save), as in LongLoRA: patched, with gradients of stock."""
 
+import copy
+
 import pytest
 import torch
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+from hyclora.models.patch import find_patch
 from hyclora.utils.loading import checkpoint_layers
 from run_longseq import WHOLE
-from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, mistral, padded_batch, qwen3
+from tests.helpers.kernel_checks import DEVICE
+from tests.helpers.small_models import (
+    gradients,
+    largest_error,
+    llama,
+    mean_cosine,
+    mistral,
+    padded_batch,
+    qwen3,
+    roberta,
+)
 
 ALL = [*WHOLE["norm"], *WHOLE["embed"]]
 
@@ -70,3 +83,34 @@ def test_a_hook_around_a_norm_is_called():
     norm.register_forward_hook(lambda *_: seen.append(1))
     gradients(model, padded_batch())
     assert seen == [1]
+
+
+@pytest.mark.parametrize("switch", [lambda m: m.set_adapter("other"), lambda m: norm_of(m).enable_adapters(False)])
+def test_an_encoders_norms_of_another_adapter(switch, caplog):
+    """An encoder's layer runs as one, and yet each adapter trains its own norms; layers run again as they were."""
+    model = roberta({"modules_to_save": ["LayerNorm", "classifier"]}, task="classification")
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".other." in name or "original_module" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=draw).to(parameter.device)
+    batch = padded_batch() | {"labels": torch.arange(3, device=DEVICE)}
+
+    def found():
+        first = gradients(model, batch)
+        switch(model)
+        between = gradients(model, batch)
+        model.set_adapter("default")
+        norm_of(model).enable_adapters(True)
+        return first, between, gradients(model, batch)
+
+    expected = found()
+    apply_hyclora(model, HycloraConfig(layer_type="baseline"))
+    for (our_loss, ours), (loss, exact) in zip(found(), expected, strict=True):
+        assert our_loss == pytest.approx(loss, abs=1e-5) and largest_error(ours, exact) < 1e-5
+    assert "another copy of it runs" in caplog.text and not find_patch(model).watch.layers[0].reason
+
+
+def norm_of(model):
+    return model.get_base_model().roberta.encoder.layer[0].output.LayerNorm

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import run_longseq
 from hyclora.utils import driver
+from hyclora.utils.args import ROOT
 
 TEXT = "The river runs to the sea , and the sea is wide .\n" * 30
 
@@ -176,11 +178,18 @@ TEXTS = ["--data_name", "text", "--data_dir", "{folder}"]
             "only 4096 positions: lower --seq_len, or stretch them: --rope_s",
         ),
         (["--eval_lengths", "long"], "eval_lengths 'long' are no numbers: write for example"),
-        (["--stride", "33"], "stride must be from 1 to the shortest of eval_lengths, 32, not 33"),
-        (["--stride", "0"], "stride must be from 1 to the shortest of eval_lengths, 32, not 0"),
+        (["--stride", "32"], "stride must be from 1 to below the shortest of eval_lengths, 32, not 32"),
+        (["--stride", "0"], "stride must be from 1 to below the shortest of eval_lengths, 32, not 0"),
+        (["--eval_lengths", "32 1", "--stride", "1"], "eval_lengths '32 1': a window of fewer than 2 tokens"),
+        (
+            [*TEXTS, "--eval_files", "a.txt", "--max_eval_samples", "1", "--eval_lengths", "80"],
+            "has only 64 tokens within",
+        ),
         (["--group_size", "48"], "group_size 48 does not divide seq_len 64: take a quarter of it"),
         (["--group_size", "16", "--attention", "eager"], "group_size needs attention=flash: attention=eager keeps"),
-        (["--rope_scaling", "0.5"], "rope_scaling must be at least 1, not 0.5"),
+        (["--group_size", "1"], "group_size must be 2 or more, or 0 for full attention, not 1"),
+        (["--rope_scaling", "0.5"], "rope_scaling must be a number of at least 1, not 0.5"),
+        (["--rope_scaling", "inf"], "rope_scaling must be a number of at least 1, not inf"),
         (["--trainable_params", "norm,bias"], "trainable_params has no bias: choose among norm, embed"),
     ],
 )
@@ -195,3 +204,27 @@ def test_mistakes_are_told_before_anything_is_loaded(drive, folder, tmp_path, mo
     (folder / "short.txt").write_text("ab cd")
     code, told = drive(*options)
     assert code == 2 and said in told and not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("seq_len, code", [(64, 2), (32, 2), (16, 0)])
+def test_groups_have_no_sliding_windows(drive, tiny_llama_folder, tmp_path, seq_len, code):
+    """Told before the model is loaded; evaluation may have them, where attention is full."""
+    folder = shutil.copytree(tiny_llama_folder, tmp_path / "windows")
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32}
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    options = ["--model_dir", tmp_path, "--model_name", "windows", "--seq_len", seq_len, "--group_size", 16]
+    found, said, *_ = drive(*options, "--eval_lengths", 64, "--max_eval_samples", 4)
+    assert found == code and ("has a sliding window of 32 tokens, no longer than rows" in said) == (code == 2)
+    assert any((tmp_path / "out").glob("*")) == (code == 0)
+
+
+@pytest.mark.parametrize("file", ["README.md", "run_longseq.py", "run_longseq.sh"])
+def test_the_examples_with_llama_2_have_positions_enough(file):
+    lines = [
+        line for line in (ROOT / file).read_text().splitlines() if "llama-2-7b-hf" in line and "longseq.sh" in line
+    ]
+    assert lines
+    for line in lines:
+        given = dict(word.split("=") for word in line.split() if "=" in word)
+        assert int(given.get("seq_len", 8192)) <= 4096 * float(given.get("rope_scaling", 1)), line

@@ -39,7 +39,7 @@ SHORTEST = {
     "run_alpaca": f"{TRAINING} --max_new_tokens 2",
     "run_glue": TRAINING,
     "run_gsm8k": f"{TRAINING} --max_new_tokens 4",
-    "run_longseq": f"{TRAINING} --seq_len 64 --eval_lengths 32,64 --stride 32 --group_size 16",
+    "run_longseq": f"{TRAINING} --seq_len 64 --eval_lengths 32,64 --stride 16 --group_size 16",
     "run_multitask": f"{TRAINING} --max_new_tokens 4",
     "run_memory_throughput": "--steps 1 --seq_len 16",
     "run_wikitext2": f"{TRAINING} --seq_len 64 --stride 32",

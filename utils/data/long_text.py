@@ -7,7 +7,7 @@ across their ends, as in LongLoRA. What is read is told by what lies there:
     a folder with state.json   a data set that save_to_disk of datasets wrote, as LongLoRA's sample of RedPajama is: its
                                column input_ids is taken as it is, or else text is tokenized, a document a row
     *.bin                      token ids as uint16, as LongLoRA ships proof-pile and PG-19, taken as they are
-    *.jsonl                    an object a line, whose text is a document
+    *.jsonl                    an object a line, whose text is a document; *.json, if the file itself is named, too
     *.txt, *.tex, *.md         a document, also packed as .gz
 
 A folder of files is read with all that is below it.
@@ -84,7 +84,7 @@ def _documents(file: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.nd
     """Token ids of each document of a file."""
     if file.suffix == ".bin":
         yield read_token_file(file, len(tokenizer)).ids
-    elif file.suffix == ".jsonl":
+    elif file.suffix in (".jsonl", ".json"):
         texts = read_each(file, lambda place, row: text_of(row, "text", place))
         for start in range(0, len(texts), AT_ONCE):
             yield from _tokenized(texts[start : start + AT_ONCE], tokenizer)

@@ -167,7 +167,8 @@ class Windows(Sequence):
     """Rows of at most `size` tokens, each `stride` further on, that predict every token of ids [N] but the first once.
 
     A token is judged in the first window that holds it: with size - stride tokens before it or more, but in the first
-    one. What is in a window besides is context, with the label IGNORED.
+    one. What is in a window besides is context, with the label IGNORED. With stride = size there is none, and the first
+    token of each window is predicted by nothing.
     """
 
     ids: np.ndarray

@@ -40,3 +40,9 @@ def test_rows_that_are_no_multiple_of_a_group_are_those_with_more_behind_them():
     whole = shifted_sparse_attention(q, k, v, 8, SCALING)
     cut = shifted_sparse_attention(*(t[:, :35] for t in (q, k, v)), 8, SCALING)
     torch.testing.assert_close(cut, whole[:, :35])
+
+
+def test_where_groups_begin_is_read_without_waiting_for_the_tokens_device():
+    """Where the kernel for runs cannot be had, as for fp32: a meta device has nothing that could be read."""
+    q, k = (torch.empty(2, 24, n, 16, device="meta") for n in (4, 2))
+    assert shifted_sparse_attention(q, k, k, 8, SCALING).shape == q.shape

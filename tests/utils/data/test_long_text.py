@@ -45,6 +45,16 @@ def test_files_and_folders_are_held_out(folder, tokenizer, stream, without, left
     assert read_long_text(folder, tokenizer, [folder / without]).ids.tolist() == stream(*left)
 
 
+@pytest.mark.parametrize("text", [json.dumps([{"text": text} for text in TEXTS]), '{"text": "A list"}'])
+def test_a_json_file_is_documents_too_if_it_is_named(tmp_path, tokenizer, stream, text):
+    """And no text with brackets in it; in a folder such a file describes others."""
+    (tmp_path / "a.json").write_text(text)
+    documents = TEXTS if text.startswith("[") else ["A list"]
+    assert read_long_text(tmp_path / "a.json", tokenizer).ids.tolist() == stream(*documents)
+    with pytest.raises(UserError, match="has no text"):
+        read_long_text(tmp_path, tokenizer)
+
+
 def test_no_more_is_read_than_is_wanted(folder, tokenizer, stream):
     (folder / "deep/b.tex").write_bytes(b"\xff")
     assert read_long_text(folder, tokenizer, enough=4).ids.tolist() == stream(TEXTS[0])[:4]
