@@ -7,7 +7,9 @@ main = DRIVER.main
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hyclora import apply_hyclora, remove_hyclora
+import torch
+
+from hyclora import apply_hyclora, remove_hyclora, verify
 from hyclora.utils import results
 from hyclora.utils.args import (
     ROOT,
@@ -26,6 +28,7 @@ from hyclora.utils.loading import (
     check_model,
     check_positions,
     checkpoint_layers,
+    checkpointed,
     find_base,
     keep_initial_adapters,
     load_model,
@@ -37,6 +40,8 @@ from hyclora.utils.runs.identity import digest_of
 from hyclora.utils.runs.run import Run, begin
 from hyclora.utils.tasks import Task
 from hyclora.utils.trainer import HycloraTrainer
+
+MEASURED = 1  # batches that verify measures, after those that calibrate
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,12 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
             processing_class=tokenizer,
             compressed=hyclora_args.use_hyclora,
         )
+        if hyclora_args.verify and run.checkpoint is None:
+            with trainer.compute_loss_context_manager(), checkpointed(model, training.gradient_checkpointing):
+                found = verify(model, _some_batches(trainer, collate, hyclora_args.iteration_threshold + MEASURED))
+            print(found)
+            found.check(hyclora_args.verify_threshold)
+            clock.lap("verify")
         trainer.train(run.checkpoint)
         clock.lap("train")
         batch = trainer._prepare_inputs(collate(task.train[: training.per_device_train_batch_size]))
@@ -154,6 +165,13 @@ def _run(driver: Driver, argv: list[str] | None) -> dict | None:
         run.finish(found)
         print(f"results: {run.folder}.json, log: {run.folder}.log, adapters: {run.folder}")
         return found
+
+
+def _some_batches(trainer: HycloraTrainer, collate: Callable, count: int) -> list[dict]:
+    """So many batches of training rows, or what there is, drawn without touching the random state."""
+    rows, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(trainer.args.seed))[: count * size]
+    return [trainer._prepare_inputs(collate([rows[int(i)] for i in places])) for places in drawn.split(size)]
 
 
 def _evaluate_once(task: Task, model, run: Run, evaluation: EvalArguments) -> dict[str, float]:
