@@ -106,6 +106,7 @@ def fit(job: Fitting) -> Fitted:
     parameters = count_parameters(model)
     print(f"trainable parameters: {parameters['trained']:,} of {parameters['total']:,} ({parameters['share']:.4%})")
 
+    job.verify(lambda batch: {name: tensor.to(device) for name, tensor in batch.items()}, autocast)
     progress, stop = Progress(model, device, job.steps, args.logging_steps), StopOnSignal()
     if job.run.checkpoint:
         progress.resume(*checkpoints.restore(job.run.checkpoint, model, optimizer, scaler))

@@ -51,6 +51,8 @@ GROUPS = (ModelArguments, LoraArguments, HycloraArguments, ProfileArguments)
 def main(argv=None):
     groups = parse_arguments(argv, GROUPS)
     model_args, lora_args, hyclora_args, profile = groups
+    if hyclora_args.verify:
+        raise UserError("verify needs real rows, and this measures random tokens: set it for a run that trains")
     source = find_base(model_args, lora_args, tokenizer=False)
     check_model(source, NEXT_TOKEN, lora_args)
     device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(profile.device, profile.device))

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from benchmarks.record import record
 from benchmarks.rows import LSE_KEPT, whole
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+from hyclora.fidelity import train_exactly
+from hyclora.models.verify import compare, gradients
 from hyclora.utils.args import LINEARS, DataArguments
 from hyclora.utils.data.gsm8k import examples_of, load_rows
 from hyclora.utils.data.tokens import Collator, tokenize_rows
@@ -81,21 +81,6 @@ def first_batches(kind: str, folder: str, batch_size: int, count: int, device: s
     return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
 
 
-def lora_gradients(model: torch.nn.Module, batch: dict) -> dict[str, Tensor]:
-    """Gradient of every LoRA weight on one batch."""
-    model.zero_grad()
-    model(**batch).loss.backward()
-    return {name: p.grad.flatten().clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def train_exactly(model: torch.nn.Module, batches: list[dict], learning_rate: float = 1e-3) -> None:
-    """One pass of AdamW over batches with stock PEFT."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    for batch in tqdm(batches, desc="exact steps", leave=False):
-        lora_gradients(model, batch)
-        optimizer.step()
-
-
 def measure(model: torch.nn.Module, config: HycloraConfig, calibration: list[dict], exact: list[tuple]) -> dict:
     """Cosines of the compressed gradients with the exact ones of the same batches."""
     report = apply_hyclora(model, config)
@@ -104,8 +89,8 @@ def measure(model: torch.nn.Module, config: HycloraConfig, calibration: list[dic
             model(**batch)
         total: dict[str, float] = {}
         for batch, reference in exact:
-            for name, grad in lora_gradients(model, batch).items():
-                cosine = torch.cosine_similarity(grad, reference[name], dim=0).item()
+            _, found = gradients(model, batch)
+            for name, (cosine, _) in compare(found, reference).items():
                 total[name] = total.get(name, 0.0) + cosine / len(exact)
     finally:
         remove_hyclora(model)
@@ -165,7 +150,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         batches = load_batches(folder, args.data, args.batch_size, count, args.seq_len, args.device)
         train_exactly(model, batches[: args.exact_steps])
         calibration = batches[args.exact_steps : args.exact_steps + calibration_steps]
-        exact = [(batch, lora_gradients(model, batch)) for batch in batches[args.exact_steps + calibration_steps :]]
+        exact = [(batch, gradients(model, batch)[1]) for batch in batches[args.exact_steps + calibration_steps :]]
         arguments = {"arguments": {**vars(args), "settings": None}}
         warm_ups = [("", {}, calibration)]
         if args.first:

@@ -1,9 +1,10 @@
 """HyC-LoRA: patch a PEFT model so that the activations buffered for backward are kept compressed.
 
-    from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+    from hyclora import HycloraConfig, apply_hyclora, remove_hyclora, verify
 
 The parts of the package are the folders models, operators and utils. In a checkout they lie beside this one, in an
-installed package inside it; they are hyclora.models, hyclora.operators and hyclora.utils in both.
+installed package inside it; they are hyclora.models, hyclora.operators and hyclora.utils in both. fidelity.py is
+`python -m hyclora.fidelity`: verify() on a checkpoint.
 """
 
 import logging
@@ -21,6 +22,8 @@ _PUBLIC = {
     "PatchReport": "hyclora.models.patch",
     "apply_hyclora": "hyclora.models.patch",
     "remove_hyclora": "hyclora.models.patch",
+    "Verification": "hyclora.models.verification",
+    "verify": "hyclora.models.verify",
 }
 __all__ = list(_PUBLIC)
 

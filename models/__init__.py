@@ -11,4 +11,5 @@ calibration.py when calibration ends, and begins again                  state.py
 report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
 building.py    which blocks and savers layers get                       families/   what families are like
 encoder_layer.py  a whole layer whose norms come after the residual      shifted.py  attention in shifted groups
+verify.py      gradients beside exact LoRA's                            verification.py  what was found of them
 """

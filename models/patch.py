@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -145,12 +146,38 @@ def remove_hyclora(model: PeftModel) -> None:
     unload leaves is as good. ValueError if it was not patched.
     """
     patch = find_patch(model)
+    _take_off(patch)
+    if patch.graphs is not None:
+        patch.graphs.clear()
+
+
+@contextmanager
+def put_aside(patch: Patch):
+    """The model is stock inside, and may get other patches for a while; afterwards it has this one as it was.
+
+    Recordings and statistics stay, and so does the memory that they take.
+    """
+    decoder = patch.decoder
+    # where ours are among others' hooks decides what these may change
+    hooks = {name: dict(value) for name, value in vars(decoder).items() if "_hooks" in name and value}
+    _take_off(patch)
+    try:
+        yield
+    finally:
+        for block in patch.blocks:
+            block.bind()  # a checkpoint's is bound by the next forward
+        for name, value in hooks.items():
+            getattr(decoder, name).clear()
+            getattr(decoder, name).update(value)
+        setattr(decoder, PATCH, patch)
+
+
+def _take_off(patch: Patch) -> None:
+    """Have the modules run stock code."""
     for block in [*patch.blocks, *patch.checkpoints]:
         block.unbind()
     for hook in patch.hooks:
         hook.remove()
-    if patch.graphs is not None:
-        patch.graphs.clear()
     delattr(patch.decoder, PATCH)
 
 

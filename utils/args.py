@@ -20,6 +20,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import SchedulerType
 
 from hyclora.models.config import ATTENTION_CORES, BITS, POLICIES, PRESETS, SCALE_RULES, SWITCH, HycloraConfig
+from hyclora.models.verification import THRESHOLD
 from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import NEEDS, in_effect
@@ -252,10 +253,18 @@ class _Configures:
         given = {name: _value_of(name, getattr(self, name)) for name in names if getattr(self, name) is not None}
         for name, value in HycloraConfig.preset(self.preset, **given).to_dict().items():
             setattr(self, name, value)
-        for name in given if self.use_hyclora else ():
+        asked = ["verify"] if self.verify else []
+        asked += ["verify_threshold"] if self.verify_threshold is not None else []
+        for name in [*(given if self.use_hyclora else ()), *asked]:
             if not in_effect(name, vars(self)):
                 other = NEEDS[name][0]
                 raise UserError(f"{name} has no effect with {other}={getattr(self, other)}: drop it or set {other}")
+        if self.verify_threshold is None:
+            self.verify_threshold = THRESHOLD
+        require(
+            -1 <= self.verify_threshold <= 1,
+            f"verify_threshold must be a cosine, from -1 to 1, not {self.verify_threshold}",
+        )
 
     def config(self) -> HycloraConfig:
         return HycloraConfig(**{f.name: getattr(self, f.name) for f in _HYCLORA_FIELDS})
@@ -267,6 +276,14 @@ HycloraArguments = dataclasses.make_dataclass(
         ("use_hyclora", bool, option(True, "Keep the activations compressed; False trains stock PEFT LoRA.")),
         ("preset", str, option("default", "Settings to begin with; the options below change them.", PRESETS)),
         *(_option_of(f, _KINDS[f.name]) for f in _HYCLORA_FIELDS),
+        ("verify", bool, option(False, "Before training, compare the gradients of a few batches with exact LoRA's.")),
+        (
+            "verify_threshold",
+            float | None,
+            option(
+                None, f"With verify: the smallest cosine of a weight's gradient to train with. Default: {THRESHOLD}."
+            ),
+        ),
     ],
     bases=(_Configures,),
     namespace={"_argument_group_name": "HyC-LoRA"},

@@ -7,10 +7,11 @@ main = DRIVER.main
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hyclora import apply_hyclora, remove_hyclora
+from hyclora import apply_hyclora, remove_hyclora, verify
 from hyclora.utils import results
 from hyclora.utils.args import (
     ROOT,
@@ -30,6 +31,7 @@ from hyclora.utils.loading import (
     check_positions,
     check_windows,
     checkpoint_layers,
+    checkpointed,
     find_base,
     keep_initial_adapters,
     load_model,
@@ -42,25 +44,51 @@ from hyclora.utils.runs.run import Run, begin
 from hyclora.utils.tasks import Task
 from hyclora.utils.trainer import HycloraTrainer
 
+MEASURED = 1  # batches that verify measures, after those that calibrate
+
 
 @dataclass
 class Fitting:
     """What a training loop gets: the model with its adapters and patched, if asked for, and what it is trained on.
 
-    training, compressed: the driver's last group of arguments, and whether HyC-LoRA is at work.
+    training: the driver's last group of arguments.
     """
 
     model: PeftModel | PreTrainedModel
     task: Task
     run: Run
     training: TrainingArguments
-    compressed: bool
+    hyclora: HycloraArguments
     tokenizer: PreTrainedTokenizerBase
     clock: results.Clock
 
     def __post_init__(self):
         self.collate = self.task.collate or Collator(self.tokenizer.pad_token_id)
         self.steps = results.core_of(self.training, len(self.task.train))["steps"]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether HyC-LoRA is at work."""
+        return self.hyclora.use_hyclora
+
+    def verify(self, prepare: Callable[[dict], dict], context: Callable) -> None:
+        """Compare gradients of a few batches with exact LoRA's, if that is asked for and the run is a new one.
+
+        prepare: puts a batch to where the model is; context: in which it is trained. ValueError, as
+        `Verification.check` says.
+        """
+        if not self.hyclora.verify or self.run.checkpoint is not None:
+            return
+        rows, size = self.task.train, self.training.per_device_train_batch_size
+        count = self.hyclora.iteration_threshold + MEASURED
+        # without touching the random state
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.training.seed))[: count * size]
+        batches = [prepare(self.collate([rows[int(i)] for i in places])) for places in drawn.split(size)]
+        with context():
+            found = verify(self.model, batches)
+        print(found)
+        found.check(self.hyclora.verify_threshold)
+        self.clock.lap("verify")
 
     @property
     def kept_by(self) -> str:
@@ -93,6 +121,8 @@ def fit_with_trainer(job: Fitting) -> Fitted:
         processing_class=job.tokenizer,
         compressed=job.compressed,
     )
+    with checkpointed(job.model, job.training.gradient_checkpointing):
+        job.verify(trainer._prepare_inputs, trainer.compute_loss_context_manager)
     trainer.train(job.run.checkpoint)
     job.clock.lap("train")
     batch = trainer._prepare_inputs(job.collate(job.task.train[: job.training.per_device_train_batch_size]))
@@ -190,7 +220,7 @@ def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> dict | None:
             kept_bits = report.average_bits
             print(report)
 
-        fitted = driver.fit(Fitting(model, task, run, training, hyclora_args.use_hyclora, tokenizer, clock))
+        fitted = driver.fit(Fitting(model, task, run, training, hyclora_args, tokenizer, clock))
         if not training.should_save:
             return None
         if training.save_steps:

@@ -326,6 +326,20 @@ def checkpoint_layers(model: PreTrainedModel | PeftModel, leave_out: int | None 
         layer.gradient_checkpointing = False
 
 
+@contextlib.contextmanager
+def checkpointed(model: PreTrainedModel | PeftModel, on: bool):
+    """The layers are checkpointed inside, if asked for, and not afterwards."""
+    if not on:
+        yield
+        return
+    checkpoint_layers(model)
+    try:
+        yield
+    finally:
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()
+
+
 def keep_initial_adapters(model: PeftModel | PreTrainedModel, folder: Path) -> Path | None:
     """Save what PEFT needs to write adapters for the original weights, where the start has changed the weights.
 

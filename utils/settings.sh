@@ -21,6 +21,8 @@ scale_rule=${scale_rule:-}
 offload=${offload:-}
 cuda_graphs=${cuda_graphs:-}
 stream=${stream:-}                                    # compute no padding
+verify=${verify:-}                                    # True: first compare gradients with exact LoRA's
+verify_threshold=${verify_threshold:-}                # the smallest cosine to train with
 
 # LoRA
 lora_rank=${lora_rank:-16}
@@ -31,4 +33,5 @@ options=(--model_dir "$model_dir")
 add_options model_name
 add_options use_hyclora preset layer_type q_bit average_bits iteration_threshold softmax_outlier_ratio
 add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs stream
+add_options verify verify_threshold
 add_options lora_rank lora_alpha lora_init_type

@@ -16,7 +16,8 @@ NEEDS = {
         ("layer_type", "iteration_threshold", "layernorm_outlier_ratio", "attention", "scale_rule", *LAUNCH),
         ("use_hyclora", bool),
     ),
-    "slot_savers": ("use_hyclora", bool),
+    **dict.fromkeys(("slot_savers", "verify"), ("use_hyclora", bool)),
+    "verify_threshold": ("verify", bool),
     **dict.fromkeys(
         ("lora_rank", "lora_alpha", "lora_dropout", "lora_init_type", "target_modules", "use_rslora"),
         ("use_lora", bool),
@@ -45,7 +46,7 @@ NEEDS = {
 # What leaves the numbers of a training as they are: where the model, the data and the results lie (`content_of` knows
 # what is in them), the name of settings that count one by one, what is reported and saved and when, how the result is
 # evaluated, on which machine and in how many helping processes it runs, where packed bytes wait, how kernels are
-# launched, whether padding is computed.
+# launched, whether padding is computed, whether gradients are verified first.
 FREE = {
     *(
         "model_dir",
@@ -87,6 +88,7 @@ FREE = {
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
     *("ddp_backend", "ddp_timeout"),
+    *("verify", "verify_threshold"),
     *LAUNCH,
 }
 _SAMPLES, _SAMPLE = 64, 2**16  # of a file: how many, all over it, and their bytes

@@ -1,0 +1,131 @@
+"""verify() on a checkpoint and your own rows: how close the gradients are to those of exact LoRA.
+
+    python -m hyclora.fidelity --model FOLDER --data my_rows.jsonl
+    python -m hyclora.fidelity --model FOLDER --data my_text.txt --adapters FOLDER --q_bit 2
+
+Rows are read as run_gsm8k.sh reads your own, .txt as run_wikitext2.sh does; demo are generated word problems. Adapters
+are those of a folder, or new ones, which are trained exactly for some steps: where lora_B is still 0, the gradient of
+lora_A is 0 too, and tells nothing. The settings of HyC-LoRA and of LoRA are those of the drivers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from hyclora import Verification, apply_hyclora, verify
+from hyclora.utils.args import (
+    DataArguments,
+    HycloraArguments,
+    LoraArguments,
+    ModelArguments,
+    option,
+    parse_arguments,
+    require,
+)
+from hyclora.utils.data.gsm8k import examples_of, load_rows
+from hyclora.utils.data.instructions import load_examples
+from hyclora.utils.data.text import blocks, read_text, tokenize
+from hyclora.utils.data.tokens import Collator, tokenize_rows
+from hyclora.utils.errors import UserError, entry_point
+from hyclora.utils.heads import NEXT_TOKEN
+from hyclora.utils.loading import check_model, check_positions, find_base, load_base, load_model, load_tokenizer
+
+
+@dataclass
+class FidelityArguments:
+    _argument_group_name = "verification"
+
+    model: str = option("", "Checkpoint folder.")
+    data: str = option("demo", "demo, a .json, .jsonl or .txt file, or a folder with train.jsonl.")
+    adapters: str = option("", "Folder of trained adapters; '' makes new ones.")
+    exact_steps: int = option(8, "Steps that new adapters are trained exactly for.")
+    batches: int = option(1, "Batches that are measured, after those that calibrate.")
+    batch_size: int = option(4, "Rows of a batch.")
+    seq_len: int = option(512, "Longest row in tokens.")
+    load_in_4bit: bool = option(False, "Keep the frozen linear weights in NF4.")
+    bf16: bool | None = option(None, "Compute in bfloat16 under autocast. Default: on a GPU only.")
+    device: str = option("auto", "cuda, cpu, or auto: a GPU if there is one.")
+    seed: int = option(11, "Of new adapters.")
+
+    def __post_init__(self):
+        require(bool(self.model), "say with --model which checkpoint folder it is")
+        for name in ("batches", "batch_size"):
+            require(getattr(self, name) > 0, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(self.seq_len >= 2, f"seq_len must be at least 2, not {self.seq_len}")
+        require(self.exact_steps >= 0, f"exact_steps must not be negative, not {self.exact_steps}")
+        require(self.device in ("auto", "cuda", "cpu"), f"device must be auto, cuda or cpu, not {self.device}")
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.bf16 is None:
+            self.bf16 = self.device == "cuda"
+        require(
+            not self.adapters or (Path(self.adapters) / "adapter_config.json").is_file(),
+            f"adapters {self.adapters} has no adapter_config.json: name a folder that save_pretrained has written",
+        )
+
+
+GROUPS = (FidelityArguments, LoraArguments, HycloraArguments)
+
+
+def train_exactly(model: nn.Module, batches: list[dict[str, Tensor]], learning_rate: float = 1e-3) -> None:
+    """One pass of AdamW over batches with stock PEFT."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def read(args: FidelityArguments, tokenizer, count: int) -> list[dict]:
+    """At most so many tokenized rows of the data."""
+    data = Path(args.data)
+    if data.suffix == ".txt":
+        require(data.is_file(), f"data {data} does not exist: name a file or a folder")
+        return blocks(tokenize(data.name, read_text(data), tokenizer), args.seq_len)[:count]
+    limits = {"max_train_samples": count, "seq_len": args.seq_len}
+    if args.data == "demo":
+        examples = examples_of(load_rows(DataArguments(**limits), "train"))
+    else:
+        examples = load_examples(DataArguments(data_name="json", data_dir=args.data, **limits), "train")
+    return tokenize_rows(examples, tokenizer, args.seq_len).rows
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> Verification:
+    args, lora, hyclora = parse_arguments(argv, GROUPS, {"verify": True})
+    require(hyclora.use_hyclora, "there is nothing to verify with use_hyclora=False: drop it")
+    folder, device = Path(args.model).resolve(), torch.device(args.device)
+    base = ModelArguments(folder.name, str(folder.parent), load_in_4bit=args.load_in_4bit)
+    source = find_base(base, lora)
+    check_model(source, NEXT_TOKEN, lora)
+    tokenizer = load_tokenizer(source)
+    steps = 0 if args.adapters else args.exact_steps
+    count = steps + hyclora.iteration_threshold + args.batches
+    rows = read(args, tokenizer, count * args.batch_size)
+    check_positions(source, NEXT_TOKEN, max(len(row["input_ids"]) for row in rows))
+    collate = Collator(tokenizer.pad_token_id)
+    batches = [collate(rows[i : i + args.batch_size]) for i in range(0, len(rows), args.batch_size)]
+    if len(batches) < count:
+        raise UserError(
+            f"{args.data} has rows for {len(batches)} batches of {args.batch_size}, {count} are needed: give more, or "
+            "lower --batch_size, --exact_steps or --iteration_threshold"
+        )
+    batches = [{name: t.to(device) for name, t in batch.items()} for batch in batches]
+    if args.adapters:
+        model = PeftModel.from_pretrained(load_base(base, source, device), args.adapters, is_trainable=True)
+    else:
+        model = load_model(base, lora, source, device, args.seed)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        train_exactly(model.train(), batches[:steps])
+        apply_hyclora(model, hyclora.config())
+        found = verify(model, batches[steps:])
+    print(found)
+    found.check(hyclora.verify_threshold)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""verify=True in a driver, and `python -m hyclora.fidelity`."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import run_gsm8k
+import run_memory_throughput
+from hyclora import fidelity
+from hyclora.utils.trainer import HycloraTrainer
+
+
+@pytest.fixture
+def drive(tiny_llama_folder, tmp_path, capsys):
+    """Run the driver; its exit code and what it printed."""
+
+    def drive(*options, folder="out"):
+        code = 0
+        try:
+            run_gsm8k.main(
+                ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
+                + ["--output_dir", str(tmp_path / folder), "--max_train_samples", "40", "--max_eval_samples", "0"]
+                + ["--max_steps", "4", "--iteration_threshold", "2", "--logging_steps", "1", "--lora_rank", "4"]
+                + ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--lora_dropout", "0.1"]
+                + ["--use_cpu", "True", "--disable_tqdm", "True", *map(str, options)]
+            )
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        assert captured.err.count("error: ") == (code != 0) and "Traceback" not in captured.err
+        return code, captured.out + captured.err
+
+    return drive
+
+
+def left_by(folder):
+    """Losses and adapters of the one run in a folder."""
+    (file,) = folder.glob("*.json")
+    results = json.loads(file.read_text())
+    losses = [entry["loss"] for entry in results["log_history"] if "loss" in entry]
+    return losses, load_file(folder / file.stem / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("options", [[], ["--gradient_checkpointing", "True"]], ids=["plain", "checkpointing"])
+def test_a_verified_run_is_the_same_run(drive, tmp_path, options):
+    code, said = drive("--verify", True, *options, folder="verified")
+    assert code == 0 and "verify: gradients of 28 trained weights" in said and "hurts most" in said
+    assert "14 weights, as model.layers.0.self_attn.q_proj.lora_A: the gradient is 0, as lora_B is 0" in said
+    code, said = drive(*options, folder="plain")
+    assert code == 0 and "verify: gradients" not in said
+    (losses, ours), (expected, theirs) = left_by(tmp_path / "verified"), left_by(tmp_path / "plain")
+    assert losses == expected and len(losses) == 4
+    assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
+
+
+def test_a_run_below_the_threshold_is_not_begun(drive, monkeypatch, tmp_path):
+    monkeypatch.setattr(HycloraTrainer, "train", lambda *_: pytest.fail("it trained"))
+    code, said = drive("--verify", True, "--verify_threshold", 0.99999, "--q_bit", 2)
+    assert code == 2 and "less than the threshold 0.99999" in said and "slot_savers=" in said
+    assert "slot alone" in said and not list((tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--verify", True, "--use_hyclora", False], "verify has no effect with use_hyclora=False"),
+        (["--verify_threshold", 0.5], "verify_threshold has no effect with verify=False"),
+        (["--verify", True, "--verify_threshold", 2], "verify_threshold must be a cosine, from -1 to 1, not 2"),
+    ],
+)
+def test_mistakes(drive, tmp_path, options, said):
+    code, told = drive(*options)
+    assert code == 2 and said in told and not list((tmp_path / "out").glob("*"))
+
+
+def test_random_tokens_are_not_verified(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_memory_throughput.main(["--verify", "True"])
+    assert exit.value.code == 2 and "verify needs real rows" in capsys.readouterr().err
+
+
+@pytest.fixture
+def ask(tiny_llama_folder, capsys):
+    """What `python -m hyclora.fidelity` finds, or its exit code; and what it printed."""
+
+    def ask(*options):
+        found = None
+        try:
+            given = ["--model", tiny_llama_folder, "--device", "cpu", "--iteration_threshold", 2, "--batch_size", 2]
+            found = fidelity.main([*map(str, given), "--exact_steps", "2", *map(str, options)])
+        except SystemExit as exit:
+            found = exit.code
+        captured = capsys.readouterr()
+        return found, captured.out + captured.err
+
+    return ask
+
+
+def test_a_checkpoint_is_verified_on_rows_of_each_kind(ask, tmp_path):
+    found, said = ask("--q_bit", 2)
+    assert 0.7 < found.summary.cosine < 0.99 and not any(g.note for g in found.gradients) and str(found) in said
+    rows = [{"prompt": f"{i} + 1 =", "response": f" {i + 1}"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.txt").write_text("a sea of words and of fish " * 200)
+    closer, _ = ask("--data", tmp_path / "rows.jsonl", "--batches", 2)
+    assert closer.n_batches == 2 and closer.summary.error < found.summary.error
+    on_text, _ = ask("--data", tmp_path / "text.txt", "--seq_len", 32, "--exact_steps", 0, "--bf16", True)
+    assert any(g.note for g in on_text.gradients) and on_text.rounding
+
+
+def test_trained_adapters_are_verified(ask, drive, tmp_path):
+    drive()
+    (file,) = (tmp_path / "out").glob("*.json")
+    found, _ = ask("--adapters", file.with_suffix(""))
+    assert not any(g.note for g in found.gradients) and found.exact == "LoRA with exact slots"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--model", ""], "say with --model which checkpoint folder"),
+        (["--model", "nowhere"], "nowhere does not exist"),
+        (["--data", "nowhere.txt"], "data nowhere.txt does not exist"),
+        (["--data", "nowhere"], "data_dir nowhere does not exist"),
+        (["--adapters", "nowhere"], "adapters nowhere has no adapter_config.json"),
+        (["--batches", 0], "batches must be at least 1, not 0"),
+        (["--data", "{few}"], "has rows for 2 batches of 2, 5 are needed: give more, or lower"),
+        (["--use_hyclora", False], "use_hyclora=False"),
+        (["--verify_threshold", 0.99999, "--q_bit", 2], "less than the threshold 0.99999"),
+    ],
+)
+def test_mistakes_of_the_command(ask, tmp_path, options, said):
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "1 + 1 =", "response": " 2"}\n' * 4)
+    code, told = ask(*(str(option).format(few=few) for option in options))
+    assert code == 2 and said in told
