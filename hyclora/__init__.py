@@ -3,7 +3,8 @@
     from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 
 The parts of the package are the folders models, operators and utils. In a checkout they lie beside this one, in an
-installed package inside it; they are hyclora.models, hyclora.operators and hyclora.utils in both.
+installed package inside it; they are hyclora.models, hyclora.operators and hyclora.utils in both. Beside them is
+plan.py: what a run needs of GPU and host memory, and the longest row that fits (python -m hyclora.plan).
 """
 
 import logging

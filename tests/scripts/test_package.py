@@ -117,10 +117,11 @@ def test_wheel_and_sdist_hold_the_parts_under_one_name(built):
     modules = {file.relative_to(ROOT).as_posix() for part in PARTS for file in (ROOT / part).rglob("*.py")}
     with zipfile.ZipFile(wheel) as file:
         packed = {name for name in file.namelist() if name.endswith(".py")}
-    assert packed == {"hyclora/__init__.py", *(f"hyclora/{name}" for name in modules)}
+    own = {file.relative_to(ROOT).as_posix() for file in (ROOT / "hyclora").glob("*.py")}
+    assert packed == {*own, *(f"hyclora/{name}" for name in modules)}
     with tarfile.open(sdist) as file:
         shipped = {name.partition("/")[2] for name in file.getnames()}
-    assert modules | {"hyclora/__init__.py", "pyproject.toml", "LICENSE"} <= shipped
+    assert modules | own | {"pyproject.toml", "LICENSE"} <= shipped
 
 
 def test_it_works_beside_foreign_packages_of_the_same_names(built, tmp_path):
