@@ -16,5 +16,5 @@ report.py             README's tables                        figures.py         
 paper_tables.py       the paper's tables, of anyone's runs
 report_real_rows.py   and those of rows of many lengths      report_experiments.py  and of the paper's experiments
 technique_tables.py   those of a grid                        seed_reports.py    what two reports say of one
-tables.py             a table in Markdown
+tables.py             a table in Markdown                    report_plan.py     what hyclora.plan counts, and is so
 """

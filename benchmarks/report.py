@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.record import RESULTS
 from benchmarks.report_experiments import experiments
+from benchmarks.report_plan import planned
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.rows import (
     LSE_KEPT,
@@ -316,6 +317,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     ROOT / "benchmarks" / "README.md": {
         "memory_throughput": memory_throughput,
+        "planned": planned,
         "packed_rows": packed_rows,
         "technique_grid": technique_grid,
         "buffered": buffered,

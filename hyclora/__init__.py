@@ -3,8 +3,9 @@
     from hyclora import HycloraConfig, apply_hyclora, remove_hyclora, verify
 
 The parts of the package are the folders models, operators and utils. In a checkout they lie beside this one, in an
-installed package inside it; they are hyclora.models, hyclora.operators and hyclora.utils in both. fidelity.py is
-`python -m hyclora.fidelity`: verify() on a checkpoint.
+installed package inside it; they are hyclora.models, hyclora.operators and hyclora.utils in both. Beside them are
+fidelity.py: verify() on a checkpoint (python -m hyclora.fidelity), and plan.py: what a run needs of GPU and host
+memory, and the longest row that fits (python -m hyclora.plan).
 """
 
 import logging

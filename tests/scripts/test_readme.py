@@ -84,7 +84,9 @@ def test_named_options_exist():
     known = {
         option for groups in GROUPS.values() for action in Parser(groups)._actions for option in action.option_strings
     }
-    scripts = "".join(file.read_text() for folder in ("benchmarks", "ckpt") for file in (ROOT / folder).glob("*.py"))
+    scripts = "".join(
+        file.read_text() for folder in ("benchmarks", "ckpt", "hyclora") for file in (ROOT / folder).glob("*.py")
+    )
     known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', scripts)) | {"--help"}
     named = set(re.findall(r"--[a-z]\w+", TEXT))
     assert named and named <= known

@@ -1,0 +1,154 @@
+"""Will it fit, and how long may a row be: what each mode needs of GPU and host memory, before anything is loaded.
+
+    python -m hyclora.plan MODEL --gpu 24GiB --host 64GiB --tokens 4x512
+
+MODEL: a folder with a config.json, that file, or a name in benchmarks/shapes. Bytes are counted from the slot table and
+the buffers of the operators, not measured on this machine. Of lines measured with the present build the count of live
+memory is at most 0.5 % off and the static part 0.1 % (benchmarks/README.md has all); what the allocator takes beside
+live tensors is an allowance of 45 % and 128 MiB, and 1 GB is left for the driver. Modes that were never measured, or
+only with earlier builds, say so. For PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from hyclora.utils.errors import RunStopped, UserError, entry_point
+from hyclora.utils.planning.live import RESERVE, Need, Savers, count
+from hyclora.utils.planning.modes import MODES, Mode
+from hyclora.utils.planning.recorded import times
+from hyclora.utils.planning.shape import BASES, Shape
+from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
+from hyclora.utils.results import table
+
+STEP = 64  # tokens that a longest row is told to
+LONGEST = 2**24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mode: its Need for the batch, whether that fits, the longest single row that does (0: none), its time."""
+
+    mode: Mode
+    need: Need
+    fits: bool
+    longest: int
+    time: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row a mode; chosen: the one that fits with the least GPU memory, None if none does. str() is for a person."""
+
+    rows: list[Row]
+    batch: tuple[int, int]
+    gpu: int
+    host: int
+
+    @property
+    def chosen(self) -> Row | None:
+        return min((row for row in self.rows if row.fits), key=lambda row: row.need.gpu, default=None)
+
+    def __str__(self) -> str:
+        head = ("mode", "static", "dyn", "GPU in all", "host", "fits", "longest row", "a micro-step", "count of dyn")
+        lines = [head]
+        for row in self.rows:
+            need = row.need
+            sizes = [say_size(n) for n in (sum(need.static.values()), need.dyn, need.gpu, need.pinned)]
+            longest = f"{row.longest} tokens" if row.longest else "none"
+            lines.append((row.mode.name, *sizes, "yes" if row.fits else "no", longest, row.time, row.mode.accuracy))
+        first = self.rows[0].need
+        parts = [f"  {name}: {say_size(size)}" for name, size in first.static.items()]
+        budget = f"{say_size(self.gpu)} of GPU and {say_size(self.host)} of host memory"
+        budget = f"{self.batch[0]} x {self.batch[1]} tokens, {budget}"
+        return "\n".join([budget, table(lines), f"static, {self.rows[0].mode.name}:", *parts, self._verdict()])
+
+    def _verdict(self) -> str:
+        row = self.chosen
+        if row is None:
+            best = max(self.rows, key=lambda row: row.longest)
+            longest = f"; the longest single row is {best.longest} tokens ({best.mode.name})" if best.longest else ""
+            return f"no mode fits{longest}"
+        settings = ", ".join(f"{name}={value!r}" for name, value in row.mode.config_arguments.items())
+        checkpointing = " and gradient checkpointing" if row.mode.checkpointing else ""
+        setting = f"HycloraConfig({settings}){checkpointing}"
+        return f"least memory: {row.mode.name}, {setting}; the peak is in {row.need.peak}"
+
+
+def plan(
+    model, gpu: str | int, host: str | int, tokens: str | tuple[int, int] = (4, 512), base: str = "nf4",
+    lora_rank: int = 16, documents: int | None = None,
+) -> Plan:  # fmt: skip
+    """What a micro-step of a model with LoRA on all linear layers needs in each mode of today, and what fits.
+
+    model: a folder, a config.json, a name in benchmarks/shapes or a Transformers configuration of a decoder; gpu, host:
+    bytes, or as 24GiB; tokens: rows and tokens a row, or as 4x512; base: nf4 or bf16 weights; documents: how many the
+    rows are packed of in all, None for one a row.
+
+    static = weights + 4 x 4 bytes a trained number (itself, gradient, Adam's two) + 24 or 32 bytes a channel of each
+    quantizer + GEMM workspaces; dyn = largest sum of live tensors over the moments of a step (utils/planning/live.py);
+    gpu in all = static + dyn + 45 % of dyn and 128 MiB for gaps (and the loss's tensors beside graphs) + 1 GB. The
+    count of dyn alone has no margin: see Mode.accuracy. Padding costs less than counted. Allocates nothing on a GPU,
+    and no weights on the host.
+
+    Raises UserError for a model without configuration, a size or batch that cannot be read, and for a budget below the
+    static part of every mode.
+    """
+    gpu, host = (parse_size(size) if isinstance(size, str) else size for size in (gpu, host))
+    batch = parse_tokens(tokens) if isinstance(tokens, str) else tokens
+    if documents is not None and documents < batch[0]:
+        raise UserError(f"{documents} documents do not fill {batch[0]} rows: each row has one at least")
+    shape = Shape(model, base, lora_rank)
+    known, rows = times(shape, *batch) if documents is None else {}, []
+    for mode in MODES:
+        savers = Savers(shape, mode.config)
+        need = count(savers, *batch, mode.checkpointing, documents)
+        longest = _longest(savers, mode, gpu, host)
+        rows.append(Row(mode, need, _fits(need, gpu, host), longest, known.get(mode.name, "not measured")))
+    least = min(sum(row.need.static.values()) for row in rows) + RESERVE
+    if gpu < least:
+        raise UserError(
+            f"{say_size(gpu)} of GPU memory is below the {say_size(least)} that weights, adapters, gradients, Adam and "
+            "CUDA take without a single token: choose a larger GPU or a smaller model"
+        )
+    return Plan(rows, batch, gpu, host)
+
+
+def _fits(need: Need, gpu: int, host: int) -> bool:
+    return need.gpu <= gpu and need.pinned <= host
+
+
+def _longest(savers: Savers, mode: Mode, gpu: int, host: int) -> int:
+    """Tokens of the longest single row that fits, a multiple of STEP; 0 if none does."""
+    low, high = 0, LONGEST // STEP
+    while low < high:
+        middle = -(-(low + high) // 2)
+        fits = _fits(count(savers, 1, middle * STEP, mode.checkpointing), gpu, host)
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low * STEP
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see python -m hyclora.plan --help)")
+
+
+@entry_point
+def main(argv: list[str] | None = None):
+    parser = _Parser(
+        "python -m hyclora.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help="folder, config.json, or a name in benchmarks/shapes")
+    parser.add_argument("--gpu", required=True, help="memory of the card, for instance 24GiB")
+    parser.add_argument("--host", required=True, help="host memory for offloaded slots, for instance 64GiB")
+    parser.add_argument("--tokens", default="4x512", help="ROWSxTOKENS of a micro-step (default: 4x512)")
+    parser.add_argument("--base", choices=BASES, default="nf4", help="frozen weights (default: nf4)")
+    parser.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: 16)")
+    parser.add_argument("--documents", type=int, help="documents that the rows are packed of, in all")
+    found = plan(**vars(parser.parse_args(argv)))
+    print(found)
+    if found.chosen is None:
+        raise RunStopped("no mode fits this batch: choose fewer or shorter rows, or a larger GPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What hyclora.plan counts is held to what was measured."""
+
+import pytest
+
+from benchmarks import report_plan, rows
+from benchmarks.report_plan import accuracy, compared, planned
+from benchmarks.rows import load_7b
+from hyclora.models.config import HycloraConfig
+from hyclora.utils.planning import Savers, Shape
+from hyclora.utils.planning.modes import MEASURED, MODES
+
+LINES = compared()
+OF_A_LAYER = [line for line in load_7b("buffered") if line["slots"] and "auto" != line["setting"]["q_bit"]]
+
+
+def named(one):
+    return f"{one.line['arguments']['shape']}-{one.line['arguments']['seq_len']}-{one.mode.name}"
+
+
+@pytest.mark.parametrize("one", LINES, ids=named)
+def test_static_and_host_memory(one):
+    assert abs(one.off("static")) <= 1
+    if one.line.get("host_mib"):
+        assert abs(one.off("host")) <= 3
+
+
+@pytest.mark.parametrize("one", [one for one in LINES if not one.earlier], ids=named)
+def test_live_memory_of_the_present_build(one):
+    assert -0.1 <= one.off("dyn") <= 0.5
+    assert one.off("held") >= 0  # the allowance for gaps is one
+
+
+@pytest.mark.parametrize("one", [one for one in LINES if one.earlier], ids=named)
+def test_live_memory_of_earlier_builds_was_larger_or_near(one):
+    assert one.off("dyn") <= 6
+
+
+def test_there_are_lines_of_every_measured_kind():
+    present = {one.mode.name for one in LINES if not one.earlier}
+    assert len(present) == 6 and len(LINES) >= 25
+
+
+def test_a_modes_accuracy_is_what_the_result_files_say():
+    assert accuracy() == MEASURED, "run python -m benchmarks.report_plan"
+    assert MEASURED.keys() <= {mode.name for mode in MODES}
+
+
+@pytest.mark.parametrize("line", OF_A_LAYER, ids=lambda line: rows.name_of(line["setting"]))
+def test_what_a_layer_keeps(line):
+    config = HycloraConfig(**line["setting"])
+    kept = 2048 * Savers(Shape("llama-2-7b"), config).units[0].layer
+    if config.policy.compress:
+        assert kept == sum(line["slots"].values())
+    else:  # an exact v is a part of q, k, v as they were before RoPE, which no slot counts
+        assert kept == pytest.approx(line["layer_bytes"], rel=0.01)
+
+
+def test_no_lines_make_no_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    assert planned() == "" and accuracy() == {}
+
+
+def test_a_row_a_line():
+    text = planned()
+    assert text.count("\n| ") == len(LINES) + 1
+    assert report_plan.HEAD[-1] == "of" and "| the present one |" in text and "| an earlier build |" in text

@@ -1,0 +1,111 @@
+"""Counted bytes: what savers keep against patched models, and how the moments of a step depend on the setting."""
+
+import pytest
+import torch
+
+from hyclora import HycloraConfig, apply_hyclora
+from hyclora.models.patch import find_patch
+from hyclora.operators.attention import flash
+from hyclora.operators.attention.flash import backward_pieces
+from hyclora.operators.savers import ChannelQuant
+from hyclora.utils.planning import Savers, Shape, count
+from hyclora.utils.planning.live import _Step
+from tests.helpers.small_models import llama, qwen3
+
+SETTINGS = [
+    {},
+    {"q_bit": 2},
+    {"q_bit": "auto", "average_bits": 4.0},
+    {"layer_type": "intra", "q_bit": 8},
+    {"slot_savers": {"gate": "quant8", "attn_out": "quant4"}},
+]
+CORE = "backward of attention: core"
+LAYER_BY_LAYER = {"cuda_graphs": False}
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    found = {}
+
+    def shape(name, **options):
+        key = name, *options.items()
+        if key not in found:
+            found[key] = Shape(name, **options)
+        return found[key]
+
+    return shape
+
+
+def need(shape, batch=4, length=512, checkpointing=False, documents=None, **settings):
+    return count(Savers(shape, HycloraConfig(**settings)), batch, length, checkpointing, documents)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("model", [llama, qwen3])
+def test_slots_are_those_of_a_patched_model(model, settings):
+    config = HycloraConfig(**settings)
+    patched = model()
+    report = apply_hyclora(patched, config)
+    units = Savers(Shape(patched.config, base="bf16"), config).units
+    assert sum(unit.layer for unit in units) == sum(report.slot_bits.values()) / 8
+
+
+def test_statistics_are_those_of_calibration():
+    model, config = llama(), HycloraConfig(layernorm_outlier_ratio=0.1)
+    apply_hyclora(model, config)
+    ids = torch.arange(16)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    patch, wide = find_patch(model), lambda t: t.numel() > 1 and t.dtype == torch.float32
+    quantizers = [s for b in patch.blocks for s in b.savers.values() if isinstance(s, ChannelQuant)]
+    tensors = {
+        id(t): t.numel() * 4
+        for saver in quantizers
+        for t in (saver.mean, saver.std, saver.inv_std, *saver.restoring, *filter(wide, saver.statistics.values()))
+    }
+    assert Savers(Shape(model.config, base="bf16"), config).statistics == sum(tensors.values())
+
+
+@pytest.mark.parametrize("runs, tokens", [(2, 512), (40, 4096), (300, 4096)])
+def test_pieces_of_heads_are_those_of_attention(shapes, monkeypatch, runs, tokens):
+    monkeypatch.setattr(flash, "takes_varlen", lambda q, dropout: True)
+    shape = shapes("llama-3-8b")
+    q, k = torch.empty(1, tokens, 32, 128, device="meta"), torch.empty(1, tokens, 8, 128, device="meta")
+    starts = torch.empty(1, runs + 1, 1, 1, dtype=torch.int32, device="meta")
+    step = _Step(Savers(shape, HycloraConfig()), tokens, tokens, runs, False, False)
+    assert step._pieces(tokens + 128 * runs) == backward_pieces(q, k, starts, None, 0.0)
+
+
+def test_documents_take_memory_of_the_kernel_for_runs(shapes):
+    shape = shapes("llama-2-7b")
+    few, many = (need(shape, documents=n, offload=True, **LAYER_BY_LAYER) for n in (4, 16))
+    # fp32 dq of 128 tokens more for each, in the same number of pieces
+    assert many.moments[CORE] - few.moments[CORE] == 12 * 128 * 4 * 4096
+
+
+def test_a_window_that_rows_reach_takes_the_kernel_for_runs(shapes):
+    mistral = shapes("mistral-7b")
+    inside, beyond = (need(mistral, 1, n, **LAYER_BY_LAYER).moments[CORE] for n in (4096, 8192))
+    assert beyond > 2 * inside
+
+
+def test_fewer_bits_and_the_host_take_less(shapes):
+    shape = shapes("llama-2-7b")
+    dyn = [need(shape, q_bit=bits, offload=offload).dyn for offload in (False, True) for bits in (8, 4, 2)]
+    assert dyn == sorted(dyn, reverse=True)
+    assert need(shape, offload=True).host > 0 == need(shape).host
+
+
+def test_checkpointing_keeps_layer_inputs_alone(shapes):
+    shape = shapes("llama-2-7b")
+    inputs = {saver: {"slot_savers": {"layer_in": saver}} for saver in ("exact", "quant8")}
+    host = {saver: need(shape, checkpointing=True, offload=True, **inputs[saver]).host for saver in inputs}
+    assert host["exact"] == 32 * 2048 * 4096 * 2
+    assert host["quant8"] == 32 * 2048 * (4096 + 4096 // 64 * 2)
+    resident = need(shape, checkpointing=True, **inputs["exact"])
+    assert resident.host == 0 and resident.dyn - need(shape, checkpointing=True, offload=True).dyn == 30 * 2048 * 8192
+
+
+def test_long_rows_grow_by_what_is_kept_of_a_token_and_few_activations(shapes):
+    savers = Savers(shapes("llama-2-7b"), HycloraConfig(offload=True, cuda_graphs=False))
+    one, two, three = (count(savers, 1, n * 65536).dyn for n in (1, 2, 3))
+    assert abs((three - two) - (two - one)) < 1024

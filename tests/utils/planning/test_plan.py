@@ -1,0 +1,93 @@
+"""python -m hyclora.plan: what it says, picks and refuses."""
+
+import pytest
+
+from hyclora import plan as module
+from hyclora.plan import main, plan
+from hyclora.utils.errors import UserError
+from hyclora.utils.planning.modes import MODES, NEAR, Mode, mode_of
+from hyclora.utils.planning.recorded import times
+from hyclora.utils.planning.shape import Shape
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    return plan("llama-2-7b", "80GB", "64GiB")
+
+
+def test_the_mode_that_fits_with_the_least_memory_is_chosen(roomy):
+    fitting = [row for row in roomy.rows if row.fits]
+    assert len(roomy.rows) == len(MODES) and roomy.chosen.need.gpu == min(row.need.gpu for row in fitting)
+    assert f"least memory: {roomy.chosen.mode.name}, HycloraConfig(" in str(roomy)
+
+
+def test_the_longest_row_fits_and_a_longer_one_does_not(roomy):
+    for row in (roomy.rows[1], roomy.rows[10]):
+        savers = module.Savers(Shape("llama-2-7b"), row.mode.config)
+        longest, longer = (module.count(savers, 1, row.longest + more) for more in (0, module.STEP))
+        assert module._fits(longest, roomy.gpu, roomy.host) and not module._fits(longer, roomy.gpu, roomy.host)
+
+
+def test_host_memory_is_a_limit_too():
+    little = plan("llama-2-7b", "80GB", "1GiB")
+    fits = {row.mode.name: row.fits for row in little.rows}
+    assert not fits["offloaded, layer by layer, 4 bit"] and fits["resident, layer by layer, 4 bit"]
+
+
+def test_a_recorded_time_is_told_and_no_other(roomy):
+    time = {row.mode.name: row.time for row in roomy.rows}
+    assert time["offloaded, CUDA graphs, 4 bit"].endswith("ms (H200)")
+    assert time["offloaded, CUDA graphs, 8 bit"] == "not measured"
+    assert times(Shape("llama-2-7b", rank=32), 4, 512) == {} == times(Shape("llama-2-7b"), 3, 512)
+
+
+def test_how_near_a_count_is_said():
+    assert Mode("", ()).accuracy == "no measured line"
+    assert Mode("", (), lines=1, off=0.3).accuracy == "within 0.3 % of 1 measured line"
+    far = Mode("", (), lines=2, off=NEAR + 5, earlier=True)
+    assert far.accuracy == "2 measured lines of earlier builds differ by up to 15.0 %"
+
+
+def test_modes_are_known_by_what_they_change():
+    for mode in MODES:
+        assert mode.checkpointing or mode_of(mode.config.to_dict()) is mode
+    assert mode_of("PEFT LoRA") is None and mode_of({"q_bit": 4}) is None
+    assert mode_of({"layer_type": "intra_inter_full_fuse", "slot_savers": {"lse": "exact"}}) is None
+
+
+def test_a_budget_below_the_static_part():
+    with pytest.raises(UserError, match=r"3.00 GiB of GPU memory is below the 5.19 GiB that weights"):
+        plan("llama-2-7b", "3GiB", "64GiB")
+
+
+def test_documents_that_do_not_fill_the_rows():
+    with pytest.raises(UserError, match="3 documents do not fill 4 rows"):
+        plan("llama-2-7b", "24GiB", "64GiB", documents=3)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["nowhere", "--gpu", "24GiB", "--host", "1GiB"], "nowhere has no config.json"),
+        (["llama-2-7b", "--gpu", "24", "--host", "1GiB"], "'24' is no size of memory"),
+        (["llama-2-7b", "--gpu", "24GiB", "--host", "1Gib"], "'1Gib' is no size of memory"),
+        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--tokens", "512"], "'512' is no batch"),
+        (["llama-2-7b", "--gpu", "1GiB", "--host", "1GiB"], "is below the"),
+        (["llama-2-7b", "--gpu", "24GiB"], "--host"),
+        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--lora_rank", "x"], "--lora_rank"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(capsys, options, said):
+    with pytest.raises(SystemExit) as exit:
+        main(options)
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and said in captured.err
+
+
+def test_a_batch_that_fits_in_no_mode(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["llama-2-7b", "--gpu", "6GiB", "--host", "1GiB", "--tokens", "64x4096"])
+    captured = capsys.readouterr()
+    assert exit.value.code == 1 and "no mode fits; the longest single row is" in captured.out
+    assert captured.err.startswith("error: no mode fits this batch")

@@ -1,0 +1,84 @@
+"""Bytes of weights and of what is trained, against models that are there; and configurations that are not."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from hyclora.models.blocks import projection
+from hyclora.operators.linear.lora import ProjectionGroup
+from hyclora.utils.errors import UserError
+from hyclora.utils.planning import Shape
+from hyclora.utils.planning.shape import aligned, nf4_bytes
+from tests.helpers.small_models import llama, qwen2, qwen3
+
+RANK = 4
+MODELS = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+LORA = {"r": RANK, "lora_alpha": RANK}
+
+
+def shape_of(model, **options) -> Shape:
+    return Shape(model.config, rank=RANK, **options)
+
+
+@pytest.mark.parametrize("numel", [64 * 64, 1000 * 64, 300 * 300])
+def test_nf4_has_the_bytes_of_bitsandbytes(numel):
+    weight = bnb.nn.Params4bit(torch.ones(1, numel), quant_type="nf4", compress_statistics=True, requires_grad=False)
+    weight = weight.to("cpu") if weight.bnb_quantized else weight._quantize("cpu")
+    state = weight.quant_state
+    parts = [weight, state.absmax, state.state2.absmax]
+    tables = 4 * (state.code.numel() + state.state2.code.numel() + 1)
+    assert nf4_bytes(numel) == sum(aligned(t.numel() * t.element_size()) for t in parts) + tables
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_and_what_is_trained(name):
+    model = MODELS[name]({"r": RANK})
+    shape = shape_of(model, base="bf16")
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert shape.weights == sum(aligned(2 * p.numel()) for p in frozen)
+    assert shape.trained == 4 * sum(aligned(4 * p.numel()) for p in trained)
+
+
+def test_the_largest_piece_of_w_is_what_a_projection_group_makes():
+    model = llama(LORA, "nf4", hidden_size=128, num_attention_heads=4, intermediate_size=320)
+    shape, layer = shape_of(model), model.base_model.model.model.layers[0]
+    for name, half, parts in (("qkv", layer.self_attn, "qkv"), ("gate_up", layer.mlp, ("gate", "up"))):
+        group = ProjectionGroup([projection(half, name, f"{part}_proj") for part in parts])
+        made = max(w.untyped_storage().nbytes() for _, _, w in group.weights(torch.bfloat16))
+        assert shape.groups[name].piece(by_rows=True, below=False) == made
+
+
+def test_windows_are_those_of_each_layer():
+    assert shape_of(qwen2()).windows == [None, 8]
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_a_model_without_config(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no config.json: name a folder"):
+        Shape(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", "is not the configuration of a model"),
+        ("[]", "is not the configuration of a model"),
+        ('{"model_type": "gpt2"}', "is of a gpt2 model: supported are"),
+        ('{"model_type": "roberta"}', "is of no model that a plan can be made for"),
+    ],
+)
+def test_a_config_that_is_of_no_use(tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    for source in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(UserError, match=said):
+            Shape(source)
+
+
+@pytest.mark.parametrize(
+    "options, said", [({"base": "int8"}, "base 'int8' is not one of"), ({"rank": 0}, "lora_rank 0")]
+)
+def test_settings_that_cannot_work(options, said):
+    with pytest.raises(UserError, match=said):
+        Shape("llama-2-7b", **options)

@@ -1,0 +1,324 @@
+"""What is alive at once in a micro-step of LLaMA's kind of decoder, in bytes, by moments of it.
+
+Each moment is a line of the forward or backward of operators/, read off the code: what it has allocated, what its
+callers still hold, and what autograd or the store keep. The peak is the largest of them. Counted are live tensors, as
+torch.cuda.max_memory_allocated does; GAPS allows for what the allocator takes beside them.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from hyclora.models.building import HALVES, Builder
+from hyclora.models.config import HycloraConfig
+from hyclora.operators.attention import fused_qkv
+from hyclora.operators.attention.flash import PLACE, SMALL
+from hyclora.operators.cross_entropy import CHUNK_BYTES, TILE_ROWS
+from hyclora.operators.mlp import fused_mlp
+from hyclora.operators.savers import ChannelQuant, Exact, Step
+from hyclora.operators.store.host import SLAB
+from hyclora.operators.store.store import GROUP_BYTES
+from hyclora.operators.token_tiles import TILE_TOKENS
+from hyclora.utils.planning.shape import HALF, Shape
+
+E = HALF.itemsize
+# of a GEMM library, for each thread and stream that uses it: 32 MiB on Hopper, 8 on others. The main thread, autograd's
+# and, where graphs are recorded, the recording one's (models/graphs/recording.py)
+WORKSPACE = 2**25
+# an allowance, not a count: with expandable segments the allocator has taken up to 39 % and 110 MiB more than counted
+GAPS = (0.45, 2**27)
+# what a driver and CUDA take for themselves
+RESERVE = 10**9
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one setting and batch.
+
+    static: by what they are. dyn: peak of live tensors over it, at the moment `peak`; moments: all of them. apart: what
+    the loss has beside a pool of graphs, which shares nothing. host: packed slots in host memory.
+    """
+
+    static: dict[str, int]
+    moments: dict[str, int] = field(repr=False)
+    apart: int
+    host: int
+
+    @property
+    def peak(self) -> str:
+        return max(self.moments, key=self.moments.get)
+
+    @property
+    def dyn(self) -> int:
+        return self.moments[self.peak]
+
+    @property
+    def held(self) -> int:
+        """What the allocator is expected to take over static: live tensors, and GAPS."""
+        share, least = GAPS
+        return int(self.dyn + self.apart + share * self.dyn) + least
+
+    @property
+    def gpu(self) -> int:
+        """All that a card has to have: static and held memory, and RESERVE."""
+        return sum(self.static.values()) + self.held + RESERVE
+
+    @property
+    def pinned(self) -> int:
+        """Host memory that is pinned, in whole slabs (store/host.py)."""
+        return -(-self.host // SLAB) * SLAB
+
+
+@dataclass(frozen=True)
+class Units:
+    """Bytes a token of what each block of a layer keeps through its savers, in the order in which the blocks run."""
+
+    attention_norm: float
+    attention: float
+    mlp_norm: float
+    mlp: float
+
+    @property
+    def layer(self) -> float:
+        return self.attention_norm + self.attention + self.mlp_norm + self.mlp
+
+
+class Savers:
+    """The savers that apply_hyclora would give a model's layers, and what they keep."""
+
+    def __init__(self, shape: Shape, config: HycloraConfig):
+        self.shape, self.config, self.n = shape, config, len(shape.layers)
+        builder = Builder(config, shape.family, shape.layers, {}, {}, Step(1))
+        self.halves = [{half: builder.savers(i, half) for half in HALVES} for i in range(self.n)]
+        self.norms = [{half: builder.savers(i, half, "norm") for half in HALVES} for i in range(self.n)]
+        self.inputs = [builder.savers(i, "layer")["layer_in"] for i in range(self.n)]
+        self.last = builder.savers(self.n, "norm")["norm_in"]
+        self.units = [self._units(i) for i in range(self.n)]
+        attention, mlp = self.halves[0]["attention"], self.halves[0]["mlp"]
+        fused, norms = config.policy.fused, bool(shape.family.head_norms)
+        self.fused_attention = fused and fused_qkv.fits(shape.head_dim, attention, norms)
+        self.fused_mlp = fused and fused_mlp.fits(mlp, shape.family.activation)
+
+    def _units(self, i: int) -> Units:
+        widths, q, kv = self.shape.widths(i), self.shape.q, 2 * self.shape.k
+
+        def kept(savers: dict) -> float:
+            found = {slot: saver for slot, saver in savers.items() if saver.stored and slot != "prob"}
+            return sum(saver.bits(widths[slot]) / 8 for slot, saver in found.items())
+
+        attention, mlp = (kept(self.halves[i][half]) for half in HALVES)
+        # an exact v is a part of q, k, v side by side, and exact gate and up of theirs, x A^T beside them (lora.buffer)
+        if isinstance(self.halves[i]["attention"]["v"], Exact):
+            attention += E * (q + kv // 2 + self.shape.groups["qkv"].beside)
+        if isinstance(self.halves[i]["mlp"]["up"], Exact):
+            mlp += E * self.shape.groups["gate_up"].beside
+        before, between = (kept(self.norms[i][half]) for half in HALVES)
+        return Units(before, attention, between, mlp)
+
+    @cached_property
+    def statistics(self) -> int:
+        """Bytes of calibration: 24 a channel of a quantizer while it lasts, 8 more with exact ones."""
+        total = 0
+        for i in range(self.n):
+            widths = self.shape.widths(i)
+            for savers in (*self.halves[i].values(), *self.norms[i].values(), {"layer_in": self.inputs[i]}):
+                total += sum(_statistics(saver, widths.get(slot, 0)) for slot, saver in savers.items())
+        return total + _statistics(self.last, self.shape.hidden)
+
+    @cached_property
+    def inputs_kept(self) -> float:
+        """Bytes a token of layer_in, all layers."""
+        return sum(saver.bits(self.shape.hidden) / 8 for saver in self.inputs)
+
+
+def _statistics(saver, width: int) -> int:
+    if not isinstance(saver, ChannelQuant):
+        return 0
+    return width * (32 if saver.outlier_ratio else 24)
+
+
+def count(
+    savers: Savers, batch: int, length: int, checkpointing: bool = False, documents: int | None = None
+) -> Need:  # fmt: skip
+    """The Need of a micro-step of batch rows of length tokens, without padding. Arithmetic alone.
+
+    checkpointing: gradient checkpointing, with layer_in kept by its saver. documents: how many there are in all of rows
+    that are packed, and so attention by the kernel for runs.
+    """
+    shape, config, T = savers.shape, savers.config, batch * length
+    graphs = bool(config.cuda_graphs) and not checkpointing
+    windows = any(window is not None and window < length for window in shape.windows)
+    runs = documents or (batch if windows else 0)
+    step = _Step(savers, T, length, runs, graphs, checkpointing)
+    static = {
+        "weights": shape.weights,
+        "adapters, gradients, Adam": shape.trained,
+        "statistics of quantizers": savers.statistics,
+        "GEMM workspaces": WORKSPACE * (3 if graphs else 2),
+    }
+    host = 0
+    if config.offload and checkpointing:
+        host = T * savers.inputs_kept
+    elif config.offload:
+        # the last norm's slot is sent if it is a group by itself
+        last = T * savers.last.bits(shape.hidden) / 8
+        host = T * sum(unit.layer for unit in savers.units) + (last if last >= GROUP_BYTES else 0)
+    moments = {name: int(nbytes) for name, nbytes in step.moments().items()}
+    return Need(static, moments, int(step.loss()) if graphs else 0, int(host))
+
+
+class _Step:
+    """The moments of a micro-step of T tokens; t of them are an MLP's tile.
+
+    top: the layer whose backward comes first, where most is kept. below: with graphs, what the layer under it has
+    beside that, less what is free by then (models/graphs/layer_graphs.py: backward).
+    """
+
+    def __init__(self, savers: Savers, T: int, length: int, runs: int, graphs: bool, checkpointing: bool):
+        self.shape, self.savers, self.T, self.t = savers.shape, savers, T, min(T, TILE_TOKENS)
+        self.runs, self.graphs, self.checkpointing = runs, graphs, checkpointing
+        self.offload, shape, groups = savers.config.offload, savers.shape, savers.shape.groups
+        self.angles = 2 * E * shape.head_dim * length  # cos and sin of all rows
+        self.x, self.f = E * shape.hidden, E * shape.ffn
+        self.q, self.kv = E * shape.q, E * shape.k
+        self.qkv, self.out, self.gate_up, self.down = (groups[n] for n in ("qkv", "out", "gate_up", "down"))
+        self.n = 1 if checkpointing else savers.n
+        # of a layer that checkpointing runs again all slots are there for a time, and of no other
+        self.units = savers.units[-1:] if checkpointing else savers.units
+        attention, mlp = (E * (one.R + two.R) for one, two in ((self.qkv, self.out), (self.gate_up, self.down)))
+        self.low_rank = attention + mlp + 8  # x A^T of the four groups, and 4 bytes for each norm
+        self.grads = sum(group.grads for group in groups.values())
+
+    def kept(self, where: str) -> float:
+        """Bytes of slots on the device when the top layer's backward is at its MLP or attention, or forward at its end.
+
+        Of a store half a layer is on the device, and the half asked for next (store.py: window, ahead). In attention's
+        backward its own slots are free, but for heads with norms.
+        """
+        T, top = self.T, self.units[-1]
+        own = top.attention_norm + (top.attention if self._keeps_packed else 0)
+        if self.offload and not self.checkpointing:
+            under = self.units[-2] if self.n > 1 else None
+            halves = {
+                "mlp": top.layer,
+                "attention": own + (under.mlp_norm + under.mlp if under else 0),
+                "end": top.layer if self.graphs else top.mlp_norm + top.mlp,
+            }
+            return T * halves[where]
+        others = sum(unit.layer for unit in self.units[:-1])
+        return T * (others + (own if where == "attention" else top.layer)) + self._inputs()
+
+    @property
+    def _keeps_packed(self) -> bool:
+        return bool(self.shape.family.head_norms) or not self.savers.fused_attention
+
+    def _inputs(self) -> float:
+        """With checkpointing: kept layer inputs, of a store two of them; this layer's as restored, and its gradient."""
+        if not self.checkpointing:
+            return 0
+        every = self.savers.inputs_kept
+        return self.T * ((2 * every / self.savers.n if self.offload else every) + 2 * self.x)
+
+    def moments(self) -> dict[str, float]:
+        T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles
+        above = self._graph_layer_below()
+        found = {}
+        for name, size in self._mlp_backward().items():
+            found[f"backward of an MLP: {name}"] = size + low_rank + self.kept("mlp") + above
+        fixed = T * self.x if self.graphs else 0  # the graphs' input, output and its gradient, in one place
+        gradients = self.mlp_grads + self.out.grads if self.graphs else self.out.grads
+        for name, size in self._attention_backward().items():
+            found[f"backward of attention: {name}"] = (
+                size + low_rank + self.kept("attention") + above + fixed + gradients
+            )
+        for name, size in self._mlp_forward().items():
+            found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("mlp")
+        found["loss"] = self.loss() + low_rank + self.kept("end") + fixed
+        if self.checkpointing:
+            found["forward without gradients"] = self._stock_forward() + self._inputs()
+        return found
+
+    @property
+    def mlp_grads(self) -> int:
+        return self.gate_up.grads + self.down.grads
+
+    def _graph_layer_below(self) -> float:
+        """What the second layer of a recorded backward has more than the first: dx of autograd.grad's caller, and the
+        gradients found for the layer before; less what that layer has freed."""
+        if not self.graphs or self.n < 2:
+            return 0
+        freed = self.T * (self.low_rank + (0 if self.offload else self.units[-1].layer))
+        return max(0, self.T * self.x + self.grads - freed)
+
+    def _mlp_backward(self) -> dict[str, float]:
+        """mlp.py: _backward_tile of the first tile, dy [T, C] among them; slots of gate and up are free once read."""
+        T, t, x, f = self.T, self.t, self.x, self.f
+        whole = T * x if T > t else 0  # dx of all tiles
+        dgate_up = t * E * (self.gate_up.width + self.gate_up.beside)
+        freed = t * self.units[-1].mlp
+        stacks = self.down.stack + self.gate_up.stack
+        found = {
+            "down": T * x + t * f + self.down.piece(by_rows=False, below=False) + self.down.stack,
+            "activation": T * x + whole + t * f + dgate_up + stacks,
+            "gate, up": T * x + whole + dgate_up + self.gate_up.piece(by_rows=False, below=True) + t * x
+            + self.gate_up.stack + self.mlp_grads - freed,
+            "adapters": T * x + whole + dgate_up + 2 * t * x + self.gate_up.stack + self.mlp_grads - freed,
+        }  # fmt: skip
+        if not self.savers.fused_mlp:
+            # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden
+            savers = self.savers.halves[-1]["mlp"]
+            extra = 8 if savers["hidden"].stored else 6
+            found["activation"] = T * x + whole + t * extra * f + stacks
+        return found
+
+    def _attention_backward(self) -> dict[str, float]:
+        """attention.py: AttentionFunction.backward, dy [T, C] among them; the core is torch's flash attention."""
+        T, x, q, kv = self.T, self.x, self.q, self.kv
+        qkv, dy = q + 2 * kv, T * x
+        numbers = 2 * 4 * self.shape.q // self.shape.head_dim  # lse and sum(do o), in fp32
+        # flash's backward adds dq up in fp32, for each run PLACE tokens more; dk and dv of grouped queries it has for
+        # all heads before it adds them up
+        fp32 = 2 * q * (T + PLACE * self.runs)
+        if self.runs:
+            fp32 /= self._pieces(T + PLACE * self.runs)
+        grouped = 2 * q if kv < q else 0
+        core = T * (2 * qkv + grouped + 2 * q + numbers) + fp32
+        dqkv = T * (qkv + E * self.qkv.beside)
+        norms = T * (q + kv) if self.shape.family.head_norms else 0
+        return {
+            "out": dy + T * (qkv + 2 * q) + self.out.piece(by_rows=False, below=False) + self.out.stack
+            + self.qkv.stack,
+            "core": dy + core + self.qkv.stack,
+            "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
+            "q, k, v": dy + dqkv + self.qkv.piece(by_rows=False, below=True) + T * x + self.qkv.stack + self.qkv.grads,
+        }  # fmt: skip
+
+    def _pieces(self, places: int) -> int:
+        """flash.backward_pieces."""
+        heads, least = self.shape.k // self.shape.head_dim, -(-places // max(2 * self.T, SMALL))
+        return next((n for n in range(least, heads) if heads % n == 0), heads)
+
+    def _mlp_forward(self) -> dict[str, float]:
+        """mlp.py: _forward_tile of the last layer, with its input and the residual stream."""
+        T, t, x, f = self.T, self.t, self.x, self.f
+        y = t * E * (self.gate_up.width + self.gate_up.beside)
+        return {
+            "gate, up": 2 * T * x + y + self.gate_up.piece(by_rows=True, below=True) + self.gate_up.stack
+            - t * self.units[-1].mlp,
+            "activation": 2 * T * x + y + t * f + self.gate_up.stack,
+            "down": 2 * T * x + t * (f + x) + self.down.piece(by_rows=True, below=False) + self.down.stack,
+        }  # fmt: skip
+
+    def loss(self) -> float:
+        """cross_entropy.py: the last norm's output and slot, dh, a chunk of logits, its hidden states and gradients."""
+        rows = max(1, CHUNK_BYTES // (E * self.shape.vocab))
+        rows = min(rows if rows < TILE_ROWS else rows - rows % TILE_ROWS, self.T)
+        last = self.savers.last.bits(self.shape.hidden) / 8
+        chunk = rows * (E * self.shape.vocab + self.x)
+        return self.T * (2 * self.x + last + 16) + max(chunk, self.T * self.x)
+
+    def _stock_forward(self) -> float:
+        """The first forward of a checkpointed layer is Hugging Face's: RMSNorm in fp32, a whole W, LoRA apart."""
+        dequantized = max(E * g.n_in * max(p.out_features for p in g.linears) for g in self.shape.groups.values())
+        norm = self.T * 5 * self.x
+        mlp = 2 * self.T * self.x + 4 * self.t * self.f + (dequantized if self.qkv.in_4bit else 0)
+        return max(norm, mlp)

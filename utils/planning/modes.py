@@ -1,0 +1,93 @@
+"""The settings that a plan weighs, and how near the counts are to what was measured of each."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from hyclora.models.config import HycloraConfig
+
+# lines written before settings were recorded whole hold what was given alone; these defaults have changed since
+DEFAULTS_THEN = {"layer_type": "intra_inter", "cuda_graphs": False}
+# what else tells two settings apart does not change the memory of full rows
+TOLD_BY = ("layer_type", "q_bit", "attention", "scale_rule", "offload", "slot_savers")
+NEAR = 10.0  # percent: a mode that is further off says so
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A setting by what a person calls it; checkpointing: with gradient checkpointing around each layer.
+
+    lines, off: how many measured lines there are, and by how many percent of the measured dyn they are off at most;
+    earlier: all of them are of builds before live memory was as it is, most of which took more.
+    """
+
+    name: str
+    settings: tuple[tuple[str, object], ...]
+    checkpointing: bool = False
+    lines: int = 0
+    off: float = 0.0
+    earlier: bool = False
+
+    @property
+    def config_arguments(self) -> dict:
+        return {name: dict(v) if isinstance(v, tuple) else v for name, v in self.settings}
+
+    @cached_property
+    def config(self) -> HycloraConfig:
+        return HycloraConfig(**self.config_arguments)
+
+    @property
+    def accuracy(self) -> str:
+        """How near the count of dyn is, in words."""
+        if not self.lines:
+            return "no measured line"
+        of = f"{self.lines} measured line{'s' * (self.lines > 1)}{' of earlier builds' if self.earlier else ''}"
+        return f"{of} differ by up to {self.off:.1f} %" if self.off > NEAR else f"within {self.off:.1f} % of {of}"
+
+
+# of each mode with measured lines: how many, off at most by so many percent, of earlier builds alone; an installed
+# package has no result files. `python -m benchmarks.report_plan` prints them, and a test holds them to the files
+MEASURED = {
+    "exact, resident, layer by layer": (1, 5.3, True),
+    "offloaded, CUDA graphs, 2 bit": (1, 0.3, False),
+    "offloaded, CUDA graphs, 4 bit": (2, 0.3, False),
+    "offloaded, layer by layer, 2 bit": (1, 0.1, False),
+    "offloaded, layer by layer, 4 bit": (2, 0.4, False),
+    "resident, CUDA graphs, 2 bit": (1, 0.1, False),
+    "resident, CUDA graphs, 4 bit": (1, 0.0, False),
+    "resident, layer by layer, 2 bit": (5, 5.9, True),
+    "resident, layer by layer, 4 bit": (1, 3.6, True),
+}
+
+
+def _modes() -> list[Mode]:
+    found = []
+    for offload in (False, True):
+        for graphs in (True, False):
+            for bits in (8, 4, 2):
+                where = "offloaded" if offload else "resident"
+                name = f"{where}, {'CUDA graphs' if graphs else 'layer by layer'}, {bits} bit"
+                found.append((name, (("q_bit", bits), ("offload", offload), ("cuda_graphs", graphs)), False))
+    for offload in (False, True):
+        for saver, said in (("exact", "exact"), ("quant8", "8 bit")):
+            name = f"checkpointing, {'offloaded' if offload else 'resident'} layer inputs, {said}"
+            settings = (("offload", offload), ("cuda_graphs", False), ("slot_savers", (("layer_in", saver),)))
+            found.append((name, settings, True))
+    found.append(("exact, resident, layer by layer", (("layer_type", "baseline"), ("cuda_graphs", False)), False))
+    return [Mode(*mode, *MEASURED.get(mode[0], ())) for mode in found]
+
+
+MODES = _modes()
+
+
+def mode_of(setting) -> Mode | None:
+    """The mode that a result line's setting is, None if none: a peer, or a setting that no plan weighs."""
+    if not isinstance(setting, dict):
+        return None
+    wanted = _key(HycloraConfig(**DEFAULTS_THEN | setting))
+    return next((mode for mode in MODES if not mode.checkpointing and _key(mode.config) == wanted), None)
+
+
+def _key(config: HycloraConfig) -> tuple:
+    values = {name: getattr(config, name) for name in TOLD_BY}
+    bits = values.pop("q_bit") if config.policy.compress else None
+    return bool(config.cuda_graphs), bits, *values.items()

@@ -1,0 +1,174 @@
+"""A model as far as its memory goes: linear layers, slots, weights and what is trained, read off meta tensors."""
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hyclora.models.building import slot_widths
+from hyclora.models.families import FAMILIES
+from hyclora.operators.linear import nf4
+from hyclora.operators.linear.weight_pieces import weight_pieces
+from hyclora.operators.reference import padded_rank
+from hyclora.utils.args import ROOT
+from hyclora.utils.errors import UserError
+
+SHAPES = ROOT / "benchmarks" / "shapes"
+BASES = ("nf4", "bf16")
+HALF = torch.bfloat16  # what is computed in, and what weights are in that are not NF4
+# bitsandbytes: weights that share an absmax of 8 bits, absmax that share one in fp32, tables of 16 and 256 values
+BLOCK, BLOCKS, TABLES = 64, 256, 4 * (16 + 256 + 1)
+ALIGNED = 512  # the allocator's step
+# a trained number in fp32: itself, its gradient, and Adam's two
+TRAINED = 4
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that the allocator takes for a tensor."""
+    return -(-nbytes // ALIGNED) * ALIGNED
+
+
+def nf4_bytes(numel: int) -> int:
+    """Bytes of a weight in NF4 with double quantization (utils/loading.py)."""
+    absmax = -(-numel // BLOCK)
+    return aligned(-(-numel // 2)) + aligned(absmax) + aligned(4 * -(-absmax // BLOCKS)) + TABLES
+
+
+class Group:
+    """Linear layers that share their input, with an adapter of `rank` each: a ProjectionGroup's sizes in bytes.
+
+    n_in, width: elements a token. R: columns of x A^T; beside: those of them that stand beside the outputs
+    (ProjectionGroup.buffer). piece: the most of W that is there at a time, by rows in forward, else in backward.
+    stack: A and B of stack_adapters. grads: those of A and B, in fp32.
+    """
+
+    def __init__(self, linears: list[nn.Linear], rank: int):
+        self.linears = linears
+        self.n_in, self.width = linears[0].in_features, sum(linear.out_features for linear in linears)
+        self.R = padded_rank(rank * len(linears))
+        self.stack = HALF.itemsize * self.R * (self.n_in + self.width)
+        self.grads = 4 * rank * sum(linear.in_features + linear.out_features for linear in linears)
+        self.in_4bit = nf4.is_4bit(linears[-1].weight)
+        self.beside = self.R if self.in_4bit else 0
+
+    def piece(self, by_rows: bool, below: bool) -> int:
+        """Bytes of the largest piece of a W that is NF4 (linear/weight_pieces.py); below: with A under it."""
+        starts = [0]
+        for linear in self.linears:
+            starts.append(starts[-1] + linear.out_features)
+        own = [slice(*pair) for pair in zip(starts, starts[1:], strict=False)]
+        pieces = weight_pieces(list(zip(self.linears, own, strict=True)), HALF, by_rows)
+        shapes = [piece.shape for piece in pieces if piece.in_4bit]
+        extra = self.R if below else 0
+        return HALF.itemsize * max(((rows + extra) * columns for rows, columns in shapes), default=0)
+
+
+class Shape:
+    """What the plan has to know of a model with adapters of `rank` on all linear layers of its decoder.
+
+    source: a folder with a config.json, the file itself, a name in benchmarks/shapes, or a Transformers configuration;
+    base: nf4 or bf16. Built on the meta device: no memory, some seconds for the largest. Raises UserError for a source
+    without a configuration, for one that cannot work, and for a model that is no decoder of a known family.
+    """
+
+    def __init__(self, source, base: str = "nf4", rank: int = 16):
+        if base not in BASES:
+            raise UserError(f"base {base!r} is not one of {', '.join(BASES)}")
+        if base == "nf4" and nf4.bnb is None:
+            raise UserError("weights in NF4 need bitsandbytes: pip install bitsandbytes, or plan with --base bf16")
+        if rank < 1:
+            raise UserError(f"lora_rank {rank} is not positive")
+        self.config, self.base, self.rank = read_config(source), base, rank
+        self.family = FAMILIES[self.config.model_type]
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=HALF)
+        decoder = self.model.base_model
+        self.layers = list(attrgetter(self.family.layers)(decoder))
+        self.linears = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+        if base == "nf4":
+            for linear in self.linears:
+                linear.weight.quant_state = base  # what tells is_4bit, and so weight_pieces
+        layer = self.layers[0]
+        attention, mlp = layer.get_submodule(self.family.attention), layer.get_submodule(self.family.mlp)
+        self.groups = {
+            name: Group([half.get_submodule(path) for path in paths], rank)
+            for name, half, paths in (
+                ("qkv", attention, self.family.qkv),
+                ("out", attention, [self.family.out]),
+                ("gate_up", mlp, self.family.gate_up),
+                ("down", mlp, [self.family.down]),
+            )
+        }
+        core = attention.get_submodule(self.family.core)
+        self.head_dim = getattr(core, self.family.head_dim)
+        self.q, self.k, _ = (linear.out_features for linear in self.groups["qkv"].linears)
+        self.hidden, self.ffn = self.groups["qkv"].n_in, self.groups["down"].n_in
+        self.vocab = self.model.get_output_embeddings().weight.shape[0]
+        self.windows = [self._window(one) for one in self.layers]
+
+    def _window(self, layer: nn.Module) -> int | None:
+        path = self.family.sliding_window
+        core = layer.get_submodule(self.family.attention).get_submodule(self.family.core)
+        return attrgetter(path)(core) if path else None
+
+    def widths(self, index: int) -> dict[str, int]:
+        """Elements a token of each slot of a layer."""
+        halves = (slot_widths(self.family, self.layers[index], half) for half in ("attention", "mlp"))
+        return {slot: n for half in halves for slot, n in half.items()} | {"layer_in": self.hidden}
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of the frozen weights: NF4 in the decoder's linear layers if base says so, else 2 an element."""
+        packed = {id(linear.weight) for linear in self.linears} if self.base == "nf4" else set()
+        sizes = (
+            nf4_bytes(p.numel()) if id(p) in packed else aligned(p.numel() * p.element_size())
+            for p in self.model.parameters()
+        )
+        return sum(sizes)
+
+    @cached_property
+    def trained(self) -> int:
+        """Bytes of adapters in fp32, their gradients and Adam's two numbers."""
+        return TRAINED * sum(
+            aligned(4 * self.rank * n) for linear in self.linears for n in (linear.in_features, linear.out_features)
+        )
+
+
+def read_config(source):
+    """The Transformers configuration of a folder, a file, a name in benchmarks/shapes, or itself."""
+    if not isinstance(source, str | Path):
+        return _known(source, getattr(source, "name_or_path", "") or "the configuration")
+    file = next(_candidates(str(source)), None)
+    if file is None:
+        shapes = ", ".join(sorted(path.name for path in SHAPES.glob("*"))) or "none here"
+        raise UserError(f"{source} has no config.json: name a folder of a model, its config.json or a shape ({shapes})")
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        if given["model_type"] not in FAMILIES:
+            raise UserError(f"{file} is of a {given['model_type']} model: supported are {', '.join(sorted(FAMILIES))}")
+        found = AutoConfig.from_pretrained(file)
+    except StrictDataclassError as error:
+        raise UserError(f"{file} cannot work: {error.__cause__ or error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{file} is not the configuration of a model: copy the file again") from None
+    return _known(found, file)
+
+
+def _candidates(source: str) -> Iterable[Path]:
+    for path in (Path(source), Path(source) / "config.json", SHAPES / source / "config.json"):
+        if path.is_file():
+            yield path
+
+
+def _known(config, where):
+    family = FAMILIES.get(getattr(config, "model_type", None))
+    if family is None or not family.causal:
+        known = ", ".join(name for name, one in sorted(FAMILIES.items()) if one.causal)
+        raise UserError(f"{where} is of no model that a plan can be made for: {known}")
+    return config
