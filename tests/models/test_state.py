@@ -72,7 +72,7 @@ def test_a_torn_file_is_refused_and_changes_nothing(tmp_path, damage):
 
 def test_another_models_calibration_is_refused(tmp_path):
     save_calibration(calibrated(num_hidden_layers=3), tmp_path)
-    with pytest.raises(ValueError, match=r"is of another model, as this one has no .*layers\.2"):
+    with pytest.raises(ValueError, match=r"is of another model, this one has no .*layers\.2"):
         load_calibration(calibrated(), tmp_path)
 
 
