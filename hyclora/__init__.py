@@ -19,6 +19,7 @@ if not (Path(__file__).parent / "models").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 _PUBLIC = {
+    "CalibrationCallback": "hyclora.models.callback",
     "HycloraConfig": "hyclora.models.config",
     "PatchReport": "hyclora.models.patch",
     "apply_hyclora": "hyclora.models.patch",

@@ -8,6 +8,7 @@ trust.py       which modules a block may stand in for                   watch.py
 outputs.py     what a training forward returns                          late_logits.py  logits, if somebody looks
 binding.py     how a block is put in front of a forward                 foreign_head.py  heads that are not ours
 calibration.py when calibration ends, and begins again                  state.py    calibration on disk
+callback.py    calibration in the checkpoints of HF's Trainer
 report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
 building.py    which blocks and savers layers get                       families/   what families are like
 encoder_layer.py  a whole layer whose norms come after the residual      shifted.py  attention in shifted groups

@@ -43,7 +43,7 @@ class Calibration:
     It begins again if the gauge (None: nobody looks) reads more than TOO_WIDE in most of SAMPLES forwards: after
     EVERY * SAMPLES, then twice as many each time. The ranks of a distributed run decide together. Allocates 3 BUCKETS
     bytes while calibrating, and waits for the device then; no more afterwards.
-    counted: tokens in the statistics.
+    counted: tokens in the statistics. lost: why a resumed run has no calibration to go on with, if that is known.
     """
 
     def __init__(self, step: Step, savers: list[Saver]):
@@ -52,6 +52,7 @@ class Calibration:
         self.quantizers = [saver for saver in (*savers, *own) if isinstance(saver, ChannelQuant)]
         self.gauge = next((saver for saver in savers if isinstance(saver, GaugedQuant)), None)
         self.begun, self.counted, self.restarts = 0, 0, 0
+        self.lost: str | None = None
         self.seen: Tensor | None = None
         self._readback: Readback | None = None
 

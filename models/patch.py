@@ -34,6 +34,7 @@ from hyclora.operators.store import CudaCopies, Store
 
 logger = logging.getLogger("hyclora")
 PATCH = "_hyclora_patch"
+ZERO_INITS = (True, "gaussian", "eva")  # PEFT's names
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Patch:
     step: Step
     decoder: nn.Module = field(repr=False)  # has it as an attribute
     calibration: Calibration
+    starts_at_zero: bool = True  # whether an adapter's B is 0 until it is trained
     blocks: list[Block] = field(default_factory=list)
     checkpoints: list[CheckpointBlock] = field(default_factory=list)
     hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
@@ -120,7 +122,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         blocks.append(ForeignHead(_base(model), names[id(_base(model))], step, family, decoder))
     checkpoints = [CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step) for i, m in enumerate(layers)]
     calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
-    patch = Patch(config, step, decoder, calibration, blocks, checkpoints)
+    patch = Patch(config, step, decoder, calibration, _starts_at_zero(model), blocks, checkpoints)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers, "offload"))))
     graphs = config.cuda_graphs and not no_graphs
@@ -195,6 +197,12 @@ def patch_of(model: nn.Module) -> Patch | None:
     if len(patches) > 1:
         raise ValueError(f"there are {len(patches)} patched models in this one; give one of them")
     return patches[0] if patches else None
+
+
+def _starts_at_zero(model: nn.Module) -> bool:
+    """Whether all adapters began with B = 0: PiSSA, LoftQ and others do not."""
+    configs = getattr(model, "peft_config", {}).values()
+    return all(getattr(adapter, "init_lora_weights", None) in ZERO_INITS for adapter in configs)
 
 
 def _base(model: nn.Module) -> nn.Module:

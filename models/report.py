@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hyclora.models.config import HycloraConfig
@@ -115,6 +116,24 @@ def make_report(
         last_norm,
         drops,
     )
+
+
+@torch.compiler.disable
+def tell_of_new_calibration(lost: str | None, adapted: list) -> None:
+    """Warn if calibration begins although training does not.
+
+    lost: why that is known. adapted: projections with an adapter whose B, untrained, is 0.
+    """
+    ups = [p.parameters()[1].detach() for p in adapted if p.has_adapter]
+    # of a sharded one each rank looks at its own part
+    trained = any(bool(getattr(up, "to_local", lambda up=up: up)().any()) for up in ups)
+    why = lost or ("these adapters are trained already" if trained else None)
+    if why:
+        logger.warning(
+            f"HyC-LoRA: {why}, and calibration begins anew: if this run goes on from a checkpoint, it will not be what "
+            "it had been without the stop. To have it so, keep calibration with the checkpoints: CalibrationCallback "
+            "in Hugging Face's Trainer, save_calibration and load_calibration in a loop of your own"
+        )
 
 
 def tell_of_checkpointing(layers: list[nn.Module]) -> None:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hyclora.models.patch import find_patch
@@ -31,15 +31,19 @@ def save_calibration(model: PeftModel, folder: str | Path) -> Path:
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # half of it, if the disk is full
     return path
 
 
 def load_calibration(model: PeftModel, folder: str | Path) -> None:
     """Restore what save_calibration wrote, read on the CPU, to follow the activations when they come.
 
-    ValueError if the model is not patched, or the file is missing or belongs to another setting.
+    ValueError if the model is not patched, or the file is missing, torn, or of another setting or model; then nothing
+    has changed.
     """
     patch = find_patch(model)
     path = Path(folder) / FILE_NAME
@@ -47,14 +51,20 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
         raise ValueError(
             f"{path} is missing: the checkpoint was not written with HyC-LoRA, so it cannot be resumed with it"
         )
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    saved, current = json.loads(metadata["config"]), patch.config.to_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        saved, current = json.loads(metadata["config"]), patch.config.to_dict()
+    except (SafetensorError, TypeError, KeyError, ValueError):
+        raise ValueError(f"{path} is torn, or no calibration of HyC-LoRA: resume from another checkpoint") from None
     changed = [name for name in current if name not in LAUNCH and saved.get(name) != current[name]]
     if metadata["format"] != FORMAT or changed:
         raise ValueError(
             f"{path} was written with other settings of {', '.join(changed) or 'the format'}; use the same"
         )
+    known = {key for key, _ in _savers(patch)} | {PROGRESS}
+    if foreign := {name.rpartition(".")[0] for name in tensors} - known:
+        raise ValueError(f"{path} is of another model, this one has no {min(foreign)}: resume from its own checkpoint")
     for key, saver in _savers(patch):
         saver.load_state_dict(_under(key, tensors))
     patch.calibration.load_state_dict(metadata[PROGRESS], _under(PROGRESS, tensors))

@@ -202,7 +202,7 @@ def test_checkpointing_is_told_once_at_the_first_step(caplog):
     model, batch = llama(), padded_batch()
     apply_hyclora(model)
     gradients(model, batch)
-    assert caplog.text == ""
+    assert "checkpointing" not in caplog.text
     remove_hyclora(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()

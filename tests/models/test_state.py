@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from hyclora import HycloraConfig, apply_hyclora
+from hyclora.models import state
 from hyclora.models.patch import find_patch
 from hyclora.models.state import FILE_NAME, load_calibration, save_calibration
 from tests.helpers.small_models import gradients, llama, padded_batch
 
 
-def calibrated(**config):
-    model = llama()
+def calibrated(num_hidden_layers=2, **config):
+    model = llama(num_hidden_layers=num_hidden_layers)
     apply_hyclora(model, HycloraConfig(iteration_threshold=2, **config))
     for seed in range(2):
         gradients(model, padded_batch(seed=seed))
@@ -40,6 +43,52 @@ def test_missing_or_foreign_state_is_refused(tmp_path):
     apply_hyclora(other, HycloraConfig(q_bit=8))
     with pytest.raises(ValueError, match="other settings of q_bit, iteration_threshold"):
         load_calibration(other, tmp_path)
+
+
+def swap(folder):
+    save_file({"w": torch.zeros(3)}, folder / FILE_NAME)
+
+
+def cut(folder):
+    file = folder / FILE_NAME
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def no_config(folder):
+    save_file({"w": torch.zeros(3)}, folder / FILE_NAME, {"format": "2"})
+
+
+@pytest.mark.parametrize("damage", [cut, swap, no_config], ids=lambda f: f.__name__)
+def test_a_torn_file_is_refused_and_changes_nothing(tmp_path, damage):
+    model = calibrated()
+    save_calibration(model, tmp_path)
+    expected = gradients(model, padded_batch(seed=9))[1]
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=f"{FILE_NAME} is torn, or no calibration of HyC-LoRA: resume from another"):
+        load_calibration(model, tmp_path)
+    found = gradients(model, padded_batch(seed=9))[1]
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def test_another_models_calibration_is_refused(tmp_path):
+    save_calibration(calibrated(num_hidden_layers=3), tmp_path)
+    with pytest.raises(ValueError, match=r"is of another model, this one has no .*layers\.2"):
+        load_calibration(calibrated(), tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    model = calibrated()
+    file = save_calibration(model, tmp_path)
+    before = file.read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(SafetensorError):
+        save_calibration(model, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME] and file.read_bytes() == before
 
 
 def test_an_uncalibrated_model_saves_and_loads(tmp_path):

@@ -1,0 +1,69 @@
+"""Calibration inside the checkpoints of Hugging Face's Trainer, and of the trainers that are made of it, as TRL's."""
+
+import json
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hyclora.models.patch import find_patch
+from hyclora.models.state import FILE_NAME, load_calibration, save_calibration
+
+STATE = "trainer_state.json"
+# what a checkpoint's state keeps through a resume, and tells two checkpoints apart
+_SAME = ("global_step", "log_history", "total_flos", "best_metric")
+
+
+class CalibrationCallback(TrainerCallback):
+    """Saves the calibration of a patched model into each checkpoint, and loads it before the first resumed step.
+
+        trainer.add_callback(CalibrationCallback())
+        trainer.train(resume_from_checkpoint=True)
+
+    checkpoint: the folder that is resumed; needed only if it is neither in output_dir nor args.resume_from_checkpoint,
+    as the Trainer tells nobody. Takes what save_calibration takes, on disk.
+
+    A checkpoint that has no calibration is resumed with a warning: calibration begins anew. ValueError as training
+    begins if the model is not patched, if the resumed checkpoint is not found, if its calibration is torn or of other
+    settings, and for a hyper-parameter search, whose trials have folders of their own.
+    """
+
+    def __init__(self, checkpoint: str | Path | None = None):
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args, state: TrainerState, control, model=None, **kwargs):
+        patch = find_patch(model)
+        if state.is_hyper_param_search:
+            raise ValueError("CalibrationCallback cannot follow a hyper-parameter search: leave it out there")
+        if not state.global_step:
+            return
+        folder = self._resumed(args, state)
+        if (folder / FILE_NAME).is_file():
+            load_calibration(model, folder)
+        else:
+            patch.calibration.lost = f"{folder} has no {FILE_NAME}"
+
+    def on_save(self, args, state: TrainerState, control, model=None, **kwargs):
+        if args.should_save:
+            save_calibration(model, _folder(args, state))
+
+    def _resumed(self, args, state: TrainerState) -> Path:
+        """The folder of the checkpoint that the Trainer has just read."""
+        places = [self.checkpoint] if self.checkpoint else [args.resume_from_checkpoint, _folder(args, state)]
+        folders = [Path(place) for place in places if place]
+        for folder in folders:
+            if (folder / STATE).is_file() and _told(TrainerState.load_from_json(str(folder / STATE))) == _told(state):
+                return folder
+        raise ValueError(
+            f"the checkpoint of step {state.global_step} that is resumed is not {' or '.join(map(str, folders))}: "
+            "say where it is with CalibrationCallback(checkpoint=FOLDER)"
+        )
+
+
+def _folder(args, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _told(state: TrainerState) -> str:
+    return json.dumps([getattr(state, name) for name in _SAME])

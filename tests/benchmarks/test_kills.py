@@ -1,0 +1,66 @@
+"""Runs that are killed with SIGKILL and resumed are, bit by bit, the run that was not; what differs is found."""
+
+import json
+
+import pytest
+
+from benchmarks import kills
+from benchmarks.kills import EVALUATION, SAVING, STEP, Event, Point, points
+
+REPORTED = {"versions", "commit", "device", "setting", "arguments", "after_ms", "torn", "resumed_from", "calibrating"}
+
+
+@pytest.fixture
+def killed(tiny_llama_folder, tmp_path, monkeypatch):
+    """The lines of a command."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # kernels are for other tests
+
+    def killed(*options):
+        kills.main(["--model", str(tiny_llama_folder), "--output_dir", str(tmp_path / "results"), *options])
+        return [json.loads(line) for line in (tmp_path / "results/kills.jsonl").read_text().splitlines()]
+
+    return killed
+
+
+def test_killed_in_each_phase_and_resumed_it_is_the_run_that_nobody_killed(killed):
+    found = killed("--drivers", "run_gsm8k", "--kills", "3")
+    assert [line["phase"] for line in found] == [STEP, SAVING, EVALUATION]
+    for line in found:
+        assert line["differ"] == [] and line["resumed_from"] >= 2 and line.keys() >= REPORTED
+
+
+def test_points_lie_behind_the_first_whole_checkpoint():
+    def events(phase, number, begin, end):
+        return [Event(phase, number, True, begin), Event(phase, number, False, end)]
+
+    unbroken = [*events(STEP, 1, 0, 2), *events(SAVING, 1, 2, 3), *events(STEP, 2, 3, 7), *events(SAVING, 2, 7, 8)]
+    assert points(unbroken, STEP) == [Point(STEP, 2, 4)]
+    assert points(unbroken, SAVING) == [Point(SAVING, 2, 1)]
+    assert points(unbroken, EVALUATION) == []
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What kills.outcome reads."""
+    (tmp_path / "run").mkdir()
+    history = [{"step": 1, "loss": 0.5}, {"train_runtime": 3.0}]
+    (tmp_path / "run.json").write_text(json.dumps({"log_history": history, "metrics": {"loss": 1.0}}))
+    (tmp_path / "run/adapter_model.safetensors").write_bytes(b"adapters")
+    return tmp_path
+
+
+def test_the_outcome_is_all_that_does_not_depend_on_time(run_folder):
+    before = kills.outcome(run_folder)
+    file = run_folder / "run.json"
+    file.write_text(file.read_text().replace("3.0", "4.0"))
+    assert kills.outcome(run_folder) == before
+    file.write_text(file.read_text().replace("0.5", "0.5000000000000001"))
+    (run_folder / "run/adapter_model.safetensors").write_bytes(b"adapterz")
+    found = kills.outcome(run_folder)
+    assert [name for name in found if found[name] != before[name]] == ["losses", "adapters"]
+
+
+def test_a_driver_that_fails_by_itself_is_no_kill(killed, capsys):
+    with pytest.raises(SystemExit):
+        killed("--drivers", "run_gsm8k", "--kills", "1", "--", "--q_bit", "5")
+    assert "run_gsm8k fails without being killed, see " in capsys.readouterr().err
