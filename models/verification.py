@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-# a smallest cosine that no recorded setting comes near (benchmarks/results/fidelity.jsonl: 0.40 at 2 bit, as published)
+# below the worst weight of the worst line of benchmarks/results/fidelity.jsonl: 0.40, scale_rule=paper at 2 bit
 THRESHOLD = 0.3
 # notes on a gradient that says nothing, and is as it has to be
 AT_START = "0, as lora_B is 0 at the start"
