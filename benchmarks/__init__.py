@@ -17,5 +17,6 @@ report.py             README's tables                        figures.py         
 paper_tables.py       the paper's tables, of anyone's runs
 report_real_rows.py   and those of rows of many lengths      report_experiments.py  and of the paper's experiments
 technique_tables.py   those of a grid                        seed_reports.py    what two reports say of one
-tables.py             a table in Markdown                    report_plan.py     what hyclora.plan counts, and is so
+report_kills.py       and of runs that were killed           report_plan.py     what hyclora.plan counts, and is so
+tables.py             a table in Markdown
 """

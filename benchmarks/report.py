@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.record import RESULTS
 from benchmarks.report_experiments import experiments
+from benchmarks.report_kills import kills
 from benchmarks.report_plan import planned
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.rows import (
@@ -314,6 +315,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "experiments": experiments,
         "parameters": parameters,
         "slots": slots,
+        "kills": kills,
     },
     ROOT / "benchmarks" / "README.md": {
         "memory_throughput": memory_throughput,

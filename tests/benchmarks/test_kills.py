@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from benchmarks import kills
+from benchmarks import kills, report_kills
 from benchmarks.kills import EVALUATION, SAVING, STEP, Event, Point, points
 
+VERSIONS = ("torch", "triton", "transformers", "peft")
 REPORTED = {"versions", "commit", "device", "setting", "arguments", "after_ms", "torn", "resumed_from", "calibrating"}
 
 
@@ -58,6 +59,22 @@ def test_the_outcome_is_all_that_does_not_depend_on_time(run_folder):
     (run_folder / "run/adapter_model.safetensors").write_bytes(b"adapterz")
     found = kills.outcome(run_folder)
     assert [name for name in found if found[name] != before[name]] == ["losses", "adapters"]
+
+
+def test_the_table_counts_what_was_not_equal(monkeypatch):
+    common = {"device": "CPU", "driver": "run_gsm8k", "commit": "c", "versions": dict.fromkeys(VERSIONS, "1")}
+    kept = {"killed_in": SAVING, "calibrating": True, "torn": 1, "differ": []}
+    lines = [
+        kept,
+        kept | {"differ": ["losses"]},
+        kept | {"error": "exit code 1"},
+        kept | {"killed_in": STEP, "torn": 0},
+    ]
+    monkeypatch.setattr(report_kills, "load", lambda *_: [common | line for line in lines])
+    assert report_kills.kills().splitlines()[2:4] == [
+        "| CPU, `run_gsm8k.py`, saving | 3 | 3 | 3 | 1 of 3 |",
+        "| CPU, `run_gsm8k.py`, step | 1 | 1 | 0 | 1 of 1 |",
+    ]
 
 
 def test_a_driver_that_fails_by_itself_is_no_kill(killed, capsys):
