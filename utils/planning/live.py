@@ -212,11 +212,11 @@ class _Step:
         return bool(self.shape.family.head_norms) or not self.savers.fused_attention
 
     def _inputs(self) -> float:
-        """With checkpointing: kept layer inputs, of a store two of them; this layer's as restored, and its gradient."""
+        """With checkpointing: kept layer inputs, of a store two of them; this layer's as restored, its sums and dy."""
         if not self.checkpointing:
             return 0
         every = self.savers.inputs_kept
-        return self.T * ((2 * every / self.savers.n if self.offload else every) + 2 * self.x)
+        return self.T * ((2 * every / self.savers.n if self.offload else every) + 4 * self.x)
 
     def moments(self) -> dict[str, float]:
         T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles
@@ -259,6 +259,8 @@ class _Step:
         found = {
             "down": T * x + t * f + self.down.piece(by_rows=False, below=False) + self.down.stack,
             "activation": T * x + whole + t * f + dgate_up + stacks,
+            "low-rank gradients": T * x + whole + dgate_up + self.gate_up.low_rank_parts(t) + self.gate_up.stack
+            + self.mlp_grads - freed,
             "gate, up": T * x + whole + dgate_up + self.gate_up.piece(by_rows=False, below=True) + t * x
             + self.gate_up.stack + self.mlp_grads - freed,
             "adapters": T * x + whole + dgate_up + 2 * t * x + self.gate_up.stack + self.mlp_grads - freed,
