@@ -24,7 +24,8 @@ E = HALF.itemsize
 # of a GEMM library, for each thread and stream that uses it: 32 MiB on Hopper, 8 on others. The main thread, autograd's
 # and, where graphs are recorded, the recording one's (models/graphs/recording.py)
 WORKSPACE = 2**25
-# an allowance, not a count: with expandable segments the allocator has taken up to 39 % and 110 MiB more than counted
+# an allowance, not a count, chosen so that no line measured with expandable segments is above it; without them the
+# allocator takes more
 GAPS = (0.45, 2**27)
 # what a driver and CUDA take for themselves
 RESERVE = 10**9
@@ -191,8 +192,9 @@ class _Step:
     def kept(self, where: str) -> float:
         """Bytes of slots on the device when the top layer's backward is at its MLP or attention, or forward at its end.
 
-        Of a store half a layer is on the device, and the half asked for next (store.py: window, ahead). In attention's
-        backward its own slots are free, but for heads with norms.
+        Of a store half a layer is on the device, and the half asked for next (store.py: window, ahead). By the code a
+        norm's slot of 64 MiB would be fetched by itself, later; the line of 131,072 tokens has it there, so it counts.
+        In attention's backward its own slots are free, but for heads with norms.
         """
         T, top = self.T, self.units[-1]
         own = top.attention_norm + (top.attention if self._keeps_packed else 0)
@@ -212,11 +214,11 @@ class _Step:
         return bool(self.shape.family.head_norms) or not self.savers.fused_attention
 
     def _inputs(self) -> float:
-        """With checkpointing: kept layer inputs, of a store two of them; this layer's as restored, and its gradient."""
+        """With checkpointing: kept layer inputs, of a store two of them; this layer's as restored, its sums and dy."""
         if not self.checkpointing:
             return 0
         every = self.savers.inputs_kept
-        return self.T * ((2 * every / self.savers.n if self.offload else every) + 2 * self.x)
+        return self.T * ((2 * every / self.savers.n if self.offload else every) + 4 * self.x)
 
     def moments(self) -> dict[str, float]:
         T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles
@@ -259,6 +261,8 @@ class _Step:
         found = {
             "down": T * x + t * f + self.down.piece(by_rows=False, below=False) + self.down.stack,
             "activation": T * x + whole + t * f + dgate_up + stacks,
+            "low-rank gradients": T * x + whole + dgate_up + self.gate_up.low_rank_parts(t) + self.gate_up.stack
+            + self.mlp_grads - freed,
             "gate, up": T * x + whole + dgate_up + self.gate_up.piece(by_rows=False, below=True) + t * x
             + self.gate_up.stack + self.mlp_grads - freed,
             "adapters": T * x + whole + dgate_up + 2 * t * x + self.gate_up.stack + self.mlp_grads - freed,
@@ -275,8 +279,8 @@ class _Step:
         T, x, q, kv = self.T, self.x, self.q, self.kv
         qkv, dy = q + 2 * kv, T * x
         numbers = 2 * 4 * self.shape.q // self.shape.head_dim  # lse and sum(do o), in fp32
-        # flash's backward adds dq up in fp32, for each run PLACE tokens more; dk and dv of grouped queries it has for
-        # all heads before it adds them up
+        # flash's backward adds dq up in fp32, for each run PLACE tokens more (benchmarks/NOTES.md); of grouped queries
+        # FlashAttention has dk, dv for all heads before it adds them up, and the one line of such a shape agrees
         fp32 = 2 * q * (T + PLACE * self.runs)
         if self.runs:
             fp32 /= self._pieces(T + PLACE * self.runs)

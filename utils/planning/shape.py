@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hyclora.models.building import slot_widths
 from hyclora.models.families import FAMILIES
-from hyclora.operators.linear import nf4
+from hyclora.operators.dispatch import cdiv, rank_block
+from hyclora.operators.linear import low_rank_grad, nf4
 from hyclora.operators.linear.weight_pieces import weight_pieces
 from hyclora.operators.reference import padded_rank
 from hyclora.utils.args import ROOT
@@ -49,13 +50,23 @@ class Group:
     """
 
     def __init__(self, linears: list[nn.Linear], rank: int):
-        self.linears = linears
+        self.linears, self.rank = linears, rank
         self.n_in, self.width = linears[0].in_features, sum(linear.out_features for linear in linears)
         self.R = padded_rank(rank * len(linears))
         self.stack = HALF.itemsize * self.R * (self.n_in + self.width)
         self.grads = 4 * rank * sum(linear.in_features + linear.out_features for linear in linears)
         self.in_4bit = nf4.is_4bit(linears[-1].weight)
         self.beside = self.R if self.in_4bit else 0
+
+    def low_rank_parts(self, n_rows: int) -> int:
+        """Bytes that low_rank_grads has for a time (linear/low_rank_grad.py): parts of g and of dB, in fp32."""
+        if self.rank > low_rank_grad.LARGEST_RANK:
+            return 0
+        block_rank, block_rows = rank_block(self.rank), low_rank_grad.BLOCK_ROWS
+        block_cols = min(512 * 16 // block_rank, low_rank_grad.TILE_BYTES // block_rows // HALF.itemsize)
+        stripes = sum(cdiv(linear.out_features, block_cols) for linear in self.linears)
+        rows_a_range = cdiv(cdiv(n_rows, max(1, low_rank_grad.PROGRAMS // stripes)), block_rows) * block_rows
+        return 4 * block_rank * (stripes * n_rows + cdiv(n_rows, rows_a_range) * self.width)
 
     def piece(self, by_rows: bool, below: bool) -> int:
         """Bytes of the largest piece of a W that is NF4 (linear/weight_pieces.py); below: with A under it."""
