@@ -141,4 +141,4 @@ def test_shapes_of_benchmarks_are_of_supported_families(folder):
     config = AutoConfig.from_pretrained(folder)
     assert config.model_type in FAMILIES
     unknown = json.loads((folder / "config.json").read_text()).keys() - config.to_dict().keys()
-    assert unknown <= {"rope_theta"} and config.rope_parameters["rope_theta"] >= 10000
+    assert unknown <= {"rope_theta", "rope_scaling"} and config.rope_parameters["rope_theta"] >= 10000
