@@ -6,4 +6,4 @@ needed="pytest pytest-timeout pytest-xdist scikit-learn scipy"
 source "$root/utils/env.sh"
 cd "$root"
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest -n 2 "$@"
+exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"

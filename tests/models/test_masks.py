@@ -174,8 +174,7 @@ def test_stock_code_gets_stock_masks(family, kind):
     assert not model.get_base_model().model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("kind", ["right-padded", "left-padded", "packed"])
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("kind, index", [("right-padded", 0), ("left-padded", 1), ("packed", 0)])
 def test_one_layer_without_its_adapters(kernels, kind, index):
     """It runs stock projections, whatever its mask is told in, and the others run as ever. No kernel that autograd does
     not know takes a gradient away.

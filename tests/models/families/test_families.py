@@ -102,7 +102,8 @@ def test_slots_kept_exactly_give_exact_gradients(name, layer_type):
         remove_hyclora(model)
 
 
-@pytest.mark.parametrize("layer_type", list(POLICIES))
+# intra_inter has the kernels of intra
+@pytest.mark.parametrize("layer_type", ["baseline", "intra", "intra_inter_full_fuse"])
 def test_norms_of_heads_in_kernels(layer_type, kernels, monkeypatch):
     """Loss and gradients are those of plain torch."""
     found = []

@@ -47,14 +47,19 @@ def prepare(bits, dtype, heads=3, kv_heads=1, head_dim=128, targets=("q_proj", "
     return spec, y, group.low_rank(group.parameters(), dtype), cos, sin, keeper
 
 
+BITS = [(2, 2, 2), (4, 4, 4), (3, 8, 2)]
 PLAIN = [(2, 2, 128, False), (3, 1, 128, False), (1, 1, 256, False)]
 NORMALIZED = [(2, 1, 128, True)]
 
 
-@pytest.mark.parametrize("bits", [(2, 2, 2), (4, 4, 4), (3, 8, 2)], ids=str)
 @pytest.mark.parametrize(
-    "heads, kv_heads, head_dim, norms, dtype",
-    [(*heads, dtype) for heads in PLAIN for dtype in (torch.float32, HALF)] + [(*heads, HALF) for heads in NORMALIZED],
+    "heads, kv_heads, head_dim, norms, dtype, bits",
+    [
+        (*heads, dtype, BITS[(i + j) % 3])
+        for i, heads in enumerate(PLAIN)
+        for j, dtype in enumerate((torch.float32, HALF))
+    ]
+    + [(*heads, HALF, BITS[i % 3]) for i, heads in enumerate(NORMALIZED)],
     ids=str,
 )
 def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, dtype):
