@@ -120,7 +120,9 @@ def one_table(columns: list[Column]) -> str:
     rows = []
     for name in names:
         found = [cell for column in columns for cell in cells(scores[column], name, column)]
-        rows.append([name, kept_bits(lines, name), *found])
+        n_seeds = len({line["seed"] for line in lines if line["variant"] == name and "error" not in line})
+        fewer = f" ({n_seeds} of them)" if 0 < n_seeds < seeds else ""
+        rows.append([name + fewer, kept_bits(lines, name), *found])
     parts = [table(head, rows), source(lines, "python -m benchmarks.experiments"), *failures(lines)]
     return "\n\n".join([*parts, *remarks([(line["variant"], line) for line in lines])])
 

@@ -23,6 +23,6 @@ def remarks(named: list[tuple[str, dict]]) -> list[str]:
     """What named lines say of themselves, once for all that say the same."""
     found = []
     for remark in dict.fromkeys(line["remark"] for _, line in named if "remark" in line):
-        these = [name for name, line in named if line.get("remark") == remark]
+        these = dict.fromkeys(name for name, line in named if line.get("remark") == remark)
         found.append(f"*{remark[0].upper()}{remark[1:]}: {'; '.join(these)}.*")
     return found

@@ -51,7 +51,17 @@ class Plan:
         return min((row for row in self.rows if row.fits), key=lambda row: row.need.gpu, default=None)
 
     def __str__(self) -> str:
-        head = ("mode", "static", "dyn", "GPU in all", "host", "fits", "longest row", "a micro-step", "count of dyn")
+        head = (
+            "mode",
+            "static",
+            "dyn",
+            "GPU in all",
+            "host",
+            "fits",
+            "longest row",
+            "a micro-step",
+            "count of dyn, where measured",
+        )
         lines = [head]
         for row in self.rows:
             need = row.need

@@ -125,7 +125,7 @@ def acting(module: nn.Module) -> nn.Module:
 
 def is_whole(module: nn.Module) -> bool:
     """Whether a module is PEFT's around one of modules_to_save."""
-    return _path(type(module)) == "peft.utils.other.ModulesToSaveWrapper"
+    return _path(type(module)) == WRAPPER
 
 
 def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
@@ -246,7 +246,7 @@ def find_reader(family: Family, model: nn.Module, decoder: nn.Module) -> Reader 
     beside = [m for m in model.modules() if m not in inside and type(m) not in CONTAINERS]
     heads = family.classes(reader.head) if reader.head else ()
     classes = (*heads, *FROZEN, *ADAPTED, *DROPOUTS, *family.classes(LAYER_NORM.kind))
-    foreign = (why_foreign(m, "", classes) for m in beside if _path(type(m)) != WRAPPER or is_replaced(m))
+    foreign = (why_foreign(m, "", classes) for m in beside if not is_whole(m) or is_replaced(m))
     return None if any(foreign) or any(map(is_watched, beside)) else reader
 
 

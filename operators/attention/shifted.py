@@ -17,8 +17,11 @@ def shifted_sparse_attention(
     """reference.shifted_sparse_attention on any device, also of rows that are no multiple of group, which is 2 or more.
 
     q, o [B, S, H, D]; k, v [B, S, H_kv, D]. Under autograd torch keeps as much as for flash_attention of all heads; k
-    and v are repeated to H heads first if H_kv is odd, as one of their heads would be in both halves.
+    and v are repeated to H heads first if H_kv is odd, as one of their heads would be in both halves. ValueError for a
+    single head, which has no halves.
     """
+    if q.shape[2] < 2:
+        raise ValueError("shifted sparse attention shifts half of the heads, and there is one: use full attention")
     if k.shape[2] % 2:
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
     halves = zip(*((t[:, :, : t.shape[2] // 2], t[:, :, t.shape[2] // 2 :]) for t in (q, k, v)), strict=True)

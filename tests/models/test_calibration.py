@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from operator import attrgetter
 
 import pytest
 import torch
@@ -42,9 +41,7 @@ def often(monkeypatch):
 @pytest.fixture
 def warned(caplog):
     caplog.set_level(logging.WARNING, "hyclora")
-    return lambda word: [
-        m for m in map(attrgetter("message"), caplog.records) if word in m and "trained already" not in m
-    ]
+    return lambda word: [r.message for r in caplog.records if word in r.message and "trained already" not in r.message]
 
 
 @pytest.mark.parametrize("embedded", [False, True])

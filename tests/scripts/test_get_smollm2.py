@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ckpt import get_smollm2
+from tests.helpers.drivers import run_script
 
 VOCABULARY = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"ab123Ċ", "Ġ", "ĠĠ", "Ġa"]
 HEADS, HIDDEN, INNER, LAYERS = 4, 64, 96, 2
@@ -66,14 +67,9 @@ def run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
 
     def run(*options):
-        code = 0
-        try:
-            get_smollm2.main(["--output", str(tmp_path / "made"), *map(str, options)])
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
+        found = run_script(get_smollm2.main, ["--output", tmp_path / "made", *options], capsys)
         assert not list(tmp_path.glob(".smollm2-*"))
-        return code, captured.out + captured.err
+        return found
 
     return run
 

@@ -16,6 +16,7 @@ from hyclora.utils.errors import Finished
 from hyclora.utils.metrics import evaluate_generation
 from hyclora.utils.runs import checkpoints
 from hyclora.utils.trainer import HycloraTrainer
+from tests.helpers.drivers import run_script
 
 RESUME = "--resume_from_checkpoint"
 
@@ -25,20 +26,14 @@ def drive(tiny_llama_folder, tmp_path, capsys):
     """Run the driver; its exit code, and what it printed."""
 
     def drive(*options):
-        code = 0
-        try:
-            run_gsm8k.main(
-                ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
-                + ["--output_dir", str(tmp_path), "--max_train_samples", "40", "--max_eval_samples", "2"]
-                + ["--max_steps", "4", "--iteration_threshold", "2", "--logging_steps", "1", "--save_steps", "1"]
-                + ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--max_new_tokens", "4"]
-                + ["--use_cpu", "True", "--disable_tqdm", "True", "--lora_rank", "4", *map(str, options)]
-            )
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        assert captured.err.count("error: ") == (code != 0) and "Traceback" not in captured.err
-        return code, captured.out + captured.err
+        given = (
+            ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
+            + ["--output_dir", str(tmp_path), "--max_train_samples", "40", "--max_eval_samples", "2"]
+            + ["--max_steps", "4", "--iteration_threshold", "2", "--logging_steps", "1", "--save_steps", "1"]
+            + ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--max_new_tokens", "4"]
+            + ["--use_cpu", "True", "--disable_tqdm", "True", "--lora_rank", "4", *options]
+        )
+        return run_script(run_gsm8k.main, given, capsys)
 
     return drive
 

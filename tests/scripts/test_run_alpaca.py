@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import run_alpaca
 from benchmarks import technique_grid
 from hyclora.utils import driver
+from tests.helpers.drivers import run_script
 
 ROWS = [
     {"instruction": f"Say {n}.", "input": "", "output": f"It is {n}, and no more{' at all' * (n % 3)}."}
@@ -38,17 +39,13 @@ def run(options, tmp_path, capsys):
     """Run it; the folder of the newest run, its results (None if it did not end well), what it said, its exit code."""
 
     def run(*more):
-        code, before = 0, set((tmp_path / "runs").glob("*/"))
-        try:
-            run_alpaca.main([*options, *map(str, more)])
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
+        before = set((tmp_path / "runs").glob("*/"))
+        code, said = run_script(run_alpaca.main, [*options, *more], capsys)
         new = set((tmp_path / "runs").glob("*/")) - before
         folder = new.pop() if new else None
         results = folder.with_name(f"{folder.name}.json") if folder else tmp_path / "none"
         found = json.loads(results.read_text()) if results.is_file() else None
-        return folder, found, captured.out + captured.err, code
+        return folder, found, said, code
 
     return run
 

@@ -17,6 +17,7 @@ from hyclora.utils import driver, loading
 from hyclora.utils.args import ROOT
 from hyclora.utils.data.glue import GLUE
 from hyclora.utils.trainer import HycloraTrainer
+from tests.helpers.drivers import run_script
 from tests.helpers.small_roberta import POSITIONS, write_roberta
 
 WORDS = {0: "dull", 1: "fine"}
@@ -43,20 +44,14 @@ def run(tmp_path, capsys):
     """Run the driver; its exit code, and what it printed."""
 
     def run(folder, *options):
-        code = 0
-        try:
-            run_glue.main(
-                ["--model_dir", str(folder.parent), "--model_name", folder.name, "--output_dir", str(tmp_path / "runs")]
-                + ["--max_steps", "4", "--iteration_threshold", "2", "--logging_steps", "1", "--save_steps", "2"]
-                + ["--per_device_train_batch_size", "4", "--lora_rank", "4", "--evaluate_before", "True"]
-                + ["--gradient_accumulation_steps", "1", "--use_cpu", "True", "--disable_tqdm", "True"]
-                + [*map(str, options)]
-            )
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        assert captured.err.count("error: ") == (code != 0) and "Traceback" not in captured.err
-        return code, captured.out + captured.err
+        given = (
+            ["--model_dir", str(folder.parent), "--model_name", folder.name, "--output_dir", str(tmp_path / "runs")]
+            + ["--max_steps", "4", "--iteration_threshold", "2", "--logging_steps", "1", "--save_steps", "2"]
+            + ["--per_device_train_batch_size", "4", "--lora_rank", "4", "--evaluate_before", "True"]
+            + ["--gradient_accumulation_steps", "1", "--use_cpu", "True", "--disable_tqdm", "True"]
+            + list(options)
+        )
+        return run_script(run_glue.main, given, capsys)
 
     return run
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import run_wikitext2
 from hyclora.utils import driver
+from tests.helpers.drivers import run_script
 
 TEXT = " \n = The river = \n \n The river runs to the sea , and the sea is wide . \n" * 12
 
@@ -20,20 +21,16 @@ def drive(tiny_llama_folder, tmp_path, capsys):
     """Run the driver: its exit code, what it said, and the results if there are any."""
 
     def drive(*options):
-        code = 0
-        try:
-            run_wikitext2.main(
-                ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
-                + ["--output_dir", str(tmp_path / "out"), "--max_steps", "6", "--iteration_threshold", "2"]
-                + ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--seq_len", "64"]
-                + ["--stride", "16", "--learning_rate", "1e-2", "--use_cpu", "True", "--disable_tqdm", "True"]
-                + [*map(str, options)]
-            )
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
+        given = (
+            ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
+            + ["--output_dir", str(tmp_path / "out"), "--max_steps", "6", "--iteration_threshold", "2"]
+            + ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--seq_len", "64"]
+            + ["--stride", "16", "--learning_rate", "1e-2", "--use_cpu", "True", "--disable_tqdm", "True"]
+            + list(options)
+        )
+        found = run_script(run_wikitext2.main, given, capsys)
         results = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*.json")]
-        return code, captured.out + captured.err, *results
+        return *found, *results
 
     return drive
 

@@ -10,6 +10,7 @@ import run_gsm8k
 import run_memory_throughput
 from hyclora import fidelity
 from hyclora.utils.trainer import HycloraTrainer
+from tests.helpers.drivers import run_script
 
 
 @pytest.fixture
@@ -17,20 +18,14 @@ def drive(tiny_llama_folder, tmp_path, capsys):
     """Run the driver; its exit code and what it printed."""
 
     def drive(*options, folder="out"):
-        code = 0
-        try:
-            run_gsm8k.main(
-                ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
-                + ["--output_dir", str(tmp_path / folder), "--max_train_samples", "40", "--max_eval_samples", "0"]
-                + ["--max_steps", "4", "--iteration_threshold", "2", "--logging_steps", "1", "--lora_rank", "4"]
-                + ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--lora_dropout", "0.1"]
-                + ["--use_cpu", "True", "--disable_tqdm", "True", *map(str, options)]
-            )
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        assert captured.err.count("error: ") == (code != 0) and "Traceback" not in captured.err
-        return code, captured.out + captured.err
+        given = (
+            ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
+            + ["--output_dir", str(tmp_path / folder), "--max_train_samples", "40", "--max_eval_samples", "0"]
+            + ["--max_steps", "4", "--iteration_threshold", "2", "--logging_steps", "1", "--lora_rank", "4"]
+            + ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--lora_dropout", "0.1"]
+            + ["--use_cpu", "True", "--disable_tqdm", "True", *options]
+        )
+        return run_script(run_gsm8k.main, given, capsys)
 
     return drive
 

@@ -46,3 +46,9 @@ def test_where_groups_begin_is_read_without_waiting_for_the_tokens_device():
     """Where the kernel for runs cannot be had, as for fp32: a meta device has nothing that could be read."""
     q, k = (torch.empty(2, 24, n, 16, device="meta") for n in (4, 2))
     assert shifted_sparse_attention(q, k, k, 8, SCALING).shape == q.shape
+
+
+def test_a_single_head_has_no_halves():
+    (q, k, v), _ = heads(n_heads=1, kv_heads=1)
+    with pytest.raises(ValueError, match="there is one: use full attention"):
+        shifted_sparse_attention(q, k, v, 8, SCALING)
