@@ -10,6 +10,8 @@ from collections import Counter
 STEP = 64
 # tokens of filler that cost what a recording does: 0.4 seconds (7B on an H200)
 PRICE = 8192
+# of the longest row seen, by which another one may be shorter and still count as long as it
+SHORTER = 1 / 64
 # rows that are filled up to the largest size seen while nothing comes of it
 PATIENCE = 2
 # of documents come in as many at a time
@@ -35,7 +37,7 @@ class Sizes:
     def choose(self, n: int, calibrating: bool, room: bool) -> int:
         """The size of a row for n tokens. room: whether another one can be recorded; calibrating: nothing can yet."""
         own = filled_size(n)
-        self._seen[own] += 1
+        self._seen[n] += 1
         if calibrating or own in self.recorded:
             return own
         larger = min((size for size in self.recorded if size > own), default=None)
@@ -44,8 +46,10 @@ class Sizes:
             if not room or self._in_vain > PATIENCE:
                 return own
             # a longer row is still to come, unless most are as long as they may be
-            largest = max(self._seen)
-            return largest if 2 * self._seen[largest] > self._seen.total() else filled_size(largest * 9 // 8)
+            longest = max(self._seen)
+            full = sum(count for n, count in self._seen.items() if n >= longest * (1 - SHORTER))
+            largest = filled_size(longest)
+            return largest if 2 * full > self._seen.total() else filled_size(largest * 9 // 8)
         self._served[own, larger] += 1
         size = max((size for size, _ in self._served if size >= own), key=self._saved)
         return size if room and self._saved(size) > PRICE else larger
