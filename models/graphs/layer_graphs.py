@@ -254,7 +254,7 @@ class LayerGraphs(Pausable):
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         self.patch.use(self._store)
-        self.recorder.begin(not self.recordings)
+        self.recorder.begin()
         try:
             # the first replay draws what the layers by themselves would have
             with replayed_rng(hidden.device, get_rng_state(hidden.device)):
@@ -343,10 +343,9 @@ class LayerGraphs(Pausable):
         """The place of a recording's input, in that of a larger one if there is one: no two are in use at a time."""
         n, large = hidden.numel(), self._first
         if large is None or large.dtype != hidden.dtype or large.numel() < n:
-            spare = n // 4 if self.step.stream is not None else 0  # later rows may be longer
             # embeddings that nobody else looks at take the place themselves: a copy would live beside them till the end
-            own = self.step.embeds and not spare and hidden.is_contiguous()
-            large = self._first = hidden.detach() if own else hidden.new_empty(n + spare)
+            own = self.step.embeds and hidden.is_contiguous()
+            large = self._first = hidden.detach() if own else hidden.new_empty(n)
         return large.view(-1)[:n].view(hidden.shape)
 
     @contextmanager

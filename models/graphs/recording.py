@@ -28,14 +28,14 @@ class CudaRecorder:
         twin.device, twin.stream, twin.pool = self.device, self.stream, torch.cuda.graph_pool_handle()
         return twin
 
-    def begin(self, first: bool) -> None:
-        """A recording begins. Before the first one, GEMM workspaces of layers that ran by themselves are given back.
+    def begin(self) -> None:
+        """A recording begins: GEMM workspaces of what ran by itself before are given back, as its memory is the peak.
 
-        Each thread has its own, 32 MiB on a Hopper GPU, and autograd's needs none where backwards are replayed. Torch
-        does so before graphs of its own (torch/_inductor/cudagraph_trees.py).
+        Each thread and stream has its own, 32 MiB on a Hopper GPU. That of this stream is memory of the pool, which a
+        replay may write to as to all of it. Torch does so before graphs of its own
+        (torch/_inductor/cudagraph_trees.py).
         """
-        if first:
-            torch._C._cuda_clearCublasWorkspaces()
+        torch._C._cuda_clearCublasWorkspaces()
 
     def record(self, run: Callable) -> tuple:
         """What run() returns, and a function that does its work; the work is not done yet."""

@@ -84,17 +84,23 @@ def flash_attention(
 
 
 def backward_pieces(q: Tensor, k: Tensor, runs: Tensor, window: int | None, dropout: float) -> int:
-    """In how many pieces, of as many heads each, the backward of flash_attention should go; arguments as there.
-
-    Flash's kernel for runs takes fp32 memory of the size of q there, for PLACE tokens more with each run. In pieces it
-    takes that of two q at most, or of SMALL tokens, where heads allow it.
-    """
+    """In how many pieces, of as many heads each, the backward of flash_attention should go; arguments as there."""
     n_tokens, n_runs = q.shape[0] * q.shape[1], runs.numel() - 1 if is_starts(runs) else runs.shape[-1] - 1
     whole = not is_starts(runs) and n_runs == q.shape[0] and window is None
-    if whole or not takes_varlen(q, dropout):
+    return 1 if whole or not takes_varlen(q, dropout) else head_pieces(n_tokens, n_runs, k.shape[2])
+
+
+def head_pieces(n_tokens: int, n_runs: int, n_heads: int) -> int:
+    """In how many pieces of the n_heads heads of k the backward of the kernel for runs should go.
+
+    It takes fp32 memory of the size of q there, for PLACE tokens more with each run. Where that is more than of two q,
+    and of SMALL tokens, pieces take that of one q at most, as far as heads can be parted so.
+    """
+    places = n_tokens + PLACE * n_runs
+    if places <= max(2 * n_tokens, SMALL):
         return 1
-    least = -(-(n_tokens + PLACE * n_runs) // max(2 * n_tokens, SMALL))
-    return next((n for n in range(least, k.shape[2]) if k.shape[2] % n == 0), k.shape[2])
+    least = -(-places // n_tokens)
+    return next((n for n in range(least, n_heads) if n_heads % n == 0), n_heads)
 
 
 def takes_varlen(q: Tensor, dropout: float) -> bool:

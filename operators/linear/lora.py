@@ -18,7 +18,7 @@ from hyclora.operators.linear.low_rank import LowRank, stack_adapters
 from hyclora.operators.linear.low_rank_grad import in_one_pass, low_rank_grads
 from hyclora.operators.linear.nf4 import dequantize_4bit, is_4bit
 from hyclora.operators.linear.residual import add_residual
-from hyclora.operators.linear.weight_pieces import Piece, make_pieces, weight_pieces
+from hyclora.operators.linear.weight_pieces import MANY_TOKENS, Piece, make_pieces, weight_pieces
 
 PARAMETERS_PER_PROJECTION = 4
 
@@ -116,7 +116,7 @@ class ProjectionGroup:
         self.columns = _slices([p.width for p in projections])
         name = "+".join(p.name for p in projections)
         self.xa_name, self.seed_name = f"{name}_xa", f"{name}_seed"
-        self._pieces: dict[tuple[torch.dtype, bool], list[Piece]] = {}
+        self._pieces: dict[tuple[torch.dtype, bool, bool], list[Piece]] = {}
 
     @property
     def needs_input(self) -> bool:
@@ -158,16 +158,17 @@ class ProjectionGroup:
         parts = ("A", "B", "bias_B", "bias")
         return self.low_rank(tuple(keeper.exact(f"{p.name}_{part}") for p in self.projections for part in parts), dtype)
 
-    def weights(self, dtype: torch.dtype, below: Tensor | None = None, by_rows: bool = True):
+    def weights(self, dtype: torch.dtype, below: Tensor | None = None, by_rows: bool = True, n_tokens: int = 0):
         """(columns of y, columns of x, W [of y, of x]) in dtype, piece by piece, in the memory of the one before.
 
         below: rows [R, in] to stand below those of the last projection, which has to be dequantized. by_rows: whether a
-        W that is too large is cut between columns of y, or else of x.
+        W that is too large is cut between columns of y, or else of x, which takes n_tokens into account.
         """
-        if (dtype, by_rows) not in self._pieces:
+        kind = dtype, by_rows, n_tokens >= MANY_TOKENS
+        if kind not in self._pieces:
             linears = [(p.base, own) for p, own in zip(self.projections, self.columns, strict=True)]
-            self._pieces[dtype, by_rows] = weight_pieces(linears, dtype, by_rows)
-        return make_pieces(self._pieces[dtype, by_rows], dtype, below)
+            self._pieces[kind] = weight_pieces(linears, *kind)
+        return make_pieces(self._pieces[kind], dtype, below)
 
     def buffer(self, n_rows: int, low_rank: LowRank | None, like: Tensor) -> Tensor:
         """Room for y or dy [T, N], and beside it for x A^T or g [T, R] if the GEMM with W is to have A in it too.
@@ -300,7 +301,7 @@ class ProjectionGroup:
         """
         beside = dy[:, self.width :]
         dx = dy.new_empty(len(dy), self.projections[0].base.in_features)
-        for rows, columns, weight in self.weights(dy.dtype, self._below(dy, low_rank), by_rows=False):
+        for rows, columns, weight in self.weights(dy.dtype, self._below(dy, low_rank), False, len(dy)):
             part, into = dy[:, rows], dx[:, columns]
             torch.mm(part, weight, out=into) if rows.start == 0 else into.addmm_(part, weight)
             del weight

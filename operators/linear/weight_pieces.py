@@ -3,7 +3,7 @@
 NF4 has to be dequantized before a GEMM, and W of gate or up beside their outputs would be what most memory at the peak
 goes to. Pieces of rows (outputs) are what y = x W^T is made of, pieces of columns (inputs) what dx = dy W is: neither
 adds up anything that the whole would not, and both GEMMs are as efficient as that of the whole while a piece is some
-tiles wide. In backward a W with no more outputs than inputs is whole, as the peak is elsewhere.
+tiles wide. In backward a W of one projection with no more outputs than inputs is whole, as the peak is elsewhere.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,8 @@ JOINED = 2**27
 # columns still fill a GPU in a GEMM
 WEIGHT_BUFFER = 56 * 2**20
 TILE = 256  # parts end where tiles of GEMMs do
+# tokens from which on half of q, k, v's inputs fills a GPU in a GEMM: 128 tiles of 128 x 256 for 7B
+MANY_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,13 @@ class Piece:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
 
-def weight_pieces(linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dtype, by_rows: bool) -> list[Piece]:
+def weight_pieces(
+    linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dtype, by_rows: bool, many_tokens: bool = False
+) -> list[Piece]:
     """The pieces of W in dtype for linear layers with their rows of W: by rows, or else by columns.
 
-    Neighbours in NF4 that fit in JOINED bytes are one piece; any other is of WEIGHT_BUFFER bytes at most, or of a tile.
+    Neighbours in NF4 that fit in JOINED bytes are one piece, but by columns where there are MANY_TOKENS; any other is
+    of WEIGHT_BUFFER bytes at most, or of a tile.
     """
     limit, joined, runs = WEIGHT_BUFFER // dtype.itemsize, JOINED // dtype.itemsize, []
     for linear, own in linears:
@@ -56,7 +61,9 @@ def weight_pieces(linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dty
     pieces = []
     for run in runs:
         n_rows, n_cols = run.shape
-        if not run.in_4bit or len(run.linears) > 1 or not by_rows and n_rows <= n_cols:
+        joined = len(run.linears) > 1
+        whole = by_rows or not many_tokens if joined else not by_rows and n_rows <= n_cols
+        if whole or not run.in_4bit:
             pieces.append(run)
         elif by_rows:
             pieces += [replace(run, rows=part) for part in _parts(run.rows, limit // n_cols)]

@@ -18,10 +18,10 @@ class Recorder:
     """Records by running, and undoes what that did to gradients and to the input; run() must not look at values."""
 
     def __init__(self):
-        self.graphs, self.device, self.begun = None, torch.device("cpu"), []
+        self.graphs, self.device = None, torch.device("cpu")
 
-    def begin(self, first: bool):
-        self.begun.append(first)
+    def begin(self):
+        pass
 
     def record(self, run):
         kept = [(buffer, buffer.clone()) for buffer in self.graphs.gradients._buffers.values()]

@@ -11,7 +11,7 @@ from functools import cached_property
 from hyclora.models.building import HALVES, Builder
 from hyclora.models.config import HycloraConfig
 from hyclora.operators.attention import fused_qkv
-from hyclora.operators.attention.flash import PLACE, SMALL
+from hyclora.operators.attention.flash import PLACE, head_pieces
 from hyclora.operators.cross_entropy import CHUNK_BYTES, TILE_ROWS
 from hyclora.operators.mlp import fused_mlp
 from hyclora.operators.savers import ChannelQuant, Exact, Step
@@ -283,7 +283,7 @@ class _Step:
         # FlashAttention has dk, dv for all heads before it adds them up, and the one line of such a shape agrees
         fp32 = 2 * q * (T + PLACE * self.runs)
         if self.runs:
-            fp32 /= self._pieces(T + PLACE * self.runs)
+            fp32 /= head_pieces(T, self.runs, self.shape.k // self.shape.head_dim)
         grouped = 2 * q if kv < q else 0
         core = T * (2 * qkv + grouped + 2 * q + numbers) + fp32
         dqkv = T * (qkv + E * self.qkv.beside)
@@ -293,13 +293,9 @@ class _Step:
             + self.qkv.stack,
             "core": dy + core + self.qkv.stack,
             "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
-            "q, k, v": dy + dqkv + self.qkv.piece(by_rows=False, below=True) + T * x + self.qkv.stack + self.qkv.grads,
+            "q, k, v": dy + dqkv + self.qkv.piece(by_rows=False, below=True, n_tokens=T) + T * x + self.qkv.stack
+            + self.qkv.grads,
         }  # fmt: skip
-
-    def _pieces(self, places: int) -> int:
-        """flash.backward_pieces."""
-        heads, least = self.shape.k // self.shape.head_dim, -(-places // max(2 * self.T, SMALL))
-        return next((n for n in range(least, heads) if heads % n == 0), heads)
 
     def _mlp_forward(self) -> dict[str, float]:
         """mlp.py: _forward_tile of the last layer, with its input and the residual stream."""

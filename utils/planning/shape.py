@@ -15,7 +15,7 @@ from hyclora.models.building import slot_widths
 from hyclora.models.families import FAMILIES
 from hyclora.operators.dispatch import cdiv, rank_block
 from hyclora.operators.linear import low_rank_grad, nf4
-from hyclora.operators.linear.weight_pieces import weight_pieces
+from hyclora.operators.linear.weight_pieces import MANY_TOKENS, weight_pieces
 from hyclora.operators.reference import padded_rank
 from hyclora.utils.args import ROOT
 from hyclora.utils.errors import UserError
@@ -68,13 +68,13 @@ class Group:
         rows_a_range = cdiv(cdiv(n_rows, max(1, low_rank_grad.PROGRAMS // stripes)), block_rows) * block_rows
         return 4 * block_rank * (stripes * n_rows + cdiv(n_rows, rows_a_range) * self.width)
 
-    def piece(self, by_rows: bool, below: bool) -> int:
+    def piece(self, by_rows: bool, below: bool, n_tokens: int = 0) -> int:
         """Bytes of the largest piece of a W that is NF4 (linear/weight_pieces.py); below: with A under it."""
         starts = [0]
         for linear in self.linears:
             starts.append(starts[-1] + linear.out_features)
         own = [slice(*pair) for pair in zip(starts, starts[1:], strict=False)]
-        pieces = weight_pieces(list(zip(self.linears, own, strict=True)), HALF, by_rows)
+        pieces = weight_pieces(list(zip(self.linears, own, strict=True)), HALF, by_rows, n_tokens >= MANY_TOKENS)
         shapes = [piece.shape for piece in pieces if piece.in_4bit]
         extra = self.R if below else 0
         return HALF.itemsize * max(((rows + extra) * columns for rows, columns in shapes), default=0)

@@ -38,7 +38,8 @@ def test_replayed_steps_are_the_same(family, layer_type, offload, set_to_none):
     assert all(equal(a, b) for a, b in zip(found, theirs, strict=True))
 
 
-def test_embeddings_become_the_fixed_input(monkeypatch):
+@pytest.mark.parametrize("padded", [False, True])
+def test_embeddings_become_the_fixed_input(monkeypatch, padded):
     """Those that the decoder makes itself: a copy would be one more hidden state at the peak. A caller keeps hers."""
     model = llama()
     graphs, embedding = graphed(model, {}), model.get_input_embeddings()
@@ -50,7 +51,7 @@ def test_embeddings_become_the_fixed_input(monkeypatch):
 
     # on the class: an embedding with a forward of its own may keep what it gives
     monkeypatch.setattr(nn.Embedding, "forward", forward)
-    steps = batches(CALIBRATION + 2)
+    steps = [padded_batch() for _ in batches(CALIBRATION + 2)] if padded else batches(CALIBRATION + 2)
     train(model, steps)
     (recording,) = graphs.recordings.values()
     assert recording.inputs[0].data_ptr() == made[-1].data_ptr()
@@ -101,10 +102,10 @@ def test_a_replay_follows_the_weights():
 
 
 def test_kinds_of_input():
-    """Each shape, and padding in front, is recorded the second time; eager memory is given back before the first."""
+    """Each shape, and padding in front, is recorded the second time; eager memory is given back before each."""
     model, reference, begun = llama(), llama(), []
     graphs = graphed(model, {"stream": False})
-    graphs.recorder.begin = begun.append
+    graphs.recorder.begin = lambda: begun.append(len(graphs.recordings))
     apply_hyclora(reference, config(stream=False))
     for m in (model, reference):
         train(m, batches(CALIBRATION))
@@ -115,7 +116,7 @@ def test_kinds_of_input():
     for batch, recorded in [*order, (front, 3), (front, 4), (padded, 4), (narrow, 4), (front, 4)]:
         assert equal(train(model, [batch])[0], train(reference, [batch])[0])
         assert len(graphs.recordings) == recorded
-    assert begun == [True, False, False, False]
+    assert begun == [0, 1, 2, 3]
 
 
 def test_layers_that_another_decoder_calls():

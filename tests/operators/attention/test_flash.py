@@ -183,13 +183,13 @@ def test_bf16_on_the_gpu(rows, window, causal):
 
 @pytest.mark.parametrize(
     "n_tokens, n_runs, kv_heads, window, n",
-    [(1706, 3, 4, None, 1), (1706, 18, 4, None, 1), (1706, 19, 4, None, 2), (1706, 70, 4, None, 4),
-     (3412, 26, 4, None, 1), (3412, 70, 4, None, 2), (1706, 240, 12, 9, 12), (1706, 999, 5, None, 5)],
+    [(1706, 3, 4, None, 1), (1706, 18, 4, None, 1), (1706, 19, 12, None, 3), (1706, 70, 24, None, 8),
+     (3412, 26, 4, None, 1), (3412, 70, 4, None, 4), (1706, 240, 12, 9, 12), (1706, 999, 5, None, 5)],
 )  # fmt: skip
 def test_pieces_of_a_backward(n_tokens, n_runs, kv_heads, window, n, monkeypatch):
-    """The kernel's memory is that of two q at most, 128 tokens a run counted, where heads can be parted so.
+    """Where the kernel's memory would be more than that of two q, 128 tokens a run counted, it is that of one at most.
 
-    A few thousand tokens' memory is let be.
+    Where heads can be parted so; a few thousand tokens' memory is let be.
     """
     monkeypatch.setattr(flash, "takes_varlen", lambda q, dropout: True)
     q, k = torch.empty(1, n_tokens, 24, 8), torch.empty(1, n_tokens, kv_heads, 8)

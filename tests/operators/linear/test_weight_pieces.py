@@ -42,27 +42,30 @@ def nf4_linear(n_in: int, n_out: int, seed: int = 0) -> nn.Module:
     return linear
 
 
-def plan(n_in: int, widths: list[int], dtype=torch.bfloat16) -> dict[bool, list]:
+def plan(n_in: int, widths: list[int], dtype=torch.bfloat16, many_tokens: bool = False) -> dict[bool, list]:
     linears, start = [], 0
     with torch.device("meta"):
         for width in widths:
             linear = bnb.nn.Linear4bit(n_in, width, bias=False)
             linears.append((linear, slice(start, start + width)))
             start += width
-    return {by_rows: weight_pieces.weight_pieces(linears, dtype, by_rows) for by_rows in (False, True)}
+    return {by_rows: weight_pieces.weight_pieces(linears, dtype, by_rows, many_tokens) for by_rows in (False, True)}
 
 
+@pytest.mark.parametrize("many_tokens", [False, True])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_pieces_are_equal_and_within_the_limit(model):
+def test_pieces_are_equal_and_within_the_limit(model, many_tokens):
     """Each element is in one piece; as few of them as fit, none much smaller than its neighbour."""
     hidden, qkv, ffn = model
     for n_in, widths in ((hidden, qkv), (hidden, qkv[:1]), (hidden, [ffn, ffn]), (ffn, [hidden])):
-        for by_rows, pieces in plan(n_in, widths).items():
+        for by_rows, pieces in plan(n_in, widths, many_tokens=many_tokens).items():
             covered = torch.zeros(sum(widths) // 64, n_in // 64, dtype=torch.int8)
             for piece in pieces:
                 n_rows, n_cols = piece.shape
-                whole = not by_rows and n_in >= sum(widths)
-                assert whole or 2 * n_rows * n_cols <= (WEIGHT_BUFFER if ffn in widths else JOINED)
+                joined = len(piece.linears) > 1
+                whole = not by_rows and not joined and n_rows <= n_in
+                side_by_side = joined and (by_rows or not many_tokens)
+                assert whole or 2 * n_rows * n_cols <= (JOINED if side_by_side else WEIGHT_BUFFER)
                 assert piece.columns.start % 256 == piece.rows.start % 256 == 0
                 covered[piece.rows.start // 64 : piece.rows.stop // 64, piece.columns.start // 64 :][
                     :, : n_cols // 64
@@ -71,10 +74,17 @@ def test_pieces_are_equal_and_within_the_limit(model):
 
 
 def test_what_is_cut_of_7b_and_8b():
-    """o, and q, k, v side by side stay whole; gate, up and down become two, of 2048 columns where y or dx has 4096."""
+    """o, and q, k, v side by side stay whole; gate, up and down become two, of 2048 columns where y or dx has 4096.
 
-    def shapes(*args, by_rows=False):
-        return [piece.shape for piece in plan(*args)[by_rows]]
+    With many tokens q, k, v of 7B do so too in backward.
+    """
+
+    def shapes(*args, by_rows=False, **options):
+        return [piece.shape for piece in plan(*args, **options)[by_rows]]
+
+    assert shapes(4096, [4096] * 3, many_tokens=True) == [(12288, 2048)] * 2
+    assert shapes(4096, [4096] * 3, by_rows=True, many_tokens=True) == [(12288, 4096)]
+    assert shapes(4096, [4096, 1024, 1024], many_tokens=True) == [(6144, 4096)]
 
     assert shapes(4096, [4096] * 3) == shapes(4096, [4096] * 3, by_rows=True) == [(12288, 4096)]
     assert shapes(4096, [4096, 1024, 1024]) == [(6144, 4096)]
@@ -89,9 +99,9 @@ def test_what_is_cut_of_7b_and_8b():
 
 @pytest.mark.parametrize("limit", [1, 4 * 64 * 30, 4 * 64 * 60, 4 * 64 * 200])
 @pytest.mark.parametrize("joined", [4 * 64, 4 * 64 * 200])
-@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("by_rows, many_tokens", [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("kinds", ["444", "4f4", "f44", "fff"])
-def test_pieces_are_parts_of_the_whole(pieces_of, kernels, kinds, by_rows, joined, limit):
+def test_pieces_are_parts_of_the_whole(pieces_of, kernels, kinds, by_rows, many_tokens, joined, limit):
     """Bit for bit, with other rows below the last ones; all that are dequantized in one place."""
     pieces_of(limit, joined)
     linears, whole, start = [], [], 0
@@ -103,7 +113,7 @@ def test_pieces_are_parts_of_the_whole(pieces_of, kernels, kinds, by_rows, joine
     below = rand(5, 64) if kinds[-1] == "4" else None
     whole = torch.cat([*whole, *([] if below is None else [below])])
     made, places = torch.full_like(whole, float("nan")), set()
-    pieces = weight_pieces.weight_pieces(linears, torch.float32, by_rows)
+    pieces = weight_pieces.weight_pieces(linears, torch.float32, by_rows, many_tokens)
     for piece, (rows, columns, weight) in zip(pieces, make_pieces(pieces, torch.float32, below), strict=True):
         made[rows, columns] = weight
         if piece.in_4bit:

@@ -5,11 +5,8 @@ import torch
 
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models.patch import find_patch
-from hyclora.operators.attention import flash
-from hyclora.operators.attention.flash import backward_pieces
 from hyclora.operators.savers import ChannelQuant
 from hyclora.utils.planning import Savers, Shape, count
-from hyclora.utils.planning.live import _Step
 from tests.helpers.small_models import llama, qwen3
 
 SETTINGS = [
@@ -63,16 +60,6 @@ def test_statistics_are_those_of_calibration():
         for t in (saver.mean, saver.std, saver.inv_std, *saver.restoring, *filter(wide, saver.statistics.values()))
     }
     assert Savers(Shape(model.config, base="bf16"), config).statistics == sum(tensors.values())
-
-
-@pytest.mark.parametrize("runs, tokens", [(2, 512), (40, 4096), (300, 4096)])
-def test_pieces_of_heads_are_those_of_attention(shapes, monkeypatch, runs, tokens):
-    monkeypatch.setattr(flash, "takes_varlen", lambda q, dropout: True)
-    shape = shapes("llama-3-8b")
-    q, k = torch.empty(1, tokens, 32, 128, device="meta"), torch.empty(1, tokens, 8, 128, device="meta")
-    starts = torch.empty(1, runs + 1, 1, 1, dtype=torch.int32, device="meta")
-    step = _Step(Savers(shape, HycloraConfig()), tokens, tokens, runs, False, False)
-    assert step._pieces(tokens + 128 * runs) == backward_pieces(q, k, starts, None, 0.0)
 
 
 def test_documents_take_memory_of_the_kernel_for_runs(shapes):
