@@ -254,7 +254,7 @@ class LayerGraphs(Pausable):
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         self.patch.use(self._store)
-        self.recorder.begin()
+        self.recorder.trim()
         try:
             # the first replay draws what the layers by themselves would have
             with replayed_rng(hidden.device, get_rng_state(hidden.device)):
@@ -272,6 +272,7 @@ class LayerGraphs(Pausable):
             self.active = False
             return None
         finally:
+            self.recorder.trim()
             self.patch.use(eager)
             torch.set_autocast_cache_enabled(cache)
         return self.recordings[self._kind]

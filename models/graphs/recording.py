@@ -28,11 +28,11 @@ class CudaRecorder:
         twin.device, twin.stream, twin.pool = self.device, self.stream, torch.cuda.graph_pool_handle()
         return twin
 
-    def begin(self) -> None:
-        """A recording begins: GEMM workspaces of what ran by itself before are given back, as its memory is the peak.
+    def trim(self) -> None:
+        """Give GEMM workspaces back: before a recording, as its memory is the peak, and after it.
 
-        Each thread and stream has its own, 32 MiB on a Hopper GPU. That of this stream is memory of the pool, which a
-        replay may write to as to all of it. Torch does so before graphs of its own
+        Each thread and stream has its own, 32 MiB on a Hopper GPU. That of a recording is memory of the pool, which
+        replays write to as to all of it, one at a time. Torch does so around graphs of its own
         (torch/_inductor/cudagraph_trees.py).
         """
         torch._C._cuda_clearCublasWorkspaces()

@@ -158,11 +158,11 @@ class ProjectionGroup:
         parts = ("A", "B", "bias_B", "bias")
         return self.low_rank(tuple(keeper.exact(f"{p.name}_{part}") for p in self.projections for part in parts), dtype)
 
-    def weights(self, dtype: torch.dtype, below: Tensor | None = None, by_rows: bool = True, n_tokens: int = 0):
+    def weights(self, dtype: torch.dtype, n_tokens: int, below: Tensor | None = None, by_rows: bool = True):
         """(columns of y, columns of x, W [of y, of x]) in dtype, piece by piece, in the memory of the one before.
 
-        below: rows [R, in] to stand below those of the last projection, which has to be dequantized. by_rows: whether a
-        W that is too large is cut between columns of y, or else of x, which takes n_tokens into account.
+        n_tokens: rows of x; below: rows [R, in] to stand below those of the last projection, which has to be
+        dequantized; by_rows: whether a W that is too large is cut between columns of y, or else of x.
         """
         kind = dtype, by_rows, n_tokens >= MANY_TOKENS
         if kind not in self._pieces:
@@ -185,7 +185,7 @@ class ProjectionGroup:
         """
         y = x.new_empty(x.shape[0], self.width) if y is None else y
         bias = self._bias(y)
-        for columns, _, weight in self.weights(x.dtype, self._below(y, low_rank)):
+        for columns, _, weight in self.weights(x.dtype, len(x), self._below(y, low_rank)):
             if bias is None:
                 torch.mm(x, weight.t(), out=y[:, columns])
             else:
@@ -301,7 +301,7 @@ class ProjectionGroup:
         """
         beside = dy[:, self.width :]
         dx = dy.new_empty(len(dy), self.projections[0].base.in_features)
-        for rows, columns, weight in self.weights(dy.dtype, self._below(dy, low_rank), False, len(dy)):
+        for rows, columns, weight in self.weights(dy.dtype, len(dy), self._below(dy, low_rank), False):
             part, into = dy[:, rows], dx[:, columns]
             torch.mm(part, weight, out=into) if rows.start == 0 else into.addmm_(part, weight)
             del weight

@@ -2,8 +2,9 @@
 
 NF4 has to be dequantized before a GEMM, and W of gate or up beside their outputs would be what most memory at the peak
 goes to. Pieces of rows (outputs) are what y = x W^T is made of, pieces of columns (inputs) what dx = dy W is: neither
-adds up anything that the whole would not, and both GEMMs are as efficient as that of the whole while a piece is some
-tiles wide. In backward a W of one projection with no more outputs than inputs is whole, as the peak is elsewhere.
+adds up anything that the whole would not, and with many tokens both GEMMs are as efficient as that of the whole while a
+piece is some tiles wide. With few tokens a piece would not fill a GPU, and activations are small. Where the peak is
+elsewhere nothing is cut: q, k, v in forward, and in backward a W of one projection with no more outputs than inputs.
 """
 
 from collections.abc import Iterator
@@ -15,13 +16,13 @@ from torch import Tensor
 from hyclora.operators.dispatch import cdiv
 from hyclora.operators.linear.nf4 import dequantize_4bit, is_4bit
 
-# Bytes. Neighbours stand side by side, for one GEMM, while they fit in JOINED: q, k, v of 7B (96 MiB)
-JOINED = 2**27
-# A larger W is cut into equal parts: those of the MLP of 7B (86 MiB) and Llama-3-8B (112) into two, whose 2048 rows or
-# columns still fill a GPU in a GEMM
+# Bytes. What fits in WHOLE is one piece, neighbours too, for one GEMM: q, k, v of 7B (96 MiB), gate of Llama-3-8B (112)
+WHOLE = 2**27
+# With many tokens a larger W is cut into equal parts: those of the MLP of 7B (86 MiB) and Llama-3-8B into two, whose
+# 2048 rows or columns still fill a GPU in a GEMM
 WEIGHT_BUFFER = 56 * 2**20
 TILE = 256  # parts end where tiles of GEMMs do
-# tokens from which on half of q, k, v's inputs fills a GPU in a GEMM: 128 tiles of 128 x 256 for 7B
+# tokens from which on half of the inputs fills a GPU in a GEMM: 128 tiles of 128 x 256 for 7B
 MANY_TOKENS = 2048
 
 
@@ -43,27 +44,27 @@ class Piece:
 
 
 def weight_pieces(
-    linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dtype, by_rows: bool, many_tokens: bool = False
+    linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dtype, by_rows: bool, many_tokens: bool
 ) -> list[Piece]:
     """The pieces of W in dtype for linear layers with their rows of W: by rows, or else by columns.
 
-    Neighbours in NF4 that fit in JOINED bytes are one piece, but by columns where there are MANY_TOKENS; any other is
-    of WEIGHT_BUFFER bytes at most, or of a tile.
+    Neighbours in NF4 that fit in WHOLE bytes are one run. A run that is cut is in parts of WEIGHT_BUFFER bytes at most,
+    or of a tile.
     """
-    limit, joined, runs = WEIGHT_BUFFER // dtype.itemsize, JOINED // dtype.itemsize, []
+    limit, whole, runs = WEIGHT_BUFFER // dtype.itemsize, WHOLE // dtype.itemsize, []
     for linear, own in linears:
         last = runs[-1] if runs else None
         both = last and last.in_4bit and is_4bit(linear.weight)
-        if both and (own.stop - last.rows.start) * linear.in_features <= joined:
+        if both and (own.stop - last.rows.start) * linear.in_features <= whole:
             runs[-1] = Piece([*last.linears, (linear, own)], slice(last.rows.start, own.stop), last.columns)
         else:
             runs.append(Piece([(linear, own)], own, slice(0, linear.in_features)))
     pieces = []
     for run in runs:
         n_rows, n_cols = run.shape
-        joined = len(run.linears) > 1
-        whole = by_rows or not many_tokens if joined else not by_rows and n_rows <= n_cols
-        if whole or not run.in_4bit:
+        joined, narrow = len(run.linears) > 1, n_rows <= n_cols
+        elsewhere = joined if by_rows else narrow and not joined
+        if elsewhere or not run.in_4bit or not many_tokens and n_rows * n_cols <= whole:
             pieces.append(run)
         elif by_rows:
             pieces += [replace(run, rows=part) for part in _parts(run.rows, limit // n_cols)]

@@ -20,7 +20,7 @@ class Recorder:
     def __init__(self):
         self.graphs, self.device = None, torch.device("cpu")
 
-    def begin(self):
+    def trim(self):
         pass
 
     def record(self, run):

@@ -259,11 +259,11 @@ class _Step:
         freed = t * self.units[-1].mlp
         stacks = self.down.stack + self.gate_up.stack
         found = {
-            "down": T * x + t * f + self.down.piece(by_rows=False, below=False) + self.down.stack,
+            "down": T * x + t * f + self.down.piece(t, by_rows=False, below=False) + self.down.stack,
             "activation": T * x + whole + t * f + dgate_up + stacks,
             "low-rank gradients": T * x + whole + dgate_up + self.gate_up.low_rank_parts(t) + self.gate_up.stack
             + self.mlp_grads - freed,
-            "gate, up": T * x + whole + dgate_up + self.gate_up.piece(by_rows=False, below=True) + t * x
+            "gate, up": T * x + whole + dgate_up + self.gate_up.piece(t, by_rows=False, below=True) + t * x
             + self.gate_up.stack + self.mlp_grads - freed,
             "adapters": T * x + whole + dgate_up + 2 * t * x + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
@@ -289,11 +289,11 @@ class _Step:
         dqkv = T * (qkv + E * self.qkv.beside)
         norms = T * (q + kv) if self.shape.family.head_norms else 0
         return {
-            "out": dy + T * (qkv + 2 * q) + self.out.piece(by_rows=False, below=False) + self.out.stack
+            "out": dy + T * (qkv + 2 * q) + self.out.piece(T, by_rows=False, below=False) + self.out.stack
             + self.qkv.stack,
             "core": dy + core + self.qkv.stack,
             "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
-            "q, k, v": dy + dqkv + self.qkv.piece(by_rows=False, below=True, n_tokens=T) + T * x + self.qkv.stack
+            "q, k, v": dy + dqkv + self.qkv.piece(T, by_rows=False, below=True) + T * x + self.qkv.stack
             + self.qkv.grads,
         }  # fmt: skip
 
@@ -302,10 +302,10 @@ class _Step:
         T, t, x, f = self.T, self.t, self.x, self.f
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
-            "gate, up": 2 * T * x + y + self.gate_up.piece(by_rows=True, below=True) + self.gate_up.stack
+            "gate, up": 2 * T * x + y + self.gate_up.piece(t, by_rows=True, below=True) + self.gate_up.stack
             - t * self.units[-1].mlp,
             "activation": 2 * T * x + y + t * f + self.gate_up.stack,
-            "down": 2 * T * x + t * (f + x) + self.down.piece(by_rows=True, below=False) + self.down.stack,
+            "down": 2 * T * x + t * (f + x) + self.down.piece(t, by_rows=True, below=False) + self.down.stack,
         }  # fmt: skip
 
     def loss(self) -> float:

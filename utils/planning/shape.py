@@ -68,7 +68,7 @@ class Group:
         rows_a_range = cdiv(cdiv(n_rows, max(1, low_rank_grad.PROGRAMS // stripes)), block_rows) * block_rows
         return 4 * block_rank * (stripes * n_rows + cdiv(n_rows, rows_a_range) * self.width)
 
-    def piece(self, by_rows: bool, below: bool, n_tokens: int = 0) -> int:
+    def piece(self, n_tokens: int, by_rows: bool, below: bool) -> int:
         """Bytes of the largest piece of a W that is NF4 (linear/weight_pieces.py); below: with A under it."""
         starts = [0]
         for linear in self.linears:

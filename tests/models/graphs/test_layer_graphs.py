@@ -102,10 +102,10 @@ def test_a_replay_follows_the_weights():
 
 
 def test_kinds_of_input():
-    """Each shape, and padding in front, is recorded the second time; eager memory is given back before each."""
-    model, reference, begun = llama(), llama(), []
+    """Each shape, and padding in front, is recorded the second time; GEMMs' memory is given back before and after."""
+    model, reference, trimmed = llama(), llama(), []
     graphs = graphed(model, {"stream": False})
-    graphs.recorder.begin = lambda: begun.append(len(graphs.recordings))
+    graphs.recorder.trim = lambda: trimmed.append(len(graphs.recordings))
     apply_hyclora(reference, config(stream=False))
     for m in (model, reference):
         train(m, batches(CALIBRATION))
@@ -116,7 +116,7 @@ def test_kinds_of_input():
     for batch, recorded in [*order, (front, 3), (front, 4), (padded, 4), (narrow, 4), (front, 4)]:
         assert equal(train(model, [batch])[0], train(reference, [batch])[0])
         assert len(graphs.recordings) == recorded
-    assert begun == [0, 1, 2, 3]
+    assert trimmed == [0, 1, 1, 2, 2, 3, 3, 4]
 
 
 def test_layers_that_another_decoder_calls():

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from hyclora import HycloraConfig, apply_hyclora
-from hyclora.operators.linear import weight_pieces
+from hyclora.operators.linear import lora, weight_pieces
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
-from hyclora.operators.linear.weight_pieces import JOINED, WEIGHT_BUFFER, make_pieces
+from hyclora.operators.linear.weight_pieces import WEIGHT_BUFFER, WHOLE, make_pieces
 from hyclora.operators.savers import Keeper
 from tests.helpers.counting import Live
 from tests.helpers.kernel_checks import DEVICE, rand, relative_error
@@ -25,12 +25,13 @@ MODELS = {
 
 @pytest.fixture
 def pieces_of(monkeypatch):
-    """Sets the bytes of a piece and of neighbours that are one, and tiles of 8."""
+    """Sets the bytes of a part and of what may be whole, and tiles of 8."""
 
-    def set_limit(n: int, joined: int = 0):
+    def set_limit(n: int, whole: int = 0):
         monkeypatch.setattr(weight_pieces, "WEIGHT_BUFFER", n)
-        monkeypatch.setattr(weight_pieces, "JOINED", joined or n)
+        monkeypatch.setattr(weight_pieces, "WHOLE", whole or n)
         monkeypatch.setattr(weight_pieces, "TILE", 8)
+        monkeypatch.setattr(lora, "MANY_TOKENS", 0)
 
     return set_limit
 
@@ -42,7 +43,7 @@ def nf4_linear(n_in: int, n_out: int, seed: int = 0) -> nn.Module:
     return linear
 
 
-def plan(n_in: int, widths: list[int], dtype=torch.bfloat16, many_tokens: bool = False) -> dict[bool, list]:
+def plan(n_in: int, widths: list[int], many_tokens: bool, dtype=torch.bfloat16) -> dict[bool, list]:
     linears, start = [], 0
     with torch.device("meta"):
         for width in widths:
@@ -58,14 +59,14 @@ def test_pieces_are_equal_and_within_the_limit(model, many_tokens):
     """Each element is in one piece; as few of them as fit, none much smaller than its neighbour."""
     hidden, qkv, ffn = model
     for n_in, widths in ((hidden, qkv), (hidden, qkv[:1]), (hidden, [ffn, ffn]), (ffn, [hidden])):
-        for by_rows, pieces in plan(n_in, widths, many_tokens=many_tokens).items():
+        for by_rows, pieces in plan(n_in, widths, many_tokens).items():
             covered = torch.zeros(sum(widths) // 64, n_in // 64, dtype=torch.int8)
             for piece in pieces:
                 n_rows, n_cols = piece.shape
                 joined = len(piece.linears) > 1
-                whole = not by_rows and not joined and n_rows <= n_in
-                side_by_side = joined and (by_rows or not many_tokens)
-                assert whole or 2 * n_rows * n_cols <= (JOINED if side_by_side else WEIGHT_BUFFER)
+                elsewhere = joined if by_rows else not joined and n_rows <= n_in
+                limit = WHOLE if joined or not many_tokens else WEIGHT_BUFFER
+                assert elsewhere and not joined or 2 * n_rows * n_cols <= limit
                 assert piece.columns.start % 256 == piece.rows.start % 256 == 0
                 covered[piece.rows.start // 64 : piece.rows.stop // 64, piece.columns.start // 64 :][
                     :, : n_cols // 64
@@ -74,27 +75,29 @@ def test_pieces_are_equal_and_within_the_limit(model, many_tokens):
 
 
 def test_what_is_cut_of_7b_and_8b():
-    """o, and q, k, v side by side stay whole; gate, up and down become two, of 2048 columns where y or dx has 4096.
+    """o stays whole; gate, up and down become two, of 2048 columns where y or dx has 4096; q, k, v in backward alone.
 
-    With many tokens q, k, v of 7B do so too in backward.
+    With few tokens nothing is cut, as half a W would not fill a GPU.
     """
 
-    def shapes(*args, by_rows=False, **options):
-        return [piece.shape for piece in plan(*args, **options)[by_rows]]
+    def shapes(*args, by_rows=False, many_tokens=True):
+        return [piece.shape for piece in plan(*args, many_tokens)[by_rows]]
 
-    assert shapes(4096, [4096] * 3, many_tokens=True) == [(12288, 2048)] * 2
-    assert shapes(4096, [4096] * 3, by_rows=True, many_tokens=True) == [(12288, 4096)]
-    assert shapes(4096, [4096, 1024, 1024], many_tokens=True) == [(6144, 4096)]
-
-    assert shapes(4096, [4096] * 3) == shapes(4096, [4096] * 3, by_rows=True) == [(12288, 4096)]
+    assert shapes(4096, [4096] * 3) == [(12288, 2048)] * 2
+    assert shapes(4096, [4096] * 3, by_rows=True) == [(12288, 4096)]
     assert shapes(4096, [4096, 1024, 1024]) == [(6144, 4096)]
-    for by_rows in (False, True):
-        assert shapes(4096, [4096], by_rows=by_rows) == [(4096, 4096)]
     assert shapes(4096, [11008] * 2) == [(11008, 2048)] * 4
     assert shapes(11008, [4096]) == [(4096, 11008)]
     assert shapes(11008, [4096], by_rows=True) == [(2048, 11008)] * 2
     assert shapes(4096, [11008] * 2, by_rows=True) == [(5632, 4096), (5376, 4096)] * 2
     assert shapes(4096, [14336]) == [(14336, 2048)] * 2
+    for by_rows in (False, True):
+        assert shapes(4096, [4096], by_rows=by_rows) == [(4096, 4096)]
+        few = {"by_rows": by_rows, "many_tokens": False}
+        assert shapes(4096, [4096] * 3, **few) == [(12288, 4096)]
+        assert shapes(4096, [14336] * 2, **few) == [(14336, 4096)] * 2 and shapes(14336, [4096], **few) == [
+            (4096, 14336)
+        ]
 
 
 @pytest.mark.parametrize("limit", [1, 4 * 64 * 30, 4 * 64 * 60, 4 * 64 * 200])
@@ -124,18 +127,18 @@ def test_pieces_are_parts_of_the_whole(pieces_of, kernels, kinds, by_rows, many_
     assert len(places) == ("4" in kinds)
 
 
-@pytest.mark.parametrize("limit", [1, 4 * 128 * 40, 4 * 128 * 150])
-@pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.3}, {"target_modules": ["up_proj"]}], ids=str)
+@pytest.mark.parametrize("limits", [(1,), (4 * 128 * 40, 2**30), (4 * 128 * 150,)], ids=str)
+@pytest.mark.parametrize("adapters", [{}, {"lora_dropout": 0.3}, {"target_modules": ["up_proj"]}], ids=str)
 @pytest.mark.parametrize("base", ["nf4", "float32"])
 @torch.no_grad()
-def test_products_of_pieces(pieces_of, base, lora, limit):
+def test_products_of_pieces(pieces_of, base, adapters, limits):
     """y, x A^T, dx and g are those of the whole."""
     shape = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 192}
-    model = llama({"bias": "all"} | lora, base, mlp_bias=True, **shape)
+    model = llama({"bias": "all"} | adapters, base, mlp_bias=True, **shape)
     mlp = model.get_base_model().model.layers[0].mlp
     x, dy, found = rand(7, 128), rand(7, 384, seed=3), []
-    for n in (2**30, limit):
-        pieces_of(n)
+    for sizes in ((2**30,), limits):
+        pieces_of(*sizes)
         group = ProjectionGroup([Projection(getattr(mlp, f"{n}_proj"), n) for n in ("gate", "up")])
         torch.manual_seed(1)
         keeper, rng = Keeper({}, None), {}
