@@ -21,8 +21,8 @@ from hyclora.operators.token_tiles import TILE_TOKENS
 from hyclora.utils.planning.shape import HALF, Shape
 
 E = HALF.itemsize
-# of a GEMM library, for each thread and stream that uses it: 32 MiB on Hopper, 8 on others. The main thread, autograd's
-# and, where graphs are recorded, the recording one's (models/graphs/recording.py)
+# of a GEMM library, for each thread and stream that uses it: 32 MiB on Hopper, 8 on others. The main thread's and
+# autograd's; that of a recording is given back (models/graphs/recording.py)
 WORKSPACE = 2**25
 # an allowance, not a count, chosen so that no line measured with expandable segments is above it; without them the
 # allocator takes more
@@ -154,7 +154,7 @@ def count(
         "weights": shape.weights,
         "adapters, gradients, Adam": shape.trained,
         "statistics of quantizers": savers.statistics,
-        "GEMM workspaces": WORKSPACE * (3 if graphs else 2),
+        "GEMM workspaces": 2 * WORKSPACE,
     }
     host = 0
     if config.offload and checkpointing:

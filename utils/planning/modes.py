@@ -49,9 +49,9 @@ class Mode:
 MEASURED = {
     "exact, resident, layer by layer": (1, 5.3, True),
     "offloaded, CUDA graphs, 2 bit": (1, 0.3, False),
-    "offloaded, CUDA graphs, 4 bit": (2, 0.3, False),
+    "offloaded, CUDA graphs, 4 bit": (2, 0.0, False),
     "offloaded, layer by layer, 2 bit": (1, 0.1, False),
-    "offloaded, layer by layer, 4 bit": (2, 0.4, False),
+    "offloaded, layer by layer, 4 bit": (2, 0.3, False),
     "resident, CUDA graphs, 2 bit": (1, 0.1, False),
     "resident, CUDA graphs, 4 bit": (1, 0.0, False),
     "resident, layer by layer, 2 bit": (5, 5.9, True),
