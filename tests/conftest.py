@@ -19,8 +19,12 @@ from hyclora.models.layers import WholeLayer
 from hyclora.operators import dispatch
 from hyclora.utils.data.gsm8k import prompt_of, target_of
 from hyclora.utils.data.word_problems import word_problems
+from tests.helpers.interpreter import hasten
 from tests.helpers.kernel_checks import refuse_bfloat16
 from tests.helpers.replaying import record
+
+if not torch.cuda.is_available():
+    hasten()
 
 # a shell's background job ignores Ctrl-C, and so would all that the tests start and stop by it
 signal.signal(signal.SIGINT, signal.default_int_handler)

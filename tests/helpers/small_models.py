@@ -33,22 +33,25 @@ from tests.helpers.kernel_checks import DEVICE
 SECOND_LAYER_SLIDES = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
 
-def llama(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
-    """A two-layer LLaMA with grouped queries, odd widths, and LoRA whose B is not zero; alpha != r; base may be nf4."""
+def llama(lora: dict | bool | None = None, base: str = "float32", **config) -> torch.nn.Module:
+    """A two-layer LLaMA with grouped queries, odd widths, and LoRA whose B is not zero; alpha != r; base may be nf4.
+
+    Of the decoders lora=False is the base model alone.
+    """
     return _small(LlamaForCausalLM, LlamaConfig, lora, base, config)
 
 
-def mistral(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+def mistral(lora: dict | bool | None = None, base: str = "float32", **config) -> torch.nn.Module:
     """The same as a Mistral whose queries see 8 keys."""
     return _small(MistralForCausalLM, MistralConfig, lora, base, {"sliding_window": 8} | config)
 
 
-def qwen2(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+def qwen2(lora: dict | bool | None = None, base: str = "float32", **config) -> torch.nn.Module:
     """The same as a Qwen2, whose q, k, v have biases, and whose queries see 8 keys in the second layer alone."""
     return _small(Qwen2ForCausalLM, Qwen2Config, lora, base, SECOND_LAYER_SLIDES | config)
 
 
-def qwen3(lora: dict | None = None, base: str = "float32", **config) -> torch.nn.Module:
+def qwen3(lora: dict | bool | None = None, base: str = "float32", **config) -> torch.nn.Module:
     """The same as a Qwen3 with such windows, whose heads are normalized and larger than hidden_size / heads."""
     return _small(Qwen3ForCausalLM, Qwen3Config, lora, base, {"head_dim": 20} | SECOND_LAYER_SLIDES | config)
 
@@ -67,7 +70,7 @@ def roberta(lora: dict | None = None, base: str = "float32", task="masked", **co
     return _small(model_class, RobertaConfig, lora, base, plain | config)
 
 
-def _small(model_class, config_class, lora: dict | None, base: str, config: dict) -> torch.nn.Module:
+def _small(model_class, config_class, lora: dict | bool | None, base: str, config: dict) -> torch.nn.Module:
     torch.manual_seed(0)
     shape = {
         "vocab_size": 128, "hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 2,
@@ -76,7 +79,9 @@ def _small(model_class, config_class, lora: dict | None, base: str, config: dict
     model = model_class(config_class(**shape | config)).to(DEVICE)
     if base == "nf4":
         quantize_linears(model, torch.float32)
-    model = get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 12, "target_modules": LINEARS} | (lora or {})))
+    if lora is not False:
+        options = {"r": 8, "lora_alpha": 12, "target_modules": LINEARS} | (lora or {})
+        model = get_peft_model(model, LoraConfig(**options))
     for name, p in model.named_parameters():
         if "lora_B" in name or name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.05)

@@ -29,11 +29,12 @@ def test_generated_parts_are_current(file):
 
 
 def test_python_snippets_run(tmp_path, monkeypatch, capsys):
-    """One after the other, as a reader would type them."""
+    """One after the other, as a reader would type them, but on rows of 24 tokens for 128."""
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt/tiny-llama").symlink_to(ROOT / "ckpt/tiny-llama")
     monkeypatch.chdir(tmp_path)
-    names, snippets = {}, blocks("python")
+    names, snippets = {}, [re.sub(r"\b4, 128\)", "4, 24)", snippet) for snippet in blocks("python")]
+    assert "".join(snippets).count("4, 24)") == 2
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
     assert len(snippets) > 1 and "patched 5 layers" in capsys.readouterr().out
