@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyclora.operators.dispatch import cdiv
-from hyclora.operators.linear.nf4 import dequantize_4bit, is_4bit
+from hyclora.operators.linear.nf4 import dequantize_4bit, is_4bit, state_of
 
 # Bytes. Neighbours stand side by side, for one GEMM, while they fit in JOINED: q, k, v of 7B (96 MiB)
 JOINED = 2**27
@@ -33,7 +33,7 @@ class Piece:
 
     @property
     def in_4bit(self) -> bool:
-        return is_4bit(self.linears[0][0].weight)
+        return is_4bit(self.linears[0][0])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,7 +48,7 @@ def weight_pieces(linears: list[tuple[torch.nn.Module, slice]], dtype: torch.dty
     limit, joined, runs = WEIGHT_BUFFER // dtype.itemsize, JOINED // dtype.itemsize, []
     for linear, own in linears:
         last = runs[-1] if runs else None
-        both = last and last.in_4bit and is_4bit(linear.weight)
+        both = last and last.in_4bit and is_4bit(linear)
         if both and (own.stop - last.rows.start) * linear.in_features <= joined:
             runs[-1] = Piece([*last.linears, (linear, own)], slice(last.rows.start, own.stop), last.columns)
         else:
@@ -100,5 +100,5 @@ def make_pieces(
             start, stop = max(own.start, rows.start), min(own.stop, rows.stop)
             beneath, more = (below, extra) if extra and stop == rows.stop else (None, 0)
             out = weight[start - rows.start : stop - rows.start + more]
-            dequantize_4bit(linear.weight, out, start - own.start, columns.start, beneath)
+            dequantize_4bit(linear.weight, out, start - own.start, columns.start, beneath, state_of(linear))
         yield slice(rows.start, rows.stop + extra), columns, weight
