@@ -2,13 +2,18 @@
 
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 from weakref import ref
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -179,6 +184,47 @@ def test_gradient_checkpointing(exact, way):
     if way == "reentrant":
         model.enable_input_require_grads()
     assert error_of(model, exact) < 1e-5
+
+
+@pytest.mark.parametrize("base", ["float32", "nf4 as bfloat16"])
+@pytest.mark.parametrize("mixed", [None, "bf16"])
+def test_as_accelerate_shards(one_process, base, mixed):
+    """And so HF's Trainer and TRL's; accelerate asks for a GPU, so without one its function is called by itself."""
+    model, stock = llama(base=base), llama(base=base)
+    apply_hyclora(model, CONFIGS["exact"])
+    exact = train(stock, [padded_batch()])[0]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    plugin.set_mixed_precision(mixed) if mixed else None
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=mixed or "no", is_main_process=True, device=DEVICE
+    )
+    fsdp2_prepare_model(accelerator, model)
+    assert isinstance(model.get_base_model().lm_head, FSDPModule)
+    outputs = model(**padded_batch())
+    assert is_late(outputs)
+    outputs.loss.backward()
+    found = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    assert largest_error(found, exact) < (5e-2 if mixed else 1e-5)
+    assert all(block.together for block in find_patch(model).watch.layers)
+
+
+def test_adapters_are_saved_as_one_process_saves_them(one_process, tmp_path):
+    folders = []
+    for split in (False, True):
+        model = llama()
+        apply_hyclora(model, CONFIGS["exact"])
+        if split:
+            shard(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model(**padded_batch()).loss.backward()
+        optimizer.step()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        folders.append(tmp_path / str(split))
+        model.save_pretrained(folders[-1], state_dict=get_model_state_dict(model, options=options) if split else None)
+    one, ours = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert largest_error(ours, {name: t.cpu() for name, t in one.items()}) < 1e-6
 
 
 @pytest.mark.parametrize("head", [False, True])
