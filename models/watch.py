@@ -36,8 +36,8 @@ class Watch:
     A norm and the block that it feeds, or that it follows, half a layer, get the same `reason` when they may not run;
     so do both halves of an encoder's layer, and that. stock: each layer of
     the decoder is transformers' own, whatever runs in it; bounded: and each attention a block at work; own: and each
-    norm, the last one too, and each MLP; whole: and each layer a WholeLayer at work, none added, moved or taken away.
-    sharded: weights are gathered while a layer runs.
+    norm, the last one too, and each MLP; whole: and each layer a WholeLayer at work, none added, moved or taken away,
+    with weights that stay where they are.
     told: where reasons found later are added. numbers: what blocks read of modules, beside tensors; drops: whether
     attention drops.
     """
@@ -90,9 +90,9 @@ class Watch:
         blocks = [block for half in self.halves for block in half] + self.last_norms
         at_work = {id(block.module) for block in blocks if block.reason is None and block.alone}
         self.stock = not any(trust.why_not_layer(self.family, m, "") for m in modules)
-        self.sharded = any(map(is_sharded, modules))
         n_layers = self.decoder.config.num_hidden_layers  # the decoder runs as many
         self.whole = n_layers == len(modules) == len(self.layers) and self.stock
+        self.whole = self.whole and not any(map(is_sharded, modules))
         self.whole = self.whole and modules == [layer.module for layer in self.layers if layer.together]
         known = self.stock and trust.makes_known_masks(self.decoder)
         attentions = [getattr(m, self.family.attention, None) for m in modules]

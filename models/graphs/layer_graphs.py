@@ -94,8 +94,7 @@ class LayerGraphs(Pausable):
     @property
     def able(self) -> bool:
         """Whether the layers can be replayed as they are, as far as it shows before they are called."""
-        watch = self.patch.watch
-        whole = self.active and watch.whole and not (watch.sharded or watch.drops or watch.is_hooked())
+        whole = self.active and self.patch.watch.whole and not (self.patch.watch.drops or self.patch.watch.is_hooked())
         return whole and not getattr(self.layers[0].module, "gradient_checkpointing", False)
 
     def foresee(self, asked: Foretold | None, decoder: nn.Module, ids: Tensor | None) -> None:
@@ -184,8 +183,7 @@ class LayerGraphs(Pausable):
 
         And Hugging Face's decoder calls the layers, so that all of them follow the first.
         """
-        watch = self.patch.watch
-        able = self.active and self.step.private and watch.whole and not watch.sharded and torch.is_grad_enabled()
+        able = self.active and self.step.private and self.patch.watch.whole and torch.is_grad_enabled()
         able = able and self.step.known_angles and not (self.step.calibrating or self.step.stock_attention)
         # somebody who packs what autograd saves, as save_on_cpu does, would get nothing, or all of it in a capture
         able = able and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
