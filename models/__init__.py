@@ -11,6 +11,7 @@ calibration.py when calibration ends, and begins again                  state.py
 callback.py    calibration in the checkpoints of HF's Trainer
 report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
 building.py    which blocks and savers layers get                       families/   what families are like
+sharding.py    what fully_shard (FSDP2) makes of modules
 encoder_layer.py  a whole layer whose norms come after the residual      shifted.py  attention in shifted groups
 verify.py      gradients beside exact LoRA's                            verification.py  what was found of them
 """

@@ -3,11 +3,12 @@
 They are there for whoever looks at them (outputs.py, late_logits.py).
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
 from hyclora.models.blocks import Block, autocast_dtype, projection
@@ -20,6 +21,16 @@ from hyclora.operators.cross_entropy import Targets, linear_cross_entropy
 from hyclora.operators.linear.lora import Projection
 from hyclora.operators.random_state import get_rng_state, replayed_rng
 from hyclora.operators.savers import Step
+
+
+class HeadLinear(Block):
+    """In front of the head's linear layer: has its weight read while it is called, as fully_shard may gather it then.
+
+    Its forward is the stock one, or what is to be computed of the hidden states instead.
+    """
+
+    def forward(self, hidden: Tensor, compute: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        return self.run_stock(hidden) if compute is None else compute(hidden)
 
 
 class HeadBlock(Block):
@@ -37,6 +48,7 @@ class HeadBlock(Block):
         super().__init__(module, name, {}, step)
         self.family = family
         self.head = projection(module, name, family.head)
+        self.linear = HeadLinear(self.head.module, f"{name}.{family.head}", {}, step)
         self.adapted = adapted
         self.projections = [self.head, *adapted[:1]]
         # can_return_tuple reads the default of return_dict off it
@@ -83,15 +95,22 @@ class HeadBlock(Block):
             hidden, stream = hidden[:, : stream.length].view(*stream.shape, -1), None
         again = partial(self._decode_again, args, kwargs, rng, stream) if self.step.padding_differs else None
         drawn = get_rng_state(hidden.device) if self.head.dropout else None
-        logits = LateLogits(self, hidden, dtype, drawn, again, [*args, labels, *kwargs.values()]).defer()
+        whole, inputs = hidden, [*args, labels, *kwargs.values()]
         if stream is not None and self.head.dropout:  # which is drawn for all tokens, as in the logits
             hidden, stream = stream.scatter(hidden), None
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(device, dtype)
             places = None if stream is None else stream.places
-            loss = linear_cross_entropy(hidden, targets, self.head, num_items_in_batch, places)
+            loss = self.head.module(hidden, partial(self._loss, targets, num_items_in_batch, places))
+        # weights that were gathered for the loss may be there from now on
+        logits = LateLogits(self, whole, dtype, drawn, again, inputs).defer()
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return LateCausalLMOutput(loss=loss, logits=logits, **others)
+
+    def _loss(self, targets: Targets, num_items, places: Tensor | None, hidden: Tensor) -> Tensor:
+        """Where the head's weights are."""
+        self.head.refresh()
+        return linear_cross_entropy(hidden, targets, self.head, num_items, places)
 
     def _decode(self, args: tuple, kwargs: dict, unread=None):
         """The decoder's outputs; unread tells it of positions whether nobody reads them."""
@@ -102,8 +121,8 @@ class HeadBlock(Block):
             self.step.unread, self.step.in_stream = None, False
 
     def _decode_again(
-        self, args: tuple, kwargs: dict, rng: torch.Tensor | None, stream: Stream | None, hidden: torch.Tensor
-    ) -> torch.Tensor:
+        self, args: tuple, kwargs: dict, rng: Tensor | None, stream: Stream | None, hidden: Tensor
+    ) -> Tensor:
         """The hidden states of a forward with padded tokens as in stock, as they are from now on; not another step.
 
         Real tokens of a stream have those that the forward gave, whose dropout was drawn for another shape.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hyclora.models.outputs import Deferred
+from hyclora.models.sharding import is_sharded, local
 from hyclora.operators.random_state import replayed_rng
 
 
@@ -23,7 +24,10 @@ class LateLogits:
         self.projections = head.projections if again is not None else [head.head]
         self.given = [t for t in given if isinstance(t, Tensor)] if again is not None else []
         projections = [head.head, *head.adapted] if again is not None else [head.head]
-        self.adapters = [t for p in projections if p.has_adapter for t in p.parameters()[:2]]
+        if is_sharded(head.module):  # what layers have read of themselves may not be there any more
+            for p in {*projections, *self.projections}:
+                p.refresh()
+        self.adapters = [local(t) for p in projections if p.has_adapter for t in p.parameters()[:2]]
         self.state, self.contents = self._state(), self._contents()
 
     def defer(self) -> Deferred:

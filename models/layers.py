@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hyclora.models.binding import BoundForward
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
+from hyclora.models.sharding import is_sharded
 from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Step
@@ -71,8 +72,8 @@ class LayerBlock(WholeLayer):
     def run(self, hidden_states, **kwargs):
         """Hidden states [B, S, C] through norm, attention, norm, MLP, which add the residual branches themselves."""
         attention_norm, attention, mlp_norm, mlp = (block.module for block in self.blocks)
-        # hooks may keep what goes in and comes out
-        watched = is_watched(self.module)
+        # hooks may keep what goes in and comes out, or have autograd start from it
+        watched = is_watched(self.module) or is_sharded(self.module)
         ours = self.step.private and getattr(hidden_states, OURS, False) or self.first and self.step.embeds
         x, residual = attention_norm(hidden_states, residual=True)
         hidden_states, _ = attention(hidden_states=x, residual=residual, overwrite=ours and not watched, **kwargs)

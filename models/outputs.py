@@ -2,9 +2,12 @@
 
 Whoever keeps the loss alone, as trainers do, never has them. `outputs.logits`, `outputs["logits"]`, an index, a tuple,
 a copy or a pickle have them; items() and values() have a Deferred until then, which Accelerate's conversion to fp32 and
-torch's pytrees hand on as it is.
+torch's pytrees hand on as it is. So has the attribute for those who walk over outputs in torch.distributed, as
+fully_shard does for a loss to follow the backward from.
 """
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,6 +64,13 @@ for _name in (
     setattr(Deferred, f"__{_name}__", _looked_at(f"__{_name}__"))
 
 
+def _is_walk(frame) -> bool:
+    """Whether the code of a frame is torch.distributed's, which looks for tensors that there are."""
+    while frame.f_globals is vars(dataclasses):  # a copy with other fields
+        frame = frame.f_back
+    return frame.f_globals.get("__name__", "").startswith("torch.distributed.")
+
+
 class Late:
     """An attribute that is looked at when it is read, if what was set is a Deferred."""
 
@@ -71,7 +81,7 @@ class Late:
         if output is None:
             return self
         value = output.__dict__.get(self.name)
-        if isinstance(value, Deferred):
+        if isinstance(value, Deferred) and not _is_walk(sys._getframe(1)):
             value = output[self.name] = value.look()
         return value
 

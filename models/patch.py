@@ -25,7 +25,8 @@ from hyclora.models.graphs.layer_graphs import LayerGraphs
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
 from hyclora.models.layers import CheckpointBlock, WholeLayer
-from hyclora.models.report import PatchReport, make_report
+from hyclora.models.report import SHARDED, PatchReport, make_report
+from hyclora.models.sharding import is_sharded
 from hyclora.models.shifted import is_shifted_sparse
 from hyclora.models.step_hook import StepHook
 from hyclora.models.watch import Watch
@@ -117,7 +118,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         config, layers, widths, inside, head_name, not_patched, no_graphs, no_stream, last_norm, drops
     )  # fmt: skip
     blocks += [] if stock_norm or norm is None else [builder.final_norm(norm, adapted(blocks)[:1])]
-    blocks += [] if head is None else [head]
+    blocks += [] if head is None else [head, head.linear]
     if known:
         blocks.append(ForeignHead(_base(model), names[id(_base(model))], step, family, decoder))
     checkpoints = [CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step) for i, m in enumerate(layers)]
@@ -236,6 +237,8 @@ def _check(config: HycloraConfig, family: Family, attention: str) -> None:
 
 def _why_no_graphs(config: HycloraConfig, layers: list[nn.Module], blocks: list[Block]) -> str | None:
     """Why the layers are not replayed by themselves, as far as it shows before the first step."""
+    if any(map(is_sharded, layers)):
+        return SHARDED
     if elsewhere := _elsewhere(layers):
         return elsewhere
     if config.attention == "eager":

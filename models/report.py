@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from hyclora.models.config import HycloraConfig
+from hyclora.models.sharding import local
 
 logger = logging.getLogger("hyclora")
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+SHARDED = "fully_shard gathers the weights of a layer when that runs, so layers run one by one"
 
 
 @dataclass
@@ -118,15 +120,19 @@ def make_report(
     )
 
 
+def tell_of_sharding() -> None:
+    """Warn if a model was sharded after its report had announced graphs."""
+    logger.warning(f"HyC-LoRA: cuda_graphs is off: {SHARDED}")
+
+
 @torch.compiler.disable
 def tell_of_new_calibration(lost: str | None, adapted: list) -> None:
     """Warn if calibration begins although training does not.
 
     lost: why that is known. adapted: projections with an adapter whose B, untrained, is 0.
     """
-    ups = [p.parameters()[1].detach() for p in adapted if p.has_adapter]
-    # of a sharded one each rank looks at its own part
-    trained = any(bool(getattr(up, "to_local", lambda up=up: up)().any()) for up in ups)
+    ups = [local(p.parameters()[1].detach()) for p in adapted if p.has_adapter]
+    trained = any(bool(up.any()) for up in ups)
     why = lost or ("these adapters are trained already" if trained else None)
     if why:
         logger.warning(

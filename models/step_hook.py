@@ -11,7 +11,8 @@ from hyclora.models.blocks import AttentionBlock, autocast_dtype
 from hyclora.models.graphs.foresight import foretell, is_last, is_lookup, is_tokenwise
 from hyclora.models.masks import causal_bounds, row_bounds
 from hyclora.models.no_cache import NO_CACHE
-from hyclora.models.report import tell_of_checkpointing, tell_of_new_calibration
+from hyclora.models.report import tell_of_checkpointing, tell_of_new_calibration, tell_of_sharding
+from hyclora.models.sharding import is_sharded
 from hyclora.models.stream import Stream
 from hyclora.models.trust import GLOBAL_HOOKS, is_stock, is_watched, look
 
@@ -70,6 +71,8 @@ class StepHook:
             return None
         if not self.told:
             self.told = True
+            if self.patch.graphs is not None and any(map(is_sharded, decoder.modules())):
+                tell_of_sharding()
             tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints if not checkpoint.better])
             if self.step.index == 0 and self.patch.calibration.quantizers:
                 tell_of_new_calibration(self.patch.calibration.lost, self.adapted if self.patch.starts_at_zero else [])

@@ -26,8 +26,9 @@ from transformers.utils import output_capturing
 
 from hyclora.models.binding import is_replaced
 from hyclora.models.families.family import ACTIVATIONS, LAYER_NORM, Family, Reader
+from hyclora.models.sharding import class_of, gathers, is_part, is_unit
 from hyclora.models.shifted import is_shifted_sparse
-from hyclora.operators.linear.nf4 import bnb, is_4bit
+from hyclora.operators.linear.nf4 import bnb, is_4bit, state_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Hooks on all modules: dictionaries, never replaced
@@ -60,7 +61,7 @@ def look(hooks: dict) -> bool:
     if not hooks:
         return False
     asked = output_capturing._active_collector.get()
-    return any(asked or not records(hook) for hook in hooks.values())
+    return any(asked or not records(hook) for hook in hooks.values() if not gathers(hook))
 
 
 def records(hook: Callable) -> bool:
@@ -91,22 +92,24 @@ def is_known(function: Callable) -> bool:
 
 def is_stock(module: nn.Module) -> bool:
     """Whether a module of transformers runs the forward of its class, as it came."""
-    cls = type(module)
+    cls = class_of(module)
     return cls.__module__.startswith("transformers.") and why_foreign(module, "", (_path(cls),)) is None
 
 
 def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...]) -> str | None:
     """Not of one of these classes itself, or with another forward; a block in front of it does not count."""
-    cls = type(module)
+    cls, kind = class_of(module), type(module)
     if _path(cls) not in classes:
         known = " or ".join(dict.fromkeys(path.rpartition(".")[2] for path in classes))
         return f"{name}: {cls.__name__} is not supported, only {known}"
-    forward = cls.forward
+    forward = kind.forward
     if not (
-        is_known(forward) and is_known(cls.__call__) and innermost(forward).__qualname__ == f"{cls.__name__}.forward"
+        is_known(forward) and is_known(kind.__call__) and innermost(forward).__qualname__ == f"{cls.__name__}.forward"
     ):
         return f"{name}: the forward of {cls.__name__} was replaced by another one"
-    named = {called: getattr(cls, called, None) for called in innermost(forward).__code__.co_names}
+    # that of a variant, in PEFT's; the module's own is looked at below
+    names = [called for called in innermost(forward).__code__.co_names if called != "forward"]
+    named = {called: getattr(kind, called, None) for called in names}
     methods = {called: method for called, method in named.items() if isinstance(method, FunctionType)}
     if not all(map(is_known, methods.values())) or methods.keys() & module.__dict__.keys():
         return f"{name}: a method of {cls.__name__} that its forward calls was replaced by another one"
@@ -125,7 +128,7 @@ def acting(module: nn.Module) -> nn.Module:
 
 def is_whole(module: nn.Module) -> bool:
     """Whether a module is PEFT's around one of modules_to_save."""
-    return _path(type(module)) == WRAPPER
+    return _path(class_of(module)) == WRAPPER
 
 
 def why_not_layer(family: Family, layer: nn.Module, name: str) -> str | None:
@@ -162,6 +165,8 @@ def why_not_half(
         called = getattr(nn.functional, function)
         if not (isinstance(called, BuiltinFunctionType) or is_known(called)):
             return f"{name}: torch.nn.functional.{function} was replaced by another one"
+    if unit := next((name for m, name in ((norm, norm_name), (module, name)) if is_unit(m)), None):
+        return f"{unit}: fully_shard was given a part of a layer; give it whole layers"
     why_not, kind = {
         "attention": (_why_not_attention, family.attention_kind),
         "mlp": (_why_not_mlp, family.mlp_kind),
@@ -234,7 +239,7 @@ def why_not_head(family: Family, model: nn.Module, name: str) -> str | None:
     for called in (*calls(ForCausalLMLoss), nn.functional.cross_entropy):
         if not is_known(called):
             return f"{head_name}: {called.__name__}, which the loss calls, was replaced by another one"
-    return why_not_linear(head, head_name) or _why_not_hooks(head.named_modules(prefix=head_name))
+    return why_not_linear(head, head_name) or _why_not_hooks(head.named_modules(prefix=head_name), head)
 
 
 def find_reader(family: Family, model: nn.Module, decoder: nn.Module) -> Reader | None:
@@ -258,10 +263,10 @@ def why_not_linear(module: nn.Module, name: str) -> str | None:
             return reason
     if reason := why_foreign(base, name, FROZEN) or _why_not_tensor(base, name, "weight", "bias"):
         return reason
-    weight = base.weight
-    if is_4bit(weight) != (_path(type(base)) != LINEAR) or not (is_4bit(weight) or weight.is_floating_point()):
+    weight, packed = base.weight, is_4bit(base)
+    if packed != (_path(class_of(base)) != LINEAR) or not (packed or weight.is_floating_point()):
         return f"{name}: base weights of {type(base).__name__} are not supported; use NF4 or floating point"
-    if is_4bit(weight) and weight.quant_state is None:
+    if packed and state_of(base) is None:
         return f"{name}: the base weight is not quantized yet; move the model to its device first"
     if weight.requires_grad:
         return f"{name}: the base weight is trainable; only LoRA adapters and biases may be"
@@ -302,13 +307,16 @@ def _why_not_inside(module: nn.Module, name: str, *linears: str) -> str | None:
     return _why_not_hooks((below, m) for below, m in module.named_modules(prefix=name) if m is not module)
 
 
-def _why_not_hooks(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
-    """Hooks on modules that nobody would call."""
+def _why_not_hooks(modules: Iterable[tuple[str, nn.Module]], called: nn.Module | None = None) -> str | None:
+    """Hooks on modules that nobody would call; called: the one that is called all the same, to have it gathered."""
     for name, module in modules:
         if any(GLOBAL_HOOKS):
             return f"{name}: there are hooks on all modules, which would not be called"
+        hooks = [hook for kind in HOOKS for hook in module.__dict__[kind].values()]
+        if module is not called and any(map(gathers, hooks)):
+            return f"{name}: fully_shard was given a part of a layer; give it whole layers"
         # those that record are of maps, for which layers run stock code
-        if not all(records(hook) for kind in HOOKS for hook in module.__dict__[kind].values()):
+        if not all(records(hook) or gathers(hook) for hook in hooks):
             return f"{name}: it has hooks, which would not be called"
     return None
 
@@ -319,7 +327,10 @@ def _why_not_tensor(module: nn.Module, name: str, *attributes: str) -> str | Non
         tensor = module._parameters.get(attribute, getattr(module, attribute))
         if tensor is None:
             continue
-        if not (type(tensor) is nn.Parameter or is_4bit(tensor)) or tensor.layout is not torch.strided:
+        if hasattr(tensor, "ds_id"):
+            return f"{name}: DeepSpeed ZeRO-3 has its {attribute} in parts; use ZeRO-2, DDP, or FSDP2 (fully_shard)"
+        plain = type(tensor) is nn.Parameter or bnb is not None and isinstance(tensor, bnb.nn.Params4bit)
+        if not (plain or is_part(module, tensor)) or tensor.layout is not torch.strided:
             return f"{name}: a {attribute} of type {type(tensor).__name__} is not supported"
         if tensor.is_meta:
             return f"{name}: its {attribute} is not in memory (offloaded, or not loaded)"

@@ -5,8 +5,10 @@ nothing that it read has changed, which is looked at before each training forwar
 """
 
 import logging
+from itertools import repeat
 from operator import attrgetter, getitem, is_
 from types import FunctionType
+from weakref import ref
 
 from torch import nn
 from torch.nn import functional
@@ -19,13 +21,13 @@ from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.encoder_layer import EncoderLayerBlock
 from hyclora.models.families.family import Family
 from hyclora.models.layers import WholeLayer
+from hyclora.models.sharding import gathers, is_sharded
 
 AGAIN = "call remove_hyclora and apply it again"
 logger = logging.getLogger("hyclora")
 
 # of an attention
 SETTINGS = ("config", "is_causal", "config._attn_implementation", "scaling")
-WITH_KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
 
 
 class Watch:
@@ -34,7 +36,8 @@ class Watch:
     A norm and the block that it feeds, or that it follows, half a layer, get the same `reason` when they may not run;
     so do both halves of an encoder's layer, and that. stock: each layer of
     the decoder is transformers' own, whatever runs in it; bounded: and each attention a block at work; own: and each
-    norm, the last one too, and each MLP; whole: and each layer a WholeLayer at work, none added, moved or taken away.
+    norm, the last one too, and each MLP; whole: and each layer a WholeLayer at work, none added, moved or taken away,
+    with weights that stay where they are.
     told: where reasons found later are added. numbers: what blocks read of modules, beside tensors; drops: whether
     attention drops.
     """
@@ -58,7 +61,8 @@ class Watch:
         """Whether anything may be otherwise than at the last look; no loop over modules is in Python."""
         try:
             same = all(map(is_, map(getitem, self._owners, self._keys), self._owned))
-        except KeyError:
+            same = same and all(map(is_, map(ref, map(getitem, self._holders, self._names_of)), self._tensors))
+        except (KeyError, TypeError):  # gone, or None
             return True
         return not (same and all(map(is_, map(type, self._modules), self._types)) and self._state() == self._seen)
 
@@ -88,6 +92,7 @@ class Watch:
         self.stock = not any(trust.why_not_layer(self.family, m, "") for m in modules)
         n_layers = self.decoder.config.num_hidden_layers  # the decoder runs as many
         self.whole = n_layers == len(modules) == len(self.layers) and self.stock
+        self.whole = self.whole and not any(map(is_sharded, modules))
         self.whole = self.whole and modules == [layer.module for layer in self.layers if layer.together]
         known = self.stock and trust.makes_known_masks(self.decoder)
         attentions = [getattr(m, self.family.attention, None) for m in modules]
@@ -115,7 +120,7 @@ class Watch:
 
     def sees_arguments(self) -> bool:
         """Whether hooks of somebody get, and may change, what a layer or an attention is called with: masks, angles."""
-        return any(self._with_kwargs)
+        return any(ids.keys() - {i for i, hook in hooks.items() if gathers(hook)} for ids, hooks in self._with_kwargs)
 
     def _reasons(self) -> list[str]:
         blocks = [*self.encoders, *(block for _, block in self.halves if not block.part), *self.last_norms]
@@ -175,7 +180,13 @@ class Watch:
         self._dicts = [m.__dict__ for m in self._modules]
         self._hooks = [m.__dict__[name] for m in self._modules for name in trust.HOOKS]
         holders = (self.decoder, self._list(), *inside)
-        places = [(d, name) for m in holders for d in (m._modules, m._parameters) for name in d]
+        parameters = [(m._parameters, name) for m in holders for name in m._parameters]
+        held = [place for place in parameters if getitem(*place) is not None]
+        # not kept alive: whoever shards a model replaces them, to be rid of the whole ones
+        self._holders, self._names_of = zip(*held, strict=True)
+        self._tensors = [ref(getitem(*place)) for place in held]
+        places = [(m._modules, name) for m in holders for name in m._modules]
+        places += [place for place in parameters if getitem(*place) is None]
         places += [(d, "forward") for d in self._dicts if "forward" in d]
         # which some replace to be rid of hooks
         places += [(d, name) for d in self._dicts for name in trust.HOOKS[:2]]
@@ -183,7 +194,7 @@ class Watch:
         self._owned = list(map(getitem, self._owners, self._keys))
         projections = [p for _, block in self.halves for p in block.projections]
         bases = [*(p.base for p in projections), *(norm for _, block in self.halves for norm in block.norms)]
-        self._frozen = [m.weight for m in bases if hasattr(m, "weight")]
+        self._frozen = [m._parameters for m in bases if "weight" in m._parameters]
         self._adapted = [p.module for p in projections if p.module is not p.base]
         self._whole = [m for m in inside if trust.is_whole(m)]
         self._attention = [block.module for _, block in self.halves if isinstance(block, AttentionBlock)]
@@ -191,7 +202,8 @@ class Watch:
         self._settings = attrgetter(*SETTINGS, self.family.attention_dropout, *windows)
         self._eps_of = attrgetter(self.family.norm.eps)
         self._eps = [*(norm.module for norm, _ in self.halves), *(m for _, block in self.halves for m in block.norms)]
-        self._with_kwargs = [m.__dict__[name] for m in (*modules, *self._attention) for name in WITH_KWARGS]
+        called = [m.__dict__ for m in (*modules, *self._attention)]
+        self._with_kwargs = [(d[f"{name}_with_kwargs"], d[name]) for d in called for name in trust.HOOKS[:2]]
         self._classes = list(set(self._types))
         forwards = {function for m in (self.decoder, *self._attention) for function in trust.own_code(m)}
         own = [f for g in forwards for f in (g, *trust.calls(g)) if f.__globals__ is g.__globals__]
@@ -215,7 +227,7 @@ class Watch:
             list(map(len, self._dicts)),
             list(map(attrgetter("forward", "__call__"), self._classes)),
             [functions.get(name) for functions, name in self._called],
-            list(map(attrgetter("requires_grad"), self._frozen)),
+            list(map(attrgetter("requires_grad"), map(getitem, self._frozen, repeat("weight")))),
             list(map(attrgetter("_active_adapter"), self._adapted)),
             list(map(attrgetter("_active_adapter", "_disable_adapters"), self._whole)),
             list(map(self._settings, self._attention)),

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,10 @@ def _trainer_default(name: str, value, choices=()):
     return option(value, transformers.TrainingArguments.__dataclass_fields__[name].metadata["help"], choices)
 
 
+# What splits weights among processes, by the Trainer's option, and the variable by which accelerate launch asks for it
+SPLIT = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
+
+
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's arguments with the paper's settings for GSM8K as defaults."""
@@ -195,6 +200,13 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_nan_inf_filter: bool = _trainer_default("logging_nan_inf_filter", False)
 
     def __post_init__(self):
+        for name, variable in SPLIT.items():
+            asked = os.environ.get(variable, "false").lower() not in ("false", "0", "")
+            require(
+                not (getattr(self, name) or asked),
+                f"{name}: the scripts save and resume adapters that every process has whole; drop it and start one "
+                "process a GPU with torchrun, or train a model larger than a card by fully_shard in a loop of your own",
+            )
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
         super().__post_init__()

@@ -211,22 +211,27 @@ def _random_base(
     return model
 
 
-def quantize_linears(model: PreTrainedModel, compute_dtype: torch.dtype):
-    """Replace the linear layers of the decoder by NF4 ones, one after the other; the head stays as it is."""
+def quantize_linears(model: PreTrainedModel, compute_dtype: torch.dtype, storage: torch.dtype = torch.uint8):
+    """Replace the linear layers of the decoder by NF4 ones, one after the other; the head stays as it is.
+
+    storage: dtype that the packed bytes have as tensors.
+    """
     import bitsandbytes as bnb
 
     # Names only: a list of the modules would keep the float weights alive.
     for name in [name for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)]:
         linear = model.base_model.get_submodule(name)
         device, bias = linear.weight.device, linear.bias
+        kind = {"quant_type": "nf4", "quant_storage": storage}
         packed = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias is not None, compute_dtype, quant_type="nf4", device="meta"
+            linear.in_features, linear.out_features, bias is not None, compute_dtype, **kind, device="meta"
         )
-        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(device)
+        # the layer gets the state too, which a gathered weight has not
+        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=packed, **kind).to(device)
         packed.bias = bias
         model.base_model.set_submodule(name, packed)
     model.config.quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, **_NF4
+        load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, bnb_4bit_quant_storage=storage, **_NF4
     )
     # What PEFT and the Trainer ask a model that was quantized while loading.
     model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config)

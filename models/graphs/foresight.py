@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from hyclora.models.sharding import class_of, gathers
 from hyclora.models.trust import GLOBAL_HOOKS, asks_for_gradients, is_stock, is_watched
 from hyclora.operators.attention.flash import is_bounds, is_starts
 
@@ -76,10 +77,11 @@ def is_tokenwise(decoder: nn.Module, embeddings: str | None, embedded: bool) -> 
 
 def is_plain(part: nn.Module) -> bool:
     """Whether a module is torch's own, of each token by itself, and nobody looks."""
-    own = type(part) in (nn.Embedding, nn.LayerNorm, nn.Dropout) and "forward" not in part.__dict__
-    seen = part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    own = class_of(part) in (nn.Embedding, nn.LayerNorm, nn.Dropout) and "forward" not in part.__dict__
+    before = all(map(gathers, part._forward_pre_hooks.values()))
+    seen = not before or part._backward_hooks or part._backward_pre_hooks
     own = own and not seen and not getattr(part, "scale_grad_by_freq", False)
-    return own and all(map(asks_for_gradients, part._forward_hooks.values()))
+    return own and all(asks_for_gradients(hook) or gathers(hook) for hook in part._forward_hooks.values())
 
 
 def is_lookup(embedding: nn.Module, angles: nn.Module) -> bool:

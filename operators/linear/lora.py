@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hyclora.operators.linear.dropout import add_dropped, draw_seed, dropped
 from hyclora.operators.linear.low_rank import LowRank, stack_adapters
 from hyclora.operators.linear.low_rank_grad import in_one_pass, low_rank_grads
-from hyclora.operators.linear.nf4 import dequantize_4bit, is_4bit
+from hyclora.operators.linear.nf4 import dequantize_4bit, is_4bit, state_of
 from hyclora.operators.linear.residual import add_residual
 from hyclora.operators.linear.weight_pieces import MANY_TOKENS, Piece, make_pieces, weight_pieces
 
@@ -74,7 +74,7 @@ class Projection:
         return self._active
 
     def identify_weight(self) -> tuple[int, int] | None:
-        """What tells W from another one, and from itself once it has changed; None for a part of FSDP's."""
+        """What tells W from another one, and from itself once it has changed; None for a part of the first FSDP's."""
         weight = self.base.weight
         return (id(weight), weight._version) if isinstance(weight, nn.Parameter) else None
 
@@ -89,10 +89,10 @@ class Projection:
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W [N, in] in dtype: a new tensor for NF4 and for another dtype, else the weight itself."""
         weight = self.base.weight
-        if not is_4bit(weight):
+        if not is_4bit(self.base):
             return weight.to(dtype)
         shape = self.width, self.base.in_features
-        return dequantize_4bit(weight, torch.empty(shape, dtype=dtype, device=weight.device))
+        return dequantize_4bit(weight, torch.empty(shape, dtype=dtype, device=weight.device), state=state_of(self.base))
 
     def up(self, frozen: Tensor, xa: Tensor | None, lora_B: Tensor | None, bias_B: Tensor | None) -> Tensor:
         """frozen + scaling * (xa B^T + b_B); frozen itself without an adapter."""
@@ -175,7 +175,7 @@ class ProjectionGroup:
 
         That is where W has to be dequantized, so that A can stand below it at no cost.
         """
-        shared = low_rank is not None and not self.dropout and is_4bit(self.projections[-1].base.weight)
+        shared = low_rank is not None and not self.dropout and is_4bit(self.projections[-1].base)
         return like.new_empty(n_rows, self.width + (low_rank.A.shape[0] if shared else 0))
 
     def frozen(self, x: Tensor, y: Tensor | None = None, low_rank: LowRank | None = None) -> Tensor:

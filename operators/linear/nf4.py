@@ -2,11 +2,13 @@
 
 w = code[nibble] * absmax, absmax = code2[absmax_u8] * absmax2 + offset. A byte holds two weights, the high nibble
 first; a block of weights (64) shares an absmax, a block of absmax (256) an absmax2. FP4 differs in the code alone.
+The bytes may have another dtype (bnb_4bit_quant_storage), by which fully_shard splits and gathers them.
 """
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyclora.operators.dispatch import cdiv, device_guard, use_triton
 
@@ -48,20 +50,38 @@ def _nf4_kernel(
         tl.store(w_ptr + n_programs // n_blocks * n_words.to(tl.int64) * 8 + place, below, mask=place < n_below)
 
 
-def is_4bit(weight: Tensor) -> bool:
-    """Whether a weight is one of bitsandbytes' 4-bit parameters, which after pickling is a plain one with its state."""
-    return bnb is not None and (isinstance(weight, bnb.nn.Params4bit) or hasattr(weight, "quant_state"))
+def state_of(linear: nn.Module):
+    """How bitsandbytes has packed a layer's weight; None if it has not.
+
+    A weight that was pickled is a plain one with its state, one that fully_shard has gathered has none: its layer does.
+    """
+    state = getattr(linear.weight, "quant_state", None)
+    return linear.__dict__.get("quant_state") if state is None else state
 
 
-def dequantize_4bit(weight: Tensor, out: Tensor, row: int = 0, column: int = 0, below: Tensor | None = None) -> Tensor:
+def is_4bit(linear: nn.Module) -> bool:
+    """Whether a layer's weight is in 4 bit, or will be when it comes to its device."""
+    return bnb is not None and (isinstance(linear.weight, bnb.nn.Params4bit) or state_of(linear) is not None)
+
+
+def dequantize_4bit(
+    weight: Tensor, out: Tensor, row: int = 0, column: int = 0, below: Tensor | None = None, state=None
+) -> Tensor:  # fmt: skip
     """W [N, K] of a Params4bit into out (contiguous), bit for bit what bitsandbytes makes of it.
 
-    A smaller out [n, k] gets W[row : row + n, column : column + k]. With below [R, K], in out's dtype, out has R rows
-    more, which get below[:, column : column + k]. Allocates nothing; on a CPU, for another dtype than the weight's and
+    state: of a weight that may not have it itself, as of state_of. A smaller out [n, k] gets
+    W[row : row + n, column : column + k]. With below [R, K], in out's dtype, out has R rows more, which get
+    below[:, column : column + k]. Allocates nothing; on a CPU, for another dtype than the weight's and
     for columns that are no whole words of 8, all of W. Raises RuntimeError for a weight that bitsandbytes has repacked
-    for CPU inference.
+    for CPU inference, ValueError for one whose bytes were cast as if they were numbers.
     """
-    state = weight.quant_state
+    state = weight.quant_state if state is None else state
+    gathered = not isinstance(weight, bnb.nn.Params4bit)
+    if gathered and weight.nbytes != cdiv(state.shape.numel(), 2):
+        raise ValueError(
+            f"the bytes of a 4-bit weight {list(state.shape)} were cast to {weight.dtype}: load the model with "
+            "bnb_4bit_quant_storage of the dtype that the mixed precision of fully_shard (param_dtype) has"
+        )
     if getattr(state, "packing_format_for_cpu", False):
         raise RuntimeError(
             "bitsandbytes has repacked a weight for CPU inference; set support_avx512bf16_for_cpu = False on the "
@@ -76,7 +96,7 @@ def dequantize_4bit(weight: Tensor, out: Tensor, row: int = 0, column: int = 0, 
     aligned = n_cols % 8 == first % 8 == 0 and (n_rows == 1 or stride % 8 == 0)
     if not (use_triton(out) and state.dtype == out.dtype == below.dtype and aligned):
         # [N K / 2, 1] is the layout for which all bitsandbytes versions return [N, K] untransposed
-        whole = bnb.functional.dequantize_4bit(weight.data.view(-1, 1), state)
+        whole = bnb.functional.dequantize_4bit(weight.data.view(torch.uint8).view(-1, 1), state)
         n_rows = len(out) - len(below)
         out[:n_rows] = whole[row : row + n_rows, column : column + width]
         out[n_rows:] = below

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hyclora.operators.dispatch import cdiv
-from hyclora.operators.linear.nf4 import dequantize_4bit, is_4bit
+from hyclora.operators.linear.nf4 import dequantize_4bit, is_4bit, state_of
 
 # Bytes. What fits in WHOLE is one piece, neighbours too, for one GEMM: q, k, v of 7B (96 MiB), gate of Llama-3-8B (112)
 WHOLE = 2**27
@@ -36,7 +36,7 @@ class Piece:
 
     @property
     def in_4bit(self) -> bool:
-        return is_4bit(self.linears[0][0].weight)
+        return is_4bit(self.linears[0][0])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def weight_pieces(
     limit, whole, runs = WEIGHT_BUFFER // dtype.itemsize, WHOLE // dtype.itemsize, []
     for linear, own in linears:
         last = runs[-1] if runs else None
-        both = last and last.in_4bit and is_4bit(linear.weight)
+        both = last and last.in_4bit and is_4bit(linear)
         if both and (own.stop - last.rows.start) * linear.in_features <= whole:
             runs[-1] = Piece([*last.linears, (linear, own)], slice(last.rows.start, own.stop), last.columns)
         else:
@@ -108,5 +108,5 @@ def make_pieces(
             start, stop = max(own.start, rows.start), min(own.stop, rows.stop)
             beneath, more = (below, extra) if extra and stop == rows.stop else (None, 0)
             out = weight[start - rows.start : stop - rows.start + more]
-            dequantize_4bit(linear.weight, out, start - own.start, columns.start, beneath)
+            dequantize_4bit(linear.weight, out, start - own.start, columns.start, beneath, state_of(linear))
         yield slice(rows.start, rows.stop + extra), columns, weight

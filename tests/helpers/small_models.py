@@ -30,11 +30,12 @@ from hyclora.utils.args import LINEARS
 from hyclora.utils.loading import quantize_linears
 from tests.helpers.kernel_checks import DEVICE
 
+STORAGE = {"nf4": torch.uint8, "nf4 as bfloat16": torch.bfloat16, "nf4 as float32": torch.float32}
 SECOND_LAYER_SLIDES = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
 
 def llama(lora: dict | bool | None = None, base: str = "float32", **config) -> torch.nn.Module:
-    """A two-layer LLaMA with grouped queries, odd widths, and LoRA whose B is not zero; alpha != r; base may be nf4.
+    """A two-layer LLaMA with grouped queries, odd widths, and LoRA whose B is not zero; alpha != r; base: STORAGE.
 
     Of the decoders lora=False is the base model alone.
     """
@@ -77,8 +78,8 @@ def _small(model_class, config_class, lora: dict | bool | None, base: str, confi
         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128,
     }  # fmt: skip
     model = model_class(config_class(**shape | config)).to(DEVICE)
-    if base == "nf4":
-        quantize_linears(model, torch.float32)
+    if base in STORAGE:
+        quantize_linears(model, torch.float32, STORAGE[base])
     if lora is not False:
         options = {"r": 8, "lora_alpha": 12, "target_modules": LINEARS} | (lora or {})
         model = get_peft_model(model, LoraConfig(**options))

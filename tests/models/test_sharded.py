@@ -1,14 +1,11 @@
-"""A model in torch's wrappers for several processes, in one of them: DDP and the first FSDP train it as stock.
-
-The weights of the second FSDP are no tensors that blocks read.
-"""
+"""A model in torch's wrappers for several processes, in one of them: DDP and the first FSDP train it as stock."""
 
 import copy
 from functools import partial
 
 import pytest
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -83,15 +80,3 @@ def test_logits_that_nobody_looked_at_are_no_tensor():
     model = llama()
     apply_hyclora(model, BASELINE)
     assert not isinstance(dict(model(**padded_batch()).items())["logits"], torch.Tensor)
-
-
-@pytest.mark.parametrize("sharded_first", [False, True])
-def test_the_second_kind_is_refused(one_process, sharded_first):
-    model = llama()
-    if not sharded_first:
-        apply_hyclora(model, BASELINE)
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    with pytest.raises(ValueError, match="a weight of type DTensor is not supported; so no layer"):
-        apply_hyclora(model, BASELINE) if sharded_first else train(model)

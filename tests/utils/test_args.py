@@ -97,6 +97,8 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--num_train_epochs", "-1"], "num_train_epochs must be a positive number"),
         (["--max_steps", "0"], "max_steps must be at least 1"),
         (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_strategy must be no"),
+        (["--fsdp", "True"], "fsdp: the scripts save and resume adapters that every process has whole; drop it"),
+        (["--deepspeed", "zero3.json"], "deepspeed: the scripts save and resume adapters"),
         (["--offload", "True", "--use_cpu", "True"], "offload=True needs a GPU"),
         (["--cuda_graphs", "True", "--use_cpu", "True"], "cuda_graphs=True needs a GPU"),
     ],
@@ -105,6 +107,15 @@ def test_mistakes_are_refused_by_name(argv, named):
     with pytest.raises(ValueError, match=named) as caught:
         parse(*argv)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_what_accelerate_launch_asks_for_is_refused(name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "false")
+    parse()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(UserError, match=f"{name}: .* start one process a GPU with torchrun"):
+        parse()
 
 
 def test_an_option_is_not_guessed_from_its_beginning():

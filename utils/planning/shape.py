@@ -55,7 +55,7 @@ class Group:
         self.R = padded_rank(rank * len(linears))
         self.stack = HALF.itemsize * self.R * (self.n_in + self.width)
         self.grads = 4 * rank * sum(linear.in_features + linear.out_features for linear in linears)
-        self.in_4bit = nf4.is_4bit(linears[-1].weight)
+        self.in_4bit = nf4.is_4bit(linears[-1])
         self.beside = self.R if self.in_4bit else 0
 
     def low_rank_parts(self, n_rows: int) -> int:
