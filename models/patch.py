@@ -99,6 +99,11 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         raise ValueError(f"{stock[0, 'attention']}; so no layer of this model can be patched")
     builder = Builder(config, family, layers, stock, names, step)
     blocks = builder.blocks()
+    checkpoints = [
+        CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step, builder.is_again(i))
+        for i, m in enumerate(layers)
+    ]
+    _keep_inputs(config, blocks, checkpoints, stock)
     head, stock_head = _head(model, family, names, step, blocks)
     inside = blocks if head is None else [*blocks, head]
     norm = trust.acting(getattr(decoder, family.final_norm)) if family.final_norm else None
@@ -114,13 +119,12 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     drops = 0.0 if _elsewhere(layers) else max([b.dropout(b.module) for b in blocks if isinstance(b, AttentionBlock)])
     widths, last_norm = builder.widths(), norm is not None
     report = make_report(
-        config, layers, widths, inside, head_name, not_patched, no_graphs, no_stream, last_norm, drops
+        config, layers, widths, inside, checkpoints, head_name, not_patched, no_graphs, no_stream, last_norm, drops
     )  # fmt: skip
     blocks += [] if stock_norm or norm is None else [builder.final_norm(norm, adapted(blocks)[:1])]
     blocks += [] if head is None else [head]
     if known:
         blocks.append(ForeignHead(_base(model), names[id(_base(model))], step, family, decoder))
-    checkpoints = [CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step) for i, m in enumerate(layers)]
     calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
     patch = Patch(config, step, decoder, calibration, _starts_at_zero(model), blocks, checkpoints)
     if config.offload:
@@ -197,6 +201,21 @@ def patch_of(model: nn.Module) -> Patch | None:
     if len(patches) > 1:
         raise ValueError(f"there are {len(patches)} patched models in this one; give one of them")
     return patches[0] if patches else None
+
+
+def _keep_inputs(config: HycloraConfig, blocks: list[Block], checkpoints: list[CheckpointBlock], stock: dict) -> None:
+    """Have the layers that config.layers names keep their inputs; ValueError where one runs in no block as a whole."""
+    whole = {block.module: block for block in blocks if isinstance(block, WholeLayer)}
+    for i, checkpoint in enumerate(checkpoints):
+        if not checkpoint.own:
+            continue
+        if checkpoint.module not in whole:
+            reason = next((why for (index, _), why in stock.items() if index == i), "its own forward was replaced")
+            raise ValueError(
+                f"layers={config.layers!r}: {checkpoint.name} cannot keep its input alone, as parts of it run stock "
+                f"code ({reason}); have it keep slots"
+            )
+        whole[checkpoint.module].checkpoint = checkpoint
 
 
 def _starts_at_zero(model: nn.Module) -> bool:

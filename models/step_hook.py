@@ -70,7 +70,7 @@ class StepHook:
             return None
         if not self.told:
             self.told = True
-            tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints if not checkpoint.better])
+            tell_of_checkpointing([c.module for c in self.patch.checkpoints if not (c.better or c.own)])
             if self.step.index == 0 and self.patch.calibration.quantizers:
                 tell_of_new_calibration(self.patch.calibration.lost, self.adapted if self.patch.starts_at_zero else [])
         # a loop over the layers that is not Hugging Face's own may keep what it likes, and takes what it likes

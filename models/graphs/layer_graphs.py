@@ -254,6 +254,7 @@ class LayerGraphs(Pausable):
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         self.patch.use(self._store)
+        self.step.recording = True
         self.recorder.begin(not self.recordings)
         try:
             # the first replay draws what the layers by themselves would have
@@ -273,6 +274,7 @@ class LayerGraphs(Pausable):
             return None
         finally:
             self.patch.use(eager)
+            self.step.recording = False
             torch.set_autocast_cache_enabled(cache)
         return self.recordings[self._kind]
 
@@ -301,7 +303,8 @@ class LayerGraphs(Pausable):
         def forward() -> Tensor:
             edges.clear()
             x, edge = first, get_gradient_edge(first) if first.requires_grad else None
-            with self._aliased(trained) as aliases:
+            aliases = [[nn.Parameter(parameter.detach()) for _, _, parameter in layer] for layer in trained]
+            with self._aliased(trained, aliases):
                 for layer, parameters in zip(self.layers, aliases, strict=True):
                     with self._held(layer):
                         x = layer.run_layer(x, *args, **kwargs)
@@ -313,12 +316,13 @@ class LayerGraphs(Pausable):
 
         def backward() -> Tensor | None:
             dx, (edge, _) = dy, edges.pop()
-            for places in reversed(trained):
+            for layer, places in zip(reversed(self.layers), reversed(trained), strict=True):
                 below, parameters = edges.pop()
                 if edge is None:  # nothing is trained from here on
                     break
                 inputs = [*parameters, *([] if below is None else [below])]
-                found = list(torch.autograd.grad(edge, inputs, dx, allow_unused=True))
+                with nullcontext() if layer.checkpoint is None else self._aliased([places], [parameters]):
+                    found = list(torch.autograd.grad(edge, inputs, dx, allow_unused=True))
                 dx, edge = None if below is None else found.pop(), below
                 pairs = [(p, g) for (_, _, p), g in zip(places, found, strict=True) if g is not None]
                 reached.update((p, buffers[p]) for p, _ in pairs)
@@ -350,16 +354,15 @@ class LayerGraphs(Pausable):
         return large.view(-1)[:n].view(hidden.shape)
 
     @contextmanager
-    def _aliased(self, trained: list[list[tuple[nn.Module, str, nn.Parameter]]]):
+    def _aliased(self, trained: list[list[tuple[nn.Module, str, nn.Parameter]]], aliases: list[list[nn.Parameter]]):
         """Other parameters of the same memory in the place of these, layer by layer.
 
         Autograd ties a parameter to the stream on which a graph that is still alive first used it. Usually that is the
         default stream, on which a capture must not depend.
         """
-        aliases = [[nn.Parameter(parameter.detach()) for _, _, parameter in layer] for layer in trained]
         self._put(trained, aliases)
         try:
-            yield aliases
+            yield
         finally:
             self._put(trained, [[parameter for _, _, parameter in layer] for layer in trained])
 
