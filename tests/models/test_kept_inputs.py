@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora, verify
+from hyclora.models.blocks import MlpBlock
 from hyclora.models.config import KEPT
-from hyclora.models.layers import WholeLayer
 from hyclora.models.patch import find_patch
 from hyclora.models.state import load_calibration, save_calibration
 from hyclora.operators.savers import ChannelQuant
@@ -203,9 +203,8 @@ def test_a_layer_runs_twice_with_checkpointing_of_hugging_face_too(checkpointing
     patch = patched(model, layers="input")
     if checkpointing:
         model.gradient_checkpointing_enable()
-    for layer in [block for block in patch.blocks if isinstance(block, WholeLayer)]:
-        run_once = layer.run_once
-        layer.run_once = lambda *a, once=run_once, name=layer.name, **kw: runs.update([name]) or once(*a, **kw)
+    for block in [block for block in patch.blocks if isinstance(block, MlpBlock)]:
+        block.run = lambda *a, run=block.run, name=block.name, **kw: runs.update([name]) or run(*a, **kw)
     assert largest_error(gradients(model, batch)[1], expected) < 1e-5
     assert len(runs) == 2 and set(runs.values()) == {2}
 
