@@ -118,8 +118,10 @@ class CheckpointBlock(Block):
         return self.own or self.bound is not None
 
     def applies(self, *args, cache=None, past_key_values=None, **kwargs) -> bool:
-        """A training forward that HF does not checkpoint already; to run it again adds to no cache, and gives x and
-        parameters gradients, nothing else."""
+        """A training forward that HF does not checkpoint already, and that may be run again.
+
+        That must add to no cache, and give gradients to the hidden states and to parameters alone.
+        """
         trains = self.module.training and torch.is_grad_enabled() and cache is None and past_key_values is None
         if not trains or getattr(self.module, "gradient_checkpointing", False):
             return False

@@ -78,11 +78,12 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     """Patch a PEFT model's decoder layers, last norm and LM head in place, this instance only; says what was patched.
 
     Allocates nothing on the GPU. Training keeps the sum of the report's slot_bits, / 8, in bytes a token, x A^T and
-    4 bytes a norm beside it; once, from calibration on, 12 bytes a channel of a quantized slot (20 with exact
-    ones), and 12 more while it calibrates.
+    4 bytes a norm beside it, but for layers that keep their input alone; once, from calibration on, 12 bytes a channel
+    of a quantized slot (20 with exact ones), and 12 more while it calibrates.
 
-    Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, and for a model
-    that is patched already.
+    Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, for
+    config.layers of another number of layers or of one of which parts run stock code, and for a model that is patched
+    already.
     """
     config = config or HycloraConfig()
     decoder, family = _decoder(model)

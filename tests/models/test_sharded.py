@@ -34,16 +34,17 @@ def train(model) -> dict:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("config", [BASELINE, HycloraConfig(layers="input")], ids=["slots", "inputs"])
 @pytest.mark.parametrize("sharded_first", [False, True])
-def test_the_first_kind(one_process, sharded_first):
+def test_the_first_kind(one_process, sharded_first, config):
     """A layer's weights are put there just before it runs, and are other ones than it had until its first forward."""
     stock = llama()
     ours = copy.deepcopy(stock)
     if sharded_first:
         ours = shard(ours)
-        apply_hyclora(ours.module, BASELINE)
+        apply_hyclora(ours.module, config)
     else:
-        apply_hyclora(ours, BASELINE)
+        apply_hyclora(ours, config)
         ours = shard(ours)
     stock = shard(stock)
     for _ in range(3):
