@@ -109,7 +109,7 @@ def test_auto_bits_are_of_the_layers_that_keep_slots():
     report = apply_hyclora(model, HycloraConfig(q_bit="auto", average_bits=4.0, layers="2*slots,input8"))
     assert len(report.savers["gate"]) == 2 and report.savers["layer_in"] == ["8 bit (exact channels 0.005)"]
     remove_hyclora(model)
-    assert set(apply_hyclora(model, HycloraConfig(q_bit="auto", layers="input8")).savers) == {"layer_in", "norm_in"}
+    assert set(apply_hyclora(model, HycloraConfig(q_bit="auto", layers="input8")).savers) == {"layer_in"}
 
 
 def test_a_kept_lse_brings_8_bit_with_it():
