@@ -104,7 +104,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step, builder.is_again(i))
         for i, m in enumerate(layers)
     ]
-    _keep_inputs(config, blocks, checkpoints, stock)
+    _keep_inputs(config, family, blocks, checkpoints, stock)
     head, stock_head = _head(model, family, names, step, blocks)
     inside = blocks if head is None else [*blocks, head]
     norm = trust.acting(getattr(decoder, family.final_norm)) if family.final_norm else None
@@ -204,17 +204,20 @@ def patch_of(model: nn.Module) -> Patch | None:
     return patches[0] if patches else None
 
 
-def _keep_inputs(config: HycloraConfig, blocks: list[Block], checkpoints: list[CheckpointBlock], stock: dict) -> None:
+def _keep_inputs(
+    config: HycloraConfig, family: Family, blocks: list[Block], checkpoints: list[CheckpointBlock], stock: dict
+) -> None:
     """Have the layers that config.layers names keep their inputs; ValueError where one runs in no block as a whole."""
     whole = {block.module: block for block in blocks if isinstance(block, WholeLayer)}
     for i, checkpoint in enumerate(checkpoints):
         if not checkpoint.own:
             continue
         if checkpoint.module not in whole:
-            reason = next((why for (index, _), why in stock.items() if index == i), "its own forward was replaced")
+            reasons = [why for (index, _), why in stock.items() if index == i]
+            reason = reasons[0] if reasons else trust.why_not_layer(family, checkpoint.module, checkpoint.name)
             raise ValueError(
-                f"layers={config.layers!r}: {checkpoint.name} cannot keep its input alone, as parts of it run stock "
-                f"code ({reason}); have it keep slots"
+                f"layers={config.layers!r}: {checkpoint.name} cannot keep its input alone, as it is not patched as a "
+                f"whole ({reason}); have it keep slots"
             )
         whole[checkpoint.module].checkpoint = checkpoint
 

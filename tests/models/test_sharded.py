@@ -34,8 +34,11 @@ def train(model) -> dict:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("config", [BASELINE, HycloraConfig(layers="input")], ids=["slots", "inputs"])
-@pytest.mark.parametrize("sharded_first", [False, True])
+@pytest.mark.parametrize(
+    "sharded_first, config",
+    [(False, BASELINE), (True, BASELINE), (False, HycloraConfig(layers="input"))],
+    ids=["slots", "slots, sharded first", "inputs"],
+)
 def test_the_first_kind(one_process, sharded_first, config):
     """A layer's weights are put there just before it runs, and are other ones than it had until its first forward."""
     stock = llama()
@@ -49,6 +52,12 @@ def test_the_first_kind(one_process, sharded_first, config):
     stock = shard(stock)
     for _ in range(3):
         assert largest_error(train(ours), train(stock)) < 1e-5
+
+
+def test_layers_within_the_first_kind_keep_no_input(one_process):
+    """The decoder has wrappers in the place of its layers then."""
+    with pytest.raises(ValueError, match=r"layers='input': .* cannot keep its input alone, as it is not patched as a"):
+        apply_hyclora(shard(llama()).module, HycloraConfig(layers="input"))
 
 
 def test_the_first_kind_is_not_replayed(one_process):
