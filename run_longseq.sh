@@ -42,10 +42,11 @@ else
     load_in_4bit=${load_in_4bit:-$gpu}
 fi
 
-# HyC-LoRA: with checkpointing the input of each layer is kept, in host memory on a GPU, and here in 8 bit
+# HyC-LoRA: with checkpointing the input of each layer is kept, in host memory on a GPU, and here in 8 bit (or as
+# layers= says, for instance input4)
 preset=${preset:-$([[ "$gpu" == True ]] && echo longest || echo default)}
 exact=$([[ "${use_hyclora:-}" == False || "${layer_type:-}" == baseline ]] && echo True || echo False)
-slot_savers=${slot_savers-$([[ "$exact" == True ]] || echo '{"layer_in": "quant8"}')}
+slot_savers=${slot_savers-$([[ "$exact" == True || -n "${layers:-}" ]] || echo '{"layer_in": "quant8"}')}
 
 source "$root/utils/settings.sh"
 options+=(--gradient_accumulation_steps "$gradient_accu_steps")

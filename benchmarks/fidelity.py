@@ -36,6 +36,7 @@ SETTINGS = [
     *({"layer_type": "intra_inter", "q_bit": bits, "scale_rule": "paper"} for bits in (8, 4, 2)),
     {"q_bit": 4, "layer_type": "intra"},
     *({"layer_type": "intra_inter", "q_bit": bits, "slot_savers": LSE_KEPT} for bits in (4, 2)),
+    *({"layers": kept} for kept in ("input", "input8", "input4")),
 ]
 # in place of the usual first rows: warm-ups, rows that are empty, data sorted by length or by kind
 FIRST = {

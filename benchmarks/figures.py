@@ -60,6 +60,7 @@ def fidelity():
     figure, axes = plt.subplots(figsize=(9, 4.2))
     lines = [line for line in load("fidelity", "model", "label") if not line["setting"]["slot_savers"]]
     lines = [line for line in lines if line["setting"]["layer_type"].startswith("intra_inter") and "first" not in line]
+    lines = [line for line in lines if line["setting"]["layers"] == "slots"]
     for color, model in enumerate(dict.fromkeys(line["model"] for line in lines)):
         for rule, style, said in (("channel_group", "o-", ""), ("paper", "x--", ", published quantizer")):
             points = {

@@ -60,8 +60,8 @@ def slots() -> str:
     """What each layer type does with each slot."""
     rows = []
     for slot, names in itertools.groupby(SLOTS, SLOTS.get):
-        rows.append([", ".join(f"`{name}`" for name in names), slot.block, "exact", slot.intra, slot.inter])
-    return table(["slot", "block", "baseline", "intra", "intra_inter, full_fuse"], rows)
+        rows.append([", ".join(f"`{name}`" for name in names), slot.block, "exact", slot.intra, slot.inter, slot.again])
+    return table(["slot", "block", "baseline", "intra", "intra_inter, full_fuse", "while run again"], rows)
 
 
 def cost(line: dict) -> str:

@@ -3,7 +3,7 @@
 import json
 
 from benchmarks.record import RESULTS, read
-from hyclora.models.config import PRESETS, HycloraConfig
+from hyclora.models.config import KEPT, PRESETS, HycloraConfig
 
 CELL = ("device", "shape", "base", "lora_rank", "batch_size", "seq_len")
 LSE_KEPT = {"lse": "exact"}
@@ -104,9 +104,13 @@ def name_of(setting: dict | str | None) -> str:
 
     rest = changed(setting)
     bits, average, savers = (rest.pop(name, default[name]) for name in ("q_bit", "average_bits", "slot_savers"))
+    inputs = KEPT.get(rest.get("layers"))
     preset = next((name for name, preset in PRESETS.items() if changed(preset.settings) == rest), None)
     words = [f"auto, {average:g} bits on average" if bits == "auto" else f"{bits} bit"]
-    if preset is not None:
+    if inputs is not None:
+        words = ["layer inputs", inputs if inputs == "exact" else f"{inputs.removeprefix('quant')} bit"]
+        del rest["layers"]
+    elif preset is not None:
         words, rest = [f"HyC-LoRA {preset}", *words], {}
     elif rest.get("layer_type") == "baseline":
         words = ["baseline (exact)"]

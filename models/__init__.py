@@ -1,6 +1,6 @@
 """How a Hugging Face model is patched: the public API's config.py and patch.py, and what they put in place.
 
-blocks.py      a norm, an attention and an MLP module of a layer        layers.py   a whole layer, and checkpointing
+blocks.py      a norm, an attention and an MLP module of a layer        layers.py   a whole layer, or its input alone
 head.py        LM head and loss                                         masks.py    which tokens see which
 step_hook.py   around each training forward                             bits.py     q_bit=auto
 stream.py      a padded batch as one row of its real tokens             no_cache.py  what stands for a cache

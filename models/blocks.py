@@ -93,7 +93,7 @@ class Block:
         """Stock code that runs in training, as it does first under checkpointing, drops what run() will."""
         trains = self.groups and self.module.training and self.reason is None
         ours = trains and all([p.refresh() for p in self.projections])
-        if ours and self.step.running is not None and not torch.is_grad_enabled():
+        if ours and self.step.running is not None and not self.step.trains:
             self.check_dropout()
         return same_dropout(*self.groups, modules=self.drops) if ours else nullcontext()
 
@@ -102,7 +102,7 @@ class Block:
 
     def applies(self, *args, **kwargs) -> bool:
         """Only training forwards with grad enabled and active, unmerged adapters are ours."""
-        if self.reason is not None or not (self.module.training and torch.is_grad_enabled()):
+        if self.reason is not None or not (self.module.training and self.step.trains):
             return False
         return all([p.refresh(self.step.running) for p in self.projections])
 
@@ -223,7 +223,7 @@ class AttentionBlock(Block):
         if self.sparse and self.dropout(self.module) > 0:
             raise ValueError(
                 f"{self.name}: stock attention cannot drop what attention=eager does, which checkpointing with "
-                "use_reentrant=True, offload=True or a quantized layer_in would run it for; use attention=flash"
+                "use_reentrant=True would run it for; use attention=flash, or layers=input without checkpointing"
             )
 
     def takes_starts(self, dtype: torch.dtype) -> bool:
@@ -303,7 +303,7 @@ class MlpBlock(Block):
     def run_stock(self, x):
         rows = x.reshape(-1, x.shape[-1])
         tiles = token_tiles(len(rows))
-        if len(tiles) == 1 or torch.is_grad_enabled() or not self.module.training:
+        if len(tiles) == 1 or self.step.trains or not self.module.training:
             return super().run_stock(x)
         # checkpointing runs a layer first without grad: in the tiles, and so with the dropout, of the run that follows
         y = None

@@ -1,10 +1,12 @@
 """HycloraConfig, and what it means: which saver keeps which slot.
 
 layer_type, q_bit and the ratios choose savers, and layer_type whether LoRA compensates and kernels are fused (Policy).
-Nothing outside of this file decides by layer_type. PRESETS names the settings that most users should begin with.
+layers says which layers keep slots, and which their input alone. Nothing outside of this file decides by either.
+PRESETS names the settings that most users should begin with.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -30,33 +32,41 @@ POLICIES = {
     "intra_inter": Policy(True, True, False),
     "intra_inter_full_fuse": Policy(True, True, True),
 }
+# of a layer that is run again: its slots are kept, exactly, until its own backward is over
+AGAIN = Policy(False, False, False)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One buffered activation: its block, its saver when compressed alone (intra) and with compensation (inter)."""
+    """One buffered activation: its block, its saver when compressed alone (intra) and with compensation (inter).
+
+    again: in a layer that keeps its input, while it is run again.
+    """
 
     block: str
     intra: str
     inter: str
+    again: str
 
 
 SLOTS = {
-    "norm_in": Slot("norm", "quant", "quant"),
-    "attn_in": Slot("attention", "quant", "derived"),
-    "q": Slot("attention", "quant", "quant"),
-    "k": Slot("attention", "quant", "quant"),
-    "v": Slot("attention", "quant", "quant"),
-    "prob": Slot("attention", "sparse", "sparse"),
-    "lse": Slot("attention", "recompute", "recompute"),
-    "attn_out": Slot("attention", "quant", "recompute"),
-    "mlp_in": Slot("mlp", "quant", "derived"),
-    "gate": Slot("mlp", "quant", "quant"),
-    "up": Slot("mlp", "quant", "quant"),
-    "act": Slot("mlp", "quant", "recompute"),
-    "hidden": Slot("mlp", "quant", "recompute"),
-    "layer_in": Slot("layer", "exact", "exact"),
+    "norm_in": Slot("norm", "quant", "quant", "exact"),
+    "attn_in": Slot("attention", "quant", "derived", "derived"),
+    "q": Slot("attention", "quant", "quant", "exact"),
+    "k": Slot("attention", "quant", "quant", "exact"),
+    "v": Slot("attention", "quant", "quant", "exact"),
+    "prob": Slot("attention", "sparse", "sparse", "exact"),
+    "lse": Slot("attention", "recompute", "recompute", "exact"),
+    "attn_out": Slot("attention", "quant", "recompute", "exact"),
+    "mlp_in": Slot("mlp", "quant", "derived", "derived"),
+    "gate": Slot("mlp", "quant", "quant", "exact"),
+    "up": Slot("mlp", "quant", "quant", "exact"),
+    "act": Slot("mlp", "quant", "recompute", "recompute"),
+    "hidden": Slot("mlp", "quant", "recompute", "recompute"),
+    "layer_in": Slot("layer", "exact", "exact", "exact"),
 }
+# What a layer keeps from its forward to its backward: slots (None), or its input, by this saver
+KEPT = {"slots": None, "input": "exact", **{f"input{bits}": f"quant{bits}" for bits in BITS}}
 DERIVABLE = ("attn_in", "mlp_in")
 RECOMPUTABLE = ("lse", "attn_out", "act", "hidden")
 # what has to be near its exact value for a kept lse to fit: with q, k, v, attn_out at 4 bit probabilities do not add up
@@ -114,7 +124,9 @@ class HycloraConfig:
         5, "Training forwards that calibrate the channel statistics before they freeze; more while rows are poor."
     )
     softmax_outlier_ratio: float = _option(0.05, "With attention=eager: share of each attention row that is kept.")
-    layernorm_outlier_ratio: float = _option(0.005, "Share of the norm's channels that is kept exactly.")
+    layernorm_outlier_ratio: float = _option(
+        0.005, "Share of the channels of norms and of layer inputs that is kept exactly."
+    )
     attention: str = _option("flash", "flash (no attention map) or eager (keeps a sparse map, as the paper does).")
     scale_rule: str = _option("channel_group", "Quantizer: channel_group, or paper (the published rule).")
     offload: bool = _option(False, "Keep packed slots in pinned host memory; backward fetches them just in time.")
@@ -127,6 +139,11 @@ class HycloraConfig:
         "auto",
         "Compute no padding: a padded batch goes through the layers as one row of its real tokens; auto: not with "
         "attention=eager.",
+    )
+    layers: str = _option(
+        "slots",
+        "What each layer keeps: slots, or its input alone (input: exact; input8, input4: in 8 or 4 bit), from which "
+        "backward runs it again; e.g. input4, or 8*slots,input4 (the first 8, and all others).",
     )
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
 
@@ -158,6 +175,9 @@ class HycloraConfig:
             raise ValueError("q_bit=auto is not defined for scale_rule=paper; choose q_bit 2, 3, 4 or 8")
         if not 0 < self.average_bits < math.inf:
             raise ValueError(f"average_bits={self.average_bits} is not a number of bits")
+        kinds = [kind for _, kind in self._runs()]
+        if "layer_in" in self.slot_savers and any(KEPT[kind] for kind in kinds):
+            raise ValueError(f"slot_savers['layer_in']: layers={self.layers!r} says already how inputs are kept")
         for slot, saver in self.slot_savers.items():
             _one_of("slot_savers slot", slot, tuple(SLOTS))
             _one_of(f"slot_savers[{slot!r}]", saver, SAVERS)
@@ -178,13 +198,38 @@ class HycloraConfig:
     def policy(self) -> Policy:
         return POLICIES[self.layer_type]
 
-    def saver_name(self, slot: str, bits: int) -> str:
-        """The saver of a slot whose quantizer, if it has one, uses `bits`."""
+    def _runs(self) -> list[tuple[int | None, str]]:
+        """layers, read: how many layers, None for all that are left, keep what."""
+        runs = []
+        for part in str(self.layers).split(","):
+            found = re.fullmatch(r"\s*(?:(\d+)\s*\*\s*)?(\w+)\s*", part)
+            if not found or found[2] not in KEPT or found[1] and not int(found[1]):
+                raise ValueError(
+                    f"layers={self.layers!r}: {part.strip()!r} is not one of {', '.join(KEPT)}, with a number of "
+                    "layers in front or without, as in 8*slots,input4"
+                )
+            runs.append((int(found[1]) if found[1] else None, found[2]))
+        if sum(n is None for n, _ in runs) > 1:
+            raise ValueError(f"layers={self.layers!r}: only one part can be without a number of layers")
+        return runs
+
+    def kept(self, n_layers: int) -> list[str]:
+        """What each of n_layers layers keeps, a name of KEPT; ValueError if layers is of another number."""
+        runs = self._runs()
+        left = n_layers - sum(n or 0 for n, _ in runs)
+        if left < 0 or left and all(n is not None for n, _ in runs):
+            raise ValueError(f"layers={self.layers!r} is of {n_layers - left} layers, and the model has {n_layers}")
+        return [kind for n, kind in runs for _ in range(left if n is None else n)]
+
+    def saver_name(self, slot: str, bits: int, again: bool = False) -> str:
+        """The saver of a slot whose quantizer, if it has one, uses `bits`; again: of a layer that is run again."""
         if slot in self.slot_savers:
             return self.slot_savers[slot]
         policy = self.policy
         if slot == "lse" and self.attention == "eager":
             return "recompute"
+        if again:
+            return SLOTS[slot].again
         if not policy.compress:
             return "exact"
         if slot in WITH_LSE and self.saver_name("lse", bits) == "exact":

@@ -58,7 +58,7 @@ class EncoderLayerBlock(WholeLayer):
     ) -> torch.Tensor:  # fmt: skip
         """Hidden states [B, S, C] of the next layer."""
         attention, attention_norm, mlp, mlp_norm = self.blocks
-        again = getattr(self.module, "gradient_checkpointing", False)
+        again = self.checkpoint is not None or getattr(self.module, "gradient_checkpointing", False)
         x = hidden_states.view_as(hidden_states) if again else hidden_states  # another tensor, of nobody's norm
         y, _ = attention.run(dtype, x, attention_mask=attention_mask, **kwargs)
         x = attention_norm.run(dtype, y, x)

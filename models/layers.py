@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from hyclora.models.binding import BoundForward
@@ -9,7 +10,7 @@ from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.sharding import is_sharded
 from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
-from hyclora.operators.savers import Exact, Step
+from hyclora.operators.savers import Exact, Saver, Step
 from hyclora.operators.store import UNITS_A_LAYER
 
 # on the output of a layer that nobody else looks at: the next layer may overwrite it
@@ -20,17 +21,25 @@ class WholeLayer(Block):
     """The block of a layer as a whole.
 
     graphs: a LayerGraphs that may replay the layer, and all others with it. together: whether the layer is as it came,
-    so that its blocks may be run without its own forward (models/watch.py).
+    so that its blocks may be run without its own forward (models/watch.py). checkpoint: what keeps its input alone,
+    None where it keeps slots.
     """
 
     graphs = None
     together = False
+    checkpoint: "CheckpointBlock | None" = None
 
     def forward(self, hidden_states, *args, **kwargs):
         output = None if self.graphs is None else self.graphs.replay(self, hidden_states, args, kwargs)
         return self.run_layer(hidden_states, *args, **kwargs) if output is None else output
 
     def run_layer(self, hidden_states, *args, **kwargs):
+        """This layer by itself, to be run again in backward if it keeps its input alone."""
+        if self.checkpoint is None or not self.checkpoint.applies(*args, **kwargs):
+            return self.run_once(hidden_states, *args, **kwargs)
+        return self.checkpoint.keep_input(lambda x: self.run_once(x, *args, **kwargs), hidden_states)
+
+    def run_once(self, hidden_states, *args, **kwargs):
         """This layer by itself."""
         return super().forward(hidden_states, *args, **kwargs)
 
@@ -53,7 +62,7 @@ class LayerBlock(WholeLayer):
         super().__init__(module, name, {}, step)
         self.blocks, self.first = blocks, first
 
-    def run_layer(self, hidden_states, *args, **kwargs):
+    def run_once(self, hidden_states, *args, **kwargs):
         """This layer by itself. Autocast stays on: each block looks at it."""
         run = self.run if self.applies(*args, **kwargs) else self.run_stock
         return run(hidden_states, *args, **kwargs)
@@ -75,6 +84,7 @@ class LayerBlock(WholeLayer):
         # hooks may keep what goes in and comes out, or have autograd start from it
         watched = is_watched(self.module) or is_sharded(self.module)
         ours = self.step.private and getattr(hidden_states, OURS, False) or self.first and self.step.embeds
+        ours = ours and not self.step.holds_input
         x, residual = attention_norm(hidden_states, residual=True)
         hidden_states, _ = attention(hidden_states=x, residual=residual, overwrite=ours and not watched, **kwargs)
         x, residual = mlp_norm(hidden_states, residual=True)
@@ -88,15 +98,40 @@ OPTIONS = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_st
 
 
 class CheckpointBlock(Block):
-    """A decoder layer's checkpoint function in place of torch's, where it can keep the layer's input better.
+    """Keeps a decoder layer's input: in place of its slots where config.layers says so, and for gradient checkpointing.
 
-    That is with a store, or if layer_in is not exact. HF calls it as it calls torch's, while gradient checkpointing is
-    on; a trainer may switch that at any time, so bind() is called before every training forward. Keeps what
-    CheckpointFunction does.
+    There it takes the place of torch's where it can keep the input better: with a store, or if layer_in is not exact.
+    HF calls it as it calls torch's, while gradient checkpointing is on; a trainer may switch that at any time, so
+    bind() is called before every training forward. Keeps what CheckpointFunction does.
+    own: whether the layer keeps its input without HF's checkpointing too.
     """
 
     span = UNITS_A_LAYER
     bound = None
+
+    def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step, own: bool = False):
+        super().__init__(module, name, savers, step)
+        self.own = own
+
+    @property
+    def used(self) -> bool:
+        """Whether it has any work."""
+        return self.own or self.bound is not None
+
+    def applies(self, *args, cache=None, past_key_values=None, **kwargs) -> bool:
+        """A training forward that HF does not checkpoint already, and that may be run again.
+
+        That must add to no cache, and give gradients to the hidden states and to parameters alone.
+        """
+        trains = self.module.training and torch.is_grad_enabled() and cache is None and past_key_values is None
+        if not trains or getattr(self.module, "gradient_checkpointing", False):
+            return False
+        return not any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
+
+    def keep_input(self, run, hidden_states):
+        """run(hidden_states), of which nothing is kept but that."""
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return CheckpointFunction.apply(hidden_states, run, self.keeper(), *parameters)
 
     @property
     def better(self) -> bool:
@@ -130,5 +165,4 @@ class CheckpointBlock(Block):
     def forward(self, function, hidden_states, *args):
         if not torch.is_grad_enabled():
             return function(hidden_states, *args)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return CheckpointFunction.apply(hidden_states, lambda x: function(x, *args), self.keeper(), *parameters)
+        return self.keep_input(lambda x: function(x, *args), hidden_states)

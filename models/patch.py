@@ -79,11 +79,12 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     """Patch a PEFT model's decoder layers, last norm and LM head in place, this instance only; says what was patched.
 
     Allocates nothing on the GPU. Training keeps the sum of the report's slot_bits, / 8, in bytes a token, x A^T and
-    4 bytes a norm beside it; once, from calibration on, 12 bytes a channel of a quantized slot (20 with exact
-    ones), and 12 more while it calibrates.
+    4 bytes a norm beside it, but for layers that keep their input alone; once, from calibration on, 12 bytes a channel
+    of a quantized slot (20 with exact ones), and 12 more while it calibrates.
 
-    Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, and for a model
-    that is patched already.
+    Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, for
+    config.layers of another number of layers or of one of which parts run stock code, and for a model that is patched
+    already.
     """
     config = config or HycloraConfig()
     decoder, family = _decoder(model)
@@ -100,6 +101,11 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         raise ValueError(f"{stock[0, 'attention']}; so no layer of this model can be patched")
     builder = Builder(config, family, layers, stock, names, step)
     blocks = builder.blocks()
+    checkpoints = [
+        CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step, builder.is_again(i))
+        for i, m in enumerate(layers)
+    ]
+    _keep_inputs(config, family, blocks, checkpoints, stock)
     head, stock_head = _head(model, family, names, step, blocks)
     inside = blocks if head is None else [*blocks, head]
     norm = trust.acting(getattr(decoder, family.final_norm)) if family.final_norm else None
@@ -115,13 +121,12 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     drops = 0.0 if _elsewhere(layers) else max([b.dropout(b.module) for b in blocks if isinstance(b, AttentionBlock)])
     widths, last_norm = builder.widths(), norm is not None
     report = make_report(
-        config, layers, widths, inside, head_name, not_patched, no_graphs, no_stream, last_norm, drops
+        config, layers, widths, inside, checkpoints, head_name, not_patched, no_graphs, no_stream, last_norm, drops
     )  # fmt: skip
     blocks += [] if stock_norm or norm is None else [builder.final_norm(norm, adapted(blocks)[:1])]
     blocks += [] if head is None else [head, head.linear]
     if known:
         blocks.append(ForeignHead(_base(model), names[id(_base(model))], step, family, decoder))
-    checkpoints = [CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step) for i, m in enumerate(layers)]
     calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
     patch = Patch(config, step, decoder, calibration, _starts_at_zero(model), blocks, checkpoints)
     if config.offload:
@@ -198,6 +203,24 @@ def patch_of(model: nn.Module) -> Patch | None:
     if len(patches) > 1:
         raise ValueError(f"there are {len(patches)} patched models in this one; give one of them")
     return patches[0] if patches else None
+
+
+def _keep_inputs(
+    config: HycloraConfig, family: Family, blocks: list[Block], checkpoints: list[CheckpointBlock], stock: dict
+) -> None:
+    """Have the layers that config.layers names keep their inputs; ValueError where one runs in no block as a whole."""
+    whole = {block.module: block for block in blocks if isinstance(block, WholeLayer)}
+    for i, checkpoint in enumerate(checkpoints):
+        if not checkpoint.own:
+            continue
+        if checkpoint.module not in whole:
+            reasons = [why for (index, _), why in stock.items() if index == i]
+            reason = reasons[0] if reasons else trust.why_not_layer(family, checkpoint.module, checkpoint.name)
+            raise ValueError(
+                f"layers={config.layers!r}: {checkpoint.name} cannot keep its input alone, as it is not patched as a "
+                f"whole ({reason}); have it keep slots"
+            )
+        whole[checkpoint.module].checkpoint = checkpoint
 
 
 def _starts_at_zero(model: nn.Module) -> bool:

@@ -3,12 +3,12 @@
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from hyclora.models.config import HycloraConfig
+from hyclora.models.config import KEPT, HycloraConfig
 from hyclora.models.sharding import local
 
 logger = logging.getLogger("hyclora")
@@ -25,6 +25,7 @@ class PatchReport:
     not_patched then says why. single_kernels: blocks that layer_type would fuse and that fused kernels do not take.
     no_graphs, no_stream: why cuda_graphs="auto" and the stream are off, None if they are not. last_norm: whether
     the model has a norm after its layers. drops: of the attention, on a GPU, where that is in the way of both.
+    kept: how many layers keep what, by names of config.KEPT; of those that keep their input that alone is counted.
     """
 
     config: HycloraConfig
@@ -40,11 +41,14 @@ class PatchReport:
     no_stream: str | None = None
     last_norm: bool = True
     drops: float = 0.0
+    kept: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         parts = "2 norms, attention, MLP each" + ("; and the last norm" if self.last_norm else "")
         lines = [f"HyC-LoRA ({self.config.layer_type}) patched {self.n_layers} layers: {parts}"]
         lines.append(f"  {self.average_bits:.2f} bits an element kept, scales and exact channels included")
+        if again := sum(n for kind, n in self.kept.items() if KEPT[kind]):
+            lines.append(f"  {again} of {self.n_layers} layers keep their input alone, and backward runs them again")
         for slot, names in self.savers.items():
             kinds = ", ".join(f"{name} x{names.count(name)}" for name in dict.fromkeys(names))
             lines.append(f"  {slot:<9}{kinds if len(set(names)) > 1 else names[0]}")
@@ -81,6 +85,7 @@ def make_report(
     layers: list,
     widths: dict[str, int],
     blocks: list,
+    checkpoints: list,
     head: str | None,
     not_patched: list[str],
     no_graphs: str | None,
@@ -88,11 +93,12 @@ def make_report(
     last_norm: bool,
     drops: float,
 ) -> PatchReport:
-    """The report on blocks of layers; widths: elements a token of each slot of one layer."""
+    """The report on blocks of layers, and on what keeps inputs; widths: elements a token of each slot of one layer."""
     savers: dict[str, list[str]] = {}
     slot_bits: dict[str, float] = {}
     elements = 0
-    for block in blocks:
+    runs_again = {id(inside) for block in blocks if getattr(block, "checkpoint", None) for inside in block.blocks}
+    for block in [*(block for block in blocks if id(block) not in runs_again), *(c for c in checkpoints if c.own)]:
         for slot, saver in block.savers.items():
             if slot == "prob" and config.attention != "eager":
                 continue
@@ -101,7 +107,8 @@ def make_report(
                 slot_bits[slot] = slot_bits.get(slot, 0.0) + saver.bits(widths[slot])
                 elements += widths[slot]
     adapters = Counter(p.name for p in {id(p): p for b in blocks for p in b.projections if p.has_adapter}.values())
-    specs = [(block.name.rpartition(".")[2], block.spec) for block in blocks if hasattr(block, "spec")]
+    fusing = [block for block in blocks if hasattr(block, "spec") and id(block) not in runs_again]
+    specs = [(block.name.rpartition(".")[2], block.spec) for block in fusing]
     single = Counter(name for name, spec in specs if config.policy.fused and not spec.can_fuse)
     return PatchReport(
         config,
@@ -117,6 +124,7 @@ def make_report(
         no_stream,
         last_norm,
         drops,
+        dict(Counter(config.kept(len(layers)))),
     )
 
 

@@ -8,6 +8,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hyclora.models.config import HycloraConfig
 from hyclora.models.patch import find_patch
 
 FILE_NAME = "hyclora_calibration.safetensors"
@@ -54,7 +55,8 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-        saved, current = json.loads(metadata["config"]), patch.config.to_dict()
+        # a setting that is newer than the file was what its default is now
+        saved, current = HycloraConfig().to_dict() | json.loads(metadata["config"]), patch.config.to_dict()
     except (SafetensorError, TypeError, KeyError, ValueError):
         raise ValueError(f"{path} is torn, or no calibration of HyC-LoRA: resume from another checkpoint") from None
     changed = [name for name in current if name not in LAUNCH and saved.get(name) != current[name]]

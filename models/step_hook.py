@@ -73,7 +73,7 @@ class StepHook:
             self.told = True
             if self.patch.graphs is not None and any(map(is_sharded, decoder.modules())):
                 tell_of_sharding()
-            tell_of_checkpointing([checkpoint.module for checkpoint in self.patch.checkpoints if not checkpoint.better])
+            tell_of_checkpointing([c.module for c in self.patch.checkpoints if not (c.better or c.own)])
             if self.step.index == 0 and self.patch.calibration.quantizers:
                 tell_of_new_calibration(self.patch.calibration.lost, self.adapted if self.patch.starts_at_zero else [])
         # a loop over the layers that is not Hugging Face's own may keep what it likes, and takes what it likes

@@ -274,7 +274,7 @@ def _slots(patch: Patch) -> dict[str, list[Saver]]:
     found: dict[str, list[Saver]] = {}
     for block in _blocks(patch).values():
         idle = {"prob"} if patch.config.attention != "eager" else set()
-        if block.reason is not None or isinstance(block, CheckpointBlock) and block.bound is None:
+        if block.reason is not None or isinstance(block, CheckpointBlock) and not block.used:
             continue
         for slot, saver in block.savers.items():
             if isinstance(saver, StoringSaver) and not isinstance(saver, Exact) and slot not in idle:

@@ -302,7 +302,7 @@ class LayerNormFunction(torch.autograd.Function):
         fused: bool = False, dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
         rows, branch = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
-        seed = draw_seed(x.device) if p else None
+        seed = keeper.drawn(draw_seed, x.device) if p else None
         saver = keeper.savers["norm_in"]
         ctx.fused = fused and use_triton(x) and isinstance(saver, ChannelQuant)
         if ctx.fused and not keeper.step.calibrating and saver.mean is not None:

@@ -1,5 +1,6 @@
-"""The default generator of a device, put back to where it was so that something is drawn again."""
+"""The default generator of a device, put back to where it was so that something is drawn again; or what was drawn."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,3 +26,24 @@ def replayed_rng(device: torch.device, state: Tensor):
         yield
     finally:
         set_rng_state(device, now)
+
+
+class Draws:
+    """What is drawn in the first run of a layer, given again in order in the second one.
+
+    For CUDA graphs: no generator can be put back in one, and each replay draws anew. Keeps the tensors.
+    """
+
+    def __init__(self):
+        self._drawn: list[Tensor] = []
+        self._given: Iterator[Tensor] | None = None
+
+    def next(self, draw: Callable[[], Tensor]) -> Tensor:
+        if self._given is not None:
+            return next(self._given)
+        self._drawn.append(draw())
+        return self._drawn[-1]
+
+    def rewind(self) -> None:
+        """The second run begins."""
+        self._given = iter(self._drawn)

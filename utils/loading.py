@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
+from hyclora.models.config import HycloraConfig
 from hyclora.models.families import FAMILIES
 from hyclora.utils.args import ALL_LINEAR, LoraArguments, ModelArguments
 from hyclora.utils.errors import UserError
@@ -131,6 +132,11 @@ def _check_targets(base: PreTrainedModel, lora: LoraArguments) -> None:
     present = {name.rpartition(".")[2] for name, _ in base.named_modules()} | {ALL_LINEAR}
     if absent := [name for name in lora.target_modules if name not in present]:
         raise UserError(f"target_modules: the model has no layer named {', '.join(absent)}")
+
+
+def check_layers(source: str, head: Head, hyclora: HycloraConfig) -> None:
+    """ValueError if hyclora.layers is of another number of layers than the model in source has."""
+    hyclora.kept(AutoConfig.from_pretrained(source, **head.config).num_hidden_layers)
 
 
 def check_positions(source: str, head: Head, longest: int) -> None:

@@ -21,6 +21,7 @@ scale_rule=${scale_rule:-}
 offload=${offload:-}
 cuda_graphs=${cuda_graphs:-}
 stream=${stream:-}                                    # compute no padding
+layers=${layers:-}                                    # input8, input4: keep layer inputs alone, run layers again
 verify=${verify:-}                                    # True: first compare gradients with exact LoRA's
 verify_threshold=${verify_threshold:-}                # the smallest cosine to train with
 
@@ -32,6 +33,6 @@ lora_init_type=${lora_init_type:-qlora}
 options=(--model_dir "$model_dir")
 add_options model_name
 add_options use_hyclora preset layer_type q_bit average_bits iteration_threshold softmax_outlier_ratio
-add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs stream
+add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs stream layers
 add_options verify verify_threshold
 add_options lora_rank lora_alpha lora_init_type

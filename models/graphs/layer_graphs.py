@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Hashable
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +73,8 @@ class LayerGraphs(Pausable):
             "_store": None,
             "_pending": nothing,
             "_arguments": [],
-            "_kind": None,
-            "_latest": None,
-            "_asked": None,
-            "_started": None,
+            **dict.fromkeys(("_kind", "_latest", "_asked", "_started", "_first")),
             "_passing": False,
-            "_first": None,
             "_warm": False,
             "sizes": Sizes(),
             "_listener": Listener.NOBODY,
@@ -241,8 +238,7 @@ class LayerGraphs(Pausable):
         """Record a kind of input that came before, or a size of rows; None while it should still run layer by layer."""
         seen = hash(self._kind)  # a kind is long, and with padding to the longest row there are many
         self._seen[seen] += 1
-        chosen = self._warm and self.step.stream is not None
-        self._warm = True
+        chosen, self._warm = self._warm and self.step.stream is not None, True
         if self._seen[seen] == 1 and not chosen or not self._make_room():
             return None
         eager = self.patch.store
@@ -254,6 +250,7 @@ class LayerGraphs(Pausable):
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         self.patch.use(self._store)
+        self.step.recording = True
         self.recorder.trim()
         try:
             # the first replay draws what the layers by themselves would have
@@ -274,6 +271,7 @@ class LayerGraphs(Pausable):
         finally:
             self.recorder.trim()
             self.patch.use(eager)
+            self.step.recording = False
             torch.set_autocast_cache_enabled(cache)
         return self.recordings[self._kind]
 
@@ -302,7 +300,8 @@ class LayerGraphs(Pausable):
         def forward() -> Tensor:
             edges.clear()
             x, edge = first, get_gradient_edge(first) if first.requires_grad else None
-            with self._aliased(trained) as aliases:
+            aliases = [[nn.Parameter(parameter.detach()) for _, _, parameter in layer] for layer in trained]
+            with self._aliased(trained, aliases):
                 for layer, parameters in zip(self.layers, aliases, strict=True):
                     with self._held(layer):
                         x = layer.run_layer(x, *args, **kwargs)
@@ -314,12 +313,13 @@ class LayerGraphs(Pausable):
 
         def backward() -> Tensor | None:
             dx, (edge, _) = dy, edges.pop()
-            for places in reversed(trained):
+            for layer, places in zip(reversed(self.layers), reversed(trained), strict=True):
                 below, parameters = edges.pop()
                 if edge is None:  # nothing is trained from here on
                     break
                 inputs = [*parameters, *([] if below is None else [below])]
-                found = list(torch.autograd.grad(edge, inputs, dx, allow_unused=True))
+                with nullcontext() if layer.checkpoint is None else self._aliased([places], [parameters]):
+                    found = list(torch.autograd.grad(edge, inputs, dx, allow_unused=True))
                 dx, edge = None if below is None else found.pop(), below
                 pairs = [(p, g) for (_, _, p), g in zip(places, found, strict=True) if g is not None]
                 reached.update((p, buffers[p]) for p, _ in pairs)
@@ -350,30 +350,27 @@ class LayerGraphs(Pausable):
         return large.view(-1)[:n].view(hidden.shape)
 
     @contextmanager
-    def _aliased(self, trained: list[list[tuple[nn.Module, str, nn.Parameter]]]):
+    def _aliased(self, trained: list[list[tuple[nn.Module, str, nn.Parameter]]], aliases: list[list[nn.Parameter]]):
         """Other parameters of the same memory in the place of these, layer by layer.
 
         Autograd ties a parameter to the stream on which a graph that is still alive first used it. Usually that is the
         default stream, on which a capture must not depend.
         """
-        aliases = [[nn.Parameter(parameter.detach()) for _, _, parameter in layer] for layer in trained]
         self._put(trained, aliases)
         try:
-            yield aliases
+            yield
         finally:
             self._put(trained, [[parameter for _, _, parameter in layer] for layer in trained])
 
     def _put(self, trained, parameters: list[list[nn.Parameter]]) -> None:
-        for places, layer in zip(trained, parameters, strict=True):
-            for (owner, name, _), parameter in zip(places, layer, strict=True):
-                owner._parameters[name] = parameter
+        for (owner, name, _), parameter in zip(chain(*trained), chain(*parameters), strict=True):
+            owner._parameters[name] = parameter
         for p in self.projections:
             p.refresh()
 
     def _held(self, layer: WholeLayer):
         """A graph ends when its copies do: those of the last layer would be waited for, only to be fetched again."""
-        hold = self._store is not None and layer is self.layers[-1]
-        return self._store.holding() if hold else nullcontext()
+        return nullcontext() if self._store is None or layer is not self.layers[-1] else self._store.holding()
 
     def _settle(self) -> None:
         if self._store is not None:

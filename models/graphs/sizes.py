@@ -45,11 +45,11 @@ class Sizes:
             self._in_vain += 1
             if not room or self._in_vain > PATIENCE:
                 return own
-            # a longer row is still to come, unless most are as long as they may be
-            longest = max(self._seen)
+            # a longer row is still to come, unless all were of one size, or most are as long as they may be
+            longest, largest = max(self._seen), filled_size(max(self._seen))
             full = sum(count for n, count in self._seen.items() if n >= longest * (1 - SHORTER))
-            largest = filled_size(longest)
-            return largest if 2 * full > self._seen.total() else filled_size(largest * 9 // 8)
+            known = filled_size(min(self._seen)) == largest or 2 * full > self._seen.total()
+            return largest if known else filled_size(largest * 9 // 8)
         self._served[own, larger] += 1
         size = max((size for size, _ in self._served if size >= own), key=self._saved)
         return size if room and self._saved(size) > PRICE else larger

@@ -134,7 +134,7 @@ class EagerCore:
             prob *= mask.any(-1, keepdim=True).unsqueeze(2)  # as from SDPA, 0 where padding sees nothing
         keeper.keep("prob", prob)
         p = rng["map"] = self.dropout(self.module) if self.module.training else 0.0
-        seed = draw_seed(q.device) if p > 0 else None
+        seed = keeper.drawn(draw_seed, q.device) if p > 0 else None
         keeper.keep_exact("prob_seed", seed)
         o = self._drop(prob, seed, p) @ self._grouped(v, 1)
         return o.permute(0, 3, 1, 2, 4).reshape(q.shape), None

@@ -12,17 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-
-class _Entry(torch.autograd.Function):
-    """Where a graph begins that must not hold its inputs, as the leaves of any other do."""
-
-    @staticmethod
-    def forward(ctx, anchor: Tensor, *inputs: Tensor):
-        return tuple(t.detach() for t in inputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("a hollow graph ends here")
+from hyclora.operators.entry import enter
 
 
 class _Place:
@@ -72,9 +62,8 @@ def record(run: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, HollowG
         places.append(_Place(tensor.detach()))
         return places[-1]
 
-    anchor = torch.empty(0, device=inputs[0].device, requires_grad=True)
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda place: place.tensor):
-        entries = _Entry.apply(anchor, *inputs)
+        entries = enter(*inputs)
         o = run(*entries)
     edges, end, o = [get_gradient_edge(t) for t in entries], get_gradient_edge(o), o.detach()
     own = (*inputs, o)

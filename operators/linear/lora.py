@@ -232,7 +232,8 @@ class ProjectionGroup:
         elif not self.dropout:
             xa = x @ low_rank.A.t()
         else:
-            xa, seed = x.new_zeros(x.shape[0], low_rank.A.shape[0]), draw_seed(x.device)
+            xa = x.new_zeros(x.shape[0], low_rank.A.shape[0])
+            seed = keeper.drawn(draw_seed, x.device)
             for i, (p, ranks) in enumerate(zip(self.projections, self.ranks, strict=True)):
                 if p.has_adapter:
                     torch.mm(self._drop(x, i, seed), low_rank.A[ranks].t(), out=xa[:, ranks])

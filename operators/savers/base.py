@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hyclora.operators.random_state import Draws
 from hyclora.operators.store.store import Home, Store, redeem, ticket
 
 # on a forward's cos: whether attentions run stock code, and what is known of its values
@@ -30,6 +33,9 @@ class Step:
     whether nobody reads them; padding_differs: so padded tokens of this forward got other hidden states than in stock;
     again: it is the second forward of a batch, for those. stock_attention: its attentions run stock code;
     known_angles: cos and sin are as Hugging Face's code makes them.
+    passing: a layer runs that backward will run again, so its blocks run without a graph and nothing of theirs stays;
+    holds_input: a layer's input is not to be written to; draws: of a layer that is run twice, where random state cannot
+    be put back. recording: work is recorded, not done.
     """
 
     threshold: int
@@ -47,10 +53,29 @@ class Step:
     in_stream: bool = False
     stock_attention: bool = False
     known_angles: bool = False
+    passing: bool = False
+    holds_input: bool = False
+    draws: Draws | None = field(default=None, repr=False)
+    recording: bool = False
 
     @property
     def calibrating(self) -> bool:
         return self.index <= self.threshold
+
+    @property
+    def trains(self) -> bool:
+        """Whether what runs now belongs to a forward that a backward comes to."""
+        return torch.is_grad_enabled() or self.passing
+
+    @contextmanager
+    def layer(self, *, passing: bool, holds_input: bool, draws: Draws | None):
+        """One of the two runs of a layer, the first if passing."""
+        before = self.passing, self.holds_input, self.draws
+        self.passing, self.holds_input, self.draws = passing, holds_input, draws
+        try:
+            yield
+        finally:
+            self.passing, self.holds_input, self.draws = before
 
     def is_stock_attention(self, angles: tuple[Tensor, Tensor] | None) -> bool:
         """stock_attention of the forward that has these cos and sin; checkpointing runs it again after other ones."""
@@ -186,6 +211,11 @@ class Keeper:
         part = copy(self)
         part._layout = self._parts.setdefault(index, {})
         return part
+
+    def drawn(self, draw: Callable[[torch.device], Tensor], device: torch.device) -> Tensor:
+        """draw(device), or what it gave when this layer ran first."""
+        draws = None if self.step is None else self.step.draws
+        return draw(device) if draws is None else draws.next(partial(draw, device))
 
     def keeps(self, name: str) -> bool:
         return self.savers[name].stored

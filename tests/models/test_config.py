@@ -30,6 +30,10 @@ BAD = {
     "q_bit=auto": {"q_bit": "auto", "scale_rule": "paper"},
     "cuda_graphs='yes' is not one of True, False, auto": {"cuda_graphs": "yes"},
     "stream='yes' is not one of True, False, auto": {"stream": "yes"},
+    "layers='input5': 'input5' is not one of slots, input,": {"layers": "input5"},
+    "layers='0.slots,input': '0.slots' is not one of": {"layers": "0*slots,input"},
+    "layers='slots,input': only one part can be without a number": {"layers": "slots,input"},
+    "slot_savers['layer_in']: layers='input4' says already": {"layers": "input4", "slot_savers": {"layer_in": "exact"}},
 }
 
 
@@ -76,6 +80,36 @@ def test_the_slot_table(layer_type, attention):
         assert names["attn_in"] == names["mlp_in"] == "derived"
         assert names["act"] == names["hidden"] == "recompute"
         assert names["attn_out"] == ("recompute" if attention == "flash" else "quant4")
+
+
+@pytest.mark.parametrize(
+    "layers, kept",
+    [
+        ("slots", ["slots"] * 4),
+        ("input8", ["input8"] * 4),
+        ("1*slots, input4", ["slots", "input4", "input4", "input4"]),
+        ("input,2*slots,1*input2", ["input", "slots", "slots", "input2"]),
+        ("2*input8,2*input4", ["input8", "input8", "input4", "input4"]),
+        ("4*input4,slots", ["input4"] * 4),
+    ],
+)
+def test_what_each_layer_keeps(layers, kept):
+    assert HycloraConfig(layers=layers).kept(4) == kept
+
+
+@pytest.mark.parametrize("layers, n", [("3*input4", 3), ("3*slots,3*input", 6), ("5*input4,slots", 5)])
+def test_layers_of_another_number_are_refused(layers, n):
+    with pytest.raises(ValueError, match=rf"^layers='.*' is of {n} layers, and the model has 4$"):
+        apply_hyclora(llama(num_hidden_layers=4), HycloraConfig(layers=layers))
+
+
+def test_auto_bits_are_of_the_layers_that_keep_slots():
+    """The budget is theirs; without any there is nothing to choose."""
+    model = llama(num_hidden_layers=3)
+    report = apply_hyclora(model, HycloraConfig(q_bit="auto", average_bits=4.0, layers="2*slots,input8"))
+    assert len(report.savers["gate"]) == 2 and report.savers["layer_in"] == ["8 bit (exact channels 0.005)"]
+    remove_hyclora(model)
+    assert set(apply_hyclora(model, HycloraConfig(q_bit="auto", layers="input8")).savers) == {"layer_in"}
 
 
 def test_a_kept_lse_brings_8_bit_with_it():

@@ -31,20 +31,30 @@ def train(model) -> dict:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("sharded_first", [False, True])
-def test_the_first_kind(one_process, sharded_first):
+@pytest.mark.parametrize(
+    "sharded_first, config",
+    [(False, BASELINE), (True, BASELINE), (False, HycloraConfig(layers="input"))],
+    ids=["slots", "slots, sharded first", "inputs"],
+)
+def test_the_first_kind(one_process, sharded_first, config):
     """A layer's weights are put there just before it runs, and are other ones than it had until its first forward."""
     stock = llama()
     ours = copy.deepcopy(stock)
     if sharded_first:
         ours = shard(ours)
-        apply_hyclora(ours.module, BASELINE)
+        apply_hyclora(ours.module, config)
     else:
-        apply_hyclora(ours, BASELINE)
+        apply_hyclora(ours, config)
         ours = shard(ours)
     stock = shard(stock)
     for _ in range(3):
         assert largest_error(train(ours), train(stock)) < 1e-5
+
+
+def test_layers_within_the_first_kind_keep_no_input(one_process):
+    """The decoder has wrappers in the place of its layers then."""
+    with pytest.raises(ValueError, match=r"layers='input': .* cannot keep its input alone, as it is not patched as a"):
+        apply_hyclora(shard(llama()).module, HycloraConfig(layers="input"))
 
 
 def test_the_first_kind_is_not_replayed(one_process):

@@ -45,6 +45,8 @@ def refused(base, tmp_path, capsys, monkeypatch):
     [
         (["--q_bit", "5"], "q_bit=5 is not one of"),
         (["--q_bit", "four"], "q_bit='four' is not one of"),
+        (["--layers", "inputs"], "layers='inputs': 'inputs' is not one of slots, input, input2"),
+        (["--layers", "3*slots,40*input4"], "layers='3*slots,40*input4' is of 43 layers, and the model has"),
         (["--layer_type", "inter"], "layer_type='inter' is not one of baseline, intra, "),
         (["--softmax_outlier_ratio", "1.5"], "softmax_outlier_ratio=1.5 is outside [0, 1]"),
         (["--layernorm_outlier_ratio", "-0.1"], "layernorm_outlier_ratio=-0.1 is outside [0, 1]"),

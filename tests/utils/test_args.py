@@ -51,6 +51,11 @@ def test_slot_savers_are_written_as_json():
     assert arguments.config().slot_savers == {"gate": "exact"}
 
 
+def test_what_layers_keep_is_a_text():
+    arguments = parse("--layers", "8*slots,input4")["HycloraArguments"]
+    assert arguments.config().layers == "8*slots,input4" and parse()["HycloraArguments"].layers == "slots"
+
+
 def test_training_defaults_are_the_papers():
     training = parse()["TrainingArguments"]
     assert training.learning_rate == 3e-4

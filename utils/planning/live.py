@@ -7,6 +7,7 @@ torch.cuda.max_memory_allocated does; GAPS allows for what the allocator takes b
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 from hyclora.models.building import HALVES, Builder
 from hyclora.models.config import HycloraConfig
@@ -92,12 +93,19 @@ class Savers:
         self.halves = [{half: builder.savers(i, half) for half in HALVES} for i in range(self.n)]
         self.norms = [{half: builder.savers(i, half, "norm") for half in HALVES} for i in range(self.n)]
         self.inputs = [builder.savers(i, "layer")["layer_in"] for i in range(self.n)]
+        self.again = [builder.is_again(i) for i in range(self.n)]
         self.last = builder.savers(self.n, "norm")["norm_in"]
         self.units = [self._units(i) for i in range(self.n)]
-        attention, mlp = self.halves[0]["attention"], self.halves[0]["mlp"]
-        fused, norms = config.policy.fused, bool(shape.family.head_norms)
-        self.fused_attention = fused and fused_qkv.fits(shape.head_dim, attention, norms)
-        self.fused_mlp = fused and fused_mlp.fits(mlp, shape.family.activation)
+
+    def fuses_attention(self, i: int) -> bool:
+        """Whether q, k, v of a layer are packed by fused kernels."""
+        fused, norms = self.config.policy.fused and not self.again[i], bool(self.shape.family.head_norms)
+        return fused and fused_qkv.fits(self.shape.head_dim, self.halves[i]["attention"], norms)
+
+    def fuses_mlp(self, i: int) -> bool:
+        """Whether gate and up of a layer are."""
+        fused = self.config.policy.fused and not self.again[i]
+        return fused and fused_mlp.fits(self.halves[i]["mlp"], self.shape.family.activation)
 
     def _units(self, i: int) -> Units:
         widths, q, kv = self.shape.widths(i), self.shape.q, 2 * self.shape.k
@@ -126,9 +134,9 @@ class Savers:
         return total + _statistics(self.last, self.shape.hidden)
 
     @cached_property
-    def inputs_kept(self) -> float:
-        """Bytes a token of layer_in, all layers."""
-        return sum(saver.bits(self.shape.hidden) / 8 for saver in self.inputs)
+    def inputs_kept(self) -> list[float]:
+        """Bytes a token of each layer's input, as its saver keeps it."""
+        return [saver.bits(self.shape.hidden) / 8 for saver in self.inputs]
 
 
 def _statistics(saver, width: int) -> int:
@@ -144,12 +152,15 @@ def count(
 
     checkpointing: gradient checkpointing, with layer_in kept by its saver. documents: how many there are in all of rows
     that are packed, and so attention by the kernel for runs.
+    Where layers are of both kinds, the last one of each is looked at: most is kept there of those before it.
     """
     shape, config, T = savers.shape, savers.config, batch * length
     graphs = bool(config.cuda_graphs) and not checkpointing
     windows = any(window is not None and window < length for window in shape.windows)
     runs = documents or (batch if windows else 0)
-    step = _Step(savers, T, length, runs, graphs, checkpointing)
+    again = [checkpointing or own for own in savers.again]
+    tops = {kind: i for i, kind in enumerate(again)}.values()
+    steps = [_Step(savers, T, length, runs, graphs, again[: top + 1]) for top in tops]
     static = {
         "weights": shape.weights,
         "adapters, gradients, Adam": shape.trained,
@@ -157,34 +168,39 @@ def count(
         "GEMM workspaces": 2 * WORKSPACE,
     }
     host = 0
-    if config.offload and checkpointing:
-        host = T * savers.inputs_kept
-    elif config.offload:
+    if config.offload:
         # the last norm's slot is sent if it is a group by itself
         last = T * savers.last.bits(shape.hidden) / 8
-        host = T * sum(unit.layer for unit in savers.units) + (last if last >= GROUP_BYTES else 0)
-    moments = {name: int(nbytes) for name, nbytes in step.moments().items()}
-    return Need(static, moments, int(step.loss()) if graphs else 0, int(host))
+        kept = zip(again, savers.inputs_kept, savers.units, strict=True)
+        host = T * sum(x if run_again else unit.layer for run_again, x, unit in kept)
+        host += last if last >= GROUP_BYTES else 0
+    found = [step.moments() for step in steps]
+    moments = {name: int(max(one.get(name, 0) for one in found)) for name in dict.fromkeys(chain(*found))}
+    return Need(static, moments, int(steps[0].loss()) if graphs else 0, int(host))
 
 
 class _Step:
-    """The moments of a micro-step of T tokens; t of them are an MLP's tile.
+    """The moments of a micro-step of T tokens at its top layer; t of them are an MLP's tile.
 
-    top: the layer whose backward comes first, where most is kept. below: with graphs, what the layer under it has
-    beside that, less what is free by then (models/graphs/layer_graphs.py: backward).
+    again: of each layer up to the top one, whether it keeps its input alone. The top layer is that whose backward is
+    looked at, with all that is kept of those before. below: with graphs, what the layer under it has beside that, less
+    what is free by then (models/graphs/layer_graphs.py: backward).
     """
 
-    def __init__(self, savers: Savers, T: int, length: int, runs: int, graphs: bool, checkpointing: bool):
+    def __init__(self, savers: Savers, T: int, length: int, runs: int, graphs: bool, again: list[bool]):
         self.shape, self.savers, self.T, self.t = savers.shape, savers, T, min(T, TILE_TOKENS)
-        self.runs, self.graphs, self.checkpointing = runs, graphs, checkpointing
+        self.runs, self.graphs, self.again, self.top = runs, graphs, again[-1], len(again) - 1
         self.offload, shape, groups = savers.config.offload, savers.shape, savers.shape.groups
         self.angles = 2 * E * shape.head_dim * length  # cos and sin of all rows
         self.x, self.f = E * shape.hidden, E * shape.ffn
         self.q, self.kv = E * shape.q, E * shape.k
         self.qkv, self.out, self.gate_up, self.down = (groups[n] for n in ("qkv", "out", "gate_up", "down"))
-        self.n = 1 if checkpointing else savers.n
-        # of a layer that checkpointing runs again all slots are there for a time, and of no other
-        self.units = savers.units[-1:] if checkpointing else savers.units
+        # of a layer that is run again all slots are there for a time
+        self.unit = savers.units[self.top]
+        self.slots = [unit for unit, run_again in zip(savers.units, again[:-1], strict=False) if not run_again]
+        self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
+        self.under = None if not self.top or again[-2] else savers.units[self.top - 1]
+        self.n = 1 + len(self.slots)
         attention, mlp = (E * (one.R + two.R) for one, two in ((self.qkv, self.out), (self.gate_up, self.down)))
         self.low_rank = attention + mlp + 8  # x A^T of the four groups, and 4 bytes for each norm
         self.grads = sum(group.grads for group in groups.values())
@@ -196,29 +212,36 @@ class _Step:
         norm's slot of 64 MiB would be fetched by itself, later; the line of 131,072 tokens has it there, so it counts.
         In attention's backward its own slots are free, but for heads with norms.
         """
-        T, top = self.T, self.units[-1]
+        T, top, under = self.T, self.unit, self.under
         own = top.attention_norm + (top.attention if self._keeps_packed else 0)
-        if self.offload and not self.checkpointing:
-            under = self.units[-2] if self.n > 1 else None
+        if self.offload and not self.again:
             halves = {
                 "mlp": top.layer,
-                "attention": own + (under.mlp_norm + under.mlp if under else 0),
+                "attention": own + (under.mlp_norm + under.mlp if under else sum(self.inputs[-1:])),
                 "end": top.layer if self.graphs else top.mlp_norm + top.mlp,
             }
             return T * halves[where]
-        others = sum(unit.layer for unit in self.units[:-1])
-        return T * (others + (own if where == "attention" else top.layer)) + self._inputs()
+        others = 0 if self.offload else sum(unit.layer for unit in self.slots)
+        here = {"mlp": top.layer, "attention": own, "end": 0 if self.again else top.layer}
+        return T * (others + here[where]) + self._inputs()
 
     @property
     def _keeps_packed(self) -> bool:
-        return bool(self.shape.family.head_norms) or not self.savers.fused_attention
+        unfused = not (self._heads_are_slots or self.savers.fuses_attention(self.top))
+        return bool(self.shape.family.head_norms) or unfused
+
+    @property
+    def _heads_are_slots(self) -> bool:
+        """Whether attention reads exact slots as they are, and frees them."""
+        exact = self.savers.again[self.top] and isinstance(self.savers.halves[self.top]["attention"]["v"], Exact)
+        return exact and not self.shape.family.head_norms
 
     def _inputs(self) -> float:
-        """With checkpointing: kept layer inputs, of a store two of them; this layer's as restored, its sums and dy."""
-        if not self.checkpointing:
+        """Kept layer inputs, of a store the last two, and dy of a layer that is run again beside that of its blocks."""
+        if not self.inputs:
             return 0
-        every = self.savers.inputs_kept
-        return self.T * ((2 * every / self.savers.n if self.offload else every) + 4 * self.x)
+        kept = sum(self.inputs[-2:] if self.offload else self.inputs)
+        return self.T * (kept + (self.x if self.again else 0))
 
     def moments(self) -> dict[str, float]:
         T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles
@@ -235,8 +258,6 @@ class _Step:
         for name, size in self._mlp_forward().items():
             found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("mlp")
         found["loss"] = self.loss() + low_rank + self.kept("end") + fixed
-        if self.checkpointing:
-            found["forward without gradients"] = self._stock_forward() + self._inputs()
         return found
 
     @property
@@ -246,9 +267,10 @@ class _Step:
     def _graph_layer_below(self) -> float:
         """What the second layer of a recorded backward has more than the first: dx of autograd.grad's caller, and the
         gradients found for the layer before; less what that layer has freed."""
-        if not self.graphs or self.n < 2:
+        if not self.graphs or not self.top:
             return 0
-        freed = self.T * (self.low_rank + (0 if self.offload else self.units[-1].layer))
+        above = self.inputs[-1] if self.again else self.unit.layer
+        freed = self.T * ((0 if self.again else self.low_rank) + (0 if self.offload else above))
         return max(0, self.T * self.x + self.grads - freed)
 
     def _mlp_backward(self) -> dict[str, float]:
@@ -256,7 +278,7 @@ class _Step:
         T, t, x, f = self.T, self.t, self.x, self.f
         whole = T * x if T > t else 0  # dx of all tiles
         dgate_up = t * E * (self.gate_up.width + self.gate_up.beside)
-        freed = t * self.units[-1].mlp
+        freed = t * self.unit.mlp
         stacks = self.down.stack + self.gate_up.stack
         found = {
             "down": T * x + t * f + self.down.piece(t, by_rows=False, below=False) + self.down.stack,
@@ -267,10 +289,11 @@ class _Step:
             + self.gate_up.stack + self.mlp_grads - freed,
             "adapters": T * x + whole + dgate_up + 2 * t * x + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
-        if not self.savers.fused_mlp:
-            # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden
-            savers = self.savers.halves[-1]["mlp"]
-            extra = 8 if savers["hidden"].stored else 6
+        if not self.savers.fuses_mlp(self.top):
+            # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden, 4 where exact slots are read
+            savers = self.savers.halves[self.top]["mlp"]
+            in_place = self.savers.again[self.top] and isinstance(savers["up"], Exact)
+            extra = 8 if savers["hidden"].stored else 4 if in_place else 6
             found["activation"] = T * x + whole + t * extra * f + stacks
         return found
 
@@ -288,10 +311,12 @@ class _Step:
         core = T * (2 * qkv + grouped + 2 * q + numbers) + fp32
         dqkv = T * (qkv + E * self.qkv.beside)
         norms = T * (q + kv) if self.shape.family.head_norms else 0
+        # an exact v is a part of q, k, v as they were before RoPE
+        beside = T * (q + kv + E * self.qkv.beside) if self._heads_are_slots else 0
         return {
-            "out": dy + T * (qkv + 2 * q) + self.out.piece(T, by_rows=False, below=False) + self.out.stack
+            "out": dy + T * (qkv + 2 * q) + beside + self.out.piece(T, by_rows=False, below=False) + self.out.stack
             + self.qkv.stack,
-            "core": dy + core + self.qkv.stack,
+            "core": dy + core + beside + self.qkv.stack,
             "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
             "q, k, v": dy + dqkv + self.qkv.piece(T, by_rows=False, below=True) + T * x + self.qkv.stack
             + self.qkv.grads,
@@ -303,7 +328,7 @@ class _Step:
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
             "gate, up": 2 * T * x + y + self.gate_up.piece(t, by_rows=True, below=True) + self.gate_up.stack
-            - t * self.units[-1].mlp,
+            - t * self.unit.mlp,
             "activation": 2 * T * x + y + t * f + self.gate_up.stack,
             "down": 2 * T * x + t * (f + x) + self.down.piece(t, by_rows=True, below=False) + self.down.stack,
         }  # fmt: skip
@@ -315,10 +340,3 @@ class _Step:
         last = self.savers.last.bits(self.shape.hidden) / 8
         chunk = rows * (E * self.shape.vocab + self.x)
         return self.T * (2 * self.x + last + 16) + max(chunk, self.T * self.x)
-
-    def _stock_forward(self) -> float:
-        """The first forward of a checkpointed layer is Hugging Face's: RMSNorm in fp32, a whole W, LoRA apart."""
-        dequantized = max(E * g.n_in * max(p.out_features for p in g.linears) for g in self.shape.groups.values())
-        norm = self.T * 5 * self.x
-        mlp = 2 * self.T * self.x + 4 * self.t * self.f + (dequantized if self.qkv.in_4bit else 0)
-        return max(norm, mlp)

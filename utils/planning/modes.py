@@ -8,7 +8,7 @@ from hyclora.models.config import HycloraConfig
 # lines written before settings were recorded whole hold what was given alone; these defaults have changed since
 DEFAULTS_THEN = {"layer_type": "intra_inter", "cuda_graphs": False}
 # what else tells two settings apart does not change the memory of full rows
-TOLD_BY = ("layer_type", "q_bit", "attention", "scale_rule", "offload", "slot_savers")
+TOLD_BY = ("layer_type", "layers", "q_bit", "attention", "scale_rule", "offload", "slot_savers")
 NEAR = 10.0  # percent: a mode that is further off says so
 
 
@@ -72,6 +72,12 @@ def _modes() -> list[Mode]:
             name = f"checkpointing, {'offloaded' if offload else 'resident'} layer inputs, {said}"
             settings = (("offload", offload), ("cuda_graphs", False), ("slot_savers", (("layer_in", saver),)))
             found.append((name, settings, True))
+    for offload in (False, True):
+        for graphs in (True, False):
+            for kept, said in (("input", "exact"), ("input8", "8 bit"), ("input4", "4 bit")):
+                where = "offloaded" if offload else "resident"
+                name = f"{where} layer inputs, {'CUDA graphs' if graphs else 'layer by layer'}, {said}"
+                found.append((name, (("layers", kept), ("offload", offload), ("cuda_graphs", graphs)), False))
     found.append(("exact, resident, layer by layer", (("layer_type", "baseline"), ("cuda_graphs", False)), False))
     return [Mode(*mode, *MEASURED.get(mode[0], ())) for mode in found]
 

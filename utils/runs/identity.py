@@ -13,7 +13,7 @@ from hyclora.models.state import LAUNCH
 NEEDS = {
     **dict.fromkeys(("data_dir", "train_file"), ("data_name", lambda name: name != "demo")),
     **dict.fromkeys(
-        ("layer_type", "iteration_threshold", "layernorm_outlier_ratio", "attention", "scale_rule", *LAUNCH),
+        ("layer_type", "layers", "iteration_threshold", "layernorm_outlier_ratio", "attention", "scale_rule", *LAUNCH),
         ("use_hyclora", bool),
     ),
     **dict.fromkeys(("slot_savers", "verify"), ("use_hyclora", bool)),

@@ -61,8 +61,8 @@ def peak(config: HycloraConfig, sizes: LlamaConfig, checkpointing: bool) -> int:
 
 @pytest.mark.parametrize(
     "settings, checkpointing",
-    [({"q_bit": 8}, False), (LAYER_IN, True)],
-    ids=["8 bit", "checkpointing, 8 bit"],
+    [({"q_bit": 8}, False), (LAYER_IN, True), ({"layers": "input8"}, False), ({"layers": "1*slots,input"}, False)],
+    ids=["8 bit", "checkpointing, 8 bit", "inputs, 8 bit", "a layer of slots, an exact input"],
 )
 def test_the_peak_of_a_step(settings, checkpointing):
     sizes = LlamaConfig(

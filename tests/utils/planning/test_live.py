@@ -1,5 +1,7 @@
 """Counted bytes: what savers keep against patched models, and how the moments of a step depend on the setting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,6 +49,15 @@ def test_slots_are_those_of_a_patched_model(model, settings):
     assert sum(unit.layer for unit in units) == sum(report.slot_bits.values()) / 8
 
 
+def test_inputs_are_those_of_a_patched_model():
+    """Of both kinds of layers: host memory is what the report says."""
+    config = HycloraConfig(layers="1*slots,input4", offload=True)
+    patched = llama(num_hidden_layers=3)
+    report = apply_hyclora(patched, replace(config, offload=False))
+    counted = count(Savers(Shape(patched.config, base="bf16"), config), 1, 64)
+    assert counted.host == 64 * sum(report.slot_bits.values()) / 8 and "layer_in" in report.slot_bits
+
+
 def test_statistics_are_those_of_calibration():
     model, config = llama(), HycloraConfig(layernorm_outlier_ratio=0.1)
     apply_hyclora(model, config)
@@ -87,9 +98,19 @@ def test_checkpointing_keeps_layer_inputs_alone(shapes):
     inputs = {saver: {"slot_savers": {"layer_in": saver}} for saver in ("exact", "quant8")}
     host = {saver: need(shape, checkpointing=True, offload=True, **inputs[saver]).host for saver in inputs}
     assert host["exact"] == 32 * 2048 * 4096 * 2
-    assert host["quant8"] == 32 * 2048 * (4096 + 4096 // 64 * 2)
+    assert host["quant8"] == 32 * 2048 * (4096 + 4096 // 64 * 2 + 2 * 21)  # of which 21 channels are exact
     resident = need(shape, checkpointing=True, **inputs["exact"])
     assert resident.host == 0 and resident.dyn - need(shape, checkpointing=True, offload=True).dyn == 30 * 2048 * 8192
+
+
+def test_layers_that_keep_their_input(shapes):
+    """Host memory is theirs alone; where layers are of both kinds it lies between, and so does a resident peak."""
+    shape, size = shapes("llama-2-7b"), 2048 * (4096 // 64 * (64 * 4 + 16) + 16 * 21) // 8
+    mixed = {name: need(shape, layers=name, offload=True) for name in ("input4", "8*slots,input4", "slots")}
+    assert mixed["input4"].host == 32 * size
+    assert mixed["8*slots,input4"].host == 24 * size + mixed["slots"].host // 4
+    resident = [need(shape, layers=name).dyn for name in ("input4", "8*slots,input4", "slots")]
+    assert resident == sorted(resident) and need(shape, layers="input4", offload=True).dyn < resident[0]
 
 
 def test_long_rows_grow_by_what_is_kept_of_a_token_and_few_activations(shapes):

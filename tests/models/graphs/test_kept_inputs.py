@@ -1,0 +1,58 @@
+"""Layers that keep their input alone, replayed: a recorded backward runs them again."""
+
+import copy
+
+import pytest
+import torch
+
+from hyclora import apply_hyclora
+from tests.helpers.kernel_checks import DEVICE
+from tests.helpers.offloading import equal
+from tests.helpers.replaying import CALIBRATION, batches, config, graphed, train
+from tests.helpers.small_models import llama, padded_batch, roberta
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.3}], ids=["plain", "dropout"])
+@pytest.mark.parametrize("offload", [False, True], ids=["resident", "offloaded"])
+@pytest.mark.parametrize("layers", ["input", "input8", "1*slots,input4"])
+def test_replayed_steps_are_the_same(layers, offload, lora):
+    """Bit for bit, with dropout too, which each replay draws anew; the generator ends where it would have."""
+    stock = llama(lora)
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(layers=layers))
+    graphs = graphed(ours, {"layers": layers}, offload)
+    steps, found = batches(1) * (CALIBRATION + 5), []
+    for model in (stock, ours):
+        torch.manual_seed(7)
+        found.append((train(model, steps, zero_every=3), torch.rand(4), torch.rand(4, device=DEVICE)))
+    (theirs, *after), (mine, *drawn) = found
+    assert len(graphs.recordings) == 1
+    assert all(equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, after, strict=True))
+    assert (len({step["loss"].item() for step in mine}) == len(mine)) == bool(lora)
+
+
+def test_an_encoders_steps():
+    stock = roberta(hidden_dropout_prob=0.1)
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(layers="input8"))
+    graphs = graphed(ours, {"layers": "input8"})
+    found = []
+    for model in (stock, ours):
+        torch.manual_seed(7)
+        found.append(train(model, batches(1) * (CALIBRATION + 4)))
+    assert len(graphs.recordings) == 1
+    assert all(equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_stream_of_other_rows():
+    """One recording serves rows of other lengths, which the second run of a layer finds in their places."""
+    stock = llama()
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(layers="input8"))
+    graphs = graphed(ours, {"layers": "input8"})
+    steps = [padded_batch(seed=seed) for seed in range(CALIBRATION + 4)]
+    theirs, mine = train(stock, steps), train(ours, steps)
+    assert graphs.recordings and graphs.sizes.recorded
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=1e-5, rtol=1e-4) for n in a)
