@@ -19,4 +19,4 @@ def enter(*inputs: Tensor) -> tuple[Tensor, ...]:
 
     For use where grad is enabled.
     """
-    return _Entry.apply(torch.empty(0, device=inputs[0].device, requires_grad=True), *inputs)
+    return _Entry.apply(torch.empty(0, device=inputs[0].device).requires_grad_(), *inputs)
