@@ -251,5 +251,5 @@ def test_the_report_names_what_was_patched_and_what_not():
     text = str(apply_hyclora(model, HycloraConfig(q_bit=2)))
     assert "intra_inter" in text and "patched 2 layers" in text
     assert "q_proj x2, up_proj x2" in text and "rotary_emb" in text and "lm_head: chunked cross-entropy" in text
-    assert len(find_patch(model).blocks) == 2 * 5 + 2
+    assert len(find_patch(model).blocks) == 2 * 5 + 3  # the last norm, the head and its linear layer
     assert torch.is_tensor(model(**padded_batch()).loss)
