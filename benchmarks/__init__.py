@@ -7,6 +7,7 @@ buffered.py           bytes kept by one layer                fidelity.py        
 peak_memory.py        what is alive at the peak of a step    finetune.py        whether fine-tuning notices
 profile_step.py       where the time of a step goes          experiments.py     the paper's, on a small model
 technique_grid.py     run_alpaca.py's techniques, on and off
+scaling.py            one GPU and several of one host
 kills.py              runs that are killed and resumed, against one that was not
 
 jobs.py               what a measurement is of               record.py          a line of a result file
@@ -18,5 +19,5 @@ paper_tables.py       the paper's tables, of anyone's runs
 report_real_rows.py   and those of rows of many lengths      report_experiments.py  and of the paper's experiments
 technique_tables.py   those of a grid                        seed_reports.py    what two reports say of one
 report_kills.py       and of runs that were killed           report_plan.py     what hyclora.plan counts, and is so
-tables.py             a table in Markdown
+report_scaling.py     and of several GPUs                   tables.py           a table in Markdown
 """

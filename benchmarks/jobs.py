@@ -15,7 +15,7 @@ class Job:
     """What to measure.
 
     setting: a key of PEERS, or arguments of HycloraConfig; rows: real ones (real_rows.py, packed_rows.py). gpus: data
-    parallel, with batch_size rows each.
+    parallel, with batch_size rows each; parallel: ddp, or fsdp2, by which they share the weights.
     """
 
     setting: str | dict
@@ -31,6 +31,7 @@ class Job:
     lora_dropout: float = 0.0
     rows: dict | None = None
     gpus: int = 1
+    parallel: str = "ddp"
 
     @property
     def folder(self) -> Path:
@@ -44,7 +45,7 @@ class Job:
         found = {name: value for name, value in asdict(self).items() if name not in ("setting", "checkpoints")}
         found["rows"] = self.rows and {name: _name(value) for name, value in self.rows.items()}
         # lines from before there were such options are of jobs without
-        since = {"lora_dropout": 0, "rows": None, "gpus": 1}
+        since = {"lora_dropout": 0, "rows": None, "gpus": 1, "parallel": "ddp"}
         return {name: value for name, value in found.items() if name not in since or value != since[name]}
 
 
@@ -95,6 +96,7 @@ def make_job(
     setting: str | dict,
     rows: dict | None = None,
     gpus: int = 1,
+    parallel: str = "ddp",
 ) -> Job:
     """A job of the command; refused where it has no shape or too few GPUs."""
     import torch
@@ -107,7 +109,7 @@ def make_job(
         raise UserError(f"--lora_dropout {args.lora_dropout} does not lie in [0, 1)")
     names = ("base", "lora_rank", "lora_dropout", "steps", "warm_up_seq_len", "device", "checkpoints")
     common = {name: getattr(args, name) for name in names}
-    job = Job(setting, shape, batch_size=cell[0], seq_len=cell[1], rows=rows, gpus=gpus, **common)
+    job = Job(setting, shape, batch_size=cell[0], seq_len=cell[1], rows=rows, gpus=gpus, parallel=parallel, **common)
     if not job.folder.joinpath("config.json").is_file():
         raise UserError(f"{job.folder} has no config.json: a shape is a name in benchmarks/shapes or a folder")
     return job

@@ -170,6 +170,11 @@ def measure(job: Job) -> dict:
         from benchmarks.packed_rows import measure_packed  # after a peer's own imports
 
         found = measure_packed(job, model, patch)
+    elif job.rows.get("scaling"):
+        model = build(job)
+        from benchmarks.scaling import measure_scaling
+
+        found = measure_scaling(job, model)
     else:
         model = build(job)
         from benchmarks.real_rows import measure_rows

@@ -61,11 +61,27 @@ def end_rank_0() -> None:
     os.kill(os.getppid(), signal.SIGKILL)
 
 
-def data_parallel(model, gpus: int, device: str):
-    """The model as DistributedDataParallel, if there are several GPUs. Its buffers are the same in all of them."""
-    if gpus == 1:
-        return model
+def data_parallel(model, device: str):
+    """The model as DistributedDataParallel. Its buffers are the same in all processes."""
     from torch.nn.parallel import DistributedDataParallel
 
     mine = [rank()] if device == "cuda" else None
     return DistributedDataParallel(model, device_ids=mine, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def fully_sharded(model) -> None:
+    """PEFT's model with its weights split between the processes by fully_shard: each layer by itself, and the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def exchanging(network, now: bool):
+    """For a micro-step: whether its backward adds up the gradients of all processes, or keeps them for a later one."""
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(now)
+    elif hasattr(network, "no_sync") and not now:
+        return network.no_sync()
+    return contextlib.nullcontext()

@@ -16,7 +16,6 @@ up over micro-steps before they are exchanged): times and memory are those of th
 """
 
 import argparse
-import contextlib
 import gc
 import random
 import statistics
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.jobs import Job, add_arguments, cell, make_job, number
 from benchmarks.memory_throughput import settings, sweep
-from benchmarks.ranks import data_parallel, rank
+from benchmarks.ranks import data_parallel, exchanging, fully_sharded, rank
 from hyclora.utils.errors import UserError, entry_point
 
 NAME = "real_rows"
@@ -116,47 +115,95 @@ def examples_of(job: Job) -> tuple[list, str]:
 
 
 def batches_of(job: Job) -> list[dict]:
-    """The job's micro-batches on the CPU, the same for every setting; UserError if there are too few rows."""
+    """The job's micro-batches on the CPU, the same for every setting; UserError if there are too few rows.
+
+    Padded to the longest of batch_size rows, or with rows=... "flat" as many behind each other as seq_len has room for.
+    """
     from hyclora.utils.data.tokens import Collator, tokenize_rows
 
     tokenizer = tokenizer_of(job)
     examples, place = examples_of(job)
     random.Random(ORDER).shuffle(examples)
-    needed = (job.rows["warm_up"] + job.steps) * job.batch_size * job.gpus
-    found = tokenize_rows(examples[: 2 * needed], tokenizer, job.seq_len).rows[:needed]
+    needed = (job.rows["warm_up"] + job.steps) * job.gpus
+    if job.rows.get("flat"):
+        found, collate = _filled(tokenize_rows(examples, tokenizer, job.seq_len).rows, job.seq_len), _flattened
+    else:
+        n = job.batch_size
+        rows = tokenize_rows(examples[: 2 * needed * n], tokenizer, job.seq_len).rows
+        found, collate = [rows[i : i + n] for i in range(0, len(rows) - n + 1, n)], Collator(tokenizer.pad_token_id)
     if len(found) < needed:
-        raise UserError(f"{place} has {len(found)} such rows, and this takes {needed}: lower --steps")
-    collate = Collator(tokenizer.pad_token_id)
-    return [collate(found[i : i + job.batch_size]) for i in range(0, len(found), job.batch_size)]
+        raise UserError(f"{place} fills {len(found)} micro-batches, and this takes {needed}: lower --steps")
+    return [collate(rows) for rows in found[:needed]]
+
+
+def _filled(rows: list[dict], seq_len: int) -> list[list[dict]]:
+    """Rows in their order, as many together as seq_len tokens have room for; the last ones may be few."""
+    groups, room = [], 0
+    for row in rows:
+        room -= len(row["input_ids"])
+        if room < 0 or not groups:
+            groups.append([])
+            room = seq_len - len(row["input_ids"])
+        groups[-1].append(row)
+    return groups[:-1]
+
+
+def _flattened(rows: list[dict]) -> dict:
+    """One row of all, with the positions of each, as Hugging Face's collator has it."""
+    from transformers import DataCollatorWithFlattening
+
+    return DataCollatorWithFlattening(return_tensors="pt")(rows)
+
+
+class Training:
+    """A job's model on its micro-batches, with an optimizer step every so many, alone or beside other processes.
+
+    meter starts when the model's weights are where they stay.
+    """
+
+    def __init__(self, job: Job, model, meter: Meter):
+        import torch
+
+        batches, self.device = batches_of(job), torch.device(job.device)
+        real = [batch.get("attention_mask", batch["input_ids"] >= 0).sum().item() for batch in batches]
+        self.tokens = [sum(real[i : i + job.gpus]) for i in range(0, len(real), job.gpus)]
+        self.batches, self.every = batches[rank() :: job.gpus], job.rows.get("accumulate", ACCUMULATE)
+        self.cuda = self.device.type == "cuda"
+        model.train()
+        if job.parallel == "fsdp2":
+            fully_sharded(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=self.cuda)
+        meter.start()
+        ddp = job.gpus > 1 and job.parallel == "ddp"  # in whose memory gradients may be
+        self.network = data_parallel(model, job.device) if ddp else model
+
+    def micro_step(self, i: int):
+        """The loss of this process's i-th micro-batch, without its graph."""
+        import torch
+
+        batch = {name: t.to(self.device) for name, t in self.batches[i].items()}
+        last = i % self.every == self.every - 1
+        with exchanging(self.network, last):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
+                loss = self.network(**batch).loss
+            (loss / self.every).backward()
+        if last:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=False)
+        return loss.detach()
 
 
 def measure_rows(job: Job, model) -> dict:
     """Train the job's model on them."""
-    import torch
-
-    batches, warm, device = batches_of(job), job.rows["warm_up"], torch.device(job.device)
-    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
-    tokens = [sum(tokens[i : i + job.gpus]) for i in range(0, len(tokens), job.gpus)]
-    batches = batches[rank() :: job.gpus]
-    cuda = device.type == "cuda"
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=cuda)
-    meter = Meter(job.device, warm, job.steps)
-    model.train()
-    meter.start()
-    network = data_parallel(model, job.gpus, job.device)  # in whose memory gradients may be
-    for i, batch in enumerate(batches):
-        batch = {name: t.to(device) for name, t in batch.items()}
-        last = i % ACCUMULATE == ACCUMULATE - 1
-        with contextlib.nullcontext() if last or network is model else network.no_sync():
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                loss = network(**batch).loss
-            (loss / ACCUMULATE).backward()
-        if last:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-        meter.step(optimizer)
-    return meter.result(tokens) | {
-        "width": round(statistics.mean(batch["input_ids"].shape[1] for batch in batches[warm:]), 1),
+    meter = Meter(job.device, job.rows["warm_up"], job.steps)
+    training = Training(job, model, meter)
+    batches = training.batches
+    for i in range(len(batches)):
+        loss = training.micro_step(i)
+        meter.step(training.optimizer)
+    return meter.result(training.tokens) | {
+        "width": round(statistics.mean(batch["input_ids"].shape[1] for batch in batches[meter.warm :]), 1),
         "widths": len({batch["input_ids"].shape[1] for batch in batches}),
         "loss": round(loss.item(), 4),
     }

@@ -17,6 +17,7 @@ from benchmarks.report_experiments import experiments
 from benchmarks.report_kills import kills
 from benchmarks.report_plan import planned
 from benchmarks.report_real_rows import packed_rows, real_rows
+from benchmarks.report_scaling import scaling
 from benchmarks.rows import (
     LSE_KEPT,
     describe_batch,
@@ -321,6 +322,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "memory_throughput": memory_throughput,
         "planned": planned,
         "packed_rows": packed_rows,
+        "scaling": scaling,
         "technique_grid": technique_grid,
         "buffered": buffered,
         "fidelity": fidelity,

@@ -2,7 +2,7 @@
 
 import itertools
 
-from benchmarks.rows import CELL, describe_device, describe_model, load, name_of, on_gpus
+from benchmarks.rows import CELL, describe_device, describe_model, load, named, on_gpus
 from benchmarks.tables import SITTINGS, remarks, source, table
 
 HEAD = ["", "real tokens/s", "of the fastest peer", "ms a micro-step", "first 100, s", "dyn MiB", "held MiB"]
@@ -43,17 +43,12 @@ def one_table(name: str, cell: tuple, lines: list[dict]) -> str:
         what = f"{cell[4]} x {cell[5]} tokens, packed Alpaca rows"
     each = " each" if cell[-1] > 1 else ""
     title = f"{gpus}{describe_device(cell)}, {describe_model(cell)}: {what}{each}{tokens}{dropout}"
-    rows = [[named(line), *columns(line, max(peers, default=None))] for line in lines]
-    said = remarks([(named(line), line) for line in lines])
+    rows = [[named(line["setting"]), *columns(line, max(peers, default=None))] for line in lines]
+    said = remarks([(named(line["setting"]), line) for line in lines])
     if len({line["commit"] for line in measured}) > 1:
         said.append(SITTINGS)
     parts = [table([title, *HEAD[1:]], rows), source(lines, f"python -m benchmarks.{name}"), *said]
     return "\n\n".join(parts)
-
-
-def named(line: dict) -> str:
-    name = name_of(line["setting"])
-    return name if isinstance(line["setting"], str) else f"**{name}**"
 
 
 def columns(line: dict, fastest: int | None) -> list[str]:

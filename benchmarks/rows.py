@@ -128,6 +128,12 @@ def name_of(setting: dict | str | None) -> str:
     return ", ".join([*words, *(f"{name} {value}" for name, value in rest.items())])
 
 
+def named(setting: dict | str | None) -> str:
+    """name_of as a table has it beside peers: this project's settings stand out."""
+    name = name_of(setting)
+    return f"**{name}**" if isinstance(setting, dict) else name
+
+
 def describe_model(cell: tuple) -> str:
     """The shape of a cell of `memory_cells`, with base and rank."""
     _, shape, base, rank = cell[:4]

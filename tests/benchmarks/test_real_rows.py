@@ -61,7 +61,7 @@ def test_rows_of_alpaca_one_by_one(run, tiny_llama_folder, tmp_path, monkeypatch
     assert line["widths"] > 1 and line["width"] - 8 < line["real_tokens"] <= line["width"] and line["ms"] > 0
     with pytest.raises(SystemExit) as exit:
         real_rows.main([*fixed, "--steps", "40", "--warm_up", "6", "--settings", '["PEFT LoRA"]'])
-    assert exit.value.code == 2 and "rows.json has 12 such rows, and this takes 46" in capsys.readouterr().err
+    assert exit.value.code == 2 and "rows.json fills 12 micro-batches, and this takes 46" in capsys.readouterr().err
 
 
 def test_in_a_process_of_its_own(run):
@@ -98,12 +98,12 @@ def test_a_peer_that_is_not_there_is_a_line(run, monkeypatch):
 @pytest.mark.parametrize(
     "options, named",
     [
-        (["--steps", "40"], "has 40 such rows, and this takes 138: lower --steps"),
+        (["--steps", "40"], "fills 13 micro-batches, and this takes 46: lower --steps"),
         (["--data_dir", "nowhere"], "data folder nowhere does not exist"),
         (["--tokenizer", "nowhere"], "nowhere"),
         (["--lora_dropout", "1"], "--lora_dropout 1.0 does not lie in [0, 1)"),
         (["--device", "cuda"], "it needs a GPU"),
-        (["--steps", "8", "--gpus", "2"], "has 40 such rows, and this takes 84: lower --steps"),
+        (["--steps", "8", "--gpus", "2"], "fills 13 micro-batches, and this takes 28: lower --steps"),
     ],
 )
 def test_refused_before_anything_is_spent(run, options, named, tmp_path, capsys, monkeypatch):
