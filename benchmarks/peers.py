@@ -48,7 +48,8 @@ def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None
     in_4bit = (base or job.base) == "nf4"
     arguments = ModelArguments(folder.name, str(folder.parent), load_in_4bit=in_4bit, random_weights=True)
     adapters = LoraArguments(lora_rank=job.lora_rank, lora_alpha=job.lora_rank, lora_dropout=job.lora_dropout)
-    model = load_model(arguments, adapters, str(folder), torch.device(job.device), seed=0)
+    storage = torch.bfloat16 if job.parallel == "fsdp2" else torch.uint8
+    model = load_model(arguments, adapters, str(folder), torch.device(job.device), seed=0, storage=storage)
     if checkpointing is not None:
         checkpoint_layers(model, **checkpointing)
         model.enable_input_require_grads()

@@ -166,18 +166,23 @@ def load_base(
     device: torch.device,
     head: Head = NEXT_TOKEN,
     tell: Callable[[str], None] = print,
+    storage: torch.dtype = torch.uint8,
 ) -> PreTrainedModel:
-    """The frozen model on its device; NF4 if asked for. All of it in one dtype, which `tell` gets with the reason."""
+    """The frozen model on its device; NF4 if asked for. All of it in one dtype, which `tell` gets with the reason.
+
+    storage: dtype that NF4's bytes have as tensors; fully_shard takes float ones alone.
+    """
     dtype, why = _dtype_of(args, device)
     loaded = f"{'NF4, the rest and what is computed ' if args.load_in_4bit else ''}{str(dtype).removeprefix('torch.')}"
     if args.random_weights:
         tell(f"base weights: random, {loaded} ({why})")
-        return _attending(_random_base(args, source, device, dtype, head), head)
+        return _attending(_random_base(args, source, device, dtype, head, storage), head)
     quantization = None
     if args.load_in_4bit:
         # without names transformers leaves the last module as it is, which is but a part of some heads
         skip = {"llm_int8_skip_modules": list(head.trained)} if head.trained else {}
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **_NF4, **skip)
+        bytes_as = {"bnb_4bit_quant_storage": storage}
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **_NF4, **skip, **bytes_as)
     model = head.auto.from_pretrained(
         source,
         **head.config,
@@ -207,20 +212,20 @@ def _dtype_of(args: ModelArguments, device: torch.device) -> tuple[torch.dtype, 
 
 
 def _random_base(
-    args: ModelArguments, source: str, device: torch.device, dtype: torch.dtype, head: Head
+    args: ModelArguments, source: str, device: torch.device, dtype: torch.dtype, head: Head, storage: torch.dtype
 ) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(source, **head.config)
     with device:
         model = head.auto.from_config(config, dtype=dtype)
     if args.load_in_4bit:
-        quantize_linears(model, dtype)
+        quantize_linears(model, dtype, storage)
     return model
 
 
 def quantize_linears(model: PreTrainedModel, compute_dtype: torch.dtype, storage: torch.dtype = torch.uint8):
     """Replace the linear layers of the decoder by NF4 ones, one after the other; the head stays as it is.
 
-    storage: dtype that the packed bytes have as tensors.
+    storage: as of load_base.
     """
     import bitsandbytes as bnb
 
@@ -252,12 +257,13 @@ def load_model(
     seed: int,
     head: Head = NEXT_TOKEN,
     tell: Callable[[str], None] = print,
+    storage: torch.dtype = torch.uint8,
 ) -> PeftModel | PreTrainedModel:
     """The base of `find_base` with fresh adapters drawn from `seed`; tell gets what was decided.
 
     Without LoRA it is the base itself, all of whose weights are trained.
 
-    head: what the model gives; what of it is trained is drawn from `seed` too.
+    head: what the model gives; what of it is trained is drawn from `seed` too. storage: as of load_base.
     """
     if lora.lora_init_type == "loftq" and device.type != "cuda":
         raise UserError(f"lora_init_type loftq is computed by PEFT on a GPU only, not on {device.type}: choose another")
@@ -265,7 +271,8 @@ def load_model(
     float_first = args.load_in_4bit and lora.lora_init_type == "pissa"
     set_seed(seed)
     with _reading(source):
-        base = load_base(replace(args, load_in_4bit=False) if float_first else args, source, device, head, tell)
+        base_args = replace(args, load_in_4bit=False) if float_first else args
+        base = load_base(base_args, source, device, head, tell, storage)
     base.config.use_cache = False
     # what the Trainer asks: whether the loss is divided by what it counts, or else by it
     base.accepts_loss_kwargs = head.divides_loss

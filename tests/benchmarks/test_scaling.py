@@ -41,7 +41,7 @@ def test_two_processes_have_the_losses_of_one(run, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "COMPARED", 2)
     monkeypatch.setattr("benchmarks.memory_throughput.run", lambda job, timeout: jobs.append(job) or {"ms": 1.0})
     exact = ["--settings", '[{"layer_type": "baseline"}]']
-    lines = run("--cells", "1x400", "--gpus", "2", "--steps", "4", "--warm_up", "4", *exact)
+    lines = run("--cells", "1x400", "--gpus", "2", "--steps", "4", "--warm_up", "4", *exact, "--base", "nf4")
     assert [line["arguments"].get("parallel") for line in lines] == [None, "fsdp2", None]
     *several, alone = jobs
     run_ranks(measure, tmp_path, several, str(tmp_path / "found.json"))

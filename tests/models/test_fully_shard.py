@@ -152,7 +152,8 @@ def test_ways_to_shard(exact, way, shapes):
     assert error_of(model, exact) < 1e-5
     assert all(block.together for block in find_patch(model).watch.layers)
     real = int(padded_batch()["attention_mask"].sum())
-    assert (shapes[0] == (1, real)) == (way == "stream")
+    # a GPU's kernel for rows behind each other takes half precision alone
+    assert (shapes[0] == (1, real)) == (way == "stream" and DEVICE == "cpu")
 
 
 def test_whole_weights_go_when_a_patched_model_is_sharded(one_process):
