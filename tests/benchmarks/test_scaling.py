@@ -100,3 +100,135 @@ def test_table(tmp_path, monkeypatch):
     assert "| 1 GPU, " in one and "| 1000 | 1.000x | 70.0 |" in one
     assert "| 2 GPUs, DDP, " in ddp and "| 970 | 0.970x |" in ddp and "within 0.0020 of" in ddp
     assert "| 2 GPUs, FSDP2, " in fsdp2 and "| 750 | 0.750x |" in fsdp2 and "within 0.0010 of" in fsdp2
+
+
+def test_table(tmp_path, monkeypatch):
+    """Several GPUs beside one; the losses of one process on all rows are no row of their own."""
+    versions = dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")
+    common = {"time": "", "commit": "c", "device": "NVIDIA X1", "versions": versions, "setting": {"offload": True}}
+    cell = {"shape": "s", "base": "nf4", "lora_rank": 16, "batch_size": 4, "seq_len": 512, "device": "cuda"}
+    found = {"ms": 70.0, "held_mib": 600.0, "host_mib": 4000.0}
+
+    def line(tokens: int, losses: list, rows: dict, **arguments) -> str:
+        values = found | {"real_tokens_per_second": tokens, "losses": losses, "arguments": cell | {"rows": rows} | arguments}
+        return json.dumps(common | values)
+
+    alone = line(1, [5.0, 4.0], {"accumulate": 8})
+    lines = [line(1000, [5.5, 4.5], {}), line(1940, [5.0, 4.002], {}, gpus=2), alone]
+    lines += [line(1500, [5.001, 4.0], {}, gpus=2, parallel="fsdp2")]
+    (tmp_path / "scaling.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    _, _, one, ddp, fsdp2, *_ = report().splitlines()
+    assert "| 1 GPU, " in one and "| 1000 | 1.000x | 70.0 |" in one
+    assert "| 2 GPUs, DDP, " in ddp and "| 970 | 0.970x |" in ddp and "within 0.0020 of" in ddp
+    assert "| 2 GPUs, FSDP2, " in fsdp2 and "| 750 | 0.750x |" in fsdp2 and "within 0.0010 of" in fsdp2
+
+
+def test_table(tmp_path, monkeypatch):
+    """Several GPUs beside one; the losses of one process on all rows are no row of their own."""
+    versions = dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")
+    common = {"time": "", "commit": "c", "device": "NVIDIA X1", "versions": versions, "setting": {"offload": True}}
+    cell = {"shape": "s", "base": "nf4", "lora_rank": 16, "batch_size": 4, "seq_len": 512, "device": "cuda"}
+    found = {"ms": 70.0, "held_mib": 600.0, "host_mib": 4000.0}
+
+    def line(tokens: int, losses: list, rows: dict, **arguments) -> str:
+        values = found | {"real_tokens_per_second": tokens, "losses": losses, "arguments": cell | {"rows": rows} | arguments}
+        return json.dumps(common | values)
+
+    alone = line(1, [5.0, 4.0], {"accumulate": 8})
+    lines = [line(1000, [5.5, 4.5], {}), line(1940, [5.0, 4.002], {}, gpus=2), alone]
+    lines += [line(1500, [5.001, 4.0], {}, gpus=2, parallel="fsdp2")]
+    (tmp_path / "scaling.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    _, _, one, ddp, fsdp2, *_ = report().splitlines()
+    assert "| 1 GPU, " in one and "| 1000 | 1.000x | 70.0 |" in one
+    assert "| 2 GPUs, DDP, " in ddp and "| 970 | 0.970x |" in ddp and "within 0.0020 of" in ddp
+    assert "| 2 GPUs, FSDP2, " in fsdp2 and "| 750 | 0.750x |" in fsdp2 and "within 0.0010 of" in fsdp2
+
+
+def test_table(tmp_path, monkeypatch):
+    """Several GPUs beside one; the losses of one process on all rows are no row of their own."""
+    versions = dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")
+    common = {"time": "", "commit": "c", "device": "NVIDIA X1", "versions": versions, "setting": {"offload": True}}
+    cell = {"shape": "s", "base": "nf4", "lora_rank": 16, "batch_size": 4, "seq_len": 512, "device": "cuda"}
+    found = {"ms": 70.0, "held_mib": 600.0, "host_mib": 4000.0}
+
+    def line(tokens: int, losses: list, rows: dict, **arguments) -> str:
+        values = found | {"real_tokens_per_second": tokens, "losses": losses, "arguments": cell | {"rows": rows} | arguments}
+        return json.dumps(common | values)
+
+    alone = line(1, [5.0, 4.0], {"accumulate": 8})
+    lines = [line(1000, [5.5, 4.5], {}), line(1940, [5.0, 4.002], {}, gpus=2), alone]
+    lines += [line(1500, [5.001, 4.0], {}, gpus=2, parallel="fsdp2")]
+    (tmp_path / "scaling.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    _, _, one, ddp, fsdp2, *_ = report().splitlines()
+    assert "| 1 GPU, " in one and "| 1000 | 1.000x | 70.0 |" in one
+    assert "| 2 GPUs, DDP, " in ddp and "| 970 | 0.970x |" in ddp and "within 0.0020 of" in ddp
+    assert "| 2 GPUs, FSDP2, " in fsdp2 and "| 750 | 0.750x |" in fsdp2 and "within 0.0010 of" in fsdp2
+
+
+def test_table(tmp_path, monkeypatch):
+    """Several GPUs beside one; the losses of one process on all rows are no row of their own."""
+    versions = dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")
+    common = {"time": "", "commit": "c", "device": "NVIDIA X1", "versions": versions, "setting": {"offload": True}}
+    cell = {"shape": "s", "base": "nf4", "lora_rank": 16, "batch_size": 4, "seq_len": 512, "device": "cuda"}
+    found = {"ms": 70.0, "held_mib": 600.0, "host_mib": 4000.0}
+
+    def line(tokens: int, losses: list, rows: dict, **arguments) -> str:
+        values = found | {"real_tokens_per_second": tokens, "losses": losses, "arguments": cell | {"rows": rows} | arguments}
+        return json.dumps(common | values)
+
+    alone = line(1, [5.0, 4.0], {"accumulate": 8})
+    lines = [line(1000, [5.5, 4.5], {}), line(1940, [5.0, 4.002], {}, gpus=2), alone]
+    lines += [line(1500, [5.001, 4.0], {}, gpus=2, parallel="fsdp2")]
+    (tmp_path / "scaling.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    _, _, one, ddp, fsdp2, *_ = report().splitlines()
+    assert "| 1 GPU, " in one and "| 1000 | 1.000x | 70.0 |" in one
+    assert "| 2 GPUs, DDP, " in ddp and "| 970 | 0.970x |" in ddp and "within 0.0020 of" in ddp
+    assert "| 2 GPUs, FSDP2, " in fsdp2 and "| 750 | 0.750x |" in fsdp2 and "within 0.0010 of" in fsdp2
+
+
+def test_table(tmp_path, monkeypatch):
+    """Several GPUs beside one; the losses of one process on all rows are no row of their own."""
+    versions = dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")
+    common = {"time": "", "commit": "c", "device": "NVIDIA X1", "versions": versions, "setting": {"offload": True}}
+    cell = {"shape": "s", "base": "nf4", "lora_rank": 16, "batch_size": 4, "seq_len": 512, "device": "cuda"}
+    found = {"ms": 70.0, "held_mib": 600.0, "host_mib": 4000.0}
+
+    def line(tokens: int, losses: list, rows: dict, **arguments) -> str:
+        values = found | {"real_tokens_per_second": tokens, "losses": losses, "arguments": cell | {"rows": rows} | arguments}
+        return json.dumps(common | values)
+
+    alone = line(1, [5.0, 4.0], {"accumulate": 8})
+    lines = [line(1000, [5.5, 4.5], {}), line(1940, [5.0, 4.002], {}, gpus=2), alone]
+    lines += [line(1500, [5.001, 4.0], {}, gpus=2, parallel="fsdp2")]
+    (tmp_path / "scaling.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    _, _, one, ddp, fsdp2, *_ = report().splitlines()
+    assert "| 1 GPU, " in one and "| 1000 | 1.000x | 70.0 |" in one
+    assert "| 2 GPUs, DDP, " in ddp and "| 970 | 0.970x |" in ddp and "within 0.0020 of" in ddp
+    assert "| 2 GPUs, FSDP2, " in fsdp2 and "| 750 | 0.750x |" in fsdp2 and "within 0.0010 of" in fsdp2
+
+
+def test_table(tmp_path, monkeypatch):
+    """Several GPUs beside one; the losses of one process on all rows are no row of their own."""
+    versions = dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")
+    common = {"time": "", "commit": "c", "device": "NVIDIA X1", "versions": versions, "setting": {"offload": True}}
+    cell = {"shape": "s", "base": "nf4", "lora_rank": 16, "batch_size": 4, "seq_len": 512, "device": "cuda"}
+    found = {"ms": 70.0, "held_mib": 600.0, "host_mib": 4000.0}
+
+    def line(tokens: int, losses: list, rows: dict, **arguments) -> str:
+        values = found | {"real_tokens_per_second": tokens, "losses": losses, "arguments": cell | {"rows": rows} | arguments}
+        return json.dumps(common | values)
+
+    alone = line(1, [5.0, 4.0], {"accumulate": 8})
+    lines = [line(1000, [5.5, 4.5], {}), line(1940, [5.0, 4.002], {}, gpus=2), alone]
+    lines += [line(1500, [5.001, 4.0], {}, gpus=2, parallel="fsdp2")]
+    (tmp_path / "scaling.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    _, _, one, ddp, fsdp2, *_ = report().splitlines()
+    assert "| 1 GPU, " in one and "| 1000 | 1.000x | 70.0 |" in one
+    assert "| 2 GPUs, DDP, " in ddp and "| 970 | 0.970x |" in ddp and "within 0.0020 of" in ddp
+    assert "| 2 GPUs, FSDP2, " in fsdp2 and "| 750 | 0.750x |" in fsdp2 and "within 0.0010 of" in fsdp2
