@@ -46,7 +46,8 @@ def compared() -> list[Compared]:
         key = arguments["shape"], arguments["base"], arguments["lora_rank"]
         if key not in shapes:
             shapes[key] = Shape(*key)
-        need = count(Savers(shapes[key], mode.config), arguments["batch_size"], arguments["seq_len"])
+        # a micro-step is measured without the optimizer's
+        need = count(Savers(shapes[key], mode.config), arguments["batch_size"], arguments["seq_len"], steps=False)
         found.append(Compared(mode, line, need))
     return sorted(found, key=lambda one: (one.earlier, one.line["arguments"]["shape"], one.line["dyn_mib"]))
 

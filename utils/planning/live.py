@@ -19,7 +19,7 @@ from hyclora.operators.savers import ChannelQuant, Exact, Step
 from hyclora.operators.store.host import SLAB
 from hyclora.operators.store.store import GROUP_BYTES
 from hyclora.operators.token_tiles import TILE_TOKENS
-from hyclora.utils.planning.shape import HALF, Shape
+from hyclora.utils.planning.shape import HALF, TRAINED, Shape
 
 E = HALF.itemsize
 # of a GEMM library, for each thread and stream that uses it: 32 MiB on Hopper, 8 on others. The main thread's and
@@ -37,7 +37,8 @@ class Need:
     """Bytes of one setting and batch.
 
     static: by what they are. dyn: peak of live tensors over it, at the moment `peak`; moments: all of them. apart: what
-    the loss has beside a pool of graphs, which shares nothing. host: packed slots in host memory.
+    the loss, or else the optimizer, has beside a pool of graphs, which shares nothing. host: packed slots in host
+    memory.
     """
 
     static: dict[str, int]
@@ -146,12 +147,15 @@ def _statistics(saver, width: int) -> int:
 
 
 def count(
-    savers: Savers, batch: int, length: int, checkpointing: bool = False, documents: int | None = None
+    savers: Savers, batch: int, length: int, checkpointing: bool = False, documents: int | None = None,
+    processes: int = 1, steps: bool = True,
 ) -> Need:  # fmt: skip
     """The Need of a micro-step of batch rows of length tokens, without padding. Arithmetic alone.
 
     checkpointing: gradient checkpointing, with layer_in kept by its saver. documents: how many there are in all of rows
-    that are packed, and so attention by the kernel for runs.
+    that are packed, and so attention by the kernel for runs. processes: more than one train data parallel. steps: with
+    a step of torch's AdamW, which has for a time a copy of what is trained (foreach; its fused form has none). It runs
+    when all but the graphs' memory is free.
     Where layers are of both kinds, the last one of each is looked at: most is kept there of those before it.
     """
     shape, config, T = savers.shape, savers.config, batch * length
@@ -159,14 +163,16 @@ def count(
     windows = any(window is not None and window < length for window in shape.windows)
     runs = documents or (batch if windows else 0)
     again = [checkpointing or own for own in savers.again]
-    tops = {kind: i for i, kind in enumerate(again)}.values()
-    steps = [_Step(savers, T, length, runs, graphs, again[: top + 1]) for top in tops]
+    highest = {kind: i for i, kind in enumerate(again)}.values()
+    tops = [_Step(savers, T, length, runs, graphs, again[: top + 1]) for top in highest]
     static = {
         "weights": shape.weights,
         "adapters, gradients, Adam": shape.trained,
         "statistics of quantizers": savers.statistics,
         "GEMM workspaces": 2 * WORKSPACE,
     }
+    if processes > 1:
+        static["DDP's buckets"] = shape.trained // TRAINED  # a copy of all gradients, which is what is reduced
     host = 0
     if config.offload:
         # the last norm's slot is sent if it is a group by itself
@@ -174,9 +180,12 @@ def count(
         kept = zip(again, savers.inputs_kept, savers.units, strict=True)
         host = T * sum(x if run_again else unit.layer for run_again, x, unit in kept)
         host += last if last >= GROUP_BYTES else 0
-    found = [step.moments() for step in steps]
+    found = [top.moments() for top in tops]
     moments = {name: int(max(one.get(name, 0) for one in found)) for name in dict.fromkeys(chain(*found))}
-    return Need(static, moments, int(steps[0].loss()) if graphs else 0, int(host))
+    optimizer = shape.trained // TRAINED if steps else 0
+    if graphs:
+        return Need(static, moments, max(int(tops[0].loss()), optimizer), int(host))
+    return Need(static, moments | {"the optimizer's step": optimizer}, 0, int(host))
 
 
 class _Step:
@@ -274,20 +283,24 @@ class _Step:
         return max(0, self.T * self.x + self.grads - freed)
 
     def _mlp_backward(self) -> dict[str, float]:
-        """mlp.py: _backward_tile of the first tile, dy [T, C] among them; slots of gate and up are free once read."""
+        """mlp.py: _backward_tile of the first tile, dy [T, C] among them; slots of gate and up are free once read.
+
+        Adapters with dropout have g A, and then their dropped input, beside what is there without (lora.py).
+        """
         T, t, x, f = self.T, self.t, self.x, self.f
+        above, below = t * E * self.down.dropped, t * E * self.gate_up.dropped
         whole = T * x if T > t else 0  # dx of all tiles
         dgate_up = t * E * (self.gate_up.width + self.gate_up.beside)
         freed = t * self.unit.mlp
         stacks = self.down.stack + self.gate_up.stack
         found = {
-            "down": T * x + t * f + self.down.piece(t, by_rows=False, below=False) + self.down.stack,
-            "activation": T * x + whole + t * f + dgate_up + stacks,
+            "down": T * x + t * f + max(above, self.down.piece(t, by_rows=False, below=False)) + self.down.stack,
+            "activation": T * x + whole + t * f + above + dgate_up + stacks,
             "low-rank gradients": T * x + whole + dgate_up + self.gate_up.low_rank_parts(t) + self.gate_up.stack
             + self.mlp_grads - freed,
             "gate, up": T * x + whole + dgate_up + self.gate_up.piece(t, by_rows=False, below=True) + t * x
             + self.gate_up.stack + self.mlp_grads - freed,
-            "adapters": T * x + whole + dgate_up + 2 * t * x + self.gate_up.stack + self.mlp_grads - freed,
+            "adapters": T * x + whole + dgate_up + 2 * t * x + below + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
         if not self.savers.fuses_mlp(self.top):
             # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden, 4 where exact slots are read
@@ -310,16 +323,17 @@ class _Step:
         grouped = 2 * q if kv < q else 0
         core = T * (2 * qkv + grouped + 2 * q + numbers) + fp32
         dqkv = T * (qkv + E * self.qkv.beside)
+        above, below = T * E * self.out.dropped, T * E * self.qkv.dropped
         norms = T * (q + kv) if self.shape.family.head_norms else 0
         # an exact v is a part of q, k, v as they were before RoPE
         beside = T * (q + kv + E * self.qkv.beside) if self._heads_are_slots else 0
         return {
-            "out": dy + T * (qkv + 2 * q) + beside + self.out.piece(T, by_rows=False, below=False) + self.out.stack
-            + self.qkv.stack,
+            "out": dy + T * (qkv + 2 * q) + beside + max(above, self.out.piece(T, by_rows=False, below=False))
+            + self.out.stack + self.qkv.stack,
             "core": dy + core + beside + self.qkv.stack,
             "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
-            "q, k, v": dy + dqkv + self.qkv.piece(T, by_rows=False, below=True) + T * x + self.qkv.stack
-            + self.qkv.grads,
+            "q, k, v": dy + dqkv + max(T * x + below, self.qkv.piece(T, by_rows=False, below=True)) + T * x
+            + self.qkv.stack + self.qkv.grads,
         }  # fmt: skip
 
     def _mlp_forward(self) -> dict[str, float]:
@@ -327,10 +341,11 @@ class _Step:
         T, t, x, f = self.T, self.t, self.x, self.f
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
-            "gate, up": 2 * T * x + y + self.gate_up.piece(t, by_rows=True, below=True) + self.gate_up.stack
-            - t * self.unit.mlp,
+            "gate, up": 2 * T * x + y + self.gate_up.stack - t * self.unit.mlp
+            + max(t * E * self.gate_up.dropped, self.gate_up.piece(t, by_rows=True, below=True)),
             "activation": 2 * T * x + y + t * f + self.gate_up.stack,
-            "down": 2 * T * x + t * (f + x) + self.down.piece(t, by_rows=True, below=False) + self.down.stack,
+            "down": 2 * T * x + t * (f + x) + self.down.stack
+            + max(t * E * self.down.dropped, self.down.piece(t, by_rows=True, below=False)),
         }  # fmt: skip
 
     def loss(self) -> float:

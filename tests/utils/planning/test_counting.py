@@ -19,6 +19,9 @@ from hyclora.utils.planning import Savers, Shape, count
 from tests.helpers.counting import Live
 
 RANK, BATCH, LENGTH = 4, 2, 128
+SIZES = LlamaConfig(
+    hidden_size=256, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=2, vocab_size=256, use_cache=False
+)
 LAYER_IN = {"slot_savers": {"layer_in": "quant8"}}
 
 
@@ -30,17 +33,16 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(lora, "_mm32", lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32))
 
 
-def peak(config: HycloraConfig, sizes: LlamaConfig, checkpointing: bool) -> int:
+def peak(config: HycloraConfig, checkpointing: bool = False, targets=LINEARS, dropout: float = 0.0) -> int:
     """Bytes alive at the peak of a step after calibration, beside what is there before it."""
-    model = get_peft_model(
-        LlamaForCausalLM(sizes).to(torch.bfloat16), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEARS)
-    )
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=dropout)
+    model = get_peft_model(LlamaForCausalLM(SIZES).to(torch.bfloat16), lora)
     apply_hyclora(model, config)
     model.train()
     if checkpointing:
         checkpoint_layers(model)
         model.enable_input_require_grads()
-    ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % sizes.vocab_size
+    ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % SIZES.vocab_size
 
     def step():
         with torch.autocast("cpu", torch.bfloat16):
@@ -65,12 +67,16 @@ def peak(config: HycloraConfig, sizes: LlamaConfig, checkpointing: bool) -> int:
     ids=["8 bit", "checkpointing, 8 bit", "inputs, 8 bit", "a layer of slots, an exact input"],
 )
 def test_the_peak_of_a_step(settings, checkpointing):
-    sizes = LlamaConfig(
-        hidden_size=256, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=2, vocab_size=256,
-        use_cache=False,
-    )  # fmt: skip
     config = HycloraConfig(cuda_graphs=False, iteration_threshold=1, **settings)
-    counted = count(Savers(Shape(sizes, "bf16", RANK), config), BATCH, LENGTH, checkpointing)
-    measured = peak(config, sizes, checkpointing)
+    counted = count(Savers(Shape(SIZES, "bf16", RANK), config), BATCH, LENGTH, checkpointing)
+    measured = peak(config, checkpointing)
     # at so few tokens what has no term of its own weighs: ids, positions, sums of a token
     assert 0.97 <= counted.dyn / measured <= 1.1
+
+
+@pytest.mark.parametrize("targets, dropout", [(["q_proj", "v_proj"], 0.0), (LINEARS, 0.1)], ids=["two", "dropout"])
+def test_the_peak_with_other_adapters(targets, dropout):
+    config = HycloraConfig(cuda_graphs=False, iteration_threshold=1)
+    shape = Shape(SIZES, "bf16", RANK, targets, dropout > 0)
+    measured = peak(config, targets=targets, dropout=dropout)
+    assert 0.97 <= count(Savers(shape, config), BATCH, LENGTH).dyn / measured <= 1.1
