@@ -5,7 +5,6 @@ python -m benchmarks.report --check    # exit 1 if a file is not what the result
 """
 
 import argparse
-import dataclasses
 import itertools
 import math
 import sys
@@ -50,9 +49,9 @@ def families() -> str:
 def parameters() -> str:
     """Every option of HycloraConfig."""
     rows = [["`use_hyclora`", "Keep the activations compressed; False trains stock PEFT LoRA.", "`True`"]]
-    for f in dataclasses.fields(HycloraConfig):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        rows.append([f"`{f.name}`", f.metadata["help"], f"`{default}`"])
+    for name, default in HycloraConfig().to_dict().items():
+        help = HycloraConfig.__dataclass_fields__[name].metadata["help"]
+        rows.append([f"`{name}`", help, f"`{default}`"])
     return table(["parameter", "meaning", "default"], rows)
 
 

@@ -79,5 +79,7 @@ def check_settings(groups) -> None:
             preset = active.get("preset")
             hint = f": preset={preset} asks for it, preset=default does not" if preset != "default" else ""
             raise UserError(f"{name}=True needs a GPU, and this would run on the CPU{hint}")
+    if active.get("memory_budget") is not None and not on_gpu:
+        raise UserError("memory_budget is of a GPU, and this would run on the CPU: drop it")
     if active.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")
