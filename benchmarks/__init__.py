@@ -7,6 +7,7 @@ buffered.py           bytes kept by one layer                fidelity.py        
 peak_memory.py        what is alive at the peak of a step    finetune.py        whether fine-tuning notices
 profile_step.py       where the time of a step goes          experiments.py     the paper's, on a small model
 technique_grid.py     run_alpaca.py's techniques, on and off
+plan_check.py         what a plan predicts, and is so, of some sixty cases
 kills.py              runs that are killed and resumed, against one that was not
 
 jobs.py               what a measurement is of               record.py          a line of a result file

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.record import RESULTS
 from benchmarks.report_experiments import experiments
 from benchmarks.report_kills import kills
-from benchmarks.report_plan import planned
+from benchmarks.report_plan import checked, planned
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.rows import (
     LSE_KEPT,
@@ -319,6 +319,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "benchmarks" / "README.md": {
         "memory_throughput": memory_throughput,
         "planned": planned,
+        "plan_check": checked,
         "packed_rows": packed_rows,
         "technique_grid": technique_grid,
         "buffered": buffered,

@@ -1,5 +1,7 @@
 """What hyclora.plan counts is held to what was measured."""
 
+import statistics
+
 import pytest
 
 from benchmarks import report_plan, rows
@@ -28,6 +30,7 @@ def test_static_and_host_memory(one):
 def test_live_memory_of_the_present_build(one):
     assert -0.4 <= one.off("dyn") <= 0.5  # lines of when W of q, k, v was whole in backward have up to .4 % more
     assert one.off("held") >= 0  # the allowance for gaps is one
+    assert one.off("static", "held") >= -1
 
 
 @pytest.mark.parametrize("one", [one for one in LINES if one.earlier], ids=named)
@@ -53,6 +56,13 @@ def test_what_a_layer_keeps(line):
         assert kept == sum(line["slots"].values())
     else:  # an exact v is a part of q, k, v as they were before RoPE, which no slot counts
         assert kept == pytest.approx(line["layer_bytes"], rel=0.01)
+
+
+def test_all_memory_of_the_present_build_is_near():
+    (said,) = report_plan.summaries(LINES)
+    found = [abs(one.off("static", "held")) for one in LINES if not one.earlier]
+    assert statistics.median(found) <= 3 and f"in the median of {len(found)} lines" in said
+    assert report_plan.summaries([one for one in LINES if one.earlier]) == []
 
 
 def test_no_lines_make_no_table(tmp_path, monkeypatch):
