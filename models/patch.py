@@ -144,7 +144,9 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    patch.hooks = StepHook(patch, attention, adapted(blocks)[:1]).register(decoder)
+    hook = StepHook(patch, attention, adapted(blocks)[:1])
+    hook.load = None if plan is None else plan.load
+    patch.hooks = hook.register(decoder)
     setattr(decoder, PATCH, patch)
     if stock:
         parts = f"{len(stock)} of {len(HALVES) * len(layers)} halves of layers (a norm and what it feeds)"

@@ -137,6 +137,14 @@ def tell_of_sharding() -> None:
     logger.warning(f"HyC-LoRA: cuda_graphs is off: {SHARDED}")
 
 
+def tell_of_larger_batch(rows: int, tokens: int, load) -> None:
+    """Warn of a micro-step that is larger than the one that memory_budget was planned for."""
+    logger.warning(
+        f"HyC-LoRA: a micro-step of {rows} x {tokens} tokens is larger than the {load} that memory_budget was planned "
+        f'for, and may take more memory: set largest_batch="{rows}x{tokens}"'
+    )
+
+
 @torch.compiler.disable
 def tell_of_new_calibration(lost: str | None, adapted: list) -> None:
     """Warn if calibration begins although training does not.

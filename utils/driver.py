@@ -130,7 +130,8 @@ def fit_with_trainer(job: Fitting) -> Fitted:
     job.clock.lap("train")
     batch = trainer._prepare_inputs(job.collate(job.task.train[: job.training.per_device_train_batch_size]))
     with trainer.compute_loss_context_manager():
-        buffered = _measure_buffers(job.model, batch, job.compressed, job.training.gradient_checkpointing)
+        alone = job.hyclora.has_budget  # which plain LoRA may exceed
+        buffered = _measure_buffers(job.model, batch, job.compressed, job.training.gradient_checkpointing, alone)
     return Fitted(trainer.state.log_history, trainer.progress.totals, buffered)
 
 
@@ -285,16 +286,18 @@ def _evaluate_once(task: Task, model, run: Run, evaluation: EvalArguments) -> di
     return results.once(run.folder / "evaluated_before.json", asked, lambda: task.evaluate(model)[0])
 
 
-def _measure_buffers(model, batch, compressed: bool, checkpointed: bool) -> dict[str, int]:
+def _measure_buffers(model, batch, compressed: bool, checkpointed: bool, alone: bool) -> dict[str, int]:
     """Bytes kept for backward on one batch: compressed, and as plain LoRA, which the model is afterwards.
 
     The last one is with checkpointing, which stays on. checkpointed: it is on already, as without it rows of this
-    length may have no room.
+    length may have no room. alone: nothing but what was trained is measured.
     """
     buffered = {}
     if compressed:
         buffered["hyclora"] = buffered_bytes(model, batch)
         remove_hyclora(model)
+    if alone:
+        return buffered
     if not checkpointed:
         buffered["lora"] = buffered_bytes(model, batch)
         checkpoint_layers(model)

@@ -25,6 +25,10 @@ def settle(
         model.dtype != "float32",
         "memory_budget counts weights of 16 bit or NF4, and dtype=float32 is set: drop one of both",
     )
+    require(
+        not hyclora.verify,
+        "verify takes the memory of plain LoRA, which is more than memory_budget counts: verify in a run without it",
+    )
     targets = None if lora.target_modules == [ALL_LINEAR] else lora.target_modules
     base = "nf4" if model.load_in_4bit else "bf16"
     shape = Shape(

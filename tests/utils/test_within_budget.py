@@ -16,17 +16,28 @@ from hyclora.utils.runs.identity import identity
 
 
 @pytest.fixture
-def read(tiny_llama_folder, monkeypatch):
-    """A driver's groups after it has read its rows, with a budget as on a GPU."""
+def given(tiny_llama_folder, monkeypatch):
+    """A driver's groups with a budget, as on a GPU, and those of HyC-LoRA."""
     monkeypatch.setattr(within_budget, "available_host", lambda: 2**34)
 
-    def run(driver, *options, **given):
+    def make(driver, *options, **settings):
         checkpoint = ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
         groups = list(driver.parse([*checkpoint, "--max_train_samples", "20", "--max_eval_samples", "0", *options]))
         place = next(i for i, group in enumerate(groups) if isinstance(group, HycloraArguments))
-        groups[place] = HycloraArguments(**{"memory_budget": "20GiB", **given})
-        driver.read(tuple(groups), lambda line: None)
-        return groups, groups[place]
+        groups[place] = HycloraArguments(**{"memory_budget": "20GiB", **settings})
+        return tuple(groups), groups[place]
+
+    return make
+
+
+@pytest.fixture
+def read(given):
+    """The same after the driver has read its rows."""
+
+    def run(driver, *options, **settings):
+        groups, hyclora = given(driver, *options, **settings)
+        driver.read(groups, lambda line: None)
+        return groups, hyclora
 
     return run
 
@@ -47,11 +58,27 @@ def test_what_was_chosen_is_printed_and_kept_and_no_budget_makes_another_run(rea
     assert not {"plan", "memory_budget"} & identity(kept).keys()
 
 
+def test_a_run_trains_as_chosen(given, tmp_path, capsys):
+    """And measures no plain LoRA, which may have no room."""
+    options = ["--max_steps", "2", "--save_steps", "0", "--output_dir", str(tmp_path), "--seq_len", "128"]
+    groups, hyclora = given(run_gsm8k.DRIVER, *options)
+    found = run_gsm8k.DRIVER.run(groups)
+    printed = capsys.readouterr().out
+    assert f"plan: {hyclora.plan}" in printed and f"\n  memory_budget: {hyclora.plan}" in printed
+    assert found["settings"]["HycloraArguments"]["plan"] == hyclora.plan
+    assert found["buffered_bytes"].keys() == {"hyclora"}
+
+
 def test_what_is_given_stays(read):
     _, hyclora = read(run_gsm8k.DRIVER, q_bit="8", offload=True)
     assert (hyclora.q_bit, hyclora.offload) == (8, True)
     _, preset = read(run_gsm8k.DRIVER, preset="longest")
     assert (preset.offload, preset.cuda_graphs) == (True, False)
+
+
+def test_verifying_takes_more_than_is_counted(read):
+    with pytest.raises(UserError, match="verify takes the memory of plain LoRA"):
+        read(run_gsm8k.DRIVER, verify=True)
 
 
 def test_a_budget_that_is_too_small_ends_the_reading(read):
@@ -76,7 +103,7 @@ def test_what_is_not_counted_is_refused(read, options, said):
 
 def test_a_budget_needs_a_gpu_and_hyclora(capsys):
     for options, said in (
-        (["--memory_budget", "20GiB"], "memory_budget is of a GPU, and this would run on the CPU"),
+        (["--memory_budget", "20GiB"], "memory_budget=20GiB needs a GPU, and this would run on the CPU"),
         (["--memory_budget", "20Gib"], "memory_budget: '20Gib' is no size of memory"),
         (["--memory_budget", "20GiB", "--use_hyclora", "False"], "memory_budget has no effect with use_hyclora=False"),
     ):

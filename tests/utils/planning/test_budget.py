@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hyclora import HycloraConfig, apply_hyclora
+from hyclora.models import patch
 from hyclora.models.config import OPEN
 from hyclora.utils.errors import UserError
 from hyclora.utils.planning import Savers, Shape
@@ -132,6 +133,23 @@ def test_a_model_that_is_there():
     assert (told.load.rows, told.load.tokens) == (2, 32)
     assert (untold.load.rows, untold.load.tokens) == (1, model.config.max_position_embeddings)
     assert told.need.dyn < untold.need.dyn
+
+
+def test_a_model_with_a_plan_tells_of_the_first_larger_batch(monkeypatch, caplog):
+    """The report has the plan, and the settings that it chose are the model's."""
+    monkeypatch.setattr(patch, "_gpu", lambda layers, option: torch.device("cpu"))
+    model = llama().train()
+    model.get_base_model().get_input_embeddings().to(torch.bfloat16)  # by which the weights' size is told
+    config = HycloraConfig(memory_budget="80GiB", largest_batch="1x16", offload=False, cuda_graphs=False)
+    report = apply_hyclora(model, config)
+    assert report.config == HycloraConfig(offload=False, cuda_graphs=False)
+    assert "memory_budget: resident, layer by layer, 4 bit, for 1 x 16 tokens: " in str(report)
+    model.get_base_model().get_input_embeddings().float()
+    for tokens in (16, 17, 18):
+        ids = torch.arange(tokens)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+    told = [record.message for record in caplog.records if "larger than the 1 x 16 tokens" in record.message]
+    assert len(told) == 1 and told[0].startswith("HyC-LoRA: a micro-step of 1 x 17 tokens")
 
 
 def test_a_plan_is_of_a_gpu():
