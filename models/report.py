@@ -78,7 +78,7 @@ class PatchReport:
                 "computed and layers run one by one; at 0 in the model's configuration rows are streamed and replayed"
             )
         told = [os.environ.get(name, "") for name in ALLOCATOR]
-        if graphs and not any("expandable_segments:True" in text for text in told):
+        if (graphs or self.plan) and not any("expandable_segments:True" in text for text in told):
             lines.append(f"  less GPU memory is held with {ALLOCATOR[0]}=expandable_segments:True in the environment")
         lines.append(f"  not patched: {', '.join(self.not_patched)}")
         return "\n".join(lines)

@@ -29,10 +29,14 @@ def settle(
         not hyclora.verify,
         "verify takes the memory of plain LoRA, which is more than memory_budget counts: verify in a run without it",
     )
+    config = hyclora.config()
+    shape = shape_of(model, lora, source, head)
+    hyclora.take(choose(shape, config, load, budget_of(config), available_host()))
+
+
+def shape_of(model: ModelArguments, lora: LoraArguments, source: str, head: Head = NEXT_TOKEN) -> Shape:
+    """The base model in source with its adapters, as far as memory goes. Reads config.json alone."""
     targets = None if lora.target_modules == [ALL_LINEAR] else lora.target_modules
     base = "nf4" if model.load_in_4bit else "bf16"
-    shape = Shape(
-        AutoConfig.from_pretrained(source, **head.config), base, lora.lora_rank, targets, lora.lora_dropout > 0
-    )
-    config = hyclora.config()
-    hyclora.take(choose(shape, config, load, budget_of(config), available_host()))
+    config = AutoConfig.from_pretrained(source, **head.config)
+    return Shape(config, base, lora.lora_rank, targets, lora.lora_dropout > 0)

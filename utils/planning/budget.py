@@ -132,9 +132,13 @@ def choose_for(model, config: HycloraConfig) -> Choice:
 
 
 def budget_of(config: HycloraConfig) -> int:
-    """config.memory_budget in bytes."""
+    """config.memory_budget in bytes; UserError for more than the card has."""
     given = config.memory_budget
-    return parse_size(given) if isinstance(given, str) else given
+    budget = parse_size(given) if isinstance(given, str) else given
+    card = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else budget
+    if budget > card:
+        raise UserError(f"memory_budget={given} is more than the {say_size(card)} that the GPU has: lower it")
+    return budget
 
 
 def available_host() -> int:

@@ -104,6 +104,14 @@ def test_a_budget_is_a_text_or_bytes(size, nbytes):
     assert budget_of(HycloraConfig(memory_budget=size)) == nbytes
 
 
+def test_a_budget_is_no_more_than_the_card_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 12 * GIB))
+    assert budget_of(HycloraConfig(memory_budget="12GiB")) == 12 * GIB
+    with pytest.raises(UserError, match="memory_budget=20GiB is more than the 12.00 GiB that the GPU has: lower it"):
+        budget_of(HycloraConfig(memory_budget="20GiB"))
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from triton.runtime.jit import KernelInterface
 
 from hyclora import HycloraConfig, apply_hyclora
+from hyclora.models.calibration import BUCKETS
 from hyclora.models.patch import find_patch
 from hyclora.operators import dispatch
 from hyclora.operators.linear import lora
@@ -72,6 +73,13 @@ def test_the_peak_of_a_step(settings, checkpointing):
     measured = peak(config, checkpointing)
     # at so few tokens what has no term of its own weighs: ids, positions, sums of a token
     assert 0.97 <= counted.dyn / measured <= 1.1
+
+
+def test_calibration_adds_its_statistics_alone():
+    """And one table of which contexts were seen (models/calibration.py)."""
+    savers = Savers(Shape(SIZES, "bf16", RANK), HycloraConfig(cuda_graphs=False))
+    counted = count(savers, BATCH, LENGTH).dyn + savers.statistics + BUCKETS
+    assert 0.97 <= counted / peak(HycloraConfig(cuda_graphs=False, iteration_threshold=100)) <= 1.1
 
 
 @pytest.mark.parametrize("targets, dropout", [(["q_proj", "v_proj"], 0.0), (LINEARS, 0.1)], ids=["two", "dropout"])
