@@ -28,6 +28,7 @@ from benchmarks.jobs import SHAPES, Job, number
 from benchmarks.peers import MARK, alone, cause
 from benchmarks.ranks import end_with_parent
 from benchmarks.record import RESULTS, read, record
+from hyclora.models.config import PRESETS
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import UserError, entry_point
 
@@ -91,6 +92,8 @@ def cases(layers: int, device: str) -> list[Case]:
         found.append({"setting": mode, "lora_dropout": 0.05})
         found.append({"setting": mode, "batch_size": 1, "seq_len": 16384})
     found += [{"setting": LONGEST, "lora_rank": rank} for rank in (4, 64, 256)]
+    found += [{"setting": {"attention": "eager"} | mode} for mode in (LAYER_BY_LAYER, LONGEST)]
+    found += [{"setting": PRESETS["paper"].settings | LAYER_BY_LAYER}]
     found += [{"setting": LONGEST, "base": "bf16"}, {"setting": {"layer_type": "baseline"} | LAYER_BY_LAYER}]
     return [Case(**{"shape": "llama-2-7b", "layers": layers, "device": device} | one) for one in found]
 

@@ -223,8 +223,6 @@ class HycloraConfig:
             raise ValueError(f"memory_budget={self.memory_budget} are bytes: write a unit, for instance 24GiB")
         if self.largest_batch is not None:
             parse_tokens(self.largest_batch, "largest_batch")
-        if self.memory_budget is not None and self.attention == "eager":
-            raise ValueError("memory_budget needs attention=flash: the map of attention=eager is not counted")
 
     def _check_override(self, slot: str, saver: str) -> None:
         allowed = {"derived": DERIVABLE, "recompute": RECOMPUTABLE, "sparse": ("prob",)}.get(saver)

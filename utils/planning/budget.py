@@ -67,6 +67,8 @@ def candidates(config: HycloraConfig, checkpointing: bool = False) -> Iterator[H
     groups = [[first], [(kept, bits[0]) for kept in inputs], *([other] for other in fewer)]
     if checkpointing:
         graphs, groups = (False,), [[first]]
+    elif config.attention == "eager" and config.cuda_graphs == "auto":
+        graphs = (False,)
     for group in groups:
         for launched, offload, (layers, q_bit) in itertools.product(graphs, where, group):
             settings = {"q_bit": q_bit, "offload": offload, "cuda_graphs": launched, "layers": layers}

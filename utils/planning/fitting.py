@@ -49,7 +49,7 @@ class Load:
         seen and an eighth more where longer ones may come, and has places for more documents (models/graphs/sizes.py).
         """
         config, options = savers.config, {"checkpointing": self.checkpointing, "processes": self.processes}
-        if not (self.ragged and config.stream):
+        if not (self.ragged and config.stream and config.attention == "flash"):
             return count(savers, self.rows, self.tokens, **options)
         if not config.cuda_graphs or self.checkpointing:
             return count(savers, 1, self.real, documents=self.rows, **options)

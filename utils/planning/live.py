@@ -5,7 +5,7 @@ callers still hold, and what autograd or the store keep. The peak is the largest
 torch.cuda.max_memory_allocated does; GAPS allows for what the allocator takes beside them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
@@ -108,6 +108,12 @@ class Savers:
         fused = self.config.policy.fused and not self.again[i]
         return fused and fused_mlp.fits(self.halves[i]["mlp"], self.shape.family.activation)
 
+    def map_kept(self, i: int, length: int) -> float:
+        """Bytes a token that a layer keeps of the attention map, in rows of so many tokens; 0 with attention=flash."""
+        if self.config.attention != "eager" or not self.halves[i]["attention"]["prob"].stored:
+            return 0.0
+        return self.shape.q // self.shape.head_dim * self.halves[i]["attention"]["prob"].bits(length) / 8
+
     def _units(self, i: int) -> Units:
         widths, q, kv = self.shape.widths(i), self.shape.q, 2 * self.shape.k
 
@@ -159,7 +165,9 @@ def count(
     Where layers are of both kinds, the last one of each is looked at: most is kept there of those before it.
     """
     shape, config, T = savers.shape, savers.config, batch * length
-    graphs = bool(config.cuda_graphs) and not checkpointing
+    # by itself it is off with attention=eager
+    graphs = config.cuda_graphs is True or config.cuda_graphs == "auto" and config.attention == "flash"
+    graphs = graphs and not checkpointing
     windows = any(window is not None and window < length for window in shape.windows)
     runs = documents or (batch if windows else 0)
     again = [checkpointing or own for own in savers.again]
@@ -179,6 +187,7 @@ def count(
         last = T * savers.last.bits(shape.hidden) / 8
         kept = zip(again, savers.inputs_kept, savers.units, strict=True)
         host = T * sum(x if run_again else unit.layer for run_again, x, unit in kept)
+        host += T * sum(savers.map_kept(i, length) for i, run_again in enumerate(again) if not run_again)
         host += last if last >= GROUP_BYTES else 0
     found = [top.moments() for top in tops]
     moments = {name: int(max(one.get(name, 0) for one in found)) for name in dict.fromkeys(chain(*found))}
@@ -204,11 +213,16 @@ class _Step:
         self.x, self.f = E * shape.hidden, E * shape.ffn
         self.q, self.kv = E * shape.q, E * shape.k
         self.qkv, self.out, self.gate_up, self.down = (groups[n] for n in ("qkv", "out", "gate_up", "down"))
+        units = [
+            replace(unit, attention=unit.attention + savers.map_kept(i, length)) for i, unit in enumerate(savers.units)
+        ]
         # of a layer that is run again all slots are there for a time
-        self.unit = savers.units[self.top]
-        self.slots = [unit for unit, run_again in zip(savers.units, again[:-1], strict=False) if not run_again]
+        self.unit = units[self.top]
+        self.slots = [unit for unit, run_again in zip(units, again[:-1], strict=False) if not run_again]
         self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
-        self.under = None if not self.top or again[-2] else savers.units[self.top - 1]
+        self.under = None if not self.top or again[-2] else units[self.top - 1]
+        # an attention map of all heads, in 16 bit; 0 where none is made
+        self.map = E * T * length * shape.q // shape.head_dim if savers.config.attention == "eager" else 0
         self.n = 1 + len(self.slots)
         attention, mlp = (E * (one.R + two.R) for one, two in ((self.qkv, self.out), (self.gate_up, self.down)))
         self.low_rank = attention + mlp + 8  # x A^T of the four groups, and 4 bytes for each norm
@@ -266,6 +280,8 @@ class _Step:
             )
         for name, size in self._mlp_forward().items():
             found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("mlp")
+        if self.map:
+            found["forward of attention: softmax"] = self._softmax() + low_rank
         found["loss"] = self.loss() + low_rank + self.kept("end") + fixed
         return found
 
@@ -322,6 +338,10 @@ class _Step:
             fp32 /= head_pieces(T, self.runs, self.shape.k // self.shape.head_dim)
         grouped = 2 * q if kv < q else 0
         core = T * (2 * qkv + grouped + 2 * q + numbers) + fp32
+        if self.map:
+            # EagerCore.backward: q, k, v, o and do; prob, its gradient and that of the scores, or two of these with dv,
+            # dq and copies that a product makes of its factors
+            core = T * (qkv + 2 * q) + 2 * self.map + max(self.map, 4 * T * q)
         dqkv = T * (qkv + E * self.qkv.beside)
         above, below = T * E * self.out.dropped, T * E * self.qkv.dropped
         norms = T * (q + kv) if self.shape.family.head_norms else 0
@@ -335,6 +355,15 @@ class _Step:
             "q, k, v": dy + dqkv + max(T * x + below, self.qkv.piece(T, by_rows=False, below=True)) + T * x
             + self.qkv.stack + self.qkv.grads,
         }  # fmt: skip
+
+    def _softmax(self) -> float:
+        """attention.py: EagerCore.forward of the top layer, scores beside a map in fp32 and its softmax; x, residual,
+        q, k, v, and q, k as they are rotated where that is not fused; of a layer that is run again its exact slots."""
+        T, own = self.T, self.unit.attention_norm
+        heads = T * (self.q + 2 * self.kv + E * self.qkv.beside)
+        heads += 0 if self.savers.fuses_attention(self.top) else T * (self.q + self.kv)
+        kept = self.kept("end") + T * (own if self.again else -self.unit.mlp_norm - self.unit.mlp)
+        return 2 * T * self.x + heads + 5 * self.map + kept
 
     def _mlp_forward(self) -> dict[str, float]:
         """mlp.py: _forward_tile of the last layer, with its input and the residual stream."""

@@ -72,7 +72,8 @@ def describe(config: HycloraConfig, checkpointing: bool = False) -> str:
     if config.layers in KEPT and KEPT[config.layers]:
         return f"{where} layer inputs, {launched}, {BITS_SAID[KEPT[config.layers]]}"
     mixed = "" if config.layers == "slots" else f", layers={config.layers}"
-    return f"{where}, {launched}, {config.q_bit} bit{mixed}"
+    kept_map = ", with a map of attention" if config.attention == "eager" else ""
+    return f"{where}, {launched}, {config.q_bit} bit{mixed}{kept_map}"
 
 
 def _modes() -> list[Mode]:

@@ -67,6 +67,13 @@ def test_checkpointing_leaves_open_where_inputs_wait():
     assert [one.offload for one in found] == [False, True] and not any(one.cuda_graphs for one in found)
 
 
+def test_maps_of_attention_are_not_recorded_by_themselves(shape):
+    config = HycloraConfig(memory_budget="1GiB", attention="eager")
+    assert not any(one.cuda_graphs for one in candidates(config))
+    flash, eager = chosen(shape, 80), chosen(shape, 80, attention="eager")
+    assert eager.name == "resident, layer by layer, 4 bit, with a map of attention" and eager.need.dyn > flash.need.dyn
+
+
 def test_it_says_what_and_why(shape):
     text = str(chosen(shape, 7))
     assert text.startswith("offloaded, CUDA graphs, 4 bit, for 4 x 512 tokens: ")
@@ -120,7 +127,6 @@ def test_a_budget_is_no_more_than_the_card_has(monkeypatch):
         ({"memory_budget": 20}, "memory_budget=20 are bytes: write a unit"),
         ({"memory_budget": "20GiB", "largest_batch": "512"}, "largest_batch: '512' is no batch"),
         ({"largest_batch": "4x512"}, "largest_batch='4x512' has no effect without memory_budget"),
-        ({"memory_budget": "20GiB", "attention": "eager"}, "memory_budget needs attention=flash"),
     ],
 )
 def test_settings_that_cannot_work(settings, said):

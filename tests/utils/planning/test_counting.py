@@ -34,16 +34,16 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(lora, "_mm32", lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32))
 
 
-def peak(config: HycloraConfig, checkpointing: bool = False, targets=LINEARS, dropout: float = 0.0) -> int:
+def peak(config: HycloraConfig, checkpointing: bool = False, targets=LINEARS, dropout: float = 0.0, sizes=SIZES) -> int:
     """Bytes alive at the peak of a step after calibration, beside what is there before it."""
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=dropout)
-    model = get_peft_model(LlamaForCausalLM(SIZES).to(torch.bfloat16), lora)
+    model = get_peft_model(LlamaForCausalLM(sizes).to(torch.bfloat16), lora)
     apply_hyclora(model, config)
     model.train()
     if checkpointing:
         checkpoint_layers(model)
         model.enable_input_require_grads()
-    ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % SIZES.vocab_size
+    ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % sizes.vocab_size
 
     def step():
         with torch.autocast("cpu", torch.bfloat16):
@@ -73,6 +73,17 @@ def test_the_peak_of_a_step(settings, checkpointing):
     measured = peak(config, checkpointing)
     # at so few tokens what has no term of its own weighs: ids, positions, sums of a token
     assert 0.97 <= counted.dyn / measured <= 1.1
+
+
+@pytest.mark.parametrize("settings", [{}, {"q_bit": 8}, {"layers": "input8"}, {"scale_rule": "paper"}], ids=str)
+@pytest.mark.parametrize("heads", [2, 8])
+def test_the_peak_with_a_map_of_attention(settings, heads):
+    """Of few heads the MLP's backward or attention's, of many the softmax."""
+    sizes = LlamaConfig(**{**SIZES.to_dict(), "num_attention_heads": heads, "intermediate_size": 512, "head_dim": None})
+    config = HycloraConfig(cuda_graphs=False, iteration_threshold=1, attention="eager", **settings)
+    counted = count(Savers(Shape(sizes, "bf16", RANK), config), BATCH, LENGTH)
+    assert 0.99 <= counted.dyn / peak(config, sizes=sizes) <= 1.1
+    assert heads == 2 or counted.peak == "forward of attention: softmax"
 
 
 def test_calibration_adds_its_statistics_alone():
