@@ -17,9 +17,9 @@ def settle(
     source: the base model's folder, or hub id; load: the largest micro-step of the run.
     """
     require(
-        (head.auto, head.whole) == (NEXT_TOKEN.auto, ()),
-        "memory_budget counts adapters on models that predict the next token, and this run trains more of the model, "
-        "or another head: drop memory_budget",
+        (head.auto, head.whole, head.attention) == (NEXT_TOKEN.auto, (), ""),
+        "memory_budget counts adapters on models that predict the next token, and this run trains another head, more "
+        "of the model, or by attention within groups: drop memory_budget",
     )
     require(
         model.dtype != "float32",

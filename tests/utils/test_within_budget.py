@@ -6,6 +6,7 @@ import pytest
 
 import run_alpaca
 import run_gsm8k
+import run_longseq
 import run_memory_throughput
 from hyclora.models.config import HycloraConfig
 from hyclora.utils import within_budget
@@ -74,6 +75,13 @@ def test_what_is_given_stays(read):
     assert (hyclora.q_bit, hyclora.offload) == (8, True)
     _, preset = read(run_gsm8k.DRIVER, preset="longest")
     assert (preset.offload, preset.cuda_graphs) == (True, False)
+
+
+@pytest.mark.parametrize("more", [["--group_size", "64"], ["--trainable_params", "norm"]], ids=" ".join)
+def test_more_than_adapters_is_refused(read, more):
+    options = ["--seq_len", "128", "--eval_lengths", "64", "--stride", "32"]
+    with pytest.raises(UserError, match="memory_budget counts adapters on models that predict the next token"):
+        read(run_longseq.DRIVER, *options, *more)
 
 
 def test_verifying_takes_more_than_is_counted(read):

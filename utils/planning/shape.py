@@ -144,7 +144,16 @@ class Shape:
         if others or not any(ranks.values()):
             trained = f"{others[0]} is trained too" if others else "the model has none"
             raise UserError(f"a plan counts LoRA adapters alone, and {trained}: drop memory_budget")
-        in_4bit = all(nf4.is_4bit(module.get_base_layer()) for module in layers.values())
+        inside = {id(module) for module in base.base_model.modules()}
+        bases = {name: module.get_base_layer() for name, module in layers.items()}
+        strange = [
+            name for name, linear in bases.items() if id(linear) not in inside or not isinstance(linear, nn.Linear)
+        ]
+        if strange:
+            raise UserError(
+                f"a plan counts adapters on linear layers of the decoder, and {strange[0]} is none: drop memory_budget"
+            )
+        in_4bit = any(map(nf4.is_4bit, bases.values()))
         dtype = base.get_input_embeddings().weight.dtype
         if dtype.itemsize != HALF.itemsize:
             raise UserError(f"a plan counts weights of 16 bit or NF4, and these are {dtype}: load them in bfloat16")

@@ -76,6 +76,11 @@ def test_of_a_model_that_is_there(base):
             {"lora": {**LORA, "modules_to_save": ["embed_tokens"]}},
             "a plan counts LoRA adapters alone, and .* is trained",
         ),
+        (
+            {"lora": {**LORA, "target_modules": ["q_proj", "lm_head"]}},
+            "on linear layers of the decoder, and .*lm_head is",
+        ),
+        ({"lora": {**LORA, "target_modules": ["embed_tokens"]}}, "linear layers of the decoder, and .*embed_tokens is"),
         ({"lora": False}, "a plan counts LoRA adapters alone"),
     ],
 )
