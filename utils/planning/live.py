@@ -115,20 +115,26 @@ class Savers:
         return self.shape.q // self.shape.head_dim * self.halves[i]["attention"]["prob"].bits(length) / 8
 
     def _units(self, i: int) -> Units:
-        widths, q, kv = self.shape.widths(i), self.shape.q, 2 * self.shape.k
+        widths = self.shape.widths(i)
 
         def kept(savers: dict) -> float:
             found = {slot: saver for slot, saver in savers.items() if saver.stored and slot != "prob"}
             return sum(saver.bits(widths[slot]) / 8 for slot, saver in found.items())
 
         attention, mlp = (kept(self.halves[i][half]) for half in HALVES)
-        # an exact v is a part of q, k, v side by side, and exact gate and up of theirs, x A^T beside them (lora.buffer)
-        if isinstance(self.halves[i]["attention"]["v"], Exact):
-            attention += E * (q + kv // 2 + self.shape.groups["qkv"].beside)
-        if isinstance(self.halves[i]["mlp"]["up"], Exact):
-            mlp += E * self.shape.groups["gate_up"].beside
+        # exact slots are parts of what a group of projections gives, x A^T beside it, and keep it whole (lora.buffer);
+        # q and k are so only before RoPE
+        compensates = self.config.policy.compensate and not self.again[i]
+        attention += self._side_by_side(i, "attention", ("q", "k", "v") if compensates else ("v",), "qkv")
+        mlp += self._side_by_side(i, "mlp", ("gate", "up"), "gate_up")
         before, between = (kept(self.norms[i][half]) for half in HALVES)
         return Units(before, attention, between, mlp)
+
+    def _side_by_side(self, i: int, half: str, slots: tuple[str, ...], group: str) -> int:
+        """Bytes a token that exact ones of slots keep beside themselves: the rest of what their group gives."""
+        savers, widths, group = self.halves[i][half], self.shape.widths(i), self.shape.groups[group]
+        exact = [widths[slot] for slot in slots if isinstance(savers.get(slot), Exact)]
+        return E * (group.width + group.beside - sum(exact)) if exact else 0
 
     @cached_property
     def statistics(self) -> int:
@@ -319,10 +325,10 @@ class _Step:
             "adapters": T * x + whole + dgate_up + 2 * t * x + below + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
         if not self.savers.fuses_mlp(self.top):
-            # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden, 4 where exact slots are read
+            # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden, but for slots that are exact
             savers = self.savers.halves[self.top]["mlp"]
-            in_place = self.savers.again[self.top] and isinstance(savers["up"], Exact)
-            extra = 8 if savers["hidden"].stored else 4 if in_place else 6
+            extra = 8 if savers["hidden"].stored else 6
+            extra -= sum(isinstance(savers.get(slot), Exact) for slot in ("gate", "up", "act", "hidden"))
             found["activation"] = T * x + whole + t * extra * f + stacks
         return found
 

@@ -56,10 +56,12 @@ class Group:
         self.n_in, self.width = linears[0].in_features, sum(linear.out_features for linear in linears)
         self.R = padded_rank(sum(ranks))
         self.stack = HALF.itemsize * self.R * (self.n_in + self.width)
-        adapted = zip(ranks, linears, strict=True)
-        self.grads = 4 * sum(rank * (linear.in_features + linear.out_features) for rank, linear in adapted)
         self.in_4bit = nf4.is_4bit(linears[-1])
         self.dropped = self.n_in if dropout and self.rank else 0
+        # dA of all is one product, filled rows included, unless dropout gives each an input of its own
+        rows = sum(ranks) if self.dropped else self.R
+        widths = sum(rank * linear.out_features for rank, linear in zip(ranks, linears, strict=True))
+        self.grads = 4 * (rows * self.n_in + widths)
         self.beside = self.R if self.in_4bit and not self.dropped else 0
 
     def low_rank_parts(self, n_rows: int) -> int:

@@ -64,15 +64,23 @@ def peak(config: HycloraConfig, checkpointing: bool = False, targets=LINEARS, dr
 
 @pytest.mark.parametrize(
     "settings, checkpointing",
-    [({"q_bit": 8}, False), (LAYER_IN, True), ({"layers": "input8"}, False), ({"layers": "1*slots,input"}, False)],
-    ids=["8 bit", "checkpointing, 8 bit", "inputs, 8 bit", "a layer of slots, an exact input"],
+    [
+        ({"q_bit": 8}, False),
+        (LAYER_IN, True),
+        ({"layers": "input8"}, False),
+        ({"layers": "1*slots,input"}, False),
+        ({"layer_type": "baseline"}, False),
+        ({"slot_savers": {"q": "exact"}}, False),
+        ({"slot_savers": {"gate": "exact", "up": "exact"}}, False),
+    ],
+    ids=["8 bit", "checkpointing, 8 bit", "inputs, 8 bit", "slots, exact input", "exact", "exact q", "exact gate, up"],
 )
 def test_the_peak_of_a_step(settings, checkpointing):
     config = HycloraConfig(cuda_graphs=False, iteration_threshold=1, **settings)
     counted = count(Savers(Shape(SIZES, "bf16", RANK), config), BATCH, LENGTH, checkpointing)
     measured = peak(config, checkpointing)
     # at so few tokens what has no term of its own weighs: ids, positions, sums of a token
-    assert 0.97 <= counted.dyn / measured <= 1.1
+    assert 0.99 <= counted.dyn / measured <= 1.1
 
 
 @pytest.mark.parametrize("settings", [{}, {"q_bit": 8}, {"layers": "input8"}, {"scale_rule": "paper"}], ids=str)
@@ -90,7 +98,7 @@ def test_calibration_adds_its_statistics_alone():
     """And one table of which contexts were seen (models/calibration.py)."""
     savers = Savers(Shape(SIZES, "bf16", RANK), HycloraConfig(cuda_graphs=False))
     counted = count(savers, BATCH, LENGTH).dyn + savers.statistics + BUCKETS
-    assert 0.97 <= counted / peak(HycloraConfig(cuda_graphs=False, iteration_threshold=100)) <= 1.1
+    assert 0.99 <= counted / peak(HycloraConfig(cuda_graphs=False, iteration_threshold=100)) <= 1.1
 
 
 @pytest.mark.parametrize("targets, dropout", [(["q_proj", "v_proj"], 0.0), (LINEARS, 0.1)], ids=["two", "dropout"])
@@ -98,4 +106,4 @@ def test_the_peak_with_other_adapters(targets, dropout):
     config = HycloraConfig(cuda_graphs=False, iteration_threshold=1)
     shape = Shape(SIZES, "bf16", RANK, targets, dropout > 0)
     measured = peak(config, targets=targets, dropout=dropout)
-    assert 0.97 <= count(Savers(shape, config), BATCH, LENGTH).dyn / measured <= 1.1
+    assert 0.99 <= count(Savers(shape, config), BATCH, LENGTH).dyn / measured <= 1.1
