@@ -24,7 +24,9 @@ from hyclora.utils.disk import check_output
 from hyclora.utils.errors import RunStopped, UserError, entry_point, is_out_of_memory
 from hyclora.utils.heads import NEXT_TOKEN
 from hyclora.utils.loading import check_layers, check_model, checkpoint_layers, find_base, load_model
+from hyclora.utils.planning.fitting import Load
 from hyclora.utils.profiling import random_micro_step
+from hyclora.utils.within_budget import settle
 
 PLAIN = ("PEFT LoRA", "PEFT LoRA, checkpointing")
 PLAIN_TIMEOUT = 900  # seconds
@@ -59,6 +61,10 @@ def main(argv=None):
     device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(profile.device, profile.device))
     if device.type == "cpu" and Path(source).resolve().parent == SHAPES.resolve():
         raise UserError(f"{source} is the shape of a model for a GPU, and this would run on the CPU: drop model_name")
+    if hyclora_args.has_budget:
+        rows, tokens = profile.per_device_train_batch_size, profile.seq_len
+        load = Load.full(rows, tokens, checkpointing=profile.gradient_checkpointing)
+        settle(hyclora_args, model_args, lora_args, source, NEXT_TOKEN, load)
     check_output(Path(profile.output_dir), needed=2**20)
     results.print_settings(groups)
     report, arguments = None, arguments_of(model_args, lora_args, profile, device)
@@ -68,6 +74,7 @@ def main(argv=None):
         model = load_model(model_args, lora_args, source, device, profile.seed)
         if hyclora_args.use_hyclora:
             report = apply_hyclora(model, hyclora_args.config())
+            report.plan = hyclora_args.plan or None
             print(report)
         if profile.gradient_checkpointing:
             checkpoint_layers(model)

@@ -8,6 +8,7 @@ peak_memory.py        what is alive at the peak of a step    finetune.py        
 profile_step.py       where the time of a step goes          experiments.py     the paper's, on a small model
 technique_grid.py     run_alpaca.py's techniques, on and off
 scaling.py            one GPU and several of one host
+plan_check.py         what a plan predicts, and is so, of some sixty cases
 kills.py              runs that are killed and resumed, against one that was not
 
 jobs.py               what a measurement is of               record.py          a line of a result file

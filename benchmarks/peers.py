@@ -212,12 +212,17 @@ def run(job: Job, timeout: float) -> dict:
     """`measure` in a process of its own; a failure is {"error": its cause}."""
     if missing(job):
         return {"error": NOT_INSTALLED}
+    return alone(command(json.dumps(asdict(job))), timeout, {"CUDA_VISIBLE_DEVICES": gpus_of(job)})
+
+
+def alone(words: list[str], timeout: float, environment: dict | None = None) -> dict:
+    """What the process of a command prints behind MARK; a failure is {"error": its cause}."""
     # A file, not a pipe: workers that a compiler leaves behind would hold a pipe open.
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command(json.dumps(asdict(job))),
+            words,
             cwd=ROOT,
-            env=os.environ | ALLOCATOR | OFFLINE | {PARENT: str(os.getpid()), "CUDA_VISIBLE_DEVICES": gpus_of(job)},
+            env=os.environ | ALLOCATOR | OFFLINE | {PARENT: str(os.getpid())} | (environment or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

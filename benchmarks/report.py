@@ -5,7 +5,6 @@ python -m benchmarks.report --check    # exit 1 if a file is not what the result
 """
 
 import argparse
-import dataclasses
 import itertools
 import math
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from benchmarks.record import RESULTS
 from benchmarks.report_experiments import experiments
 from benchmarks.report_kills import kills
-from benchmarks.report_plan import planned
+from benchmarks.report_plan import checked, planned
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.report_scaling import scaling
 from benchmarks.rows import (
@@ -51,9 +50,9 @@ def families() -> str:
 def parameters() -> str:
     """Every option of HycloraConfig."""
     rows = [["`use_hyclora`", "Keep the activations compressed; False trains stock PEFT LoRA.", "`True`"]]
-    for f in dataclasses.fields(HycloraConfig):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        rows.append([f"`{f.name}`", f.metadata["help"], f"`{default}`"])
+    for name, default in HycloraConfig().to_dict().items():
+        help = HycloraConfig.__dataclass_fields__[name].metadata["help"]
+        rows.append([f"`{name}`", help, f"`{default}`"])
     return table(["parameter", "meaning", "default"], rows)
 
 
@@ -321,6 +320,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "benchmarks" / "README.md": {
         "memory_throughput": memory_throughput,
         "planned": planned,
+        "plan_check": checked,
         "packed_rows": packed_rows,
         "scaling": scaling,
         "technique_grid": technique_grid,

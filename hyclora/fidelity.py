@@ -97,6 +97,7 @@ def read(args: FidelityArguments, tokenizer, count: int) -> list[dict]:
 def main(argv: list[str] | None = None) -> Verification:
     args, lora, hyclora = parse_arguments(argv, GROUPS, {"verify": True})
     require(hyclora.use_hyclora, "there is nothing to verify with use_hyclora=False: drop it")
+    require(not hyclora.has_budget, "memory_budget does not count exact LoRA, which is verified against: drop it")
     folder, device = Path(args.model).resolve(), torch.device(args.device)
     base = ModelArguments(folder.name, str(folder.parent), load_in_4bit=args.load_in_4bit)
     source = find_base(base, lora)

@@ -14,16 +14,16 @@ PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
 import argparse
 from dataclasses import dataclass
 
+from hyclora.models.config import HycloraConfig
 from hyclora.utils.errors import RunStopped, UserError, entry_point
-from hyclora.utils.planning.live import RESERVE, Need, Savers, count
+from hyclora.utils.planning.budget import Choice, below_static, choose
+from hyclora.utils.planning.fitting import Load, fits, longest
+from hyclora.utils.planning.live import Need, Savers, count
 from hyclora.utils.planning.modes import MODES, Mode
 from hyclora.utils.planning.recorded import times
 from hyclora.utils.planning.shape import BASES, Shape
 from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
 from hyclora.utils.results import table
-
-STEP = 64  # tokens that a longest row is told to
-LONGEST = 2**24
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A row a mode; chosen: the one that fits with the least GPU memory, None if none does. str() is for a person."""
+    """A row a mode; chosen: the one that fits with the least GPU memory, None if none does. str() is for a person.
+
+    budget: what memory_budget would choose, None if nothing fits, or for packed rows.
+    """
 
     rows: list[Row]
     batch: tuple[int, int]
     gpu: int
     host: int
+    budget: Choice | None = None
 
     @property
     def chosen(self) -> Row | None:
@@ -83,24 +87,28 @@ class Plan:
         settings = ", ".join(f"{name}={value!r}" for name, value in row.mode.config_arguments.items())
         checkpointing = " and gradient checkpointing" if row.mode.checkpointing else ""
         setting = f"HycloraConfig({settings}){checkpointing}"
-        return f"least memory: {row.mode.name}, {setting}; the peak is in {row.need.peak}"
+        least = f"least memory: {row.mode.name}, {setting}; the peak is in {row.need.peak}"
+        return least if self.budget is None else f"{least}\nmemory_budget={say_size(self.gpu)!r} takes {self.budget}"
 
 
 def plan(
     model, gpu: str | int, host: str | int, tokens: str | tuple[int, int] = (4, 512), base: str = "nf4",
-    lora_rank: int = 16, documents: int | None = None,
+    lora_rank: int = 16, documents: int | None = None, target_modules: list[str] | None = None,
+    lora_dropout: float = 0.0,
 ) -> Plan:  # fmt: skip
-    """What a micro-step of a model with LoRA on all linear layers needs in each mode of today, and what fits.
+    """What a micro-step of a model with LoRA on its linear layers needs in each mode of today, and what fits.
 
     model: a folder, a config.json, a name in benchmarks/shapes or a Transformers configuration of a decoder; gpu, host:
     bytes, or as 24GiB; tokens: rows and tokens a row, or as 4x512; base: nf4 or bf16 weights; documents: how many the
-    rows are packed of in all, None for one a row.
+    rows are packed of in all, None for one a row; target_modules: names of the linear layers with adapters, None for
+    all of them.
 
     static = weights + 4 x 4 bytes a trained number (itself, gradient, Adam's two) + 24 or 32 bytes a channel of each
     quantizer + GEMM workspaces; dyn = largest sum of live tensors over the moments of a step (utils/planning/live.py);
-    gpu in all = static + dyn + 45 % of dyn and 128 MiB for gaps (and the loss's tensors beside graphs) + 1 GB. The
-    count of dyn alone has no margin: see Mode.accuracy. Padding costs less than counted. Allocates nothing on a GPU,
-    and no weights on the host.
+    gpu in all = static + dyn + 45 % of dyn and 128 MiB for gaps (and, beside graphs, the loss's tensors or what a step
+    of AdamW has for a time) + 1 GB for the driver and CUDA's context, which no allocator counts. The count of dyn alone
+    has no margin: see Mode.accuracy. Padding costs less than counted. Allocates nothing on a GPU, and no weights on the
+    host.
 
     Raises UserError for a model without configuration, a size or batch that cannot be read, and for a budget below the
     static part of every mode.
@@ -109,34 +117,24 @@ def plan(
     batch = parse_tokens(tokens) if isinstance(tokens, str) else tokens
     if documents is not None and documents < batch[0]:
         raise UserError(f"{documents} documents do not fill {batch[0]} rows: each row has one at least")
-    shape = Shape(model, base, lora_rank)
-    known, rows = times(shape, *batch) if documents is None else {}, []
+    shape = Shape(model, base, lora_rank, target_modules, lora_dropout > 0)
+    recorded = documents is None and target_modules is None and not lora_dropout
+    known, rows = times(shape, *batch) if recorded else {}, []
     for mode in MODES:
         savers = Savers(shape, mode.config)
         need = count(savers, *batch, mode.checkpointing, documents)
-        longest = _longest(savers, mode, gpu, host)
-        rows.append(Row(mode, need, _fits(need, gpu, host), longest, known.get(mode.name, "not measured")))
-    least = min(sum(row.need.static.values()) for row in rows) + RESERVE
-    if gpu < least:
-        raise UserError(
-            f"{say_size(gpu)} of GPU memory is below the {say_size(least)} that weights, adapters, gradients, Adam and "
-            "CUDA take without a single token: choose a larger GPU or a smaller model"
-        )
-    return Plan(rows, batch, gpu, host)
+        most = longest(savers, Load.full(1, 0, checkpointing=mode.checkpointing), gpu, host)
+        rows.append(Row(mode, need, fits(need, gpu, host), most, known.get(mode.name, "not measured")))
+    below_static(min(sum(row.need.static.values()) for row in rows), gpu)
+    return Plan(rows, batch, gpu, host, _budget(shape, batch, gpu, host) if documents is None else None)
 
 
-def _fits(need: Need, gpu: int, host: int) -> bool:
-    return need.gpu <= gpu and need.pinned <= host
-
-
-def _longest(savers: Savers, mode: Mode, gpu: int, host: int) -> int:
-    """Tokens of the longest single row that fits, a multiple of STEP; 0 if none does."""
-    low, high = 0, LONGEST // STEP
-    while low < high:
-        middle = -(-(low + high) // 2)
-        fits = _fits(count(savers, 1, middle * STEP, mode.checkpointing), gpu, host)
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low * STEP
+def _budget(shape: Shape, batch: tuple[int, int], gpu: int, host: int) -> Choice | None:
+    """What memory_budget would choose for such rows, None if nothing fits."""
+    try:
+        return choose(shape, HycloraConfig(memory_budget=gpu), Load.full(*batch), gpu, host)
+    except UserError:
+        return None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -155,6 +153,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--tokens", default="4x512", help="ROWSxTOKENS of a micro-step (default: 4x512)")
     parser.add_argument("--base", choices=BASES, default="nf4", help="frozen weights (default: nf4)")
     parser.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: 16)")
+    parser.add_argument("--target_modules", nargs="+", help="linear layers with adapters (default: all)")
+    parser.add_argument("--lora_dropout", type=float, default=0.0, help="dropout of the adapters (default: 0)")
     parser.add_argument("--documents", type=int, help="documents that the rows are packed of, in all")
     found = plan(**vars(parser.parse_args(argv)))
     print(found)

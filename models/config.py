@@ -3,6 +3,9 @@
 layer_type, q_bit and the ratios choose savers, and layer_type whether LoRA compensates and kernels are fused (Policy).
 layers says which layers keep slots, and which their input alone. Nothing outside of this file decides by either.
 PRESETS names the settings that most users should begin with.
+
+Settings of OPEN that nobody gave have the values there, or with memory_budget are None until the plan has chosen them
+(utils/planning/budget.py), so that what was given is told from what was not.
 """
 
 import math
@@ -73,6 +76,10 @@ RECOMPUTABLE = ("lse", "attn_out", "act", "hidden")
 WITH_LSE = ("q", "k", "v", "attn_out")
 
 
+# what a plan may choose; what cuda_graphs="auto" leaves open it chooses too
+OPEN = {"q_bit": 4, "offload": False, "layers": "slots"}
+
+
 @dataclass(frozen=True)
 class Preset:
     """Settings that belong together: what they are for, in a sentence, and where they differ from the defaults."""
@@ -112,13 +119,15 @@ def _option(default: Any, help: str) -> Any:
 class HycloraConfig:
     """How the activations buffered for backward are kept.
 
-    What is "auto" is on where it can be and off elsewhere, where True may be refused.
+    What is "auto" is on where it can be and off elsewhere, where True may be refused. None is not given: see OPEN.
 
     Raises ValueError, one sentence, for a value that cannot work.
     """
 
     layer_type: str = _option("intra_inter_full_fuse", f"Compression strategy: {', '.join(POLICIES)}.")
-    q_bit: int | str = _option(4, "Bits of a quantized slot: 2, 3, 4, 8, or auto (chosen a slot within average_bits).")
+    q_bit: int | str | None = _option(
+        None, "Bits of a quantized slot: 2, 3, 4, 8, or auto (chosen a slot within average_bits)."
+    )
     average_bits: float = _option(3.0, "With q_bit=auto: average bits per kept element, scales included.")
     iteration_threshold: int = _option(
         5, "Training forwards that calibrate the channel statistics before they freeze; more while rows are poor."
@@ -129,7 +138,7 @@ class HycloraConfig:
     )
     attention: str = _option("flash", "flash (no attention map) or eager (keeps a sparse map, as the paper does).")
     scale_rule: str = _option("channel_group", "Quantizer: channel_group, or paper (the published rule).")
-    offload: bool = _option(False, "Keep packed slots in pinned host memory; backward fetches them just in time.")
+    offload: bool | None = _option(None, "Keep packed slots in pinned host memory; backward fetches them just in time.")
     cuda_graphs: bool | str = _option(
         "auto",
         "Replay the layers as CUDA graphs for batches of a kind (shape, document bounds) that comes again; auto: if "
@@ -140,12 +149,23 @@ class HycloraConfig:
         "Compute no padding: a padded batch goes through the layers as one row of its real tokens; auto: not with "
         "attention=eager.",
     )
-    layers: str = _option(
-        "slots",
+    layers: str | None = _option(
+        None,
         "What each layer keeps: slots, or its input alone (input: exact; input8, input4: in 8 or 4 bit), from which "
         "backward runs it again; e.g. input4, or 8*slots,input4 (the first 8, and all others).",
     )
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
+
+    memory_budget: int | str | None = _option(
+        None,
+        "GPU memory to stay within, all that the process takes of the card, e.g. 20GiB: q_bit, offload, cuda_graphs "
+        "and layers are chosen so, where they are not given.",
+    )
+    largest_batch: str | None = _option(
+        None,
+        "With memory_budget: the largest micro-step, as rows x tokens, e.g. 4x2048; default: one row of all positions "
+        "that the model has. The scripts look it up in their rows.",
+    )
 
     @classmethod
     def preset(cls, name: str, **changes) -> "HycloraConfig":
@@ -154,12 +174,15 @@ class HycloraConfig:
         return cls(**PRESETS[name].settings | changes)
 
     def __post_init__(self):
+        if self.memory_budget is None:
+            for name, default in OPEN.items():
+                setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
         if isinstance(self.q_bit, str) and self.q_bit.isdecimal():
             self.q_bit = int(self.q_bit)
         if isinstance(self.q_bit, float) and self.q_bit.is_integer():
             self.q_bit = int(self.q_bit)
         _one_of("layer_type", self.layer_type, tuple(POLICIES))
-        _one_of("q_bit", self.q_bit, (*BITS, "auto"))
+        _one_of("q_bit", self.q_bit, (*BITS, "auto", *self._not_given))
         _one_of("attention", self.attention, ATTENTION_CORES)
         _one_of("scale_rule", self.scale_rule, SCALE_RULES)
         _one_of("cuda_graphs", self.cuda_graphs, SWITCH)
@@ -167,6 +190,7 @@ class HycloraConfig:
         for name in ("softmax_outlier_ratio", "layernorm_outlier_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
+        self._check_budget()
         if self.iteration_threshold < 1:
             raise ValueError(f"iteration_threshold={self.iteration_threshold} calibrates nothing; use at least 1")
         if self.stream is True and self.attention == "eager":
@@ -182,6 +206,23 @@ class HycloraConfig:
             _one_of("slot_savers slot", slot, tuple(SLOTS))
             _one_of(f"slot_savers[{slot!r}]", saver, SAVERS)
             self._check_override(slot, saver)
+
+    @property
+    def _not_given(self) -> tuple:
+        """What an open setting may be as long as a plan has not chosen it."""
+        return () if self.memory_budget is None else (None,)
+
+    def _check_budget(self) -> None:
+        from hyclora.utils.planning.units import parse_size, parse_tokens  # which is for what reads this file
+
+        if self.memory_budget is None and self.largest_batch is not None:
+            raise ValueError(f"largest_batch={self.largest_batch!r} has no effect without memory_budget: drop it")
+        if isinstance(self.memory_budget, str):
+            parse_size(self.memory_budget, "memory_budget")
+        elif self.memory_budget is not None and self.memory_budget < 2**20:
+            raise ValueError(f"memory_budget={self.memory_budget} are bytes: write a unit, for instance 24GiB")
+        if self.largest_batch is not None:
+            parse_tokens(self.largest_batch, "largest_batch")
 
     def _check_override(self, slot: str, saver: str) -> None:
         allowed = {"derived": DERIVABLE, "recompute": RECOMPUTABLE, "sparse": ("prob",)}.get(saver)
@@ -201,7 +242,7 @@ class HycloraConfig:
     def _runs(self) -> list[tuple[int | None, str]]:
         """layers, read: how many layers, None for all that are left, keep what."""
         runs = []
-        for part in str(self.layers).split(","):
+        for part in str(OPEN["layers"] if self.layers is None else self.layers).split(","):
             found = re.fullmatch(r"\s*(?:(\d+)\s*\*\s*)?(\w+)\s*", part)
             if not found or found[2] not in KEPT or found[1] and not int(found[1]):
                 raise ValueError(

@@ -82,9 +82,11 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     4 bytes a norm beside it, but for layers that keep their input alone; once, from calibration on, 12 bytes a channel
     of a quantized slot (20 with exact ones), and 12 more while it calibrates.
 
-    Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, for
-    config.layers of another number of layers or of one of which parts run stock code, and for a model that is patched
-    already.
+    With config.memory_budget the settings that it leaves open are chosen first.
+
+    Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, for a budget
+    that nothing fits into, for config.layers of another number of layers or of one of which parts run stock code, and
+    for a model that is patched already.
     """
     config = config or HycloraConfig()
     decoder, family = _decoder(model)
@@ -92,6 +94,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         raise ValueError("this model is patched already; call remove_hyclora first")
     if not any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
+    plan = _plan(model, config, list(attrgetter(family.layers)(decoder)))
+    config = config if plan is None else plan.config
     step = Step(config.iteration_threshold)
     names = {id(module): name for name, module in model.named_modules()}
     _check(config, family, decoder.config._attn_implementation)
@@ -123,6 +127,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     report = make_report(
         config, layers, widths, inside, checkpoints, head_name, not_patched, no_graphs, no_stream, last_norm, drops
     )  # fmt: skip
+    report.plan = plan
     blocks += [] if stock_norm or norm is None else [builder.final_norm(norm, adapted(blocks)[:1])]
     blocks += [] if head is None else [head, head.linear]
     if known:
@@ -130,16 +135,18 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
     patch = Patch(config, step, decoder, calibration, _starts_at_zero(model), blocks, checkpoints)
     if config.offload:
-        patch.use(Store(CudaCopies(_gpu(layers, "offload"))))
+        patch.use(Store(CudaCopies(_gpu(layers, "offload=True"))))
     graphs = config.cuda_graphs and not no_graphs
-    recorder = CudaRecorder(_gpu(layers, "cuda_graphs")) if graphs else None
+    recorder = CudaRecorder(_gpu(layers, "cuda_graphs=True")) if graphs else None
     for block in blocks:
         block.bind()
     patch.watch = Watch(family, decoder, blocks, report.not_patched)
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
-    patch.hooks = StepHook(patch, attention, adapted(blocks)[:1]).register(decoder)
+    hook = StepHook(patch, attention, adapted(blocks)[:1])
+    hook.load = None if plan is None else plan.load
+    patch.hooks = hook.register(decoder)
     setattr(decoder, PATCH, patch)
     if stock:
         parts = f"{len(stock)} of {len(HALVES) * len(layers)} halves of layers (a norm and what it feeds)"
@@ -205,6 +212,16 @@ def patch_of(model: nn.Module) -> Patch | None:
     return patches[0] if patches else None
 
 
+def _plan(model: PeftModel, config: HycloraConfig, layers: list[nn.Module]):
+    """What config.memory_budget chooses, None without one."""
+    if config.memory_budget is None:
+        return None
+    from hyclora.utils.planning.budget import choose_for  # which counts by what is in this folder
+
+    _gpu(layers, "memory_budget")
+    return choose_for(model, config)
+
+
 def _keep_inputs(
     config: HycloraConfig, family: Family, blocks: list[Block], checkpoints: list[CheckpointBlock], stock: dict
 ) -> None:
@@ -237,7 +254,7 @@ def _base(model: nn.Module) -> nn.Module:
 def _gpu(layers: list[nn.Module], option: str) -> torch.device:
     """The one GPU that holds the decoder layers; ValueError naming the option that needs it if they are elsewhere."""
     if elsewhere := _elsewhere(layers):
-        raise ValueError(f"{option}=True needs all layers on one GPU; {elsewhere}")
+        raise ValueError(f"{option} needs all layers on one GPU; {elsewhere}")
     return next(layers[0].parameters()).device
 
 

@@ -26,6 +26,7 @@ class PatchReport:
     no_graphs, no_stream: why cuda_graphs="auto" and the stream are off, None if they are not. last_norm: whether
     the model has a norm after its layers. drops: of the attention, on a GPU, where that is in the way of both.
     kept: how many layers keep what, by names of config.KEPT; of those that keep their input that alone is counted.
+    plan: what memory_budget chose, with predicted memory, None without one.
     """
 
     config: HycloraConfig
@@ -42,10 +43,13 @@ class PatchReport:
     last_norm: bool = True
     drops: float = 0.0
     kept: dict[str, int] = field(default_factory=dict)
+    plan: object | None = None
 
     def __str__(self) -> str:
         parts = "2 norms, attention, MLP each" + ("; and the last norm" if self.last_norm else "")
         lines = [f"HyC-LoRA ({self.config.layer_type}) patched {self.n_layers} layers: {parts}"]
+        if self.plan is not None:
+            lines.append(f"  memory_budget: {self.plan}")
         lines.append(f"  {self.average_bits:.2f} bits an element kept, scales and exact channels included")
         if again := sum(n for kind, n in self.kept.items() if KEPT[kind]):
             lines.append(f"  {again} of {self.n_layers} layers keep their input alone, and backward runs them again")
@@ -74,7 +78,7 @@ class PatchReport:
                 "computed and layers run one by one; at 0 in the model's configuration rows are streamed and replayed"
             )
         told = [os.environ.get(name, "") for name in ALLOCATOR]
-        if graphs and not any("expandable_segments:True" in text for text in told):
+        if (graphs or self.plan) and not any("expandable_segments:True" in text for text in told):
             lines.append(f"  less GPU memory is held with {ALLOCATOR[0]}=expandable_segments:True in the environment")
         lines.append(f"  not patched: {', '.join(self.not_patched)}")
         return "\n".join(lines)
@@ -131,6 +135,14 @@ def make_report(
 def tell_of_sharding() -> None:
     """Warn if a model was sharded after its report had announced graphs."""
     logger.warning(f"HyC-LoRA: cuda_graphs is off: {SHARDED}")
+
+
+def tell_of_larger_batch(rows: int, tokens: int, load) -> None:
+    """Warn of a micro-step that is larger than the one that memory_budget was planned for."""
+    logger.warning(
+        f"HyC-LoRA: a micro-step of {rows} x {tokens} tokens is larger than the {load} that memory_budget was planned "
+        f'for, and may take more memory: set largest_batch="{rows}x{tokens}"'
+    )
 
 
 @torch.compiler.disable

@@ -11,7 +11,12 @@ from hyclora.models.blocks import AttentionBlock, autocast_dtype
 from hyclora.models.graphs.foresight import foretell, is_last, is_lookup, is_tokenwise
 from hyclora.models.masks import causal_bounds, row_bounds
 from hyclora.models.no_cache import NO_CACHE
-from hyclora.models.report import tell_of_checkpointing, tell_of_new_calibration, tell_of_sharding
+from hyclora.models.report import (
+    tell_of_checkpointing,
+    tell_of_larger_batch,
+    tell_of_new_calibration,
+    tell_of_sharding,
+)
 from hyclora.models.sharding import is_sharded
 from hyclora.models.stream import Stream
 from hyclora.models.trust import GLOBAL_HOOKS, is_stock, is_watched, look
@@ -31,6 +36,7 @@ class StepHook:
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
         self.family = patch.watch.family
         self.told = self.without_cache = self.counted = False
+        self.load = None  # the largest micro-step that memory was planned for, until a larger one was told of
 
     def register(self, decoder: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         """Handles of what runs before and after the decoder's forward, if that fails too."""
@@ -85,6 +91,7 @@ class StepHook:
             checkpoint.bind()
         self.step.token_mask = _token_mask(kwargs)
         self.without_cache, self.counted = False, not self.step.again
+        self._weigh(_tokens(args, kwargs))
         if self.counted:
             self.step.index += 1
             if self.patch.calibration.follow(_tokens(args, kwargs)) and self.patch.graphs is not None:
@@ -96,6 +103,15 @@ class StepHook:
             self.patch.watch.look()
             given = self._begin(decoder, stock, args, dict(kwargs), early=False)
         return given
+
+    def _weigh(self, given: torch.Tensor | None) -> None:
+        """Tell of the first micro-step that is larger than planned."""
+        if self.load is None or given is None:
+            return
+        rows, tokens = given.shape[:2]
+        if rows * tokens > self.load.rows * self.load.tokens:
+            tell_of_larger_batch(rows, tokens, self.load)
+            self.load = None
 
     def _begin(self, decoder: nn.Module, stock: bool, args: tuple, kwargs: dict, early: bool) -> tuple[tuple, dict]:
         """The decoder's arguments, with what the layers get in place of HF's mask; early: a replay may be started."""

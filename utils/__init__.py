@@ -11,5 +11,5 @@ heads.py        what a model gives: a token, a class         classification.py t
 generate.py     token by token, with and without a cache     errors.py         how a run ends early
 plain/          for a training loop without the Trainer
 runs/           a run's folder, resume and endings           results.py        what a run leaves behind
-planning/       memory of a run, before it begins
+planning/       memory of a run, before it begins            within_budget.py  memory_budget of the scripts
 """

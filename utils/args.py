@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import SchedulerType
 
-from hyclora.models.config import ATTENTION_CORES, BITS, POLICIES, PRESETS, SCALE_RULES, SWITCH, HycloraConfig
+from hyclora.models.config import ATTENTION_CORES, BITS, OPEN, POLICIES, PRESETS, SCALE_RULES, SWITCH, HycloraConfig
 from hyclora.models.verification import THRESHOLD
 from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
@@ -245,7 +245,8 @@ CHOICES = {
     "attention": ATTENTION_CORES,
     "scale_rule": SCALE_RULES,
 }
-_HYCLORA_FIELDS = dataclasses.fields(HycloraConfig)
+# largest_batch is looked up in the rows
+_HYCLORA_FIELDS = [f for f in dataclasses.fields(HycloraConfig) if f.name != "largest_batch"]
 _KINDS = typing.get_type_hints(HycloraConfig)
 
 
@@ -263,9 +264,10 @@ class _Configures:
     def __post_init__(self):
         names = [f.name for f in _HYCLORA_FIELDS]
         given = {name: _value_of(name, getattr(self, name)) for name in names if getattr(self, name) is not None}
-        for name, value in HycloraConfig.preset(self.preset, **given).to_dict().items():
-            setattr(self, name, value)
-        asked = ["verify"] if self.verify else []
+        config = HycloraConfig.preset(self.preset, **given)
+        for name in names:
+            setattr(self, name, getattr(config, name))
+        asked = [name for name in ("verify", "memory_budget") if getattr(self, name)]
         asked += ["verify_threshold"] if self.verify_threshold is not None else []
         for name in [*(given if self.use_hyclora else ()), *asked]:
             if not in_effect(name, vars(self)):
@@ -279,7 +281,20 @@ class _Configures:
         )
 
     def config(self) -> HycloraConfig:
-        return HycloraConfig(**{f.name: getattr(self, f.name) for f in _HYCLORA_FIELDS})
+        """With memory_budget what it leaves open is None, until `take` has said what it is."""
+        planned = {"memory_budget": None} if self.plan else {}
+        return HycloraConfig(**{f.name: getattr(self, f.name) for f in _HYCLORA_FIELDS} | planned)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a plan chooses settings."""
+        return self.use_hyclora and self.memory_budget is not None
+
+    def take(self, choice) -> None:
+        """Have all settings as a plan chose them (utils/planning/budget.py)."""
+        for name in OPEN | {"cuda_graphs": None}:
+            setattr(self, name, getattr(choice.config, name))
+        self.plan = str(choice)
 
 
 HycloraArguments = dataclasses.make_dataclass(
@@ -296,6 +311,7 @@ HycloraArguments = dataclasses.make_dataclass(
                 None, f"With verify: the smallest cosine of a weight's gradient to train with. Default: {THRESHOLD}."
             ),
         ),
+        ("plan", str, field(init=False, default="", metadata={"help": "What memory_budget chose, and why."})),
     ],
     bases=(_Configures,),
     namespace={"_argument_group_name": "HyC-LoRA"},
@@ -325,7 +341,7 @@ class Parser(HfArgumentParser):
         super().__init__(groups, usage=usage, allow_abbrev=False, formatter_class=_Help, **kwargs)
         for action in self._actions:
             if action.type is string_to_bool:
-                can_be_auto = bool in typing.get_args(_KINDS.get(action.dest))
+                can_be_auto = {bool, str} <= {*typing.get_args(_KINDS.get(action.dest))}
                 action.metavar = "{True,False,auto}" if can_be_auto else "{True,False}"
                 action.type = _switch if can_be_auto else string_to_bool
             elif action.option_strings[0].startswith("--no_"):

@@ -57,7 +57,7 @@ CONFLICTS = (
     ),
 )
 # What the GPU alone can do.
-NEED_GPU = ("offload", "cuda_graphs")
+NEED_GPU = ("offload", "cuda_graphs", "memory_budget")
 
 
 def check_settings(groups) -> None:
@@ -75,9 +75,10 @@ def check_settings(groups) -> None:
         raise UserError("device cuda: torch sees no GPU here; install a torch with CUDA, or set device=cpu")
     on_gpu = present and not active.get("use_cpu") and active.get("device") != "cpu"
     for name in NEED_GPU:
-        if active.get(name) is True and not on_gpu:
-            preset = active.get("preset")
-            hint = f": preset={preset} asks for it, preset=default does not" if preset != "default" else ""
-            raise UserError(f"{name}=True needs a GPU, and this would run on the CPU{hint}")
+        value, preset = active.get(name), active.get("preset")
+        if value not in (None, False, "auto") and not on_gpu:
+            asks = preset != "default" and value is True
+            hint = f": preset={preset} asks for it, preset=default does not" if asks else ""
+            raise UserError(f"{name}={value} needs a GPU, and this would run on the CPU{hint}")
     if active.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")

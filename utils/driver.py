@@ -25,7 +25,7 @@ from hyclora.utils.args import (
 )
 from hyclora.utils.data.tokens import Collator
 from hyclora.utils.disk import check_output, checkpoint_bytes
-from hyclora.utils.errors import entry_point
+from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.loading import (
     check_layers,
     check_model,
@@ -38,12 +38,14 @@ from hyclora.utils.loading import (
     load_model,
     load_tokenizer,
 )
+from hyclora.utils.planning.fitting import Load
 from hyclora.utils.profiling import buffered_bytes
 from hyclora.utils.runs.card import save_trained, write_card
 from hyclora.utils.runs.identity import digest_of
 from hyclora.utils.runs.run import Run, begin
 from hyclora.utils.tasks import Task
 from hyclora.utils.trainer import HycloraTrainer
+from hyclora.utils.within_budget import settle
 
 MEASURED = 1  # batches that verify measures, after those that calibrate
 
@@ -128,7 +130,8 @@ def fit_with_trainer(job: Fitting) -> Fitted:
     job.clock.lap("train")
     batch = trainer._prepare_inputs(job.collate(job.task.train[: job.training.per_device_train_batch_size]))
     with trainer.compute_loss_context_manager():
-        buffered = _measure_buffers(job.model, batch, job.compressed, job.training.gradient_checkpointing)
+        alone = job.hyclora.has_budget  # which plain LoRA may exceed
+        buffered = _measure_buffers(job.model, batch, job.compressed, job.training.gradient_checkpointing, alone)
     return Fitted(trainer.state.log_history, trainer.progress.totals, buffered)
 
 
@@ -177,7 +180,8 @@ class Driver:
     def read(self, groups: tuple, tell: Callable[[str], None]) -> tuple[str, PreTrainedTokenizerBase, Task]:
         """Where the base model lies, its tokenizer and the tokenized rows; UserError for a mistake in any of them.
 
-        Nothing is loaded or written. tell gets what was decided about the tokenizer.
+        Nothing is loaded or written. tell gets what was decided about the tokenizer. With memory_budget the settings
+        that it leaves open are chosen for the longest rows.
         """
         model_args, data_args, lora_args, hyclora_args, eval_args, training = groups
         source = find_base(model_args, lora_args)
@@ -189,7 +193,19 @@ class Driver:
         check_positions(source, task.head, task.longest)
         check_windows(source, task.head, len(task.train[0]["input_ids"]))
         task.head.check(training, hyclora_args)
+        if hyclora_args.has_budget:
+            settle(hyclora_args, model_args, lora_args, source, task.head, _load(task, training))
         return source, tokenizer, task
+
+
+def _load(task: Task, training: TrainingArguments) -> Load:
+    """The largest micro-step of a run: the longest rows together."""
+    checkpointing = training.gradient_checkpointing
+    if getattr(training, "leave_out", None):
+        raise UserError(f"memory_budget cannot count gradient_checkpointing={checkpointing!r}: set off, or all")
+    lengths, multiple = [len(row["input_ids"]) for row in task.train], Collator.multiple if task.collate is None else 1
+    options = {"checkpointing": checkpointing not in (False, "off"), "processes": training.world_size}
+    return Load.of(lengths, training.per_device_train_batch_size, multiple, **options)
 
 
 def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> dict | None:
@@ -219,6 +235,7 @@ def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> dict | None:
         kept_bits = None
         if hyclora_args.use_hyclora:
             report = apply_hyclora(model, hyclora_args.config())
+            report.plan = hyclora_args.plan or None
             kept_bits = report.average_bits
             print(report)
 
@@ -269,16 +286,18 @@ def _evaluate_once(task: Task, model, run: Run, evaluation: EvalArguments) -> di
     return results.once(run.folder / "evaluated_before.json", asked, lambda: task.evaluate(model)[0])
 
 
-def _measure_buffers(model, batch, compressed: bool, checkpointed: bool) -> dict[str, int]:
+def _measure_buffers(model, batch, compressed: bool, checkpointed: bool, alone: bool) -> dict[str, int]:
     """Bytes kept for backward on one batch: compressed, and as plain LoRA, which the model is afterwards.
 
     The last one is with checkpointing, which stays on. checkpointed: it is on already, as without it rows of this
-    length may have no room.
+    length may have no room. alone: nothing but what was trained is measured.
     """
     buffered = {}
     if compressed:
         buffered["hyclora"] = buffered_bytes(model, batch)
         remove_hyclora(model)
+    if alone:
+        return buffered
     if not checkpointed:
         buffered["lora"] = buffered_bytes(model, batch)
         checkpoint_layers(model)

@@ -4,12 +4,15 @@
 model_name=${model_name:-tiny-llama}
 model_dir=${model_dir-$root/ckpt}
 
+# GPU memory to stay within, such as 20GiB: what is not set below is chosen by the model and by the longest rows
+memory_budget=${memory_budget:-}
+
 # HyC-LoRA. preset: fastest, least_memory or longest (GPU), paper (the published method), or default (GPU or CPU).
 # Each setting below that is not empty replaces what the preset has:
 #   layer_type=intra  q_bit=2 (2, 3, 4, 8, auto)  attention=eager  scale_rule=paper  offload=False
 #   cuda_graphs=False (True, False, auto)  stream=False (True, False, auto)
 use_hyclora=${use_hyclora:-True}
-preset=${preset:-$([[ "$gpu" == True ]] && echo least_memory || echo default)}
+preset=${preset:-$([[ "$gpu" == True && -z "$memory_budget" ]] && echo least_memory || echo default)}
 layer_type=${layer_type:-}                            # baseline, intra, intra_inter, intra_inter_full_fuse
 q_bit=${q_bit:-}
 average_bits=${average_bits:-}                        # with q_bit=auto
@@ -32,6 +35,7 @@ lora_init_type=${lora_init_type:-qlora}
 
 options=(--model_dir "$model_dir")
 add_options model_name
+add_options memory_budget
 add_options use_hyclora preset layer_type q_bit average_bits iteration_threshold softmax_outlier_ratio
 add_options layernorm_outlier_ratio attention scale_rule offload cuda_graphs stream layers
 add_options verify verify_threshold

@@ -18,6 +18,8 @@ def test_every_field_of_the_core_is_an_option_with_its_default_and_help():
     assert parse()["HycloraArguments"].config() == HycloraConfig()
     options = {f.name: f for f in dataclasses.fields(HycloraArguments)}
     for f in dataclasses.fields(HycloraConfig):
+        if f.name == "largest_batch":  # looked up in the rows
+            continue
         assert options[f.name].metadata["help"].startswith(f.metadata["help"])
 
 

@@ -5,7 +5,7 @@ callers still hold, and what autograd or the store keep. The peak is the largest
 torch.cuda.max_memory_allocated does; GAPS allows for what the allocator takes beside them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
@@ -19,7 +19,7 @@ from hyclora.operators.savers import ChannelQuant, Exact, Step
 from hyclora.operators.store.host import SLAB
 from hyclora.operators.store.store import GROUP_BYTES
 from hyclora.operators.token_tiles import TILE_TOKENS
-from hyclora.utils.planning.shape import HALF, Shape
+from hyclora.utils.planning.shape import HALF, TRAINED, Shape
 
 E = HALF.itemsize
 # of a GEMM library, for each thread and stream that uses it: 32 MiB on Hopper, 8 on others. The main thread's and
@@ -37,7 +37,8 @@ class Need:
     """Bytes of one setting and batch.
 
     static: by what they are. dyn: peak of live tensors over it, at the moment `peak`; moments: all of them. apart: what
-    the loss has beside a pool of graphs, which shares nothing. host: packed slots in host memory.
+    the loss, or else the optimizer, has beside a pool of graphs, which shares nothing. host: packed slots in host
+    memory.
     """
 
     static: dict[str, int]
@@ -107,21 +108,33 @@ class Savers:
         fused = self.config.policy.fused and not self.again[i]
         return fused and fused_mlp.fits(self.halves[i]["mlp"], self.shape.family.activation)
 
+    def map_kept(self, i: int, length: int) -> float:
+        """Bytes a token that a layer keeps of the attention map, in rows of so many tokens; 0 with attention=flash."""
+        if self.config.attention != "eager" or not self.halves[i]["attention"]["prob"].stored:
+            return 0.0
+        return self.shape.q // self.shape.head_dim * self.halves[i]["attention"]["prob"].bits(length) / 8
+
     def _units(self, i: int) -> Units:
-        widths, q, kv = self.shape.widths(i), self.shape.q, 2 * self.shape.k
+        widths = self.shape.widths(i)
 
         def kept(savers: dict) -> float:
             found = {slot: saver for slot, saver in savers.items() if saver.stored and slot != "prob"}
             return sum(saver.bits(widths[slot]) / 8 for slot, saver in found.items())
 
         attention, mlp = (kept(self.halves[i][half]) for half in HALVES)
-        # an exact v is a part of q, k, v side by side, and exact gate and up of theirs, x A^T beside them (lora.buffer)
-        if isinstance(self.halves[i]["attention"]["v"], Exact):
-            attention += E * (q + kv // 2 + self.shape.groups["qkv"].beside)
-        if isinstance(self.halves[i]["mlp"]["up"], Exact):
-            mlp += E * self.shape.groups["gate_up"].beside
+        # exact slots are parts of what a group of projections gives, x A^T beside it, and keep it whole (lora.buffer);
+        # q and k are so only before RoPE
+        compensates = self.config.policy.compensate and not self.again[i]
+        attention += self._side_by_side(i, "attention", ("q", "k", "v") if compensates else ("v",), "qkv")
+        mlp += self._side_by_side(i, "mlp", ("gate", "up"), "gate_up")
         before, between = (kept(self.norms[i][half]) for half in HALVES)
         return Units(before, attention, between, mlp)
+
+    def _side_by_side(self, i: int, half: str, slots: tuple[str, ...], group: str) -> int:
+        """Bytes a token that exact ones of slots keep beside themselves: the rest of what their group gives."""
+        savers, widths, group = self.halves[i][half], self.shape.widths(i), self.shape.groups[group]
+        exact = [widths[slot] for slot in slots if isinstance(savers.get(slot), Exact)]
+        return E * (group.width + group.beside - sum(exact)) if exact else 0
 
     @cached_property
     def statistics(self) -> int:
@@ -146,37 +159,48 @@ def _statistics(saver, width: int) -> int:
 
 
 def count(
-    savers: Savers, batch: int, length: int, checkpointing: bool = False, documents: int | None = None
+    savers: Savers, batch: int, length: int, checkpointing: bool = False, documents: int | None = None,
+    processes: int = 1, steps: bool = True,
 ) -> Need:  # fmt: skip
     """The Need of a micro-step of batch rows of length tokens, without padding. Arithmetic alone.
 
     checkpointing: gradient checkpointing, with layer_in kept by its saver. documents: how many there are in all of rows
-    that are packed, and so attention by the kernel for runs.
+    that are packed, and so attention by the kernel for runs. processes: more than one train data parallel. steps: with
+    a step of torch's AdamW, which has for a time a copy of what is trained (foreach; its fused form has none). It runs
+    when all but the graphs' memory is free.
     Where layers are of both kinds, the last one of each is looked at: most is kept there of those before it.
     """
     shape, config, T = savers.shape, savers.config, batch * length
-    graphs = bool(config.cuda_graphs) and not checkpointing
+    # by itself it is off with attention=eager
+    graphs = config.cuda_graphs is True or config.cuda_graphs == "auto" and config.attention == "flash"
+    graphs = graphs and not checkpointing
     windows = any(window is not None and window < length for window in shape.windows)
     runs = documents or (batch if windows else 0)
     again = [checkpointing or own for own in savers.again]
-    tops = {kind: i for i, kind in enumerate(again)}.values()
-    steps = [_Step(savers, T, length, runs, graphs, again[: top + 1]) for top in tops]
+    highest = {kind: i for i, kind in enumerate(again)}.values()
+    tops = [_Step(savers, T, length, runs, graphs, again[: top + 1]) for top in highest]
     static = {
         "weights": shape.weights,
         "adapters, gradients, Adam": shape.trained,
         "statistics of quantizers": savers.statistics,
         "GEMM workspaces": 2 * WORKSPACE,
     }
+    if processes > 1:
+        static["DDP's buckets"] = shape.trained // TRAINED  # a copy of all gradients, which is what is reduced
     host = 0
     if config.offload:
         # the last norm's slot is sent if it is a group by itself
         last = T * savers.last.bits(shape.hidden) / 8
         kept = zip(again, savers.inputs_kept, savers.units, strict=True)
         host = T * sum(x if run_again else unit.layer for run_again, x, unit in kept)
+        host += T * sum(savers.map_kept(i, length) for i, run_again in enumerate(again) if not run_again)
         host += last if last >= GROUP_BYTES else 0
-    found = [step.moments() for step in steps]
+    found = [top.moments() for top in tops]
     moments = {name: int(max(one.get(name, 0) for one in found)) for name in dict.fromkeys(chain(*found))}
-    return Need(static, moments, int(steps[0].loss()) if graphs else 0, int(host))
+    optimizer = shape.trained // TRAINED if steps else 0
+    if graphs:
+        return Need(static, moments, max(int(tops[0].loss()), optimizer), int(host))
+    return Need(static, moments | {"the optimizer's step": optimizer}, 0, int(host))
 
 
 class _Step:
@@ -195,11 +219,16 @@ class _Step:
         self.x, self.f = E * shape.hidden, E * shape.ffn
         self.q, self.kv = E * shape.q, E * shape.k
         self.qkv, self.out, self.gate_up, self.down = (groups[n] for n in ("qkv", "out", "gate_up", "down"))
+        units = [
+            replace(unit, attention=unit.attention + savers.map_kept(i, length)) for i, unit in enumerate(savers.units)
+        ]
         # of a layer that is run again all slots are there for a time
-        self.unit = savers.units[self.top]
-        self.slots = [unit for unit, run_again in zip(savers.units, again[:-1], strict=False) if not run_again]
+        self.unit = units[self.top]
+        self.slots = [unit for unit, run_again in zip(units, again[:-1], strict=False) if not run_again]
         self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
-        self.under = None if not self.top or again[-2] else savers.units[self.top - 1]
+        self.under = None if not self.top or again[-2] else units[self.top - 1]
+        # an attention map of all heads, in 16 bit; 0 where none is made
+        self.map = E * T * length * shape.q // shape.head_dim if savers.config.attention == "eager" else 0
         self.n = 1 + len(self.slots)
         attention, mlp = (E * (one.R + two.R) for one, two in ((self.qkv, self.out), (self.gate_up, self.down)))
         self.low_rank = attention + mlp + 8  # x A^T of the four groups, and 4 bytes for each norm
@@ -257,6 +286,8 @@ class _Step:
             )
         for name, size in self._mlp_forward().items():
             found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("mlp")
+        if self.map:
+            found["forward of attention: softmax"] = self._softmax() + low_rank
         found["loss"] = self.loss() + low_rank + self.kept("end") + fixed
         return found
 
@@ -274,26 +305,30 @@ class _Step:
         return max(0, self.T * self.x + self.grads - freed)
 
     def _mlp_backward(self) -> dict[str, float]:
-        """mlp.py: _backward_tile of the first tile, dy [T, C] among them; slots of gate and up are free once read."""
+        """mlp.py: _backward_tile of the first tile, dy [T, C] among them; slots of gate and up are free once read.
+
+        Adapters with dropout have g A, and then their dropped input, beside what is there without (lora.py).
+        """
         T, t, x, f = self.T, self.t, self.x, self.f
+        above, below = t * E * self.down.dropped, t * E * self.gate_up.dropped
         whole = T * x if T > t else 0  # dx of all tiles
         dgate_up = t * E * (self.gate_up.width + self.gate_up.beside)
         freed = t * self.unit.mlp
         stacks = self.down.stack + self.gate_up.stack
         found = {
-            "down": T * x + t * f + self.down.piece(t, by_rows=False, below=False) + self.down.stack,
-            "activation": T * x + whole + t * f + dgate_up + stacks,
+            "down": T * x + t * f + max(above, self.down.piece(t, by_rows=False, below=False)) + self.down.stack,
+            "activation": T * x + whole + t * f + above + dgate_up + stacks,
             "low-rank gradients": T * x + whole + dgate_up + self.gate_up.low_rank_parts(t) + self.gate_up.stack
             + self.mlp_grads - freed,
             "gate, up": T * x + whole + dgate_up + self.gate_up.piece(t, by_rows=False, below=True) + t * x
             + self.gate_up.stack + self.mlp_grads - freed,
-            "adapters": T * x + whole + dgate_up + 2 * t * x + self.gate_up.stack + self.mlp_grads - freed,
+            "adapters": T * x + whole + dgate_up + 2 * t * x + below + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
         if not self.savers.fuses_mlp(self.top):
-            # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden, 4 where exact slots are read
+            # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden, but for slots that are exact
             savers = self.savers.halves[self.top]["mlp"]
-            in_place = self.savers.again[self.top] and isinstance(savers["up"], Exact)
-            extra = 8 if savers["hidden"].stored else 4 if in_place else 6
+            extra = 8 if savers["hidden"].stored else 6
+            extra -= sum(isinstance(savers.get(slot), Exact) for slot in ("gate", "up", "act", "hidden"))
             found["activation"] = T * x + whole + t * extra * f + stacks
         return found
 
@@ -309,28 +344,43 @@ class _Step:
             fp32 /= head_pieces(T, self.runs, self.shape.k // self.shape.head_dim)
         grouped = 2 * q if kv < q else 0
         core = T * (2 * qkv + grouped + 2 * q + numbers) + fp32
+        if self.map:
+            # EagerCore.backward: q, k, v, o and do; prob, its gradient and that of the scores, or two of these with dv,
+            # dq and copies that a product makes of its factors
+            core = T * (qkv + 2 * q) + 2 * self.map + max(self.map, 4 * T * q)
         dqkv = T * (qkv + E * self.qkv.beside)
+        above, below = T * E * self.out.dropped, T * E * self.qkv.dropped
         norms = T * (q + kv) if self.shape.family.head_norms else 0
         # an exact v is a part of q, k, v as they were before RoPE
         beside = T * (q + kv + E * self.qkv.beside) if self._heads_are_slots else 0
         return {
-            "out": dy + T * (qkv + 2 * q) + beside + self.out.piece(T, by_rows=False, below=False) + self.out.stack
-            + self.qkv.stack,
+            "out": dy + T * (qkv + 2 * q) + beside + max(above, self.out.piece(T, by_rows=False, below=False))
+            + self.out.stack + self.qkv.stack,
             "core": dy + core + beside + self.qkv.stack,
             "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
-            "q, k, v": dy + dqkv + self.qkv.piece(T, by_rows=False, below=True) + T * x + self.qkv.stack
-            + self.qkv.grads,
+            "q, k, v": dy + dqkv + max(T * x + below, self.qkv.piece(T, by_rows=False, below=True)) + T * x
+            + self.qkv.stack + self.qkv.grads,
         }  # fmt: skip
+
+    def _softmax(self) -> float:
+        """attention.py: EagerCore.forward of the top layer, scores beside a map in fp32 and its softmax; x, residual,
+        q, k, v, and q, k as they are rotated where that is not fused; of a layer that is run again its exact slots."""
+        T, own = self.T, self.unit.attention_norm
+        heads = T * (self.q + 2 * self.kv + E * self.qkv.beside)
+        heads += 0 if self.savers.fuses_attention(self.top) else T * (self.q + self.kv)
+        kept = self.kept("end") + T * (own if self.again else -self.unit.mlp_norm - self.unit.mlp)
+        return 2 * T * self.x + heads + 5 * self.map + kept
 
     def _mlp_forward(self) -> dict[str, float]:
         """mlp.py: _forward_tile of the last layer, with its input and the residual stream."""
         T, t, x, f = self.T, self.t, self.x, self.f
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
-            "gate, up": 2 * T * x + y + self.gate_up.piece(t, by_rows=True, below=True) + self.gate_up.stack
-            - t * self.unit.mlp,
+            "gate, up": 2 * T * x + y + self.gate_up.stack - t * self.unit.mlp
+            + max(t * E * self.gate_up.dropped, self.gate_up.piece(t, by_rows=True, below=True)),
             "activation": 2 * T * x + y + t * f + self.gate_up.stack,
-            "down": 2 * T * x + t * (f + x) + self.down.piece(t, by_rows=True, below=False) + self.down.stack,
+            "down": 2 * T * x + t * (f + x) + self.down.stack
+            + max(t * E * self.down.dropped, self.down.piece(t, by_rows=True, below=False)),
         }  # fmt: skip
 
     def loss(self) -> float:

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from hyclora.models.config import HycloraConfig
+from hyclora.models.config import BITS, KEPT, HycloraConfig
 
 # lines written before settings were recorded whole hold what was given alone; these defaults have changed since
 DEFAULTS_THEN = {"layer_type": "intra_inter", "cuda_graphs": False}
 # what else tells two settings apart does not change the memory of full rows
 TOLD_BY = ("layer_type", "layers", "q_bit", "attention", "scale_rule", "offload", "slot_savers")
+BITS_SAID = {"exact": "exact", **{f"quant{bits}": f"{bits} bit" for bits in BITS}}
 NEAR = 10.0  # percent: a mode that is further off says so
 
 
@@ -47,7 +48,8 @@ class Mode:
 # of each mode with measured lines: how many, off at most by so many percent, of earlier builds alone; an installed
 # package has no result files. `python -m benchmarks.report_plan` prints them, and a test holds them to the files
 MEASURED = {
-    "exact, resident, layer by layer": (1, 5.3, True),
+    "exact, resident, layer by layer": (1, 3.7, True),
+    "offloaded layer inputs, CUDA graphs, 4 bit": (1, 4.5, False),
     "offloaded, CUDA graphs, 2 bit": (1, 0.3, False),
     "offloaded, CUDA graphs, 4 bit": (2, 0.0, False),
     "offloaded, layer by layer, 2 bit": (1, 0.1, False),
@@ -59,27 +61,42 @@ MEASURED = {
 }
 
 
+def describe(config: HycloraConfig, checkpointing: bool = False) -> str:
+    """What a person calls a setting: where slots or layer inputs wait, how layers are launched, in how many bits."""
+    where = "offloaded" if config.offload else "resident"
+    if checkpointing:
+        said = BITS_SAID[config.slot_savers.get("layer_in", "exact")]
+        return f"checkpointing, {where} layer inputs, {said}"
+    launched = "CUDA graphs" if config.cuda_graphs else "layer by layer"
+    if not config.policy.compress:
+        return f"exact, {where}, {launched}"
+    if config.layers in KEPT and KEPT[config.layers]:
+        return f"{where} layer inputs, {launched}, {BITS_SAID[KEPT[config.layers]]}"
+    mixed = "" if config.layers == "slots" else f", layers={config.layers}"
+    kept_map = ", with a map of attention" if config.attention == "eager" else ""
+    return f"{where}, {launched}, {config.q_bit} bit{mixed}{kept_map}"
+
+
 def _modes() -> list[Mode]:
     found = []
     for offload in (False, True):
         for graphs in (True, False):
             for bits in (8, 4, 2):
-                where = "offloaded" if offload else "resident"
-                name = f"{where}, {'CUDA graphs' if graphs else 'layer by layer'}, {bits} bit"
-                found.append((name, (("q_bit", bits), ("offload", offload), ("cuda_graphs", graphs)), False))
+                found.append(((("q_bit", bits), ("offload", offload), ("cuda_graphs", graphs)), False))
     for offload in (False, True):
-        for saver, said in (("exact", "exact"), ("quant8", "8 bit")):
-            name = f"checkpointing, {'offloaded' if offload else 'resident'} layer inputs, {said}"
+        for saver in ("exact", "quant8"):
             settings = (("offload", offload), ("cuda_graphs", False), ("slot_savers", (("layer_in", saver),)))
-            found.append((name, settings, True))
+            found.append((settings, True))
     for offload in (False, True):
         for graphs in (True, False):
-            for kept, said in (("input", "exact"), ("input8", "8 bit"), ("input4", "4 bit")):
-                where = "offloaded" if offload else "resident"
-                name = f"{where} layer inputs, {'CUDA graphs' if graphs else 'layer by layer'}, {said}"
-                found.append((name, (("layers", kept), ("offload", offload), ("cuda_graphs", graphs)), False))
-    found.append(("exact, resident, layer by layer", (("layer_type", "baseline"), ("cuda_graphs", False)), False))
-    return [Mode(*mode, *MEASURED.get(mode[0], ())) for mode in found]
+            for kept in ("input", "input8", "input4"):
+                found.append(((("layers", kept), ("offload", offload), ("cuda_graphs", graphs)), False))
+    found.append(((("layer_type", "baseline"), ("cuda_graphs", False)), False))
+    modes = []
+    for settings, checkpointing in found:
+        name = describe(Mode("", settings).config, checkpointing)
+        modes.append(Mode(name, settings, checkpointing, *MEASURED.get(name, ())))
+    return modes
 
 
 MODES = _modes()

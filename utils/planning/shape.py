@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,25 +43,30 @@ def nf4_bytes(numel: int) -> int:
 
 
 class Group:
-    """Linear layers that share their input, with an adapter of `rank` each: a ProjectionGroup's sizes in bytes.
+    """Linear layers that share their input, with an adapter of `ranks` each, 0 for none: a ProjectionGroup's bytes.
 
     n_in, width: elements a token. R: columns of x A^T; beside: those of them that stand beside the outputs
     (ProjectionGroup.buffer). piece: the most of W that is there at a time, by rows in forward, else in backward.
-    stack: A and B of stack_adapters. grads: those of A and B, in fp32.
+    stack: A and B of stack_adapters. grads: those of A and B, in fp32. dropped: elements a token of an input that
+    dropout makes for a projection, for a time.
     """
 
-    def __init__(self, linears: list[nn.Linear], rank: int):
-        self.linears, self.rank = linears, rank
+    def __init__(self, linears: list[nn.Linear], ranks: list[int], dropout: bool = False):
+        self.linears, self.rank = linears, max(ranks)
         self.n_in, self.width = linears[0].in_features, sum(linear.out_features for linear in linears)
-        self.R = padded_rank(rank * len(linears))
+        self.R = padded_rank(sum(ranks))
         self.stack = HALF.itemsize * self.R * (self.n_in + self.width)
-        self.grads = 4 * rank * sum(linear.in_features + linear.out_features for linear in linears)
         self.in_4bit = nf4.is_4bit(linears[-1])
-        self.beside = self.R if self.in_4bit else 0
+        self.dropped = self.n_in if dropout and self.rank else 0
+        # dA of all is one product, filled rows included, unless dropout gives each an input of its own
+        rows = sum(ranks) if self.dropped else self.R
+        widths = sum(rank * linear.out_features for rank, linear in zip(ranks, linears, strict=True))
+        self.grads = 4 * (rows * self.n_in + widths)
+        self.beside = self.R if self.in_4bit and not self.dropped else 0
 
     def low_rank_parts(self, n_rows: int) -> int:
         """Bytes that low_rank_grads has for a time (linear/low_rank_grad.py): parts of g and of dB, in fp32."""
-        if self.rank > low_rank_grad.LARGEST_RANK:
+        if not 0 < self.rank <= low_rank_grad.LARGEST_RANK:
             return 0
         block_rank, block_rows = rank_block(self.rank), low_rank_grad.BLOCK_ROWS
         block_cols = min(512 * 16 // block_rank, low_rank_grad.TILE_BYTES // block_rows // HALF.itemsize)
@@ -81,14 +87,17 @@ class Group:
 
 
 class Shape:
-    """What the plan has to know of a model with adapters of `rank` on all linear layers of its decoder.
+    """What the plan has to know of a model with adapters of `rank` on linear layers of its decoder.
 
     source: a folder with a config.json, the file itself, a name in benchmarks/shapes, or a Transformers configuration;
-    base: nf4 or bf16. Built on the meta device: no memory, some seconds for the largest. Raises UserError for a source
-    without a configuration, for one that cannot work, and for a model that is no decoder of a known family.
+    base: nf4 or bf16; targets: the last names of those that have an adapter, all by default; dropout: whether adapters
+    have one. Built on the meta device: no memory, some seconds for the largest. Raises UserError for a source without a
+    configuration, for one that cannot work, and for a model that is no decoder of a known family.
     """
 
-    def __init__(self, source, base: str = "nf4", rank: int = 16):
+    def __init__(
+        self, source, base: str = "nf4", rank: int = 16, targets: Iterable[str] | None = None, dropout: bool = False
+    ):
         if base not in BASES:
             raise UserError(f"base {base!r} is not one of {', '.join(BASES)}")
         if base == "nf4" and nf4.bnb is None:
@@ -101,19 +110,23 @@ class Shape:
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=HALF)
         decoder = self.model.base_model
         self.layers = list(attrgetter(self.family.layers)(decoder))
-        self.linears = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+        named = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+        self.linears = [module for _, module in named]
+        targets = None if targets is None else set(targets)
+        ranks = {id(m): rank if targets is None or name.rpartition(".")[2] in targets else 0 for name, m in named}
+        self.adapted = [module for module in self.linears if ranks[id(module)]]
         if base == "nf4":
             for linear in self.linears:
                 linear.weight.quant_state = base  # what tells is_4bit, and so weight_pieces
         layer = self.layers[0]
         attention, mlp = layer.get_submodule(self.family.attention), layer.get_submodule(self.family.mlp)
         self.groups = {
-            name: Group([half.get_submodule(path) for path in paths], rank)
-            for name, half, paths in (
-                ("qkv", attention, self.family.qkv),
-                ("out", attention, [self.family.out]),
-                ("gate_up", mlp, self.family.gate_up),
-                ("down", mlp, [self.family.down]),
+            name: Group(linears, [ranks[id(linear)] for linear in linears], dropout)
+            for name, linears in (
+                ("qkv", [attention.get_submodule(path) for path in self.family.qkv]),
+                ("out", [attention.get_submodule(self.family.out)]),
+                ("gate_up", [mlp.get_submodule(path) for path in self.family.gate_up]),
+                ("down", [mlp.get_submodule(self.family.down)]),
             )
         }
         core = attention.get_submodule(self.family.core)
@@ -122,6 +135,33 @@ class Shape:
         self.hidden, self.ffn = self.groups["qkv"].n_in, self.groups["down"].n_in
         self.vocab = self.model.get_output_embeddings().weight.shape[0]
         self.windows = [self._window(one) for one in self.layers]
+
+    @classmethod
+    def of(cls, model) -> "Shape":
+        """The Shape of a PEFT model that is there, of its largest rank; UserError if it is none that can be counted."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        ranks = {name: max(module.r.values(), default=0) for name, module in layers.items()}
+        others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+        if others or not any(ranks.values()):
+            trained = f"{others[0]} is trained too" if others else "the model has none"
+            raise UserError(f"a plan counts LoRA adapters alone, and {trained}: drop memory_budget")
+        inside = {id(module) for module in base.base_model.modules()}
+        bases = {name: module.get_base_layer() for name, module in layers.items()}
+        strange = [
+            name for name, linear in bases.items() if id(linear) not in inside or not isinstance(linear, nn.Linear)
+        ]
+        if strange:
+            raise UserError(
+                f"a plan counts adapters on linear layers of the decoder, and {strange[0]} is none: drop memory_budget"
+            )
+        in_4bit = any(map(nf4.is_4bit, bases.values()))
+        dtype = base.get_input_embeddings().weight.dtype
+        if dtype.itemsize != HALF.itemsize:
+            raise UserError(f"a plan counts weights of 16 bit or NF4, and these are {dtype}: load them in bfloat16")
+        drops = any(isinstance(drop, nn.Dropout) for module in layers.values() for drop in module.lora_dropout.values())
+        targets = {name.rpartition(".")[2] for name in layers}
+        return cls(base.config, BASES[0] if in_4bit else BASES[1], max(ranks.values()), targets, drops)
 
     def _window(self, layer: nn.Module) -> int | None:
         path = self.family.sliding_window
@@ -147,7 +187,7 @@ class Shape:
     def trained(self) -> int:
         """Bytes of adapters in fp32, their gradients and Adam's two numbers."""
         return TRAINED * sum(
-            aligned(4 * self.rank * n) for linear in self.linears for n in (linear.in_features, linear.out_features)
+            aligned(4 * self.rank * n) for linear in self.adapted for n in (linear.in_features, linear.out_features)
         )
 
 

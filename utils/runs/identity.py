@@ -16,7 +16,8 @@ NEEDS = {
         ("layer_type", "layers", "iteration_threshold", "layernorm_outlier_ratio", "attention", "scale_rule", *LAUNCH),
         ("use_hyclora", bool),
     ),
-    **dict.fromkeys(("slot_savers", "verify"), ("use_hyclora", bool)),
+    **dict.fromkeys(("slot_savers", "verify", "memory_budget"), ("use_hyclora", bool)),
+    "plan": ("memory_budget", bool),
     "verify_threshold": ("verify", bool),
     **dict.fromkeys(
         ("lora_rank", "lora_alpha", "lora_dropout", "lora_init_type", "target_modules", "use_rslora"),
@@ -89,6 +90,7 @@ FREE = {
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
     *("ddp_backend", "ddp_timeout"),
     *("verify", "verify_threshold"),
+    *("memory_budget", "plan"),
     *LAUNCH,
 }
 _SAMPLES, _SAMPLE = 64, 2**16  # of a file: how many, all over it, and their bytes

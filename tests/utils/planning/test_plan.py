@@ -2,9 +2,10 @@
 
 import pytest
 
-from hyclora import plan as module
 from hyclora.plan import main, plan
 from hyclora.utils.errors import UserError
+from hyclora.utils.planning import Savers, count
+from hyclora.utils.planning.fitting import STEP, fits
 from hyclora.utils.planning.modes import MODES, NEAR, Mode, mode_of
 from hyclora.utils.planning.recorded import times
 from hyclora.utils.planning.shape import Shape
@@ -23,9 +24,14 @@ def test_the_mode_that_fits_with_the_least_memory_is_chosen(roomy):
 
 def test_the_longest_row_fits_and_a_longer_one_does_not(roomy):
     for row in (roomy.rows[1], roomy.rows[10]):
-        savers = module.Savers(Shape("llama-2-7b"), row.mode.config)
-        longest, longer = (module.count(savers, 1, row.longest + more) for more in (0, module.STEP))
-        assert module._fits(longest, roomy.gpu, roomy.host) and not module._fits(longer, roomy.gpu, roomy.host)
+        savers = Savers(Shape("llama-2-7b"), row.mode.config)
+        longest, longer = (count(savers, 1, row.longest + more) for more in (0, STEP))
+        assert fits(longest, roomy.gpu, roomy.host) and not fits(longer, roomy.gpu, roomy.host)
+
+
+def test_what_a_budget_takes_is_told(roomy):
+    assert "\nmemory_budget='74.51 GiB' takes resident, CUDA graphs, 4 bit, for 4 x 512 tokens: " in str(roomy)
+    assert plan("llama-2-7b", "80GB", "64GiB", documents=8).budget is None
 
 
 def test_host_memory_is_a_limit_too():

@@ -53,6 +53,42 @@ def test_windows_are_those_of_each_layer():
     assert shape_of(qwen2()).windows == [None, 8]
 
 
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_of_a_model_that_is_there(base):
+    """Rank, targets, base and dropout are read off its adapters."""
+    model = llama({**LORA, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.1}, base)
+    model.get_base_model().get_input_embeddings().to(torch.bfloat16)
+    shape = Shape.of(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert shape.trained == 4 * sum(aligned(4 * p.numel()) for p in trained)
+    assert (shape.base, shape.rank) == ("nf4" if base == "nf4" else "bf16", RANK)
+    qkv, out, gate_up, down = shape.groups.values()
+    assert (qkv.R, out.R, gate_up.R, down.R) == (16, 0, 0, 16)  # 8 and 4 columns, filled up to 16
+    assert out.grads == gate_up.grads == 0 < down.grads
+    assert (qkv.dropped, gate_up.dropped) == (qkv.n_in, 0) and qkv.beside == 0
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"lora": LORA}, "a plan counts weights of 16 bit or NF4, and these are torch.float32"),
+        (
+            {"lora": {**LORA, "modules_to_save": ["embed_tokens"]}},
+            "a plan counts LoRA adapters alone, and .* is trained",
+        ),
+        (
+            {"lora": {**LORA, "target_modules": ["q_proj", "lm_head"]}},
+            "on linear layers of the decoder, and .*lm_head is",
+        ),
+        ({"lora": {**LORA, "target_modules": ["embed_tokens"]}}, "linear layers of the decoder, and .*embed_tokens is"),
+        ({"lora": False}, "a plan counts LoRA adapters alone"),
+    ],
+)
+def test_a_model_that_cannot_be_counted(options, said):
+    with pytest.raises(UserError, match=said):
+        Shape.of(llama(**options))
+
+
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_a_model_without_config(tmp_path, name):
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,98 @@
+"""Predictions beside measurements: the cases, their rows, and a line of each; on a CPU what autograd keeps alone."""
+
+import json
+
+import pytest
+
+from benchmarks import plan_check, report_plan, rows
+from benchmarks.plan_check import Case, batch_of, cases, line_of, main, measure, predict
+from hyclora.models.graphs.sizes import filled_size
+
+LAYER_BY_LAYER = {"cuda_graphs": False}
+
+
+def test_there_are_some_sixty_cases_of_every_kind():
+    found = cases(4, "cuda")
+    assert 60 <= len(found) == len(set(map(str, found))) <= 80
+    assert {case.rows for case in found} == {"full", "padded", "packed"}
+    assert len({case.shape for case in found}) == 8 and {case.layers for case in found} == {4}
+
+
+def test_rows_are_as_long_as_predicted():
+    for kind, batch_size, lengths in (("full", 2, [64, 64]), ("padded", 2, [32, 64]), ("packed", 1, [16] * 4)):
+        case = Case("tiny", batch_size, 64, rows=kind, device="cpu")
+        batch = batch_of(case, 100)
+        assert case.lengths == lengths
+        real = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+        assert real == sum(lengths) == (batch["labels"] != -100).sum()
+    assert (batch["position_ids"] == 0).sum() == 4
+
+
+def test_what_is_streamed_is_predicted_as_what_graphs_fill(monkeypatch):
+    seen = []
+    monkeypatch.setattr("hyclora.utils.planning.count", lambda savers, *args, **options: seen.append(args) or Need)
+    for setting in ({}, LAYER_BY_LAYER):
+        predict(Case("llama-3.2-1b", 4, 500, setting, rows="padded", layers=1), 1)
+    assert seen == [(1, filled_size(1250)), (1, 1250)]
+
+
+class Need:
+    static, dyn, held, host, apart, peak = {}, 0, 0, 0, 0, ""
+
+
+def test_other_layers_add_what_is_counted_for_each():
+    """Bytes are linear in the layers, but for the memory of one."""
+    counts = [predict(Case("llama-3.2-1b", setting=LAYER_BY_LAYER), n) for n in (4, 6, 8, 0)]
+    assert [count["layers"] for count in counts] == [4, 6, 8, 16]
+    for name in ("static_mib", "dyn_mib"):
+        few, more, most, _ = (count[name] for count in counts)
+        assert most - more == pytest.approx(more - few, abs=0.2) and more > few
+
+
+@pytest.mark.parametrize("kind", ["full", "padded", "packed"])
+def test_a_case_on_a_cpu(tiny_llama_folder, kind):
+    case = Case(str(tiny_llama_folder), 1, 64, LAYER_BY_LAYER, kind, "bf16", layers=1, device="cpu")
+    assert measure(case)["buffered_mib"] > 0
+
+
+@pytest.fixture
+def swept(tiny_llama_folder, tmp_path, monkeypatch):
+    """The lines of three cases, one of which fails."""
+    common = {"shape": str(tiny_llama_folder), "base": "bf16", "layers": 1, "device": "cpu", "setting": LAYER_BY_LAYER}
+    monkeypatch.setattr(plan_check, "cases", lambda *_: [Case(**common, seq_len=n) for n in (16, 32, 64)])
+    numbers = {"static_mib": 40.0, "dyn_mib": 2.0, "held_mib": 150.0, "card_mib": 500.0, "reserved_before_mib": 3.0}
+    monkeypatch.setattr(
+        plan_check, "in_a_process", lambda case, _: {"error": "no"} if case.seq_len == 32 else dict(numbers)
+    )
+
+    def run(*options):
+        main(["--device", "cpu", "--output_dir", str(tmp_path), *options])
+        return [json.loads(line) for line in (tmp_path / "plan_check.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_a_line_a_case_and_none_again(swept, tmp_path):
+    found = swept("--at_once", "1", "--limit", "2")
+    assert [line["arguments"]["seq_len"] for line in found] == [16, 32]
+    assert found[0]["measured"] == {"static_mib": 40.0, "dyn_mib": 2.0, "held_mib": 150.0}
+    assert (found[0]["context_mib"], found[0]["reserved_before_mib"]) == (500.0, 3.0)
+    assert found[0]["predicted"]["layers"] == 1 < found[0]["full"]["layers"]
+    assert found[1]["measured"] == {"error": "no"}
+    again = swept()
+    assert [line["arguments"]["seq_len"] for line in again[2:]] == [64] and "context_mib" not in again[2]
+
+
+def test_lines_make_a_table(swept, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    assert report_plan.checked() == ""
+    swept()
+    text = report_plan.checked()
+    assert text.count("\n| ") == 3 and "*Off in the median of 2 lines: " in text  # the failure has no numbers
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2 and "needs a GPU" in capsys.readouterr().err
+    assert line_of(Case("llama-3.2-1b", layers=1), {"error": "no"}, True)["measured"] == {"error": "no"}
