@@ -1,5 +1,6 @@
 """Two processes that talk by gloo, or by NCCL where each has a GPU."""
 
+import multiprocessing
 import os
 import traceback
 
@@ -12,7 +13,10 @@ from hyclora.operators import dispatch
 
 def run_ranks(function, folder, *args) -> None:
     """function(rank, *args) in each of two processes; RuntimeError if one raises, with its traceback on stderr."""
-    mp.spawn(_run, args=(function, str(folder), args), nprocs=2)
+    # forked from a process that has imported what tests of ranks need; CUDA does not survive that
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.helpers.replaying"])
+    mp.start_processes(_run, args=(function, str(folder), args), nprocs=2, start_method=method)
 
 
 def _run(rank: int, function, folder: str, args: tuple) -> None:
@@ -20,7 +24,7 @@ def _run(rank: int, function, folder: str, args: tuple) -> None:
     dispatch.INTERPRETING = False  # as in the tests' own process: conftest.py
     failed = True
     try:
-        backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() > 1 else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(rank % torch.cuda.device_count())
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=2)
