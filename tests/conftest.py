@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 import signal
 
@@ -28,6 +29,12 @@ if not torch.cuda.is_available():
 
 # a shell's background job ignores Ctrl-C, and so would all that the tests start and stop by it
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the garbage collector need not look through it, which takes it 0.2 s each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
