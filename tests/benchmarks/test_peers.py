@@ -19,6 +19,7 @@ from benchmarks.memory_throughput import NAME
 from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS
 from hyclora.models.config import PRESETS, HycloraConfig
 from hyclora.utils.args import ROOT
+from tests.helpers.commands import IN_PROCESS
 
 
 @pytest.fixture
@@ -61,9 +62,8 @@ def test_sweep_keeps_failures_and_continues_where_it_stopped(tiny_llama_folder, 
     settings = ["PEFT LoRA", {"q_bit": 2}, {"q_bit": "auto", "average_bits": 0.5}, "Unsloth"]
     common = ["--shapes", str(tiny_llama_folder), "--cells", "2x16", "--steps", "1", "--device", "cpu"]
     options = [*common, "--base", "bf16", "--output_dir", str(tmp_path), "--settings", json.dumps(settings)]
-    monkeypatch.setitem(sys.modules, "unsloth", None)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # or the processes that measure would interpret their kernels
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "unsloth" else 1)
+    monkeypatch.setattr(peers, "subprocess", IN_PROCESS)
+    monkeypatch.setitem(PEERS, "Unsloth", replace(PEERS["Unsloth"], needs="no_such_module"))
     memory_throughput.main(options)
     file = tmp_path / f"{NAME}.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
