@@ -1,6 +1,5 @@
 """Two processes that talk by gloo, or by NCCL where each has a GPU."""
 
-import multiprocessing
 import os
 import traceback
 
@@ -9,14 +8,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hyclora.operators import dispatch
+from tests.helpers.forked import forked
 
 
 def run_ranks(function, folder, *args) -> None:
     """function(rank, *args) in each of two processes; RuntimeError if one raises, with its traceback on stderr."""
-    # forked from a process that has imported what tests of ranks need; CUDA does not survive that
-    method = "spawn" if torch.cuda.is_available() else "forkserver"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.helpers.replaying"])
-    mp.start_processes(_run, args=(function, str(folder), args), nprocs=2, start_method=method)
+    mp.start_processes(_run, (function, str(folder), args), nprocs=2, start_method=forked().get_start_method())
 
 
 def _run(rank: int, function, folder: str, args: tuple) -> None:
