@@ -71,7 +71,7 @@ def test_runs_are_spread_over_gpus(jobs):
 
 def test_what_is_at_work_is_ended_in_time(jobs):
     """Which sleeps for an hour."""
-    assert [job[0] for job, _ in jobs("a", "sleep", "b", seconds=10)] == ["a"]
+    assert [job[0] for job, _ in jobs("a", "sleep", "b", seconds=6)] == ["a"]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def run_ranks(function, folder, *args) -> None:
 
 def _run(rank: int, function, folder: str, args: tuple) -> None:
     torch.set_num_threads(1)
-    dispatch.INTERPRETING = False  # as in the tests' own process: conftest.py
+    dispatch.INTERPRETING = False  # as in the tests' own process: fixtures.py
     failed = True
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() > 1 else "gloo"
