@@ -3,5 +3,5 @@
 operators/      kernels and Functions against plain torch    scripts/          drivers, package, README
 models/         patched models against stock ones            benchmarks/       what the measurements rely on
 utils/          arguments, data, loading, trainer            helpers/          what several tests share
-conftest.py     fixtures that several tests share; without a GPU, Triton's interpreter
+conftest.py     what pytest asks of a run of tests; fixtures are in helpers/
 """

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import kills, report_kills
 from benchmarks.kills import EVALUATION, SAVING, STEP, Event, Point, points
+from tests.helpers.forked import forked
 
 VERSIONS = ("torch", "triton", "transformers", "peft")
 REPORTED = {"versions", "commit", "device", "setting", "arguments", "after_ms", "torn", "resumed_from", "calibrating"}
@@ -14,6 +15,7 @@ REPORTED = {"versions", "commit", "device", "setting", "arguments", "after_ms", 
 @pytest.fixture
 def killed(tiny_llama_folder, tmp_path, monkeypatch):
     """The lines of a command."""
+    forked()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # kernels are for other tests
 
     def killed(*options):

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import run_memory_throughput
+from benchmarks import peers
 from hyclora.operators.savers.sparse import Sparse
 from hyclora.utils import results
 from hyclora.utils.args import ROOT
+from tests.helpers.commands import IN_PROCESS
 
 SMALL = ["--seq_len", "16", "--per_device_train_batch_size", "2", "--steps", "2", "--random_weights", "True"]
 SMALL += ["--compare", "False"]
@@ -44,16 +46,23 @@ def test_memory_and_throughput_in_one_run(run):
     assert "ms" not in stock and "a second" not in printed
 
 
-def test_plain_lora_stands_beside_it(run):
+@pytest.fixture
+def compare(run, monkeypatch):
+    """Run it beside plain LoRA."""
+    monkeypatch.setattr(peers, "subprocess", IN_PROCESS)
+    return lambda *options: run("--compare", "True", "--evaluate_throughput", "False", *options)
+
+
+def test_plain_lora_stands_beside_it(compare):
     """Measured in the same run; without checkpointing it keeps most, and on a CPU that is all that can be told."""
-    line, printed = run("--compare", "True", "--evaluate_throughput", "False")
+    line, printed = compare()
     kept = [line["plain"][name]["buffered_mib"] for name in run_memory_throughput.PLAIN]
     assert kept[0] > line["buffered_mib"] and kept[0] > kept[1] > 0
     assert all(f"{size:.2f} MiB" in printed for size in (*kept, line["buffered_mib"]))
 
 
-def test_plain_lora_is_not_compared_with_other_options(run):
-    line, printed = run("--compare", "True", "--evaluate_throughput", "False", "--target_modules", "q_proj")
+def test_plain_lora_is_not_compared_with_other_options(compare):
+    line, printed = compare("--target_modules", "q_proj")
     assert set(line["plain"]) == set(run_memory_throughput.PLAIN) and "for defaults only" in printed
 
 

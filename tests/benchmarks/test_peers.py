@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +18,8 @@ from benchmarks.jobs import SHAPES, Job
 from benchmarks.memory_throughput import NAME
 from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS
 from hyclora.models.config import PRESETS, HycloraConfig
-from hyclora.utils.args import ROOT
+from tests.helpers.commands import IN_PROCESS
+from tests.helpers.forked import forked
 
 
 @pytest.fixture
@@ -61,9 +62,8 @@ def test_sweep_keeps_failures_and_continues_where_it_stopped(tiny_llama_folder, 
     settings = ["PEFT LoRA", {"q_bit": 2}, {"q_bit": "auto", "average_bits": 0.5}, "Unsloth"]
     common = ["--shapes", str(tiny_llama_folder), "--cells", "2x16", "--steps", "1", "--device", "cpu"]
     options = [*common, "--base", "bf16", "--output_dir", str(tmp_path), "--settings", json.dumps(settings)]
-    monkeypatch.setitem(sys.modules, "unsloth", None)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # or the processes that measure would interpret their kernels
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "unsloth" else 1)
+    monkeypatch.setattr(peers, "subprocess", IN_PROCESS)
+    monkeypatch.setitem(PEERS, "Unsloth", replace(PEERS["Unsloth"], needs="no_such_module"))
     memory_throughput.main(options)
     file = tmp_path / f"{NAME}.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -90,12 +90,18 @@ def test_a_job_that_was_not_done_in_time_gets_more_of_it(job):
     assert not memory_throughput.measured(job, [line], now | {"commit": "c-1234abcd"}, timeout=112)
 
 
+def begin_sweep(options: list[str], said: Path) -> None:
+    """As `python -m benchmarks.memory_throughput` does; what it says on stderr is in `said`."""
+    with said.open("w") as file, contextlib.redirect_stderr(file):
+        memory_throughput.main(options)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_sweep_that_is_stopped_leaves_no_process_behind(tiny_llama_folder, tmp_path, number, code):
     common = ["--shapes", str(tiny_llama_folder), "--cells", "2x16", "--steps", "1000000", "--device", "cpu"]
     options = [*common, "--base", "bf16", "--output_dir", str(tmp_path), "--settings", '["PEFT LoRA"]']
-    command = [sys.executable, "-m", "benchmarks.memory_throughput", *options]
-    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    sweep = forked().Process(target=begin_sweep, args=(options, tmp_path / "said.txt"))
+    sweep.start()
 
     def measuring():
         """The child of the sweep that has come to load torch."""
@@ -107,11 +113,12 @@ def test_a_sweep_that_is_stopped_leaves_no_process_behind(tiny_llama_folder, tmp
         return None
 
     while not (child := measuring()):
-        assert sweep.poll() is None
+        assert sweep.is_alive()
         time.sleep(0.1)
-    sweep.send_signal(number)
-    assert sweep.wait(30) == code
-    assert number != signal.SIGINT or "goes on where it stopped" in sweep.stderr.read()
+    os.kill(sweep.pid, number)
+    sweep.join(30)
+    assert sweep.exitcode == code
+    assert number != signal.SIGINT or "goes on where it stopped" in (tmp_path / "said.txt").read_text()
     deadline = time.monotonic() + 30
     while Path(f"/proc/{child}").exists():
         assert time.monotonic() < deadline

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import peers, real_rows
 from benchmarks.jobs import Job
 from hyclora.utils.data.word_problems import word_problems
+from tests.helpers.commands import IN_PROCESS
 
 
 @pytest.fixture
@@ -64,7 +65,9 @@ def test_rows_of_alpaca_one_by_one(run, tiny_llama_folder, tmp_path, monkeypatch
     assert exit.value.code == 2 and "rows.json fills 12 micro-batches, and this takes 46" in capsys.readouterr().err
 
 
-def test_in_a_process_of_its_own(run):
+def test_by_a_command_of_its_own(run, monkeypatch):
+    """Of one process; two are started in the next test."""
+    monkeypatch.setattr(peers, "subprocess", IN_PROCESS)
     (line,) = run("--settings", '["PEFT LoRA"]', "--steps", "1", "--warm_up", "1")
     assert line["setting"] == "PEFT LoRA" and line["ms"] > 0 and "first_100_s" not in line
 

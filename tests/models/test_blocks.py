@@ -362,7 +362,7 @@ def test_fused_layers_are_the_unfused_ones(family, kernels):
     found = {}
     for layer_type in ("intra_inter", "intra_inter_full_fuse"):
         sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
-        model, batch = family(**sizes), padded_batch(rows=2, width=9)
+        model, batch = family(**sizes), padded_batch(rows=2, width=6)
         apply_hyclora(model, rows(layer_type=layer_type, q_bit=4, iteration_threshold=1))
         gradients(model, batch)
         found[layer_type] = gradients(model, batch)

@@ -5,14 +5,11 @@ import logging
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hyclora.models import calibration
 from hyclora.models.calibration import PATIENCE, SAMPLES, _contexts
 from hyclora.models.patch import find_patch
 from hyclora.models.state import load_calibration, save_calibration
-from hyclora.operators import dispatch
 from hyclora.operators.savers import ChannelQuant, Derived, GaugedQuant, Step
 from tests.helpers.calibrating import (
     POOR,
@@ -26,6 +23,7 @@ from tests.helpers.calibrating import (
     usual,
 )
 from tests.helpers.kernel_checks import DEVICE
+from tests.helpers.ranks import run_ranks
 from tests.helpers.replaying import graphed, replayed
 from tests.helpers.small_models import gradients, llama, mean_cosine, padded_batch
 
@@ -321,14 +319,9 @@ def test_a_copy_of_a_model_goes_on_by_itself():
     assert patch.calibration.restarts == 1
 
 
-def meet(rank: int, folder: str) -> None:
-    dispatch.INTERPRETING, calibration.EVERY = False, EVERY  # no fixture does it in this process
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-
-
 def train_ranks(rank: int, folder: str) -> None:
     """Poor rows on one rank alone, then other rows on each, then rows that contradict on both."""
-    meet(rank, folder)
+    calibration.EVERY = EVERY  # no fixture does it in this process
     model, patch = patched(2)
     batches = [POOR["one id"]() if rank else POOR["empty"]()] * 2
     batches += [POOR["one id"]() if rank else usual(0, high=4), usual(1 + rank, high=4)]
@@ -339,18 +332,16 @@ def train_ranks(rank: int, folder: str) -> None:
         decided.append((patch.step.threshold, patch.step.since, patch.step.informative))
     widths = patch.calibration.gauge.widths.nan_to_num()
     torch.save((decided, statistics(patch), widths, patch.calibration.restarts), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_agree(tmp_path):
-    mp.spawn(train_ranks, args=(str(tmp_path),), nprocs=2)
+    run_ranks(train_ranks, tmp_path, str(tmp_path))
     (decided, first, *rest), (other, second, *other_rest) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     assert decided == other and torch.equal(rest[0], other_rest[0]) and rest[1] == other_rest[1] == 1
     assert all(torch.equal(first[key][name], second[key][name]) for key in first for name in first[key])
 
 
-def ask_ranks(rank: int, folder: str) -> None:
-    meet(rank, folder)
+def ask_ranks(rank: int) -> None:
     _, patch = patched(1)
     patch.step.index += 1
     patch.calibration.follow(POOR["one id"]()["input_ids"])
@@ -358,11 +349,10 @@ def ask_ranks(rank: int, folder: str) -> None:
     patch.step.index += 1
     patch.calibration.follow(usual(rank, 1, 20)["input_ids"])
     assert int(patch.calibration.seen.sum()) == 44 and patch.calibration.counted == 40
-    dist.destroy_process_group()
 
 
 def test_what_ranks_have_seen_adds_up_once(tmp_path):
-    mp.spawn(ask_ranks, args=(str(tmp_path),), nprocs=2)
+    run_ranks(ask_ranks, tmp_path)
 
 
 def test_nothing_waits_for_the_device_afterwards(monkeypatch):

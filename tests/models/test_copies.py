@@ -77,15 +77,23 @@ def parts(model) -> set[int]:
     return {t.data_ptr() for t in tensors if t.numel()} | {id(patch), id(patch.step), *map(id, model.modules())}
 
 
-@pytest.mark.parametrize("before", [0, 1, CALIBRATION + 3], ids=["not calibrated", "calibrating", "calibrated"])
-@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
-@pytest.mark.parametrize("clone", COPIES.values(), ids=COPIES)
+STEPS = {"not calibrated": 0, "calibrating": 1, "calibrated": CALIBRATION + 3}
+# every way to copy with every patch, and either of them with every number of steps before
+CASES = [
+    (clone, patch, list(STEPS)[(i + j) % len(STEPS)])
+    for i, clone in enumerate(COPIES)
+    for j, patch in enumerate(PATCHES)
+]
+
+
+@pytest.mark.parametrize("clone, patch, before", CASES)
 def test_a_copy_trains_by_itself_as_the_original_would(clone, patch, before):
     """Bit for bit: the next losses, gradients and statistics; neither sees the other's steps."""
+    before = STEPS[before]
     model, steps = llama(), batches(before + 4)
-    patch(model)
+    PATCHES[patch](model)
     train(model, steps[:before])
-    twin = clone(model).train()
+    twin = COPIES[clone](model).train()
     bring(twin)
     assert not parts(model) & parts(twin)
     found = train(twin, steps[before:])

@@ -221,8 +221,8 @@ def test_the_fused_kernels_take_tiles(tile, kernels, packed):
     found = []
     for n_tiles in (1, 3):
         if n_tiles == 3:
-            tile(7)
-        model, batch = llama(num_hidden_layers=1), padded_batch(2, 9)
+            tile(4)
+        model, batch = llama(num_hidden_layers=1), padded_batch(2, 5)
         config = {"q_bit": 8, "iteration_threshold": 1, "stream": False}
         apply_hyclora(model, HycloraConfig(layer_type="intra_inter_full_fuse", **config))
         gradients(model, batch)

@@ -1,8 +1,8 @@
 """A user's mistake ends the driver with exit code 2 and one sentence on stderr that names the offending thing."""
 
+import io
 import json
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +12,7 @@ import run_gsm8k
 from hyclora.utils import driver
 from hyclora.utils.args import ROOT
 from hyclora.utils.data.gsm8k import INSTRUCTION
+from tests.helpers.commands import IN_PROCESS
 
 GOOD = json.dumps({"question": "1 + 1?", "answer": "#### 2"})
 
@@ -133,8 +134,9 @@ def test_output_folder_that_cannot_be_written(base, tmp_path, capsys, monkeypatc
 
 
 def test_the_script_itself_exits_with_2_and_without_a_traceback():
-    command = [sys.executable, ROOT / "run_gsm8k.py", "--q_bit", "5"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    """Run as a script here; as a process in tests/utils/runs/test_script.py."""
+    said = io.StringIO()
+    result = IN_PROCESS.run([sys.executable, str(ROOT / "run_gsm8k.py"), "--q_bit", "5"], stdout=said)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "error: q_bit=5 is not one of 2, 3, 4, 8, auto"
-    assert "Traceback" not in result.stderr and result.stdout == ""
+    assert "Traceback" not in result.stderr and said.getvalue() == ""

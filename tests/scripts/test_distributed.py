@@ -4,16 +4,14 @@ import signal
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import TrainerControl
 
 from hyclora.operators.savers import ChannelQuant, Keeper, Observer, Step
 from hyclora.utils.trainer import StopOnSignal
+from tests.helpers.ranks import run_ranks
 
 
 def calibrate(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(rank)) * (1 + 3 * rank) + rank
     for rule in ("channel_group", "paper"):
         saver = ChannelQuant(4, rule, 0.1)
@@ -25,11 +23,9 @@ def calibrate(rank: int, folder: str) -> None:
             observer.calibrate()
         saver.pack(x, step)
         torch.save((x, saver.mean, saver.std, saver.outliers), f"{folder}/{rule}{rank}.pt")
-    dist.destroy_process_group()
 
 
-def stop(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def stop(rank: int) -> None:
     callback, args = StopOnSignal(), SimpleNamespace(world_size=2, device=torch.device("cpu"))
     for step in range(3):
         if (rank, step) == (1, 1):
@@ -37,15 +33,14 @@ def stop(rank: int, folder: str) -> None:
         control = TrainerControl()
         callback.on_step_end(args, None, control)
         assert control.should_save == control.should_training_stop == (step >= 1)
-    dist.destroy_process_group()
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
-    mp.spawn(stop, args=(str(tmp_path),), nprocs=2)
+    run_ranks(stop, tmp_path)
 
 
 def test_statistics_are_those_of_all_ranks(tmp_path):
-    mp.spawn(calibrate, args=(str(tmp_path),), nprocs=2)
+    run_ranks(calibrate, tmp_path, str(tmp_path))
     for rule in ("channel_group", "paper"):
         (x0, *first), (x1, *second) = (torch.load(tmp_path / f"{rule}{rank}.pt") for rank in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import run_alpaca
 from benchmarks import technique_grid
 from hyclora.utils import driver
+from tests.helpers.commands import IN_PROCESS
 from tests.helpers.drivers import run_script
 
 ROWS = [
@@ -137,8 +138,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, monkeypatch):
     assert (found, code) == (None, 1) and "the loss is not finite at step 1" in said
 
 
-def test_the_smallest_grid_has_two_rows(run, tmp_path):
-    """LoRA off and on, in processes of their own; the second time nothing is measured."""
+def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):
+    """LoRA off and on, by the commands that would be processes of their own; the second time nothing is measured."""
+    monkeypatch.setattr(technique_grid, "subprocess", IN_PROCESS)
     more = ["--sweep", "True", "--use_hyclora", "False", "--gradient_accumulation", "1", "--max_steps", "2"]
     _, _, said, code = run(*more)
     assert code == 0, said

@@ -109,7 +109,7 @@ def test_norms_of_heads_in_kernels(layer_type, kernels, monkeypatch):
     found = []
     for interpreting in (dispatch.INTERPRETING, False):
         monkeypatch.setattr(dispatch, "INTERPRETING", interpreting)
-        model, batch = FAMILY["qwen3"](num_hidden_layers=1), padded_batch(rows=2, width=9)
+        model, batch = FAMILY["qwen3"](num_hidden_layers=1), padded_batch(rows=2, width=5)
         apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=8, iteration_threshold=1))
         gradients(model, batch)
         found.append(gradients(model, batch))

@@ -108,7 +108,7 @@ def test_kernels_give_what_plain_torch_gives(layer_type, kernels, monkeypatch):
     found = []
     for interpreting in (dispatch.INTERPRETING, False):
         monkeypatch.setattr(dispatch, "INTERPRETING", interpreting)
-        model, batch = roberta({"lora_dropout": 0.1}, num_hidden_layers=1, **DROPS), padded_batch(rows=2, width=9)
+        model, batch = roberta({"lora_dropout": 0.1}, num_hidden_layers=1, **DROPS), padded_batch(rows=2, width=5)
         apply_hyclora(model, HycloraConfig(layer_type=layer_type, q_bit=8, iteration_threshold=1))
         gradients(model, batch)
         found.append(gradients(model, batch))

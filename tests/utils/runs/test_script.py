@@ -89,4 +89,5 @@ def test_the_script_refuses_a_near_miss(tmp_path):
     del environment[SCRIPT]
     command = ["bash", ROOT / "run_gsm8k.sh", "--output_dir", tmp_path]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "did you mean q_bit?" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and "did you mean q_bit?" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
