@@ -41,6 +41,14 @@ def option(default, help: str, choices=()):
     return field(default=default, metadata=metadata)
 
 
+def non_finite_option():
+    """What a training loop asks about steps with NaN or infinity."""
+    return option(
+        "stop",
+        "At a loss or gradients that are not finite: stop, or skip the step. With fp16 the GradScaler skips.",
+    )
+
+
 def require(condition: bool, sentence: str):
     if not condition:
         raise UserError(sentence)
@@ -196,8 +204,9 @@ class TrainingArguments(transformers.TrainingArguments):
     # The buffers of these models never change, and DDP takes 5 ms of the host to walk through a 7B's modules for them.
     ddp_broadcast_buffers: bool | None = _trainer_default("ddp_broadcast_buffers", False)
     dataloader_pin_memory: bool = _trainer_default("dataloader_pin_memory", False)
-    # The Trainer would log the average of earlier losses in place of a NaN; ours stops the run.
+    # The Trainer would wait for each micro-batch's loss, and log the average of earlier ones in place of a NaN.
     logging_nan_inf_filter: bool = _trainer_default("logging_nan_inf_filter", False)
+    non_finite: Literal["stop", "skip"] = non_finite_option()
 
     def __post_init__(self):
         for name, variable in SPLIT.items():

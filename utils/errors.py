@@ -23,10 +23,6 @@ class RunStopped(UserError):
     exit_code = 1
 
 
-class NotFinite(RunStopped):
-    """The loss is NaN or infinite."""
-
-
 class Interrupted(RunStopped):
     """Ctrl-C or SIGTERM."""
 

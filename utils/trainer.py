@@ -15,8 +15,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hyclora.models.finite import NonFiniteCallback
 from hyclora.models.state import load_calibration, save_calibration
-from hyclora.utils.errors import Interrupted, NotFinite
+from hyclora.utils.errors import Interrupted
 from hyclora.utils.profiling import pinned_bytes
 from hyclora.utils.runs.card import tidy
 from hyclora.utils.runs.checkpoints import prune, seal, state_of
@@ -53,24 +54,6 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class StopOnNonFinite(TrainerCallback):
-    """Ends the run at a NaN or infinite loss, before it is logged or saved.
-
-    The trainer notes the loss of every micro-batch on its device; the note is read only when the Trainer logs, saves
-    or ends anyway, so that the steps between need not wait for the device.
-    """
-
-    def __init__(self, device: torch.device):
-        self.first_step = torch.tensor(float("inf"), device=device)
-
-    def note(self, loss: torch.Tensor, step: int):
-        self.first_step.copy_(torch.where(loss.isfinite(), self.first_step, self.first_step.clamp(max=step)))
-
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
-        if (control.should_log or control.should_save or control.should_training_stop) and self.first_step.isfinite():
-            raise NotFinite(f"the loss is not finite at step {int(self.first_step)}")
-
-
 class Progress(TrainerCallback, ExportableState):
     """What the training has cost in all its sessions: checkpoints carry it on, in trainer_state.json.
 
@@ -92,11 +75,12 @@ class Progress(TrainerCallback, ExportableState):
         """A micro-batch: its tokens that are no padding, and whether it has no target."""
         self.counts = self.counts.to(real.device) + torch.stack([real, masked.long()])
 
-    def settle(self, accelerator, model: nn.Module):
-        """Add up this session, over all processes, and the earlier ones."""
+    def settle(self, accelerator, model: nn.Module, skipped: int):
+        """Add up this session, over all processes, and the earlier ones; skipped: steps that were not finite."""
         tokens, masked = accelerator.reduce(self.counts.to(accelerator.device)).tolist()
         on_gpu = accelerator.device.type == "cuda"
-        added = {"tokens": tokens, "masked_batches": masked, "seconds": time.perf_counter() - self.start}
+        added = {"tokens": tokens, "masked_batches": masked, "skipped_steps": skipped}
+        added["seconds"] = time.perf_counter() - self.start
         peaks = {
             "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
             "held_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
@@ -135,8 +119,9 @@ class HycloraTrainer(Trainer):
         self.compressed = compressed
         self.progress = Progress()
         self.stop_on_signal = StopOnSignal()
-        self.stop_on_non_finite = StopOnNonFinite(self.args.device)
-        for callback in (self.progress, self.stop_on_signal, self.stop_on_non_finite):
+        self.non_finite = NonFiniteCallback(self.args.non_finite)
+        self.last_loss = torch.zeros((), device=self.args.device)
+        for callback in (self.progress, self.stop_on_signal, self.non_finite):
             self.add_callback(callback)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -150,8 +135,11 @@ class HycloraTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, divisor.clamp(min=1))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """The loss; of a batch whose loss is not finite, if such steps are skipped, that of the batch before."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.stop_on_non_finite.note(loss, self.state.global_step + 1)
+        self.non_finite.finite.note(loss)
+        if self.non_finite.action == "skip":
+            loss = self.last_loss = torch.where(loss.isfinite(), loss, self.last_loss)
         return loss
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -164,7 +152,7 @@ class HycloraTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """HF would delete older checkpoints before the new one is whole; ours go afterwards."""
-        self.progress.settle(self.accelerator, self.model)
+        self.progress.settle(self.accelerator, self.model, self.non_finite.finite.skipped)
         with self.progress.paused():
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
@@ -196,7 +184,7 @@ class HycloraTrainer(Trainer):
             super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None)
         if self.stop_on_signal.received is not None:
             raise Interrupted(f"stopped at step {self.state.global_step} of {self.state.max_steps}")
-        self.progress.settle(self.accelerator, self.model)
+        self.progress.settle(self.accelerator, self.model, self.non_finite.finite.skipped)
 
     def _take_over(self, state: TrainerState, checkpoint: Path):
         """The model as the training left it, ready to be evaluated as if it had just ended."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -284,7 +285,7 @@ def test_endings(drive, in_step, monkeypatch, stage, action, code, said):
     )
 
 
-def test_a_loss_that_is_not_finite_is_started_again_with_less(drive, monkeypatch):
+def test_a_loss_that_is_not_finite_is_started_again_with_less_or_skipped(drive, monkeypatch, tmp_path):
     stock = HycloraTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
@@ -293,5 +294,10 @@ def test_a_loss_that_is_not_finite_is_started_again_with_less(drive, monkeypatch
 
     monkeypatch.setattr(HycloraTrainer, "compute_loss", compute_loss)
     code, said = drive()
-    assert code == 1 and "the loss is not finite at step 3; " in said and "checkpoint-2 is from before that" in said
-    assert "--learning_rate 0.0001" in said and RESUME not in said
+    assert code == 1 and "step 3 has a loss or gradients that are not finite: " in said
+    assert "checkpoint-2 is from before that" in said and "--learning_rate 0.0001" in said
+    (folder,) = runs(tmp_path)
+    assert "or go on without such steps: python " in said
+    assert said.endswith(f"{RESUME} {folder / 'checkpoint-2'} --non_finite skip\n")
+    code, said = drive(RESUME, folder / "checkpoint-2", "--non_finite", "skip")
+    assert code == 0 and re.search(r"steps that were not finite, skipped +1\n", said)

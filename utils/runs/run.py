@@ -21,7 +21,6 @@ from hyclora.utils.disk import check_output
 from hyclora.utils.errors import (
     Finished,
     Interrupted,
-    NotFinite,
     RunStopped,
     UserError,
     is_disk_full,
@@ -74,9 +73,8 @@ class Run:
         """What to say when `error` ends the run; None for a mistake that says it all and for a defect of the code."""
         if isinstance(error, KeyboardInterrupt):
             return Interrupted(f"interrupted; {self.left()}")
-        if isinstance(error, NotFinite):
-            lower = f"{self.training.learning_rate / 3:.1g}"
-            return NotFinite(f"{error}; {self.left('--learning_rate', lower, anew='a lower learning rate')}")
+        if isinstance(error, FloatingPointError):
+            return RunStopped(f"{error}; {self._without_overflow()}")
         if isinstance(error, RunStopped):
             return type(error)(f"{error}; {self.left()}")
         if is_disk_full(error):
@@ -99,6 +97,16 @@ class Run:
         if state.global_step >= state.max_steps:
             return f"the training is done, the evaluation is not; {resume}"
         return f"the newest checkpoint is of step {state.global_step} of {state.max_steps}; {resume}"
+
+    def _without_overflow(self) -> str:
+        """`left` with a lower learning rate, and the command that goes on without steps that are not finite."""
+        lower = f"{self.training.learning_rate / 3:.1g}"
+        start = self.left("--learning_rate", lower, anew="a lower learning rate")
+        checkpoint, _ = newest_whole(self.folder)
+        if checkpoint is None or self.training.non_finite == "skip":
+            return start
+        skipping = again(self.argv, RESUME, checkpoint, "--non_finite", "skip")
+        return f"{start}; or go on without such steps: {skipping}"
 
     def _in_less_memory(self) -> str:
         """`left` with settings that need less: first what keeps the run's numbers, and so its checkpoints."""
