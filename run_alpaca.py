@@ -34,6 +34,7 @@ from hyclora.utils.plain import checkpoints
 from hyclora.utils.plain.arguments import OFF, OptionalLoraArguments, PlainArguments
 from hyclora.utils.plain.breakdown import breakdown, count_parameters, kept_bytes, told
 from hyclora.utils.plain.progress import Progress
+from hyclora.utils.runs.room import telling
 from hyclora.utils.tasks import Task
 from hyclora.utils.trainer import StopOnSignal
 
@@ -75,9 +76,10 @@ def train_step(model, batches: list[dict], optimizer, scaler, autocast, allows=l
     total = 0.0
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with autocast():
-            loss = model(**batch, num_items_in_batch=tokens).loss
-        scaler.scale(loss).backward()  # fp16 has no room for small gradients: they are made larger
+        with telling(batch):
+            with autocast():
+                loss = model(**batch, num_items_in_batch=tokens).loss
+            scaler.scale(loss).backward()  # fp16 has no room for small gradients: they are made larger
         total += loss.detach()
     if scaler.is_enabled() or allows(total):
         scaler.step(optimizer)  # unscales them first, and takes no step if one of them is not finite

@@ -21,6 +21,7 @@ from hyclora.utils.errors import Interrupted
 from hyclora.utils.profiling import pinned_bytes
 from hyclora.utils.runs.card import tidy
 from hyclora.utils.runs.checkpoints import prune, seal, state_of
+from hyclora.utils.runs.room import telling
 
 
 class StopOnSignal(TrainerCallback):
@@ -136,7 +137,8 @@ class HycloraTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The loss; of a batch whose loss is not finite, if such steps are skipped, that of the batch before."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with telling(inputs):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.non_finite.finite.note(loss)
         if self.non_finite.action == "skip":
             loss = self.last_loss = torch.where(loss.isfinite(), loss, self.last_loss)
