@@ -63,6 +63,7 @@ class ModelArguments:
     load_in_4bit: bool = option(False, "Keep the frozen linear weights in NF4 with double quantization (QLoRA).")
     random_weights: bool = option(False, "Benchmark a shape: random weights, only config and tokenizer are read.")
     tokenizer_dir: str = option("", "Folder of the tokenizer, for a shape that has none; '': the model's.")
+    ignore_remote_code: bool = option(False, "Load a folder that asks for Python code of its own, without that code.")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "Of the base weights; auto: bfloat16 on a GPU.")
 
 
@@ -218,7 +219,10 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except Exception as error:  # ValueError for most, but whatever comes of files and packages that options name
+            raise UserError(f"the Trainer's options cannot work: {error}") from error
         # With several visible GPUs and no launcher the Trainer would replicate the model by DataParallel.
         if self.n_gpu > 1:
             self._n_gpu = 1

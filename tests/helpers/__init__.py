@@ -7,4 +7,5 @@ compile_kernels.py every kernel compiled for a GPU, without one
 interpreter.py     Triton's interpreter, three times as fast
 calibrating.py     rows to calibrate on, usual and poor  ranks.py         two processes on a CPU
 drivers.py         every driver's command line           small_roberta.py  an encoder's folder
+fuzzing.py         hostile options, rows and model folders
 """
