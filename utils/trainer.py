@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hyclora.models.finite import NonFiniteCallback
 from hyclora.models.state import load_calibration, save_calibration
-from hyclora.utils.errors import Interrupted
+from hyclora.utils.errors import Interrupted, UserError
 from hyclora.utils.profiling import pinned_bytes
 from hyclora.utils.runs.card import tidy
 from hyclora.utils.runs.checkpoints import prune, seal, state_of
@@ -112,6 +112,15 @@ class Progress(TrainerCallback, ExportableState):
             control.should_log = True
 
 
+@contextlib.contextmanager
+def _making(what: str, options: str):
+    """UserError if it cannot be made as the options say, which nobody has looked at before."""
+    try:
+        yield
+    except Exception as error:  # of transformers, torch and packages that an optimizer needs
+        raise UserError(f"the {what} cannot be made ({error}): look at {options}") from error
+
+
 class HycloraTrainer(Trainer):
     """`compressed`: the model keeps its activations compressed, and the state of that belongs to a checkpoint."""
 
@@ -124,6 +133,14 @@ class HycloraTrainer(Trainer):
         self.last_loss = torch.zeros((), device=self.args.device)
         for callback in (self.progress, self.stop_on_signal, self.non_finite):
             self.add_callback(callback)
+
+    def create_optimizer(self, *args, **kwargs):
+        with _making("optimizer", "--optim and --optim_args"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        with _making("schedule", "--lr_scheduler_type and --lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss, with a divisor of at least one token: without targets it is 0 instead of 0 / 0."""

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hyclora.utils import trainer as trainer_module
 from hyclora.utils.args import LoraArguments, ModelArguments, TrainingArguments
 from hyclora.utils.data.tokens import IGNORED, Collator
-from hyclora.utils.errors import Interrupted
+from hyclora.utils.errors import Interrupted, UserError
 from hyclora.utils.loading import load_model
 from hyclora.utils.trainer import HycloraTrainer
 
@@ -137,6 +137,18 @@ def test_such_a_step_is_skipped_if_that_is_asked_for(make_trainer, third_fails):
     told = losses(trainer)
     assert told[2] == pytest.approx(told[1], rel=0.05) and torch.tensor(told).isfinite().all()
     assert trainer.progress.totals["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"optim": "galore_adamw"}, "galore"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"a": 1}}, "unexpected keyword argument 'a'"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_is_told(make_trainer, settings, said):
+    with pytest.raises(UserError, match=f"cannot be made .*{said}.*: look at --"):
+        make_trainer(**settings).train()
 
 
 def test_the_last_loss_is_logged_however_seldom_losses_are(make_trainer):
