@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks import technique_grid
+from hyclora.models.finite import FiniteGradients
 from hyclora.utils.args import DataArguments, option
 from hyclora.utils.data.alpaca import TEST_PROMPTS, load_examples
 from hyclora.utils.data.tokens import IGNORED, tokenize_rows
@@ -33,6 +34,7 @@ from hyclora.utils.plain import checkpoints
 from hyclora.utils.plain.arguments import OFF, OptionalLoraArguments, PlainArguments
 from hyclora.utils.plain.breakdown import breakdown, count_parameters, kept_bytes, told
 from hyclora.utils.plain.progress import Progress
+from hyclora.utils.runs.room import telling
 from hyclora.utils.tasks import Task
 from hyclora.utils.trainer import StopOnSignal
 
@@ -60,8 +62,10 @@ def instructions(data: AlpacaArguments, evaluation: WritingArguments, tokenizer:
     return Task(train.rows, test, summary, forms, loss, write=write if evaluation.test_prompts else None)
 
 
-def train_step(model, batches: list[dict], optimizer, scaler, autocast) -> tuple[Tensor, int]:
+def train_step(model, batches: list[dict], optimizer, scaler, autocast, allows=lambda loss: True) -> tuple[Tensor, int]:
     """One step of the optimizer on the mean loss of all response tokens in the micro-batches: that loss, and how many.
+
+    allows: asked before the optimizer takes it, but by a scaler that looks for itself.
 
     Each micro-batch adds (sum of the losses of its tokens) / (tokens of all micro-batches), so that the gradients add
     up to those of one big batch. Their means, divided by the number of micro-batches, would not: tokens of short
@@ -72,11 +76,13 @@ def train_step(model, batches: list[dict], optimizer, scaler, autocast) -> tuple
     total = 0.0
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with autocast():
-            loss = model(**batch, num_items_in_batch=tokens).loss
-        scaler.scale(loss).backward()  # fp16 has no room for small gradients: they are made larger
+        with telling(batch):
+            with autocast():
+                loss = model(**batch, num_items_in_batch=tokens).loss
+            scaler.scale(loss).backward()  # fp16 has no room for small gradients: they are made larger
         total += loss.detach()
-    scaler.step(optimizer)  # unscales them first, and takes no step if one of them is not finite
+    if scaler.is_enabled() or allows(total):
+        scaler.step(optimizer)  # unscales them first, and takes no step if one of them is not finite
     scaler.update()
     optimizer.zero_grad()
     return total, tokens
@@ -110,11 +116,13 @@ def fit(job: Fitting) -> Fitted:
     progress, stop = Progress(model, device, job.steps, args.logging_steps), StopOnSignal()
     if job.run.checkpoint:
         progress.resume(*checkpoints.restore(job.run.checkpoint, model, optimizer, scaler))
+    finite = FiniteGradients(model, args.non_finite)
     model.train()
-    with stop.listening():
+    with stop.listening(), finite.listening():
         for batches in micro_batches(job, progress.state.global_step, job.steps):
-            loss, tokens = train_step(model, batches, optimizer, scaler, autocast)
-            progress.count(loss, batches, tokens, scaler.get_scale())
+            allows = partial(finite.allows, progress.state.global_step + 1)
+            loss, tokens = train_step(model, batches, optimizer, scaler, autocast, allows)
+            progress.count(loss, batches, tokens, scaler.get_scale(), finite.has_skipped)
             if progress.is_due(args.save_steps) or stop.received is not None and args.save_steps:
                 checkpoints.save(job.run.folder, model, optimizer, scaler, progress, args.save_total_limit)
             if stop.received is not None:

@@ -53,6 +53,6 @@ use_cache=${use_cache:-True}
 source "$root/utils/settings.sh"
 add_options sweep gradient_accumulation gradient_checkpointing mixed_precision use_lora lora_dropout
 add_options load_in_4bit data_name data_dir seq_len max_train_samples
-add_options seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
+add_options non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
 add_options max_new_tokens temperature top_p use_cache
 start run_alpaca.py "$@"

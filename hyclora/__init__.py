@@ -20,7 +20,9 @@ if not (Path(__file__).parent / "models").is_dir():
 
 _PUBLIC = {
     "CalibrationCallback": "hyclora.models.callback",
+    "FiniteGradients": "hyclora.models.finite",
     "HycloraConfig": "hyclora.models.config",
+    "NonFiniteCallback": "hyclora.models.finite",
     "PatchReport": "hyclora.models.patch",
     "apply_hyclora": "hyclora.models.patch",
     "remove_hyclora": "hyclora.models.patch",

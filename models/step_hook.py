@@ -71,6 +71,8 @@ class StepHook:
         if not torch.is_grad_enabled():
             return None
         self.patch.watch.open()
+        if (tokens := _tokens(args, kwargs)) is not None and not tokens.numel():
+            raise ValueError(f"a batch of shape {list(tokens.shape)} has no token: leave it out")
         if not decoder.training:
             if self.patch.watch.changed():  # layers may be in training by themselves
                 self.patch.watch.look()

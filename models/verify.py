@@ -75,7 +75,7 @@ def verify(model: PeftModel, batches: list[dict[str, Tensor]], threshold: float 
     for i, batch in enumerate(batches):
         if batch.get("labels") is None:
             raise ValueError(f"verify: batch {i + 1} of {len(batches)} has no labels, so no loss; add labels to it")
-    with _restored(model) as rewind, put_aside(patch):
+    with restored(model) as rewind, put_aside(patch):
         try:
             found = _Measurement(model, patch, batches, rewind).run()
         except torch.OutOfMemoryError:
@@ -180,9 +180,9 @@ class _Measurement:
     def _calibrate(self, twin: Patch) -> None:
         """Have its statistics from the model's own patch, or from the first batches."""
         if self.calibrated:
-            for name, block in _blocks(twin).items():
+            for name, block in blocks_of(twin).items():
                 for slot, saver in block.savers.items():
-                    saver.load_state_dict(_blocks(self.patch)[name].savers[slot].state_dict())
+                    saver.load_state_dict(blocks_of(self.patch)[name].savers[slot].state_dict())
         for batch in self.calibrating:
             self.model(**batch)
         twin.step.threshold = twin.step.index
@@ -197,9 +197,9 @@ class _Measurement:
 
     def _with(self, slot: str, twin: Patch, other: Patch) -> list[tuple[float, dict[str, Tensor]]]:
         """What is measured with the twin's savers of one slot in a patch that keeps all others exactly."""
-        theirs = _blocks(twin)
+        theirs = blocks_of(twin)
         places = [
-            (block.savers, theirs[name].savers[slot]) for name, block in _blocks(other).items() if slot in block.savers
+            (block.savers, theirs[key].savers[slot]) for key, block in blocks_of(other).items() if slot in block.savers
         ]
         exact = [savers[slot] for savers, _ in places]
         for savers, saver in places:
@@ -256,7 +256,7 @@ class _Measurement:
 
 def keep_exactly(patch: Patch) -> None:
     """Have all slots that a patch keeps kept as they are; what is derived from them or computed again stays so."""
-    for block in _blocks(patch).values():
+    for block in blocks_of(patch).values():
         for slot, saver in block.savers.items():
             if isinstance(saver, StoringSaver):
                 block.savers[slot] = Exact()
@@ -264,7 +264,7 @@ def keep_exactly(patch: Patch) -> None:
                 block.savers[slot] = Derived(own=Exact())
 
 
-def _blocks(patch: Patch) -> dict:
+def blocks_of(patch: Patch) -> dict:
     """Blocks that have savers, by kind and name, which are the same in every patch of a model."""
     return {(type(block), block.name): block for block in chain(patch.blocks, patch.checkpoints) if block.savers}
 
@@ -272,7 +272,7 @@ def _blocks(patch: Patch) -> dict:
 def _slots(patch: Patch) -> dict[str, list[Saver]]:
     """Savers that were used, by slot, of those slots that are not kept exactly."""
     found: dict[str, list[Saver]] = {}
-    for block in _blocks(patch).values():
+    for block in blocks_of(patch).values():
         idle = {"prob"} if patch.config.attention != "eager" else set()
         if block.reason is not None or isinstance(block, CheckpointBlock) and not block.used:
             continue
@@ -312,7 +312,7 @@ def _merged(of_batches: tuple[Gradient, ...]) -> Gradient:
 
 
 @contextmanager
-def _restored(model: nn.Module):
+def restored(model: nn.Module):
     """In training mode, without .grad, and quiet; gives what puts the random state back to where it was at first."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(p, p.grad) for p in model.parameters()]

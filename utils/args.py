@@ -41,6 +41,14 @@ def option(default, help: str, choices=()):
     return field(default=default, metadata=metadata)
 
 
+def non_finite_option():
+    """What a training loop asks about steps with NaN or infinity."""
+    return option(
+        "stop",
+        "At a loss or gradients that are not finite: stop, or skip the step. With fp16 the GradScaler skips.",
+    )
+
+
 def require(condition: bool, sentence: str):
     if not condition:
         raise UserError(sentence)
@@ -55,6 +63,7 @@ class ModelArguments:
     load_in_4bit: bool = option(False, "Keep the frozen linear weights in NF4 with double quantization (QLoRA).")
     random_weights: bool = option(False, "Benchmark a shape: random weights, only config and tokenizer are read.")
     tokenizer_dir: str = option("", "Folder of the tokenizer, for a shape that has none; '': the model's.")
+    ignore_remote_code: bool = option(False, "Load a folder that asks for Python code of its own, without that code.")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "Of the base weights; auto: bfloat16 on a GPU.")
 
 
@@ -196,8 +205,9 @@ class TrainingArguments(transformers.TrainingArguments):
     # The buffers of these models never change, and DDP takes 5 ms of the host to walk through a 7B's modules for them.
     ddp_broadcast_buffers: bool | None = _trainer_default("ddp_broadcast_buffers", False)
     dataloader_pin_memory: bool = _trainer_default("dataloader_pin_memory", False)
-    # The Trainer would log the average of earlier losses in place of a NaN; ours stops the run.
+    # The Trainer would wait for each micro-batch's loss, and log the average of earlier ones in place of a NaN.
     logging_nan_inf_filter: bool = _trainer_default("logging_nan_inf_filter", False)
+    non_finite: Literal["stop", "skip"] = non_finite_option()
 
     def __post_init__(self):
         for name, variable in SPLIT.items():
@@ -209,7 +219,10 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except Exception as error:  # ValueError for most, but whatever comes of files and packages that options name
+            raise UserError(f"the Trainer's options cannot work: {error}") from error
         # With several visible GPUs and no launcher the Trainer would replicate the model by DataParallel.
         if self.n_gpu > 1:
             self._n_gpu = 1

@@ -23,10 +23,6 @@ class RunStopped(UserError):
     exit_code = 1
 
 
-class NotFinite(RunStopped):
-    """The loss is NaN or infinite."""
-
-
 class Interrupted(RunStopped):
     """Ctrl-C or SIGTERM."""
 
@@ -64,6 +60,8 @@ def entry_point(main):
         except ValueError as error:
             _exit(str(error), getattr(error, "exit_code", UserError.exit_code))
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                _exit(f"{str(error.filename)[:80]}... is no path: its name is too long", UserError.exit_code)
             if not is_disk_full(error):
                 raise
             _exit(f"the disk is full ({error.filename or error}): free some space or choose another --output_dir", 1)

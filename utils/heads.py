@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
 
 from hyclora.utils.errors import UserError
+from hyclora.utils.folder import read_config
 
 SCORE = "regression"  # what transformers calls it
 
@@ -47,7 +48,7 @@ class Head:
         """
         if self.rope_scaling in (None, 1):
             return self
-        config = AutoConfig.from_pretrained(source, **self.config)
+        config = read_config(source, **self.config)
         rope = getattr(config, "rope_parameters", None) or {}
         if (kind := rope.get("rope_type")) not in ("default", "linear"):
             has = f"rotary positions of the kind {kind}" if kind else "no rotary positions"

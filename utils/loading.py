@@ -5,7 +5,6 @@ GPU and float32 on a CPU unless told otherwise; adapters are float32, as PEFT ma
 """
 
 import contextlib
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -13,13 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import (
-    AutoConfig,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,8 +30,17 @@ from hyclora.models.config import HycloraConfig
 from hyclora.models.families import FAMILIES
 from hyclora.utils.args import ALL_LINEAR, LoraArguments, ModelArguments
 from hyclora.utils.errors import UserError
+from hyclora.utils.folder import (
+    bare_model,
+    check_code_of,
+    check_family,
+    check_settings_of,
+    check_tokenizer_of,
+    check_weights_of,
+    read_config,
+)
 from hyclora.utils.heads import NEXT_TOKEN, Head
-from hyclora.utils.tokenizer import SUFFICIENT, load_as_trained, positions_of
+from hyclora.utils.tokenizer import load_as_trained, positions_of
 from hyclora.utils.weights import stored_dtypes
 
 _INIT = {"qlora": True, "loftq": True, "gaussian": "gaussian", "pissa": "pissa_niter_16"}
@@ -55,31 +61,14 @@ def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True)
         raise UserError(
             f"checkpoint folder {folder} does not exist: put the model there or set --model_dir, --model_name"
         )
-    try:
-        family = json.loads((folder / "config.json").read_text())["model_type"]
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json: it is not a Hugging Face checkpoint") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{folder / 'config.json'} is not the configuration of a model: copy the file again") from None
-    _check_family(family, folder)
-    try:
-        AutoConfig.from_pretrained(folder)
-    except StrictDataclassError as error:
-        raise UserError(f"{folder / 'config.json'} cannot work: {error.__cause__ or error}") from None
     place = Path(args.tokenizer_dir or folder)
-    if tokenizer and not any(all((place / name).is_file() for name in names) for names in SUFFICIENT):
-        needed = ", or ".join(map(" with ".join, SUFFICIENT))
-        raise UserError(f"{place} has no tokenizer: it needs {needed}")
-    if not args.random_weights and not list(folder.glob("*.safetensors")):
-        if list(folder.glob("*.bin")):
-            raise UserError(f"{folder} has only PyTorch .bin weights: convert them to safetensors")
-        raise UserError(f"{folder} has no weights: it needs *.safetensors (or --random_weights True for a benchmark)")
+    check_settings_of(folder)
+    check_code_of([folder, place], args.ignore_remote_code)
+    if tokenizer:
+        check_tokenizer_of(place)
+    if not args.random_weights:
+        check_weights_of(folder)
     return str(folder)
-
-
-def _check_family(family: str, place):
-    if family not in FAMILIES:
-        raise UserError(f"{place} is a {family} model: supported are {', '.join(sorted(FAMILIES))}")
 
 
 @contextlib.contextmanager
@@ -104,8 +93,8 @@ def load_tokenizer(
     folder: where it lies if not with the model in source.
     """
     with _reading(source):
-        config = AutoConfig.from_pretrained(source)
-        _check_family(config.model_type, source)
+        config = read_config(source)
+        check_family(config.model_type, source)
         tokenizer, decided = load_as_trained(folder or source, config)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
@@ -119,11 +108,10 @@ def load_tokenizer(
 
 def check_model(source: str, head: Head, lora: LoraArguments) -> None:
     """UserError if the model in source cannot have this head, or lacks layers that are to get adapters."""
-    config = AutoConfig.from_pretrained(source, **head.config)
+    config = read_config(source, **head.config)
     if head.task_type == NEXT_TOKEN.task_type and not FAMILIES[config.model_type].causal:
         raise UserError(f"{source} is a {config.model_type} model, which predicts no next token: it is for run_glue.sh")
-    with torch.device("meta"):
-        base = head.auto.from_config(config)
+    base = bare_model(source, config, head.auto)
     if lora.use_lora:
         _check_targets(base, lora)
 
@@ -136,12 +124,12 @@ def _check_targets(base: PreTrainedModel, lora: LoraArguments) -> None:
 
 def check_layers(source: str, head: Head, hyclora: HycloraConfig) -> None:
     """ValueError if hyclora.layers is of another number of layers than the model in source has."""
-    hyclora.kept(AutoConfig.from_pretrained(source, **head.config).num_hidden_layers)
+    hyclora.kept(read_config(source, **head.config).num_hidden_layers)
 
 
 def check_positions(source: str, head: Head, longest: int) -> None:
     """UserError if a row of so many tokens is longer than what the model has positions for."""
-    positions = positions_of(AutoConfig.from_pretrained(source, **head.config))
+    positions = positions_of(read_config(source, **head.config))
     if longest > positions:
         factor = math.ceil(longest / positions * (head.rope_scaling or 1))
         stretch = "" if head.rope_scaling is None else f", or stretch them: --rope_scaling {factor}"
@@ -150,7 +138,7 @@ def check_positions(source: str, head: Head, longest: int) -> None:
 
 def check_windows(source: str, head: Head, seq_len: int) -> None:
     """UserError if rows of so many tokens do not fit into a sliding window of the model, which groups cannot have."""
-    config = AutoConfig.from_pretrained(source, **head.config)
+    config = read_config(source, **head.config)
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     slides = window is not None and window <= seq_len and (kinds is None or "sliding_attention" in kinds)
     if head.attention and slides:
@@ -183,17 +171,30 @@ def load_base(
         skip = {"llm_int8_skip_modules": list(head.trained)} if head.trained else {}
         bytes_as = {"bnb_4bit_quant_storage": storage}
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **_NF4, **skip, **bytes_as)
-    model = head.auto.from_pretrained(
-        source,
-        **head.config,
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map={"": device},
-        use_safetensors=True,
-    )
+    model = _from_files(source, head, dtype=dtype, quantization_config=quantization, device_map={"": device})
     stored = stored_dtypes(Path(cached_file(source, "config.json")).parent)
     tell(f"base weights: {loaded} ({why}){stored and f'; in the checkpoint {stored}'}")
     return _attending(model, head)
+
+
+def _from_files(source: str, head: Head, **options) -> PreTrainedModel:
+    """The model as transformers loads it; UserError if weights are missing, which it would draw at random, or differ.
+
+    But for what of the head is drawn anew anyway.
+    """
+    safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    try:
+        model, found = head.auto.from_pretrained(source, **head.config, **options, **safely)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"{source}: weights have other shapes than its config.json and this task ask for: take files of one model"
+        ) from None
+    absent = sorted(name for name in found["missing_keys"] if not set(name.split(".")) & set(head.trained))
+    if absent:
+        raise UserError(f"{source} has no weights for {absent[0]} (of {len(absent)} that are missing): copy it again")
+    return model
 
 
 def _attending(model: PreTrainedModel, head: Head) -> PreTrainedModel:
@@ -214,7 +215,7 @@ def _dtype_of(args: ModelArguments, device: torch.device) -> tuple[torch.dtype, 
 def _random_base(
     args: ModelArguments, source: str, device: torch.device, dtype: torch.dtype, head: Head, storage: torch.dtype
 ) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(source, **head.config)
+    config = read_config(source, **head.config)
     with device:
         model = head.auto.from_config(config, dtype=dtype)
     if args.load_in_4bit:

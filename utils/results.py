@@ -247,6 +247,7 @@ def closing_table(found: dict) -> str:
     many = len(shown) > 1 and any(shown.values())
     rows = [*({} if many else line_by_line(shown)).items(), ("final loss", f"{found['final_loss']:.4f}")]
     rows += [("batches without a target, skipped", str(n))] if (n := train["masked_batches"]) else []
+    rows += [("steps that were not finite, skipped", str(n))] if (n := train["skipped_steps"]) else []
     for name, size in buffered.items():
         factor = f" ({size / buffered['hyclora']:.2f}x)" if "hyclora" in buffered and name != "hyclora" else ""
         rows.append((f"MiB kept for backward, {KEPT_BY[name]}{factor}", f"{size / 2**20:.2f}"))

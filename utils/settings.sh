@@ -27,6 +27,7 @@ stream=${stream:-}                                    # compute no padding
 layers=${layers:-}                                    # input8, input4: keep layer inputs alone, run layers again
 verify=${verify:-}                                    # True: first compare gradients with exact LoRA's
 verify_threshold=${verify_threshold:-}                # the smallest cosine to train with
+non_finite=${non_finite:-}                            # stop, or skip steps with NaN (of the scripts that train)
 
 # LoRA
 lora_rank=${lora_rank:-16}

@@ -30,9 +30,9 @@ PROBES = (
     "\n\tnew lines\r\nand tabs",
     "naïve Œuvre, 日本語, 🙂 and 5€",
 )
-_JSON, _SETTINGS, _SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+_JSON, SETTINGS, _SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
-TOKENIZER_FILES = (_JSON, _SETTINGS, _SENTENCEPIECE, _VOCABULARY, _MERGES)
+TOKENIZER_FILES = (_JSON, SETTINGS, _SENTENCEPIECE, _VOCABULARY, _MERGES)
 SUFFICIENT = ((_JSON,), (_SENTENCEPIECE,), (_VOCABULARY, _MERGES))
 
 
@@ -46,18 +46,26 @@ def load_as_trained(source: str, config: PretrainedConfig) -> tuple[PreTrainedTo
     """
     files = {name: Path(path) for name in TOKENIZER_FILES if (path := _find(source, name))}
     try:
-        settings = json.loads(files[_SETTINGS].read_text(encoding="utf-8")) if _SETTINGS in files else {}
-        pieces = _read_pieces(files.get(_SENTENCEPIECE))
-        tokenizer, ids = _with_right_ids(source, files, pieces)
-    except (UserError, OSError):
+        return _load(source, config, files)
+    except (UserError, OSError, KeyboardInterrupt):
         raise
-    except Exception as error:  # json's, transformers' and the Rust library's own for a file that is torn
+    except (
+        BaseException
+    ) as error:  # json's and transformers' own for a file that is torn, and a panic of the Rust library
         named = " and ".join(files)
         raise UserError(f"the tokenizer of {source} cannot be read ({error}): copy {named} again") from error
+
+
+def _load(
+    source: str, config: PretrainedConfig, files: dict[str, Path]
+) -> tuple[PreTrainedTokenizerBase, list[str]]:  # fmt: skip
+    settings = json.loads(files[SETTINGS].read_text(encoding="utf-8")) if SETTINGS in files else {}
+    pieces = _read_pieces(files.get(_SENTENCEPIECE))
+    tokenizer, ids = _with_right_ids(source, files, pieces)
     if pieces:
         _name_specials(tokenizer, pieces, settings)
     if tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {source} has no eos token: name it in {_SETTINGS}")
+        raise UserError(f"the tokenizer of {source} has no eos token: name it in {SETTINGS}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -94,7 +102,7 @@ def _read_pieces(file: Path | None):
 
 def _with_right_ids(source: str, files: dict[str, Path], pieces) -> tuple[PreTrainedTokenizerBase, str]:
     """The first tokenizer that gives the ids of the files, and how that was found."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     picked = type(tokenizer).__name__
     if pieces:
         right, theirs = pieces.encode, f"SentencePiece's for {_SENTENCEPIECE}"
@@ -194,7 +202,7 @@ def _wants_bos(
     if bos is None:
         return False, "the tokenizer has none"
     if isinstance(stated := settings.get("add_bos_token"), bool):
-        return stated, f"add_bos_token in {_SETTINGS}"
+        return stated, f"add_bos_token in {SETTINGS}"
     if pieces and pieces.bos_id() == config.bos_token_id == bos:
         # LLaMA's and Mistral's code puts it there; a tokenizer.json that transformers saved may have lost it
         return True, f"{_SENTENCEPIECE} and config.json name it"
@@ -202,7 +210,7 @@ def _wants_bos(
         written = tokenizers.Tokenizer.from_file(str(files[_JSON]))
         return bos in written.encode(PROBES[0]).ids, f"as {_JSON} does"
     if pieces:
-        return False, f"{_SENTENCEPIECE} and config.json do not name the same; add_bos_token in {_SETTINGS} would tell"
+        return False, f"{_SENTENCEPIECE} and config.json do not name the same; add_bos_token in {SETTINGS} would tell"
     return bos in tokenizer(PROBES[0]).input_ids, "as its class does"
 
 
@@ -220,5 +228,5 @@ def _frame(tokenizer: PreTrainedTokenizerBase, bos: bool, source: str):
     if not framed():
         raise UserError(
             f"the tokenizer of {source} puts other tokens around a text than {'bos' if bos else 'none'}: correct "
-            f"add_bos_token in {_SETTINGS}"
+            f"add_bos_token in {SETTINGS}"
         )

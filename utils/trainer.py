@@ -15,11 +15,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hyclora.models.finite import NonFiniteCallback
 from hyclora.models.state import load_calibration, save_calibration
-from hyclora.utils.errors import Interrupted, NotFinite
+from hyclora.utils.errors import Interrupted, UserError
 from hyclora.utils.profiling import pinned_bytes
 from hyclora.utils.runs.card import tidy
 from hyclora.utils.runs.checkpoints import prune, seal, state_of
+from hyclora.utils.runs.room import telling
 
 
 class StopOnSignal(TrainerCallback):
@@ -53,24 +55,6 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class StopOnNonFinite(TrainerCallback):
-    """Ends the run at a NaN or infinite loss, before it is logged or saved.
-
-    The trainer notes the loss of every micro-batch on its device; the note is read only when the Trainer logs, saves
-    or ends anyway, so that the steps between need not wait for the device.
-    """
-
-    def __init__(self, device: torch.device):
-        self.first_step = torch.tensor(float("inf"), device=device)
-
-    def note(self, loss: torch.Tensor, step: int):
-        self.first_step.copy_(torch.where(loss.isfinite(), self.first_step, self.first_step.clamp(max=step)))
-
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
-        if (control.should_log or control.should_save or control.should_training_stop) and self.first_step.isfinite():
-            raise NotFinite(f"the loss is not finite at step {int(self.first_step)}")
-
-
 class Progress(TrainerCallback, ExportableState):
     """What the training has cost in all its sessions: checkpoints carry it on, in trainer_state.json.
 
@@ -92,11 +76,12 @@ class Progress(TrainerCallback, ExportableState):
         """A micro-batch: its tokens that are no padding, and whether it has no target."""
         self.counts = self.counts.to(real.device) + torch.stack([real, masked.long()])
 
-    def settle(self, accelerator, model: nn.Module):
-        """Add up this session, over all processes, and the earlier ones."""
+    def settle(self, accelerator, model: nn.Module, skipped: int):
+        """Add up this session, over all processes, and the earlier ones; skipped: steps that were not finite."""
         tokens, masked = accelerator.reduce(self.counts.to(accelerator.device)).tolist()
         on_gpu = accelerator.device.type == "cuda"
-        added = {"tokens": tokens, "masked_batches": masked, "seconds": time.perf_counter() - self.start}
+        added = {"tokens": tokens, "masked_batches": masked, "skipped_steps": skipped}
+        added["seconds"] = time.perf_counter() - self.start
         peaks = {
             "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
             "held_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
@@ -127,6 +112,15 @@ class Progress(TrainerCallback, ExportableState):
             control.should_log = True
 
 
+@contextlib.contextmanager
+def _making(what: str, options: str):
+    """UserError if it cannot be made as the options say, which nobody has looked at before."""
+    try:
+        yield
+    except Exception as error:  # of transformers, torch and packages that an optimizer needs
+        raise UserError(f"the {what} cannot be made ({error}): look at {options}") from error
+
+
 class HycloraTrainer(Trainer):
     """`compressed`: the model keeps its activations compressed, and the state of that belongs to a checkpoint."""
 
@@ -135,9 +129,18 @@ class HycloraTrainer(Trainer):
         self.compressed = compressed
         self.progress = Progress()
         self.stop_on_signal = StopOnSignal()
-        self.stop_on_non_finite = StopOnNonFinite(self.args.device)
-        for callback in (self.progress, self.stop_on_signal, self.stop_on_non_finite):
+        self.non_finite = NonFiniteCallback(self.args.non_finite)
+        self.last_loss = torch.zeros((), device=self.args.device)
+        for callback in (self.progress, self.stop_on_signal, self.non_finite):
             self.add_callback(callback)
+
+    def create_optimizer(self, *args, **kwargs):
+        with _making("optimizer", "--optim and --optim_args"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        with _making("schedule", "--lr_scheduler_type and --lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss, with a divisor of at least one token: without targets it is 0 instead of 0 / 0."""
@@ -150,8 +153,12 @@ class HycloraTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, divisor.clamp(min=1))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.stop_on_non_finite.note(loss, self.state.global_step + 1)
+        """The loss; of a batch whose loss is not finite, if such steps are skipped, that of the batch before."""
+        with telling(inputs):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.non_finite.finite.note(loss)
+        if self.non_finite.action == "skip":
+            loss = self.last_loss = torch.where(loss.isfinite(), loss, self.last_loss)
         return loss
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -164,7 +171,7 @@ class HycloraTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """HF would delete older checkpoints before the new one is whole; ours go afterwards."""
-        self.progress.settle(self.accelerator, self.model)
+        self.progress.settle(self.accelerator, self.model, self.non_finite.finite.skipped)
         with self.progress.paused():
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
@@ -196,7 +203,7 @@ class HycloraTrainer(Trainer):
             super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None)
         if self.stop_on_signal.received is not None:
             raise Interrupted(f"stopped at step {self.state.global_step} of {self.state.max_steps}")
-        self.progress.settle(self.accelerator, self.model)
+        self.progress.settle(self.accelerator, self.model, self.non_finite.finite.skipped)
 
     def _take_over(self, state: TrainerState, checkpoint: Path):
         """The model as the training left it, ready to be evaluated as if it had just ended."""

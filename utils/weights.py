@@ -4,14 +4,14 @@ import json
 import math
 from pathlib import Path
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LISTED = 3
 
 
 def stored_dtypes(folder: Path) -> str:
     """In words: "bfloat16", or "lm_head in float32, the rest in bfloat16"; empty without safetensors files."""
-    tensors = {name: header for file in _files(folder) for name, header in _header(file).items()}
+    tensors = {name: header for file in weight_files(folder) for name, header in _header(file).items()}
     names, sizes = {}, {}
     for name, header in sorted(tensors.items()):
         dtype = _NAMES.get(header["dtype"], header["dtype"])
@@ -24,11 +24,11 @@ def stored_dtypes(folder: Path) -> str:
     return f"{', '.join(others)}, the rest in {most}"
 
 
-def _files(folder: Path) -> list[Path]:
-    """What transformers would read."""
-    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
+def weight_files(folder: Path) -> list[Path]:
+    """What transformers would read, whether it is there or not; nothing without an index and a single file."""
+    if (folder / _WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [file for file in (folder / _WEIGHTS,) if file.is_file()]
-    shards = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
     return [folder / shard for shard in sorted(set(shards))]
 
 

@@ -9,4 +9,5 @@ calibrating.py     rows to calibrate on, usual and poor  ranks.py         two pr
 drivers.py         every driver's command line           small_roberta.py  an encoder's folder
 commands.py        a command's process played by the test's own
 forked.py          processes that need not import       fixtures.py       what several test files ask for
+fuzzing.py         hostile options, rows and model folders
 """

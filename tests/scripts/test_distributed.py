@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from transformers import TrainerControl
 
+from hyclora.models.finite import FiniteGradients
 from hyclora.operators.savers import ChannelQuant, Keeper, Observer, Step
 from hyclora.utils.trainer import StopOnSignal
 from tests.helpers.ranks import run_ranks
@@ -33,9 +34,12 @@ def stop(rank: int) -> None:
         control = TrainerControl()
         callback.on_step_end(args, None, control)
         assert control.should_save == control.should_training_stop == (step >= 1)
+    finite = FiniteGradients(torch.nn.Linear(2, 2), "skip")
+    for step in range(3):
+        assert finite.allows(step, torch.tensor(float("nan") if (rank, step) == (1, 1) else 1.0)) == (step != 1)
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_nan_of_one_is_skipped_by_all(tmp_path):
     run_ranks(stop, tmp_path)
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -14,7 +15,7 @@ import run_gsm8k
 from hyclora.utils import driver, trainer
 from hyclora.utils.errors import Finished
 from hyclora.utils.metrics import evaluate_generation
-from hyclora.utils.runs import checkpoints
+from hyclora.utils.runs import checkpoints, run
 from hyclora.utils.trainer import HycloraTrainer
 from tests.helpers.drivers import run_script
 
@@ -284,7 +285,40 @@ def test_endings(drive, in_step, monkeypatch, stage, action, code, said):
     )
 
 
-def test_a_loss_that_is_not_finite_is_started_again_with_less(drive, monkeypatch):
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    "room, said",
+    [
+        (None, "start again with smaller batches: "),
+        ((2 * GIB, 64 * GIB), "by the plan there is room for it in 2.00 GiB with --offload True --cuda_graphs False ("),
+        ((GIB, 64 * GIB), "go on with: "),
+    ],
+    ids=["CPU", "fits", "nothing fits"],
+)
+def test_a_batch_without_room_is_named_and_the_checkpoint_goes_on(drive, monkeypatch, tmp_path, room, said):
+    stock = HycloraTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training and self.state.global_step == 2:
+            found.append(tuple(inputs["input_ids"].shape))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return stock(self, model, inputs, *args, **kwargs)
+
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(HycloraTrainer, "compute_loss", compute_loss)
+        patch.setattr(run, "available", lambda device: room)
+        code, printed = drive("--evaluate_before", False)
+    (folder,), (rows, tokens) = runs(tmp_path), found[0]
+    assert code == 1 and f"error: out of memory at a batch of {rows} x {tokens} tokens; " in printed and said in printed
+    assert f"{folder / 'checkpoint-2'} is from before" in printed or f"{RESUME} {folder / 'checkpoint-2'}" in printed
+    code, printed = drive(RESUME, True)
+    assert code == 0 and f"resuming {folder / 'checkpoint-2'} at step 2" in printed
+
+
+def test_a_loss_that_is_not_finite_is_started_again_with_less_or_skipped(drive, monkeypatch, tmp_path):
     stock = HycloraTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
@@ -293,5 +327,10 @@ def test_a_loss_that_is_not_finite_is_started_again_with_less(drive, monkeypatch
 
     monkeypatch.setattr(HycloraTrainer, "compute_loss", compute_loss)
     code, said = drive()
-    assert code == 1 and "the loss is not finite at step 3; " in said and "checkpoint-2 is from before that" in said
-    assert "--learning_rate 0.0001" in said and RESUME not in said
+    assert code == 1 and "step 3 has a loss or gradients that are not finite: " in said
+    assert "checkpoint-2 is from before that" in said and "--learning_rate 0.0001" in said
+    (folder,) = runs(tmp_path)
+    assert "or go on without such steps: python " in said
+    assert said.endswith(f"{RESUME} {folder / 'checkpoint-2'} --non_finite skip\n")
+    code, said = drive(RESUME, folder / "checkpoint-2", "--non_finite", "skip")
+    assert code == 0 and re.search(r"steps that were not finite, skipped +1\n", said)

@@ -1,12 +1,15 @@
 """run_alpaca.py from end to end on a small model: what it leaves behind, how it goes on, the grid, what it refuses."""
 
+import itertools
 import json
+import math
 import os
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 import run_alpaca
 from benchmarks import technique_grid
@@ -131,11 +134,32 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, more, monkeypatch):
     assert code == 0 and "is finished" in said
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(run, monkeypatch):
-    stock = run_alpaca.train_step
-    monkeypatch.setattr(run_alpaca, "train_step", lambda *args: (stock(*args)[0] * float("nan"), 5))
-    _, found, said, code = run("--test_prompts", "False")
-    assert (found, code) == (None, 1) and "the loss is not finite at step 1" in said
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ([], "step 2 has a loss or gradients that are not finite: "),
+        (["--non_finite", "skip"], None),
+        (["--mixed_precision", "fp16"], "the loss is not finite at step 2"),
+    ],
+    ids=["stop", "skip", "fp16"],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_or_is_skipped(run, monkeypatch, more, told):
+    """With fp16 the scaler skips the step, and the run ends when the loss is told."""
+    stock, calls = LlamaForCausalLM.forward, itertools.count()
+
+    def forward(self, *args, **kwargs):
+        out = stock(self, *args, **kwargs)
+        if self.training and next(calls) == 2:
+            out["loss"] = out["loss"] * float("nan")
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    _, found, said, code = run("--test_prompts", "False", "--use_hyclora", "False", *more)
+    if told is None:
+        assert code == 0 and found["train"]["skipped_steps"] == 1
+        assert [math.isfinite(entry["loss"]) for entry in found["log_history"]] == [True] * 3
+    else:
+        assert (found, code) == (None, 1) and told in said
 
 
 def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):

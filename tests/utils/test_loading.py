@@ -16,7 +16,8 @@ import run_gsm8k
 import run_memory_throughput
 from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.errors import UserError
-from hyclora.utils.loading import find_base, keep_initial_adapters, load_model, load_tokenizer
+from hyclora.utils.heads import NEXT_TOKEN
+from hyclora.utils.loading import check_model, find_base, keep_initial_adapters, load_model, load_tokenizer
 from tests.helpers.small_roberta import write_roberta
 
 CPU = torch.device("cpu")
@@ -174,6 +175,20 @@ def write_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
+def write_settings(folder, **changes):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def index(folder, names):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "model.safetensors").unlink()
+
+
 def remove(folder, pattern):
     for file in folder.glob(pattern):
         file.unlink()
@@ -188,6 +203,27 @@ BROKEN = {
     "no tokenizer": lambda folder: remove(folder, "tokenizer*"),
     "no weights": lambda folder: remove(folder, "model.safetensors"),
     "only PyTorch .bin weights": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+    "model.safetensors is torn, or no safetensors file": lambda folder: cut(folder / "model.safetensors"),
+    "model.safetensors.index.json names no files": lambda folder: index(folder, []),
+    "lacks b.safetensors, which model.safetensors.index.json names": lambda folder: index(
+        folder, {"x": "b.safetensors"}
+    ),
+    "config.json asks for Python code of its own": lambda folder: write_config(
+        folder, auto_map={"AutoConfig": "code.C"}
+    ),
+    "tokenizer_config.json asks for Python code": lambda folder: write_settings(
+        folder, auto_map={"AutoTokenizer": "t.T"}
+    ),
+    "generation_config.json is not a configuration of writing": lambda f: (f / "generation_config.json").write_text(
+        "[]"
+    ),
+    "config.json cannot be read .Is a directory": lambda folder: (
+        remove(folder, "config.json"),
+        (folder / "config.json").mkdir(),
+    ),
+    "config.json: a model of its|config.json cannot work": lambda folder: write_config(
+        folder, rms_norm_eps="no", vocab_size=-7
+    ),
     "500 tokens, the model only 400": lambda folder: write_config(folder, vocab_size=400),
 }
 
@@ -197,8 +233,36 @@ def test_a_broken_checkpoint_is_named(tiny_llama_folder, tmp_path, named):
     folder = Path(shutil.copytree(tiny_llama_folder, tmp_path / "copy"))
     BROKEN[named](folder)
     with pytest.raises(UserError, match=named) as caught:
-        load_tokenizer(find_base(ModelArguments(model_name="copy", model_dir=str(tmp_path)), LoraArguments()))
+        source = find_base(ModelArguments(model_name="copy", model_dir=str(tmp_path)), LoraArguments())
+        load_tokenizer(source)
+        check_model(source, NEXT_TOKEN, LoraArguments())
     assert str(folder) in str(caught.value)
+
+
+def test_code_in_a_folder_is_ignored_if_that_is_asked_for(tiny_llama_folder, tmp_path):
+    """The code is never there: it would be run if it were."""
+    folder = Path(shutil.copytree(tiny_llama_folder, tmp_path / "copy"))
+    write_config(folder, auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    write_settings(folder, auto_map={"AutoTokenizer": ["code.T", None]})
+    for name in ("code.py", "t.py"):
+        (folder / name).write_text("raise SystemExit('run')")
+    model = load(folder, ignore_remote_code=True)
+    assert type(model.get_base_model()).__module__.startswith("transformers.") and load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda weights: weights | {"lm_head.weight": torch.zeros(7, 64)}, "weights have other shapes than its config"),
+        (lambda weights: {n: w for n, w in weights.items() if "layers.1." not in n}, "no weights for model.layers.1"),
+    ],
+    ids=["shapes", "missing"],
+)
+def test_weights_that_are_not_of_the_configuration_are_refused(tiny_llama_folder, tmp_path, change, said):
+    folder = Path(shutil.copytree(tiny_llama_folder, tmp_path / "copy"))
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=said):
+        load(folder)
 
 
 def test_missing_layers_and_devices_are_named(tiny_llama_folder):

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hyclora.utils import trainer as trainer_module
 from hyclora.utils.args import LoraArguments, ModelArguments, TrainingArguments
 from hyclora.utils.data.tokens import IGNORED, Collator
-from hyclora.utils.errors import Interrupted, NotFinite
+from hyclora.utils.errors import Interrupted, UserError
 from hyclora.utils.loading import load_model
 from hyclora.utils.trainer import HycloraTrainer
 
@@ -112,16 +112,43 @@ def test_the_second_ctrl_c_stops_at_once_and_handlers_come_back(make_trainer):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(make_trainer, tmp_path):
+@pytest.fixture
+def third_fails(monkeypatch):
+    """The loss of the third step is NaN."""
+    stock = HycloraTrainer.compute_loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = stock(self, model, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(HycloraTrainer, "compute_loss", compute_loss)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_learned_from(make_trainer, third_fails):
     trainer = make_trainer()
-
-    def poison():
-        next(p for p in trainer.model.parameters() if p.requires_grad).data.fill_(float("nan"))
-
-    trainer.add_callback(At(3, poison))
-    with pytest.raises(NotFinite, match="step 4"):
+    with pytest.raises(FloatingPointError, match="step 3 has a loss or gradients that are not finite"):
         trainer.train()
-    assert len(losses(trainer)) == 3
+    assert len(losses(trainer)) == 2 and all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_such_a_step_is_skipped_if_that_is_asked_for(make_trainer, third_fails):
+    trainer = make_trainer(non_finite="skip")
+    trainer.train()
+    told = losses(trainer)
+    assert told[2] == pytest.approx(told[1], rel=0.05) and torch.tensor(told).isfinite().all()
+    assert trainer.progress.totals["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"optim": "galore_adamw"}, "galore"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"a": 1}}, "unexpected keyword argument 'a'"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_is_told(make_trainer, settings, said):
+    with pytest.raises(UserError, match=f"cannot be made .*{said}.*: look at --"):
+        make_trainer(**settings).train()
 
 
 def test_the_last_loss_is_logged_however_seldom_losses_are(make_trainer):

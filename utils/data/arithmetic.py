@@ -188,7 +188,8 @@ def read_training(file: Path) -> tuple[list[dict], int]:
 
 def read_test(folder: Path, name: str) -> ProblemSet:
     """The set `folder`/`name`/test.json (or test.jsonl)."""
-    found = sorted({file.parent.name for suffix in ("json", "jsonl") for file in folder.glob(f"*/test.{suffix}")})
+    files = [file for suffix in ("json", "jsonl") for file in folder.glob(f"*/test.{suffix}") if file.is_file()]
+    found = sorted({file.parent.name for file in files})
     if not found:
         raise UserError(
             f"data_dir {folder} has no NAME/test.json of a test set: fetch them with download_datasets.sh, "
@@ -196,7 +197,7 @@ def read_test(folder: Path, name: str) -> ProblemSet:
         )
     if name not in found:
         raise UserError(f"unknown test set {name}: {folder} has {', '.join(found)}")
-    file = next(file for suffix in ("json", "jsonl") if (file := folder / name / f"test.{suffix}").is_file())
+    file = next(file for file in files if file.parent.name == name)
     return ProblemSet(name, read_each(file, _read_tested))
 
 

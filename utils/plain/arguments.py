@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from hyclora.utils.args import ROOT, LoraArguments, option, require
+from hyclora.utils.args import ROOT, LoraArguments, non_finite_option, option, require
 
 OFF, ALL = "off", "all"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,6 +53,7 @@ class PlainArguments:
     max_steps: int = option(-1, "End after so many steps of the optimizer; -1: after num_train_epochs.")
     per_device_train_batch_size: int = option(1, "Rows of a micro-batch.")
     logging_steps: int = option(10, "Tell the loss every so many steps.")
+    non_finite: Literal["stop", "skip"] = non_finite_option()
     save_steps: int = option(100, "Write a checkpoint every so many steps; 0: neither checkpoints nor trained weights.")
     save_total_limit: int | None = option(2, "How many checkpoints are kept.")
     seed: int = option(11, "Of the adapters, the order of the rows and dropout.")

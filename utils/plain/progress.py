@@ -1,13 +1,13 @@
 """How far a plain loop is, and what it has cost: losses, tokens, seconds, memory; kept over the sessions of a run."""
 
 import contextlib
+import math
 import time
 
 import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 
-from hyclora.utils.errors import NotFinite
 from hyclora.utils.profiling import pinned_bytes
 
 SUMS = ("seconds", "tokens", "targets", "loss_sum", "skipped_steps")
@@ -24,7 +24,7 @@ class Progress:
         self.model, self.on_gpu, self.logging_steps = model, device.type == "cuda", logging_steps
         self.state = TrainerState(global_step=0, max_steps=steps, log_history=[])
         self.totals = dict.fromkeys((*SUMS, *PEAKS), 0)
-        self.unread: list[tuple[Tensor, int]] = []
+        self.unread: list[tuple[Tensor | None, int]] = []
         self.untold: list[float] = []
         self.scale = 0.0
         if self.on_gpu:
@@ -40,19 +40,22 @@ class Progress:
         self.state, self.totals, self.untold, self.scale = state, kept["totals"], kept["untold"], kept["scale"]
         self.start = time.perf_counter()
 
-    def count(self, loss: Tensor, batches: list[dict[str, Tensor]], targets: int, scale: float) -> None:
+    def count(
+        self, loss: Tensor, batches: list[dict[str, Tensor]], targets: int, scale: float, skipped: bool = False
+    ) -> None:  # fmt: skip
         """A step of the optimizer: its loss, batches, learned tokens, and the scale of losses after it.
 
-        NotFinite if a loss that is told is not a number.
+        skipped: it was not taken, as something was not finite; its loss does not count.
+        FloatingPointError if a loss that is told is not a number.
         """
         self.state.global_step += 1
         self.totals["tokens"] += sum(int(batch["attention_mask"].sum()) for batch in batches)
-        self.totals["skipped_steps"] += scale < self.scale  # a GradScaler lowers it where it takes no step
+        self.totals["skipped_steps"] += skipped or scale < self.scale  # a GradScaler lowers it where it takes no step
         self.scale = scale
-        self.unread.append((loss, targets))
+        self.unread.append((None if skipped else loss, targets))
         if self.state.global_step % self.logging_steps == 0 or self.ended:
             self._read()
-            mean = sum(self.untold) / len(self.untold)
+            mean = sum(self.untold) / len(self.untold) if self.untold else math.nan
             self.state.log_history.append({"step": self.state.global_step, "loss": mean})
             print(f"step {self.state.global_step} of {self.state.max_steps}: loss {mean:.4f}", flush=True)
             self.untold.clear()
@@ -63,11 +66,12 @@ class Progress:
 
     def _read(self) -> None:
         """Wait for the losses."""
-        values = torch.stack([loss.float() for loss, _ in self.unread]).tolist() if self.unread else []
-        first = self.state.global_step - len(values) + 1
-        for step, (value, (_, targets)) in enumerate(zip(values, self.unread, strict=True), first):
-            if value != value or abs(value) == float("inf"):
-                raise NotFinite(f"the loss is not finite at step {step}")
+        first = self.state.global_step - len(self.unread) + 1
+        counted = [(step, *one) for step, one in enumerate(self.unread, first) if one[0] is not None]
+        values = torch.stack([loss.float() for _, loss, _ in counted]).tolist() if counted else []
+        for value, (step, _, targets) in zip(values, counted, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is not finite at step {step}")
             self.totals["loss_sum"] += value * targets
             self.totals["targets"] += targets
         self.untold += values
@@ -105,5 +109,5 @@ class Progress:
         return totals | {
             "masked_batches": 0,
             "tokens_per_second": round(totals["tokens"] / totals["seconds"], 1),
-            "average_loss": totals["loss_sum"] / totals["targets"],
+            "average_loss": totals["loss_sum"] / totals["targets"] if totals["targets"] else math.nan,
         }

@@ -3,7 +3,7 @@
 shape.py    a model's linear layers, slots and trained tensors      live.py     what is alive at the peak of a step
 modes.py    the settings that a plan weighs, and how near it is     units.py    24GiB and 4x512 as numbers
 fitting.py  the largest micro-step of a run, and whether it fits    budget.py   what a memory budget chooses
-recorded.py result lines of a checkout: measured memory and time    advice.py   what would fit after all
+recorded.py result lines of a checkout: measured memory and time
 """
 
 from hyclora.utils.planning.live import Need, Savers, count

@@ -47,7 +47,8 @@ NEEDS = {
 # What leaves the numbers of a training as they are: where the model, the data and the results lie (`content_of` knows
 # what is in them), the name of settings that count one by one, what is reported and saved and when, how the result is
 # evaluated, on which machine and in how many helping processes it runs, where packed bytes wait, how kernels are
-# launched, whether padding is computed, whether gradients are verified first.
+# launched, whether padding is computed, whether gradients are verified first, and what happens
+# where they are not finite.
 FREE = {
     *(
         "model_dir",
@@ -89,7 +90,7 @@ FREE = {
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
     *("ddp_backend", "ddp_timeout"),
-    *("verify", "verify_threshold"),
+    *("verify", "verify_threshold", "non_finite"),
     *("memory_budget", "plan"),
     *LAUNCH,
 }

@@ -21,14 +21,15 @@ from hyclora.utils.disk import check_output
 from hyclora.utils.errors import (
     Finished,
     Interrupted,
-    NotFinite,
     RunStopped,
     UserError,
     is_disk_full,
     is_out_of_memory,
 )
+from hyclora.utils.planning.units import say_size
 from hyclora.utils.runs.checkpoints import fault_of, is_checkpoint, newest_whole, state_of
 from hyclora.utils.runs.identity import content_of, differences, identity
+from hyclora.utils.runs.room import NoRoom, available, what_fits
 from hyclora.utils.runs.script import again
 
 RESUME = "--resume_from_checkpoint"
@@ -40,6 +41,7 @@ class Run:
     folder: Path
     groups: tuple
     argv: list[str] | None
+    source: str
     checkpoint: Path | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -74,15 +76,15 @@ class Run:
         """What to say when `error` ends the run; None for a mistake that says it all and for a defect of the code."""
         if isinstance(error, KeyboardInterrupt):
             return Interrupted(f"interrupted; {self.left()}")
-        if isinstance(error, NotFinite):
-            lower = f"{self.training.learning_rate / 3:.1g}"
-            return NotFinite(f"{error}; {self.left('--learning_rate', lower, anew='a lower learning rate')}")
+        if isinstance(error, FloatingPointError):
+            return RunStopped(f"{error}; {self._without_overflow()}")
         if isinstance(error, RunStopped):
             return type(error)(f"{error}; {self.left()}")
         if is_disk_full(error):
             return RunStopped(f"the disk of {self.folder} is full; free some space; {self.left()}")
         if is_out_of_memory(error):
-            return RunStopped(f"out of memory; {self._in_less_memory()}")
+            batch = (error.rows, error.tokens) if isinstance(error, NoRoom) else None
+            return RunStopped(f"{error if batch else 'out of memory'}; {self._in_less_memory(batch)}")
         return None
 
     def left(self, *more, anew: str = "") -> str:
@@ -100,15 +102,31 @@ class Run:
             return f"the training is done, the evaluation is not; {resume}"
         return f"the newest checkpoint is of step {state.global_step} of {state.max_steps}; {resume}"
 
-    def _in_less_memory(self) -> str:
-        """`left` with settings that need less: first what keeps the run's numbers, and so its checkpoints."""
+    def _without_overflow(self) -> str:
+        """`left` with a lower learning rate, and the command that goes on without steps that are not finite."""
+        lower = f"{self.training.learning_rate / 3:.1g}"
+        start = self.left("--learning_rate", lower, anew="a lower learning rate")
+        checkpoint, _ = newest_whole(self.folder)
+        if checkpoint is None or self.training.non_finite == "skip":
+            return start
+        skipping = again(self.argv, RESUME, checkpoint, "--non_finite", "skip")
+        return f"{start}; or go on without such steps: {skipping}"
+
+    def _in_less_memory(self, batch: tuple[int, int] | None) -> str:
+        """`left` with settings that need less: what fits by the plan if the batch is known, else smaller batches."""
         values = {name: value for group in self.groups for name, value in vars(group).items()}
-        if values["use_hyclora"] and self.training.device.type == "cuda" and not values["offload"]:
+        room = available(self.training.device)
+        fitting = what_fits(self.source, values, batch, *room) if batch and room else []
+        if fitting:
+            first, told = fitting[0], ", or ".join(map(str, fitting))
+            start = self.left(*first.options, anew="" if first.keeps_numbers else "the first of them")
+            return f"by the plan there is room for it in {say_size(room[0])} with {told}; {start}"
+        if room and values["use_hyclora"] and not values["offload"]:
             return self.left("--offload", True)
-        batch, accumulation = self.training.per_device_train_batch_size, self.training.gradient_accumulation_steps
-        if batch > 1:
+        size, accumulation = self.training.per_device_train_batch_size, self.training.gradient_accumulation_steps
+        if size > 1:
             name = next(name for name in ACCUMULATION if name in values)
-            smaller = ("--per_device_train_batch_size", batch // 2, f"--{name}", accumulation * 2)
+            smaller = ("--per_device_train_batch_size", size // 2, f"--{name}", accumulation * 2)
             return self.left(*smaller, anew="smaller batches")
         return self.left("--seq_len", max(values["seq_len"] // 2, 2), anew="shorter rows")
 
@@ -131,13 +149,17 @@ def begin(groups: tuple, source: str, rows: list[dict], argv: list[str] | None) 
         if training.run_name and Path(training.run_name).name != training.run_name:
             raise UserError(f"run_name {training.run_name} is no name of a folder: leave out the slashes")
         check_output(root)
-        run = Run(results.start_run(root, training.run_name or tag_of(groups), training, settings), groups, argv)
+        run = Run(
+            results.start_run(root, training.run_name or tag_of(groups), training, settings), groups, argv, source
+        )
     else:
         find = _newest(root, identity(settings)) if resume.lower() == "true" else _named(resume, identity(settings))
         checkpoint, passed = find
         check_output(checkpoint.parent)
         step = state_of(checkpoint).global_step
-        run = Run(checkpoint.parent, groups, argv, checkpoint, [*passed, f"resuming {checkpoint} at step {step}"])
+        run = Run(
+            checkpoint.parent, groups, argv, source, checkpoint, [*passed, f"resuming {checkpoint} at step {step}"]
+        )
     training.output_dir = str(run.folder)
     return run
 

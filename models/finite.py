@@ -1,0 +1,169 @@
+"""Gradients that are not finite are found before the optimizer takes them, and traced to where they come from.
+
+What NaN or infinity an optimizer has taken is in the adapters for good. So all gradients are looked at once before each
+of its steps: one norm of them, and one wait for the device. Layers, slots and recordings run as ever; only once
+something is not finite is the batch run again, and looked at layer by layer (models/origin.py).
+"""
+
+import logging
+import math
+from collections import deque
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hyclora.models.blocks import autocast_dtype
+from hyclora.models.origin import Batch, origin
+
+logger = logging.getLogger("hyclora")
+ACTIONS = ("stop", "skip")
+PATIENCE = 10  # steps in a row that may be skipped
+REMEMBERED = 64  # micro-batches of a step
+
+
+class FiniteGradients:
+    """Says before each step of an optimizer whether that may take the gradients.
+
+        finite = FiniteGradients(model, "skip")
+        with finite.listening():
+            for step, batch in enumerate(batches, 1):
+                model(**batch).loss.backward()
+                if finite.allows(step):
+                    optimizer.step()
+                optimizer.zero_grad()
+
+    model: a PEFT model, patched or not, without wrappers. action: "stop" raises FloatingPointError; "skip" warns, and
+    leaves all .grad None. Both name the step, and layer and slot in which the first number was that is not finite.
+
+    Keeps references to the batches of a step, and for each step takes the norms of the gradients and waits for the
+    device once. To trace takes a forward and a backward in stock PEFT, and one more a slot and layer if HyC-LoRA is the
+    cause; statistics, recordings, random state and gradients stay as they are. Processes of a distributed run decide
+    together. skipped: how many steps were.
+
+    Raises FloatingPointError whatever the action where a weight is not finite already, and after PATIENCE steps in a
+    row; ValueError for another action.
+    """
+
+    def __init__(self, model: nn.Module, action: Literal["stop", "skip"] = "stop"):
+        check_action(action)
+        self.model, self.action = model, action
+        self.skipped = self._in_a_row = 0
+        self._batches: deque[Batch] = deque(maxlen=REMEMBERED)
+        self._losses: list[Tensor] = []
+        self._hook = None
+
+    def listen(self) -> None:
+        """Remember the batches of each step from now on."""
+        # a hook on a module that has a block of ours would change how that runs
+        if isinstance(self.model, PeftModel) and self._hook is None:
+            self._hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def end(self) -> None:
+        """The model has no hook of this any more."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+        self._forget()
+
+    @contextmanager
+    def listening(self):
+        """listen() inside."""
+        self.listen()
+        try:
+            yield
+        finally:
+            self.end()
+
+    @torch.compiler.disable
+    def _remember(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model.training and torch.is_grad_enabled():
+            device_type = next(model.parameters()).device.type
+            self._batches.append(Batch(args, dict(kwargs), autocast_dtype(device_type)))
+
+    def _forget(self) -> None:
+        self._batches.clear()
+        self._losses.clear()
+
+    def note(self, loss: Tensor) -> None:
+        """Have a micro-batch's loss looked at with the gradients: it may be infinite by itself."""
+        self._losses.append(loss.detach())
+
+    @property
+    def has_skipped(self) -> bool:
+        """Whether the last step was."""
+        return self._in_a_row > 0
+
+    def allows(self, step: int, *losses: Tensor, look_at_gradients: bool = True) -> bool:
+        """Whether the optimizer may take its step of that number; losses: more to be looked at, as by note().
+
+        look_at_gradients: not where a GradScaler does, which skips such steps to find its scale.
+        """
+        for loss in losses:
+            self.note(loss)
+        try:
+            if self._are_finite(look_at_gradients):
+                self._in_a_row = 0
+                return True
+            self._act(step)
+            return False
+        finally:
+            self._forget()
+
+    def _are_finite(self, look_at_gradients: bool) -> bool:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None] if look_at_gradients else []
+        grads = [getattr(g, "to_local", lambda g=g: g)() for g in grads]  # fully_shard's have a part in each process
+        largest = torch.nn.utils.get_total_norm([g for g in grads if g.numel()], math.inf)
+        device = next(self.model.parameters()).device
+        finite = torch.stack([t.to(device).isfinite().all() for t in (largest, *self._losses)]).all()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            finite = finite.float()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        return bool(finite)
+
+    def _act(self, step: int) -> None:
+        found = origin(self.model, list(self._batches))
+        sentence = f"step {step} has a loss or gradients that are not finite: {found}"
+        self._in_a_row += 1
+        if self._in_a_row > PATIENCE:
+            sentence = f"{sentence}; {PATIENCE} steps before it were skipped for that, too"
+        if self.action == "stop" or found.is_lasting or self._in_a_row > PATIENCE:
+            self.end()
+            raise FloatingPointError(sentence)
+        self.skipped += 1
+        for p in self.model.parameters():
+            p.grad = None
+        logger.warning(f"HyC-LoRA: {sentence}; the step is skipped")
+
+
+class NonFiniteCallback(TrainerCallback):
+    """FiniteGradients in Hugging Face's Trainer, and in trainers that are made of it, as TRL's.
+
+        trainer.add_callback(NonFiniteCallback("skip"))
+
+    With fp16 its GradScaler skips steps, and this looks at no gradients. The learning rate's schedule counts skipped
+    steps. With max_grad_norm the Trainer's own norm of such a step is logged as it was, not finite.
+    """
+
+    def __init__(self, action: Literal["stop", "skip"] = "stop"):
+        check_action(action)
+        self.action, self.finite = action, None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.finite = FiniteGradients(model, self.action)
+        self.finite.listen()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.finite.allows(state.global_step + 1, look_at_gradients=not args.fp16)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.finite.end()
+
+
+def check_action(action: str) -> None:
+    """ValueError for what is no action."""
+    if action not in ACTIONS:
+        raise ValueError(f"non_finite={action!r} is not one of {', '.join(ACTIONS)}")

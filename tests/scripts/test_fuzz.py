@@ -1,0 +1,72 @@
+"""Whatever options, data files and model folders there are: a driver ends with code 0, or 2 and one sentence.
+
+A run ends where training would begin. FUZZ_SECONDS=600 pytest tests/scripts/test_fuzz.py looks for longer, FUZZ_SEED
+elsewhere; what fails is told with its number, for FUZZ_FIRST.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+import shutil
+import sys
+import time
+import traceback
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+
+from hyclora.utils import driver
+from hyclora.utils.errors import Finished
+from tests.helpers.fuzzing import Fuzzer
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 10))
+SEED, FIRST = (int(os.environ.get(name, 0)) for name in ("FUZZ_SEED", "FUZZ_FIRST"))
+
+
+def no_network(*args, **kwargs):
+    raise ConnectionError("no network in tests")
+
+
+def fault_of(case, monkeypatch) -> str | None:
+    """What is wrong with the end of a run, None if nothing is."""
+    main, load, said = import_module(case.driver).main, driver.load_model, io.StringIO()
+
+    def load_model(*args):
+        if case.of_model:
+            load(*args)
+        raise Finished("here training would begin")
+
+    with monkeypatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(driver, "load_model", load_model)
+        patch.setattr(os, "environ", os.environ.copy())
+        try:
+            main(case.options)
+        except SystemExit as exit:
+            code = exit.code
+        except BaseException:
+            return traceback.format_exc()
+        else:
+            return "it went on"
+    errors = [line for line in said.getvalue().split("\n") if line.startswith("error: ")]
+    right = len(errors) == (code == 2) and code in (0, 2) and all(len(line) > len("error: ") + 10 for line in errors)
+    return None if right and "Traceback" not in said.getvalue() else f"code {code}: {said.getvalue()}"
+
+
+@pytest.mark.timeout(SECONDS + 300)
+def test_no_traceback_is_shown(tiny_llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=no_network, load_from_disk=no_network))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    fuzzer, faults, started = Fuzzer(tiny_llama_folder, SEED), [], time.monotonic()
+    for number in itertools.count(FIRST):
+        if time.monotonic() - started > SECONDS:
+            break
+        folder = tmp_path / str(number)
+        case = fuzzer.case(number, folder)
+        if fault := fault_of(case, monkeypatch):
+            faults.append(f"case {number}: {case.driver} {case.options}\n{fault}")
+        shutil.rmtree(folder)
+    print(f"{number - FIRST} cases")
+    assert number > FIRST and not faults, f"{len(faults)} faults, first\n" + "\n\n".join(faults)
