@@ -13,7 +13,7 @@ from hyclora.operators.savers import ChannelQuant, Exact, Keeper, Step
 from tests.helpers.kernel_checks import HALF, ROUNDING, rand, relative_error
 from tests.helpers.small_models import llama
 
-BATCH, SEQ_LEN = 2, 19
+BATCH, SEQ_LEN = 2, 37  # more rows than a tile has
 
 
 def prepare(bits, dtype, heads=3, kv_heads=1, head_dim=128, targets=("q_proj", "k_proj", "v_proj"), norms=False):
