@@ -158,7 +158,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen model on its device; NF4 if asked for. All of it in one dtype, which `tell` gets with the reason.
 
-    storage: dtype that NF4's bytes have as tensors; fully_shard takes float ones alone.
+    storage: dtype that NF4's bytes have as tensors; fully_shard of torch 2.11 takes float ones alone.
     """
     dtype, why = _dtype_of(args, device)
     loaded = f"{'NF4, the rest and what is computed ' if args.load_in_4bit else ''}{str(dtype).removeprefix('torch.')}"
