@@ -36,8 +36,10 @@ else
     load_in_4bit=${load_in_4bit:-$gpu}
 fi
 
+num_gpus=${num_gpus:-}  # of this machine, one process each
+
 source "$root/utils/settings.sh"
 options+=(--gradient_accumulation_steps "$gradient_accu_steps")
 add_options load_in_4bit data_name data_dir eval_file seq_len stride
-add_options non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
+add_options num_gpus non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
 start run_wikitext2.py "$@"

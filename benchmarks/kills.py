@@ -2,11 +2,13 @@
 
     python -m benchmarks.kills --kills 20
     python -m benchmarks.kills --drivers run_gsm8k --kills 6 --model ckpt/smollm2-135m -- --q_bit 2
+    python -m benchmarks.kills --drivers run_gsm8k --processes 2
 
 A point lies in a step, in saving (a checkpoint or the trained adapters) or in the evaluation behind the training, in
 turns; which one, and after which share of the time that it took, is drawn. All lie behind the first whole checkpoint.
 Every step's loss, gradient norm and learning rate, the scores, the predictions and the file of adapters have to be
-equal. What follows -- goes to the drivers. Appends a line a kill to OUTPUT_DIR/kills.jsonl; exit code 1 if one differs.
+equal. With --processes one of several is killed, and then the others. What follows -- goes to the drivers. Appends a
+line a kill to OUTPUT_DIR/kills.jsonl; exit code 1 if one differs.
 """
 
 import argparse
@@ -24,10 +26,13 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.jobs import number
+from benchmarks.ranks import environment_of, free_port
 from benchmarks.record import RESULTS, record
 from benchmarks.workers import ENVIRONMENT
 from hyclora.utils.args import ROOT
@@ -86,30 +91,54 @@ class Point(NamedTuple):
     seconds: float
 
 
-def run(context, driver: str, argv: list[str], log: Path, point: Point | None = None) -> tuple[int, list[Event]]:
-    """A run in a process of its own, killed at a point: its exit code and what it went through."""
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(theirs, driver, argv, log))
-    process.start()
-    theirs.close()
+@dataclass(frozen=True)
+class Processes:
+    """How the processes of a run are started, and how many."""
+
+    context: BaseContext
+    n: int
+
+    def start(self, driver: str, argv: list[str], log: Path) -> tuple[list, Connection]:
+        """All of a run, and what the first one says of itself."""
+        ours, theirs = self.context.Pipe(duplex=False)
+        port = free_port() if self.n > 1 else 0
+        pipes = [theirs, *[None] * (self.n - 1)]
+        found = [
+            self.context.Process(target=_serve, args=(pipe, driver, argv, log, environment_of(i, self.n, port)))
+            for i, pipe in enumerate(pipes)
+        ]
+        for process in found:
+            process.start()
+        theirs.close()
+        return found, ours
+
+
+def run(start: Processes, driver: str, argv: list[str], log: Path, point: Point | None = None, killed: int = 0):
+    """A run in processes of its own, of which `killed` is killed at a point, and then the others: that one's exit code,
+    and the events that the first one went through.
+    """
+    processes, pipe = start.start(driver, argv, log)
     events = []
     with contextlib.suppress(EOFError):
         while True:
-            events.append(Event(*ours.recv(), time.perf_counter()))
+            events.append(Event(*pipe.recv(), time.perf_counter()))
             if point is not None and events[-1][:3] == (point.phase, point.number, True):
                 time.sleep(point.seconds)
-                process.kill()
-    process.join()
-    return process.exitcode, events
+                for process in (processes[killed], *processes):
+                    process.kill()
+    for process in processes:
+        process.join()
+    return processes[killed].exitcode, events
 
 
-def _serve(pipe, driver: str, argv: list[str], log: Path) -> None:
-    """The run's process."""
+def _serve(pipe, driver: str, argv: list[str], log: Path, environment: dict[str, str]) -> None:
+    """One of the run's processes."""
+    os.environ |= environment
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     main, counts = import_module(driver).main, Counter()
-    for phase, functions in COURSES[driver].phases.items():
+    for phase, functions in COURSES[driver].phases.items() if pipe else ():
         for name in functions:
             _announce(name, phase, counts, pipe)
     main(argv)
@@ -153,12 +182,14 @@ def outcome(folder: Path) -> dict:
     }
 
 
-def kill(context, driver: str, argv: list[str], folder: Path, point: Point, expected: dict) -> dict | None:
+def kill(
+    start: Processes, driver: str, argv: list[str], folder: Path, point: Point, killed: int, expected: dict
+) -> dict | None:  # fmt: skip
     """Kill a run at a point and resume it: what became of it; None if it had ended by then."""
     from hyclora.utils.runs.checkpoints import newest_whole, state_of
 
     argv, log = [*argv, "--output_dir", str(folder)], folder.with_suffix(".txt")
-    code, events = run(context, driver, argv, log, point)
+    code, events = run(start, driver, argv, log, point, killed)
     if code != -signal.SIGKILL:
         if code:
             raise UserError(f"{driver} failed before it was killed, see {log}")
@@ -175,7 +206,7 @@ def kill(context, driver: str, argv: list[str], folder: Path, point: Point, expe
         "calibrating": is_calibrating(checkpoint) if checkpoint else None,
         "torn": len(torn),
     }
-    code, _ = run(context, driver, [*argv, "--resume_from_checkpoint", "True"], log)
+    code, _ = run(start, driver, [*argv, "--resume_from_checkpoint", "True"], log)
     if code:
         return line | {"error": f"exit code {code}: {log.read_text(encoding='utf-8').splitlines()[-1]}"}
     found = outcome(folder)
@@ -202,10 +233,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", type=number(1), default=20)
     parser.add_argument("--drivers", nargs="+", choices=COURSES, default=list(COURSES))
     parser.add_argument("--model", type=Path, default=ROOT / "ckpt" / "tiny-llama", help="folder of a checkpoint")
+    parser.add_argument("--processes", type=number(1), default=1, help="of each run, a GPU each if there are GPUs")
     parser.add_argument("--seed", type=number(0), default=0, help="of the points")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(own)
     args.more = more
+    if args.processes > 1 and "run_alpaca" in args.drivers:
+        raise UserError("run_alpaca trains in one process: --drivers run_gsm8k with --processes")
     return args
 
 
@@ -222,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
     if not on_gpu:
         context.set_forkserver_preload(args.drivers)
+    start = Processes(context, args.processes)
     drawn, failed = random.Random(args.seed), 0
     work = Path(tempfile.mkdtemp(prefix="kills-"))
     model = ["--model_dir", str(args.model.resolve().parent), "--model_name", args.model.name]
@@ -229,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     for driver in args.drivers:
         options = [*model, *COMMON.split(), *COURSES[driver].options.split(), *args.more]
         folder = work / driver
-        code, events = run(context, driver, [*options, "--output_dir", str(folder)], folder.with_suffix(".txt"))
+        code, events = run(start, driver, [*options, "--output_dir", str(folder)], folder.with_suffix(".txt"))
         if code:
             raise UserError(f"{driver} fails without being killed, see {folder.with_suffix('.txt')}")
         unbroken[driver] = options, events, outcome(folder)
@@ -245,9 +280,11 @@ def main(argv: list[str] | None = None) -> None:
             attempt += 1
             end = drawn.choice(points(events, phase))
             point = end._replace(seconds=end.seconds * drawn.random())
-            line = kill(context, driver, options, work / f"{driver}-{i}-{attempt}", point, expected)
+            killed = drawn.randrange(args.processes) if args.processes > 1 else 0
+            line = kill(start, driver, options, work / f"{driver}-{i}-{attempt}", point, killed, expected)
         more = {"driver": driver, "kill": i, "model": args.model.name, "after_ms": round(1e3 * point.seconds, 1)}
         asked = {"device": "cuda" if on_gpu else "cpu", "seed": args.seed, "options": COMMON.split() + args.more}
+        asked |= {"processes": args.processes} if args.processes > 1 else {}
         record(NAME, {"setting": driver, **more, **line, "arguments": asked}, args.output_dir)
         bad = line.get("error") or ", ".join(line["differ"])
         failed += bool(bad)

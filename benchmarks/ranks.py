@@ -24,6 +24,21 @@ def end_with_parent() -> None:
         sys.exit("the process that started this one has ended")
 
 
+def free_port() -> int:
+    """One of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def environment_of(rank: int, n: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process of n on one machine; nothing if it is alone."""
+    if n == 1:
+        return {}
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    return {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
@@ -36,13 +51,11 @@ def together(gpus: int, command: list[str], device: str) -> Iterator[None]:
         return
     others = []
     if rank() == 0:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        os.environ |= {"WORLD_SIZE": str(gpus), "RANK": "0", "LOCAL_RANK": "0"}
+        port = free_port()
         for i in range(1, gpus):
-            mine = {"RANK": str(i), "LOCAL_RANK": str(i), PARENT: str(os.getpid())}
+            mine = environment_of(i, gpus, port) | {PARENT: str(os.getpid())}
             others.append(subprocess.Popen(command, env=os.environ | mine))
+        os.environ |= environment_of(0, gpus, port)
     import torch
 
     try:

@@ -4,6 +4,7 @@ DRIVER = Driver("gsm8k", Gsm8kArguments, GenerationArguments, {"demo": word_prob
 main = DRIVER.main
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -42,6 +43,7 @@ from hyclora.utils.planning.fitting import Load
 from hyclora.utils.profiling import buffered_bytes
 from hyclora.utils.runs.card import save_trained, write_card
 from hyclora.utils.runs.identity import digest_of
+from hyclora.utils.runs.launch import launch
 from hyclora.utils.runs.run import Run, begin
 from hyclora.utils.tasks import Task
 from hyclora.utils.trainer import HycloraTrainer
@@ -168,7 +170,14 @@ class Driver:
 
     def main(self, argv: list[str] | None = None) -> None:
         """The program: one run with the options argv, or those of the command line."""
-        entry_point(lambda argv: self.run(self.parse(argv), argv))(argv)
+        entry_point(self._start)(argv)
+
+    def _start(self, argv: list[str] | None) -> None:
+        groups = self.parse(argv)
+        if getattr(groups[-1], "starts_processes", False):
+            launch(groups[-1].num_gpus, str(ROOT / f"run_{self.name}.py"), sys.argv[1:] if argv is None else argv)
+        else:
+            self.run(groups, argv)
 
     def run(self, groups: tuple, argv: list[str] | None = None) -> dict | None:
         """One run with filled groups: the content of its results file, None on a process that writes none.

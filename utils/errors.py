@@ -6,9 +6,13 @@ wears `@entry_point`, which prints the sentence and exits. The traceback of any 
 
 import errno
 import functools
+import os
 import sys
+import time
 
 from hyclora.utils.runs.script import again
+
+OTHERS = 3  # seconds that a process of several has to end before others say why they do
 
 
 class UserError(ValueError):
@@ -73,5 +77,9 @@ def entry_point(main):
 
 def _exit(sentence: str, code: int):
     sentence = sentence.replace("\n", " ")
+    if code and int(os.environ.get("RANK", 0)):
+        if code == Interrupted.exit_code:  # all stop at the same step
+            raise SystemExit(code) from None
+        time.sleep(OTHERS)  # if the first process says the same, its launcher ends this one
     print(f"error: {sentence}" if code else sentence, file=sys.stderr if code else sys.stdout)
     raise SystemExit(code) from None

@@ -32,6 +32,11 @@ def test_killed_in_each_phase_and_resumed_it_is_the_run_that_nobody_killed(kille
         assert line["differ"] == [] and line["resumed_from"] >= 2 and line.keys() >= REPORTED
 
 
+def test_one_of_two_processes_is_killed(killed):
+    (line,) = killed("--drivers", "run_gsm8k", "--kills", "1", "--processes", "2", "--seed", "1")
+    assert line["differ"] == [] and line["resumed_from"] >= 2 and line["arguments"]["processes"] == 2
+
+
 def test_points_lie_behind_the_first_whole_checkpoint():
     def events(phase, number, begin, end):
         return [Event(phase, number, True, begin), Event(phase, number, False, end)]

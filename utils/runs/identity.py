@@ -89,7 +89,7 @@ FREE = {
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
-    *("ddp_backend", "ddp_timeout"),
+    *("ddp_backend", "ddp_timeout", "num_gpus"),
     *("verify", "verify_threshold", "non_finite"),
     *("memory_budget", "plan"),
     *LAUNCH,

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 SCRIPT, PASSED = "HYCLORA_SCRIPT", "HYCLORA_PASSED"
+LAUNCHED = "HYCLORA_LAUNCHED"  # in the processes that num_gpus has started (utils/runs/launch.py)
 _VARIABLE = re.compile(r"^\s*(\w+)=\$\{\1:?-", re.MULTILINE)
 _SOURCED = re.compile(r'^source "\$root/(.+)"$', re.MULTILINE)
 _NEAR = 0.85
@@ -50,7 +51,7 @@ def check_environment(options: list[str]) -> None:
 def again(argv: list[str] | None, *options) -> str:
     """The command of this process with `options` (name, value, ...) in place of those that it was given."""
     added = [str(word) for word in options]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and LAUNCHED not in os.environ:
         return " ".join(["your command", *(["with", shlex.join(added)] if added else [])])
     words = list(sys.argv[1:] if argv is None else argv)
     path, variables = _script()

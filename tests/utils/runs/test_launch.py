@@ -1,0 +1,87 @@
+"""num_gpus: a program's processes on this machine, and how they end."""
+
+import json
+import os
+import sys
+from unittest import mock
+
+import pytest
+
+from hyclora.utils.args import TrainingArguments
+from hyclora.utils.errors import UserError
+from hyclora.utils.runs import launch as module
+from hyclora.utils.runs.launch import launch
+from hyclora.utils.runs.script import LAUNCHED, again
+
+TELL = """
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "HYCLORA_LAUNCHED")
+with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as file:
+    json.dump([[os.environ[name] for name in names], sys.argv[2:]], file)
+"""
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """As it was, after the test."""
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+        yield
+
+
+def program(folder, text: str) -> str:
+    file = folder / "program.py"
+    file.write_text(text)
+    return str(file)
+
+
+def test_each_process_knows_of_the_others(tmp_path):
+    launch(2, program(tmp_path, TELL), [str(tmp_path), "--seed", "3"])
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert found == [[[str(rank), str(rank), "2", "2", "1"], ["--seed", "3"]] for rank in range(2)]
+
+
+def test_the_first_failure_ends_all(tmp_path, capfd):
+    """With its exit code, and nothing said but what the processes say."""
+    text = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('told: 1')\ntime.sleep(60)"
+    with pytest.raises(SystemExit) as exit:
+        launch(2, program(tmp_path, text), [])
+    assert exit.value.code == 1 and capfd.readouterr().err == "told: 1\n"
+
+
+def test_a_process_that_is_killed_is_told(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_gsm8k.py"])
+    monkeypatch.setattr(module, "again", lambda argv, *options: f"again with {options}")
+    text = "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    with pytest.raises(SystemExit) as exit:
+        launch(2, program(tmp_path, text), [])
+    said = "error: process 1 was ended by SIGKILL; go on with: again with ('--resume_from_checkpoint', True)\n"
+    assert exit.value.code == 137 and capfd.readouterr().err == said
+
+
+def test_such_processes_know_the_users_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_gsm8k.py", "--num_gpus", "2"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    os.environ |= {"WORLD_SIZE": "2", LAUNCHED: "1"}
+    assert again(None) == "python run_gsm8k.py --num_gpus 2"
+    del os.environ[LAUNCHED]
+    assert again(None) == "your command"
+
+
+@pytest.mark.parametrize(
+    "options, told, named",
+    [
+        ({"num_gpus": 0}, {}, "num_gpus must be 1 or more, not 0"),
+        ({"num_gpus": 2}, {}, "num_gpus=2, and there are none: lower num_gpus, or add --use_cpu True"),
+        ({"num_gpus": 2, "use_cpu": True}, {"RANK": "0", "LOCAL_WORLD_SIZE": "3"}, "has started 3 processes here"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, told, named, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    os.environ.update(told)
+    with pytest.raises(UserError, match=named):
+        TrainingArguments(str(tmp_path), **options)
+
+
+def test_only_the_first_process_starts_others(tmp_path):
+    assert TrainingArguments(str(tmp_path), num_gpus=2, use_cpu=True).starts_processes
+    assert not TrainingArguments(str(tmp_path), use_cpu=True).starts_processes
