@@ -10,6 +10,7 @@ technique_grid.py     run_alpaca.py's techniques, on and off
 scaling.py            one GPU and several of one host
 plan_check.py         what a plan predicts, and is so, of some sixty cases
 kills.py              runs that are killed and resumed, against one that was not
+faults.py             runs that break in other ways, and go on
 
 jobs.py               what a measurement is of               record.py          a line of a result file
 ranks.py              a process a GPU                        rows.py            what the result files say

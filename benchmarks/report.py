@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.record import RESULTS
 from benchmarks.report_experiments import experiments
-from benchmarks.report_kills import kills
+from benchmarks.report_kills import faults, kills
 from benchmarks.report_plan import checked, planned
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.report_scaling import scaling
@@ -316,6 +316,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "parameters": parameters,
         "slots": slots,
         "kills": kills,
+        "faults": faults,
     },
     ROOT / "benchmarks" / "README.md": {
         "memory_throughput": memory_throughput,
