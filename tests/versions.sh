@@ -21,7 +21,7 @@ if [[ -z "${venvs:-}" ]]; then
     trap 'rm -rf "$venvs"' EXIT
 fi
 
-matters="torch triton transformers peft accelerate"
+matters="torch triton transformers peft accelerate numpy"  # triton 3.6 has no loops for numpy 2.4 in its interpreter
 all=$(sed -n 's/==.*//p' requirements.txt)
 
 # What to install: the packages of requirements.txt, those that matter in their oldest release if $1 is oldest.
