@@ -114,6 +114,10 @@ class LoraArguments:
         require(self.lora_rank > 0, f"lora_rank must be positive, not {self.lora_rank}")
         require(self.lora_alpha > 0, f"lora_alpha must be positive, not {self.lora_alpha}")
         require(0 <= self.lora_dropout < 1, f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        require(
+            ALL_LINEAR not in self.target_modules or len(self.target_modules) == 1,
+            f"target_modules: {ALL_LINEAR} stands for all names: drop the others, or {ALL_LINEAR}",
+        )
 
 
 @dataclass

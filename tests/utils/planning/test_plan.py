@@ -66,9 +66,25 @@ def test_a_budget_below_the_static_part():
         plan("llama-2-7b", "3GiB", "64GiB")
 
 
-def test_documents_that_do_not_fill_the_rows():
-    with pytest.raises(UserError, match="3 documents do not fill 4 rows"):
-        plan("llama-2-7b", "24GiB", "64GiB", documents=3)
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"documents": 3}, "3 documents do not fill 4 rows"),
+        ({"documents": 2049}, "2049 documents are more than 4 x 512 tokens"),
+        ({"lora_dropout": -1.0}, "lora_dropout must lie in"),
+        ({"lora_dropout": float("nan")}, "lora_dropout must lie in"),
+        ({"target_modules": ["q_proj", "v_prj"]}, "target_modules: .* no linear layer named v_prj"),
+        ({"target_modules": ["all-linear", "q_proj"]}, "all-linear stands for all names"),
+        ({"tokens": (0, 512)}, "tokens: '0x512' is no batch"),
+    ],
+)
+def test_what_no_run_could_be(options, said):
+    with pytest.raises(UserError, match=said):
+        plan("llama-2-7b", "24GiB", "64GiB", **options)
+
+
+def test_all_linear_is_a_name_for_all_layers():
+    assert Shape("llama-3.2-1b", targets=["all-linear"]).trained == Shape("llama-3.2-1b").trained > 0
 
 
 @pytest.mark.parametrize(
