@@ -289,7 +289,7 @@ class _Configures:
         for name in [*(given if self.use_hyclora else ()), *asked]:
             if not in_effect(name, vars(self)):
                 other = NEEDS[name][0]
-                raise UserError(f"{name} has no effect with {other}={getattr(self, other)}: drop it or set {other}")
+                raise UserError(f"{name} has no effect with {other}={getattr(self, other)}: drop it or change {other}")
         if self.verify_threshold is None:
             self.verify_threshold = THRESHOLD
         require(

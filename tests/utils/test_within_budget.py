@@ -111,9 +111,15 @@ def test_what_is_not_counted_is_refused(read, options, said):
 
 def test_a_budget_needs_a_gpu_and_hyclora(capsys):
     for options, said in (
-        (["--memory_budget", "20GiB"], "memory_budget=20GiB needs a GPU, and this would run on the CPU"),
+        (
+            ["--memory_budget", "20GiB"],
+            "memory_budget=20GiB needs a GPU, and this would run on the CPU: drop memory_budget",
+        ),
         (["--memory_budget", "20Gib"], "memory_budget: '20Gib' is no size of memory"),
-        (["--memory_budget", "20GiB", "--use_hyclora", "False"], "memory_budget has no effect with use_hyclora=False"),
+        (
+            ["--memory_budget", "20GiB", "--use_hyclora", "False"],
+            "memory_budget has no effect with use_hyclora=False: drop it or change use_hyclora",
+        ),
     ):
         with pytest.raises(SystemExit) as exit:
             run_memory_throughput.main([*options, "--device", "cpu"])
