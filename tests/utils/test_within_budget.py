@@ -10,10 +10,11 @@ import run_longseq
 import run_memory_throughput
 from hyclora.models.config import HycloraConfig
 from hyclora.utils import within_budget
-from hyclora.utils.args import HycloraArguments
+from hyclora.utils.args import ROOT, HycloraArguments
 from hyclora.utils.errors import UserError
 from hyclora.utils.results import print_settings, settings
 from hyclora.utils.runs.identity import identity
+from hyclora.utils.runs.script import SCRIPT
 
 
 @pytest.fixture
@@ -130,3 +131,10 @@ def test_a_budget_needs_a_gpu_and_hyclora(capsys):
 def test_options_are_those_that_a_script_can_answer():
     names = {f.name for f in fields(HycloraArguments)}
     assert "largest_batch" not in names and "memory_budget" in names
+
+
+def test_the_largest_batch_is_no_setting_of_a_script(monkeypatch):
+    monkeypatch.setenv(SCRIPT, str(ROOT / "run_gsm8k.sh"))
+    monkeypatch.setenv("largest_batch", "4x512")
+    with pytest.raises(UserError, match="the scripts look up the largest batch of their rows; drop it"):
+        run_gsm8k.DRIVER.parse([])
