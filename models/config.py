@@ -269,7 +269,10 @@ class HycloraConfig:
         runs = self._runs()
         left = n_layers - sum(n or 0 for n, _ in runs)
         if left < 0 or left and all(n is not None for n, _ in runs):
-            raise ValueError(f"layers={self.layers!r} is of {n_layers - left} layers, and the model has {n_layers}")
+            raise ValueError(
+                f"layers={self.layers!r} is of {n_layers - left} layers, and the model has {n_layers}: give one part "
+                "no number"
+            )
         return [kind for n, kind in runs for _ in range(left if n is None else n)]
 
     def saver_name(self, slot: str, bits: int, again: bool = False) -> str:

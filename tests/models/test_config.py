@@ -105,7 +105,7 @@ def test_what_each_layer_keeps(layers, kept):
 
 @pytest.mark.parametrize("layers, n", [("3*input4", 3), ("3*slots,3*input", 6), ("5*input4,slots", 5)])
 def test_layers_of_another_number_are_refused(layers, n):
-    with pytest.raises(ValueError, match=rf"^layers='.*' is of {n} layers, and the model has 4$"):
+    with pytest.raises(ValueError, match=rf"^layers='.*' is of {n} layers, and the model has 4: give one part"):
         apply_hyclora(llama(num_hidden_layers=4), HycloraConfig(layers=layers))
 
 

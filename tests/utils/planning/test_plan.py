@@ -2,11 +2,12 @@
 
 import pytest
 
+from hyclora.models.config import HycloraConfig
 from hyclora.plan import main, plan
 from hyclora.utils.errors import UserError
 from hyclora.utils.planning import Savers, count
 from hyclora.utils.planning.fitting import STEP, fits
-from hyclora.utils.planning.modes import MODES, NEAR, Mode, mode_of
+from hyclora.utils.planning.modes import MODES, NEAR, Mode, describe, mode_of
 from hyclora.utils.planning.recorded import times
 from hyclora.utils.planning.shape import Shape
 
@@ -52,6 +53,19 @@ def test_how_near_a_count_is_said():
     assert Mode("", (), lines=1, off=0.3).accuracy == "within 0.3 % of 1 measured line"
     far = Mode("", (), lines=2, off=NEAR + 5, earlier=True)
     assert far.accuracy == "2 measured lines of earlier builds differ by up to 15.0 %"
+
+
+@pytest.mark.parametrize(
+    "settings, checkpointing, said",
+    [
+        ({"layers": "input8"}, True, "checkpointing, resident layer inputs, 8 bit"),
+        ({"layers": "1*slots,input8"}, True, "checkpointing, resident layer inputs, exact, layers=1*slots,input8"),
+        ({"layers": "input4", "layer_type": "baseline"}, False, "resident layer inputs, CUDA graphs, 4 bit"),
+        ({"q_bit": "auto", "average_bits": 2.5}, False, "resident, CUDA graphs, 2.5 bit on average"),
+    ],
+)
+def test_a_setting_is_called_by_what_it_keeps(settings, checkpointing, said):
+    assert describe(HycloraConfig(**settings), checkpointing) == said
 
 
 def test_modes_are_known_by_what_they_change():
