@@ -65,7 +65,7 @@ def instructions(data: AlpacaArguments, evaluation: WritingArguments, tokenizer:
 def train_step(model, batches: list[dict], optimizer, scaler, autocast, allows=lambda loss: True) -> tuple[Tensor, int]:
     """One step of the optimizer on the mean loss of all response tokens in the micro-batches: that loss, and how many.
 
-    allows: asked before the optimizer takes it, but by a scaler that looks for itself.
+    allows: whether the optimizer may take it, given its loss.
 
     Each micro-batch adds (sum of the losses of its tokens) / (tokens of all micro-batches), so that the gradients add
     up to those of one big batch. Their means, divided by the number of micro-batches, would not: tokens of short
@@ -81,9 +81,9 @@ def train_step(model, batches: list[dict], optimizer, scaler, autocast, allows=l
                 loss = model(**batch, num_items_in_batch=tokens).loss
             scaler.scale(loss).backward()  # fp16 has no room for small gradients: they are made larger
         total += loss.detach()
-    if scaler.is_enabled() or allows(total):
+    if allows(total):
         scaler.step(optimizer)  # unscales them first, and takes no step if one of them is not finite
-    scaler.update()
+        scaler.update()
     optimizer.zero_grad()
     return total, tokens
 
@@ -120,7 +120,9 @@ def fit(job: Fitting) -> Fitted:
     model.train()
     with stop.listening(), finite.listening():
         for batches in micro_batches(job, progress.state.global_step, job.steps):
-            allows = partial(finite.allows, progress.state.global_step + 1)
+            allows = partial(
+                finite.allows, progress.state.global_step + 1, look_at_gradients=not scaler.is_enabled()
+            )  # fmt: skip
             loss, tokens = train_step(model, batches, optimizer, scaler, autocast, allows)
             progress.count(loss, batches, tokens, scaler.get_scale(), finite.has_skipped)
             if progress.is_due(args.save_steps) or stop.received is not None and args.save_steps:

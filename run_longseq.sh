@@ -44,7 +44,7 @@ fi
 
 # HyC-LoRA: with checkpointing the input of each layer is kept, in host memory on a GPU, and here in 8 bit (or as
 # layers= says, for instance input4)
-preset=${preset:-$([[ "$gpu" == True ]] && echo longest || echo default)}
+preset=${preset:-$([[ "$gpu" == True && -z "${memory_budget:-}" ]] && echo longest || echo default)}
 exact=$([[ "${use_hyclora:-}" == False || "${layer_type:-}" == baseline ]] && echo True || echo False)
 slot_savers=${slot_savers-$([[ "$exact" == True || -n "${layers:-}" ]] || echo '{"layer_in": "quant8"}')}
 

@@ -15,6 +15,7 @@ import argparse
 from dataclasses import dataclass
 
 from hyclora.models.config import HycloraConfig
+from hyclora.utils.args import LoraArguments
 from hyclora.utils.errors import RunStopped, UserError, entry_point
 from hyclora.utils.planning.budget import Choice, below_static, choose
 from hyclora.utils.planning.fitting import Load, fits, longest
@@ -110,13 +111,18 @@ def plan(
     has no margin: see Mode.accuracy. Padding costs less than counted. Allocates nothing on a GPU, and no weights on the
     host.
 
-    Raises UserError for a model without configuration, a size or batch that cannot be read, and for a budget below the
-    static part of every mode.
+    Raises UserError for a model without configuration or without such target_modules, a size or batch that cannot be
+    read, adapters that cannot be, and for a budget below the static part of every mode.
     """
-    gpu, host = (parse_size(size) if isinstance(size, str) else size for size in (gpu, host))
-    batch = parse_tokens(tokens) if isinstance(tokens, str) else tokens
+    sizes = {"gpu": gpu, "host": host}
+    gpu, host = (parse_size(size, name) if isinstance(size, str) else size for name, size in sizes.items())
+    batch = parse_tokens(tokens if isinstance(tokens, str) else "x".join(map(str, tokens)), "tokens")
+    adapters = {} if target_modules is None else {"target_modules": target_modules}
+    LoraArguments(lora_rank=lora_rank, lora_dropout=lora_dropout, **adapters)  # refuses what the scripts refuse
     if documents is not None and documents < batch[0]:
         raise UserError(f"{documents} documents do not fill {batch[0]} rows: each row has one at least")
+    if documents is not None and documents > batch[0] * batch[1]:
+        raise UserError(f"{documents} documents are more than {batch[0]} x {batch[1]} tokens: each has one at least")
     shape = Shape(model, base, lora_rank, target_modules, lora_dropout > 0)
     recorded = documents is None and target_modules is None and not lora_dropout
     known, rows = times(shape, *batch) if recorded else {}, []
@@ -153,7 +159,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--tokens", default="4x512", help="ROWSxTOKENS of a micro-step (default: 4x512)")
     parser.add_argument("--base", choices=BASES, default="nf4", help="frozen weights (default: nf4)")
     parser.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: 16)")
-    parser.add_argument("--target_modules", nargs="+", help="linear layers with adapters (default: all)")
+    parser.add_argument("--target_modules", nargs="+", help="linear layers with adapters, as q_proj (default: all)")
     parser.add_argument("--lora_dropout", type=float, default=0.0, help="dropout of the adapters (default: 0)")
     parser.add_argument("--documents", type=int, help="documents that the rows are packed of, in all")
     found = plan(**vars(parser.parse_args(argv)))

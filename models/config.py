@@ -11,12 +11,15 @@ Settings of OPEN that nobody gave have the values there, or with memory_budget a
 import math
 import re
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 BITS = (2, 3, 4, 8)
 ATTENTION_CORES = ("flash", "eager")
 SCALE_RULES = ("channel_group", "paper")
 SWITCH = (True, False, "auto")
+RATIOS = ("softmax_outlier_ratio", "layernorm_outlier_ratio")
+NUMBERS = {"average_bits": Real, "iteration_threshold": Integral, **dict.fromkeys(RATIOS, Real)}
 SAVERS = ("exact", "derived", "recompute", "sparse", *(f"quant{bits}" for bits in BITS))
 
 
@@ -187,7 +190,14 @@ class HycloraConfig:
         _one_of("scale_rule", self.scale_rule, SCALE_RULES)
         _one_of("cuda_graphs", self.cuda_graphs, SWITCH)
         _one_of("stream", self.stream, SWITCH)
-        for name in ("softmax_outlier_ratio", "layernorm_outlier_ratio"):
+        _one_of("offload", self.offload, (True, False, *self._not_given))
+        for name, kind in NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"{name}={value!r} is not a {'whole ' if kind is Integral else ''}number")
+        if not isinstance(self.slot_savers, dict):
+            raise ValueError(f'slot_savers={self.slot_savers!r} is not a dict such as {{"gate": "exact"}}')
+        for name in RATIOS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
         self._check_budget()
@@ -217,10 +227,10 @@ class HycloraConfig:
 
         if self.memory_budget is None and self.largest_batch is not None:
             raise ValueError(f"largest_batch={self.largest_batch!r} has no effect without memory_budget: drop it")
-        if isinstance(self.memory_budget, str):
-            parse_size(self.memory_budget, "memory_budget")
-        elif self.memory_budget is not None and self.memory_budget < 2**20:
+        if type(self.memory_budget) is int and self.memory_budget < 2**20:
             raise ValueError(f"memory_budget={self.memory_budget} are bytes: write a unit, for instance 24GiB")
+        if self.memory_budget is not None and type(self.memory_budget) is not int:
+            parse_size(self.memory_budget, "memory_budget")
         if self.largest_batch is not None:
             parse_tokens(self.largest_batch, "largest_batch")
 
@@ -243,7 +253,7 @@ class HycloraConfig:
         """layers, read: how many layers, None for all that are left, keep what."""
         runs = []
         for part in str(OPEN["layers"] if self.layers is None else self.layers).split(","):
-            found = re.fullmatch(r"\s*(?:(\d+)\s*\*\s*)?(\w+)\s*", part)
+            found = re.fullmatch(r"\s*(?:(\d{1,9})\s*\*\s*)?(\w+)\s*", part)
             if not found or found[2] not in KEPT or found[1] and not int(found[1]):
                 raise ValueError(
                     f"layers={self.layers!r}: {part.strip()!r} is not one of {', '.join(KEPT)}, with a number of "
@@ -259,7 +269,10 @@ class HycloraConfig:
         runs = self._runs()
         left = n_layers - sum(n or 0 for n, _ in runs)
         if left < 0 or left and all(n is not None for n, _ in runs):
-            raise ValueError(f"layers={self.layers!r} is of {n_layers - left} layers, and the model has {n_layers}")
+            raise ValueError(
+                f"layers={self.layers!r} is of {n_layers - left} layers, and the model has {n_layers}: give one part "
+                "no number"
+            )
         return [kind for n, kind in runs for _ in range(left if n is None else n)]
 
     def saver_name(self, slot: str, bits: int, again: bool = False) -> str:

@@ -25,6 +25,10 @@ PATIENCE = 10  # steps in a row that may be skipped
 REMEMBERED = 64  # micro-batches of a step
 
 
+class BrokenWeight(FloatingPointError):
+    """A frozen weight is not finite: it was loaded so, and no setting of the training mends it."""
+
+
 class FiniteGradients:
     """Says before each step of an optimizer whether that may take the gradients.
 
@@ -44,8 +48,8 @@ class FiniteGradients:
     cause; statistics, recordings, random state and gradients stay as they are. Processes of a distributed run decide
     together. skipped: how many steps were.
 
-    Raises FloatingPointError whatever the action where a weight is not finite already, and after PATIENCE steps in a
-    row; ValueError for another action.
+    Raises FloatingPointError whatever the action where a weight is not finite already (BrokenWeight if it is frozen),
+    and after PATIENCE steps in a row; ValueError for another action.
     """
 
     def __init__(self, model: nn.Module, action: Literal["stop", "skip"] = "stop"):
@@ -88,16 +92,16 @@ class FiniteGradients:
         self._batches.clear()
         self._losses.clear()
 
-    def note(self, loss: Tensor) -> None:
+    def note(self, loss: Tensor | float) -> None:
         """Have a micro-batch's loss looked at with the gradients: it may be infinite by itself."""
-        self._losses.append(loss.detach())
+        self._losses.append(torch.as_tensor(loss).detach())
 
     @property
     def has_skipped(self) -> bool:
         """Whether the last step was."""
         return self._in_a_row > 0
 
-    def allows(self, step: int, *losses: Tensor, look_at_gradients: bool = True) -> bool:
+    def allows(self, step: int, *losses: Tensor | float, look_at_gradients: bool = True) -> bool:
         """Whether the optimizer may take its step of that number; losses: more to be looked at, as by note().
 
         look_at_gradients: not where a GradScaler does, which skips such steps to find its scale.
@@ -132,7 +136,7 @@ class FiniteGradients:
             sentence = f"{sentence}; {PATIENCE} steps before it were skipped for that, too"
         if self.action == "stop" or found.is_lasting or self._in_a_row > PATIENCE:
             self.end()
-            raise FloatingPointError(sentence)
+            raise (BrokenWeight if found.is_given else FloatingPointError)(sentence)
         self.skipped += 1
         for p in self.model.parameters():
             p.grad = None
@@ -153,6 +157,8 @@ class NonFiniteCallback(TrainerCallback):
         self.action, self.finite = action, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.finite is not None:  # of a training that was broken off
+            self.finite.end()
         self.finite = FiniteGradients(model, self.action)
         self.finite.listen()
 

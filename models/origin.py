@@ -46,10 +46,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Origin:
-    """A sentence; is_lasting: whether every later step has the same fault."""
+    """A sentence; is_lasting: whether every later step has the same fault.
+
+    is_given: whether it is in a frozen weight, which training has not made.
+    """
 
     sentence: str
     is_lasting: bool = False
+    is_given: bool = False
 
     def __str__(self) -> str:
         return self.sentence
@@ -61,7 +65,9 @@ def origin(model: nn.Module, batches: list[Batch]) -> Origin:
     Takes the memory of plain LoRA for one batch and says so where there is no room.
     """
     if found := _weight(model):
-        return Origin(f"the weight {found} is not finite before the step", is_lasting=True)
+        frozen = not model.get_parameter(found).requires_grad
+        sentence = f"the {'frozen ' if frozen else ''}weight {found} is not finite before the step"
+        return Origin(sentence, is_lasting=True, is_given=frozen)
     patch = patch_of(model)
     if patch is not None and (found := _scale(patch)):
         return Origin(found, is_lasting=True)
@@ -89,7 +95,8 @@ def origin(model: nn.Module, batches: list[Batch]) -> Origin:
 
 
 def _is_finite(t: Tensor) -> bool:
-    return not t.is_floating_point() or bool(t.isfinite().all())
+    # detached: isfinite keeps its input for backward, and a layer that checkpointing runs again has to keep as much
+    return not t.is_floating_point() or bool(t.detach().isfinite().all())
 
 
 def _weight(model: nn.Module) -> str | None:

@@ -254,7 +254,7 @@ def _base(model: nn.Module) -> nn.Module:
 def _gpu(layers: list[nn.Module], option: str) -> torch.device:
     """The one GPU that holds the decoder layers; ValueError naming the option that needs it if they are elsewhere."""
     if elsewhere := _elsewhere(layers):
-        raise ValueError(f"{option} needs all layers on one GPU; {elsewhere}")
+        raise ValueError(f"{option} needs all layers on one GPU; {elsewhere}: move them there, or drop {option}")
     return next(layers[0].parameters()).device
 
 

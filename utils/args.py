@@ -25,7 +25,7 @@ from hyclora.models.verification import THRESHOLD
 from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import NEEDS, in_effect
-from hyclora.utils.runs.script import check_environment
+from hyclora.utils.runs.script import SCRIPT, check_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -114,6 +114,10 @@ class LoraArguments:
         require(self.lora_rank > 0, f"lora_rank must be positive, not {self.lora_rank}")
         require(self.lora_alpha > 0, f"lora_alpha must be positive, not {self.lora_alpha}")
         require(0 <= self.lora_dropout < 1, f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        require(
+            ALL_LINEAR not in self.target_modules or len(self.target_modules) == 1,
+            f"target_modules: {ALL_LINEAR} stands for all names: drop the others, or {ALL_LINEAR}",
+        )
 
 
 @dataclass
@@ -268,8 +272,9 @@ def _value_of(name: str, text):
     """What an option written as JSON means; a bare word is a string."""
     try:
         value = json.loads(text) if isinstance(text, str) else text
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or numbers and nesting without end
         value = text
+    value = text if value is None else value  # null is no value
     require(
         _KINDS[name] is not dict or isinstance(value, dict),
         f'{name} must be a JSON object such as {{"gate": "exact"}}, not {text}',
@@ -283,8 +288,8 @@ CHOICES = {
     "attention": ATTENTION_CORES,
     "scale_rule": SCALE_RULES,
 }
-# largest_batch is looked up in the rows
-_HYCLORA_FIELDS = [f for f in dataclasses.fields(HycloraConfig) if f.name != "largest_batch"]
+FROM_ROWS = "largest_batch"  # is no option: what the scripts look up in their rows
+_HYCLORA_FIELDS = [f for f in dataclasses.fields(HycloraConfig) if f.name != FROM_ROWS]
 _KINDS = typing.get_type_hints(HycloraConfig)
 
 
@@ -310,7 +315,7 @@ class _Configures:
         for name in [*(given if self.use_hyclora else ()), *asked]:
             if not in_effect(name, vars(self)):
                 other = NEEDS[name][0]
-                raise UserError(f"{name} has no effect with {other}={getattr(self, other)}: drop it or set {other}")
+                raise UserError(f"{name} has no effect with {other}={getattr(self, other)}: drop it or change {other}")
         if self.verify_threshold is None:
             self.verify_threshold = THRESHOLD
         require(
@@ -396,6 +401,11 @@ def parse_arguments(argv: list[str] | None, groups, defaults: dict | None = None
     known = [name for action in parser._actions for name in action.option_strings]
     check_environment(known)
     *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    require(
+        f"--{FROM_ROWS}" not in [word.partition("=")[0] for word in unknown]
+        and not (SCRIPT in os.environ and os.environ.get(FROM_ROWS)),
+        f"{FROM_ROWS} is of HycloraConfig alone: the scripts look up the largest batch of their rows; drop it",
+    )
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
         raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))

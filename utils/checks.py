@@ -78,7 +78,7 @@ def check_settings(groups) -> None:
         value, preset = active.get(name), active.get("preset")
         if value not in (None, False, "auto") and not on_gpu:
             asks = preset != "default" and value is True
-            hint = f": preset={preset} asks for it, preset=default does not" if asks else ""
-            raise UserError(f"{name}={value} needs a GPU, and this would run on the CPU{hint}")
+            hint = f"preset={preset} asks for it, preset=default does not" if asks else f"drop {name}"
+            raise UserError(f"{name}={value} needs a GPU, and this would run on the CPU: {hint}")
     if active.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")

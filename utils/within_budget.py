@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig
 
-from hyclora.utils.args import ALL_LINEAR, HycloraArguments, LoraArguments, ModelArguments, require
+from hyclora.utils.args import HycloraArguments, LoraArguments, ModelArguments, require
 from hyclora.utils.heads import NEXT_TOKEN, Head
 from hyclora.utils.planning.budget import available_host, budget_of, choose
 from hyclora.utils.planning.fitting import Load
@@ -36,7 +36,6 @@ def settle(
 
 def shape_of(model: ModelArguments, lora: LoraArguments, source: str, head: Head = NEXT_TOKEN) -> Shape:
     """The base model in source with its adapters, as far as memory goes. Reads config.json alone."""
-    targets = None if lora.target_modules == [ALL_LINEAR] else lora.target_modules
     base = "nf4" if model.load_in_4bit else "bf16"
     config = AutoConfig.from_pretrained(source, **head.config)
-    return Shape(config, base, lora.lora_rank, targets, lora.lora_dropout > 0)
+    return Shape(config, base, lora.lora_rank, lora.target_modules, lora.lora_dropout > 0)

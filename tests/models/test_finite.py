@@ -58,6 +58,11 @@ def break_adapter(model):
     next(p for name, p in model.named_parameters() if "layers.1" in name and "lora_A" in name).data[0, 0] = math.nan
 
 
+def overflow_base(model):
+    """The first weight of all, so that this is what is found."""
+    model.get_input_embeddings().weight.data[0, 0] = math.inf
+
+
 def saver_of(model, slot):
     """Of the last layer."""
     return [block.savers[slot] for block in find_patch(model).blocks if slot in block.savers][-1]
@@ -106,6 +111,29 @@ def test_what_is_not_finite_is_named(cause):
         finite.allows(7)
     told = str(error.value)
     assert told.startswith("step 7 has a loss or gradients that are not finite: ") and said in told
+
+
+def test_a_frozen_weight_is_told_from_one_that_training_broke():
+    model = patched()
+    for change, kind in ((break_adapter, FloatingPointError), (overflow_base, module.BrokenWeight)):
+        change(model)
+        with pytest.raises(FloatingPointError, match="is not finite before the step") as error:
+            FiniteGradients(model, "skip").allows(1, torch.tensor(math.nan))
+        assert type(error.value) is kind
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing_it_is_looked_for_too(reentrant, caplog):
+    """Looks keep nothing for backward: a layer has to keep as many tensors when it is run again."""
+    model = overflow_embedding(patched())
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    batch, finite = padded_batch(), FiniteGradients(model, "skip")
+    batch["input_ids"][0, 0] = POISON
+    with finite.listening():
+        model(**batch).loss.backward()
+        assert not finite.allows(1)
+    assert f"embed_tokens is not finite; {STOCK}" in caplog.text
 
 
 def test_an_encoders_slots_have_names():
@@ -174,7 +202,7 @@ def test_a_lasting_fault_is_not_skipped():
 
 def test_a_loss_is_looked_at_where_it_is_noted():
     finite = FiniteGradients(patched(), "skip")
-    assert finite.allows(1, torch.tensor(1.0)) and not finite.allows(2, torch.tensor(math.nan))
+    assert finite.allows(1, torch.tensor(1.0)) and not finite.allows(2, math.nan)
     finite.note(torch.tensor(math.inf))
     assert not finite.allows(3, look_at_gradients=False) and finite.allows(4)
 

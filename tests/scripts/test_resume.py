@@ -14,6 +14,7 @@ import torch
 import run_gsm8k
 from hyclora.utils import driver, trainer
 from hyclora.utils.errors import Finished
+from hyclora.utils.loading import load_model
 from hyclora.utils.metrics import evaluate_generation
 from hyclora.utils.runs import checkpoints, run
 from hyclora.utils.trainer import HycloraTrainer
@@ -334,3 +335,15 @@ def test_a_loss_that_is_not_finite_is_started_again_with_less_or_skipped(drive, 
     assert said.endswith(f"{RESUME} {folder / 'checkpoint-2'} --non_finite skip\n")
     code, said = drive(RESUME, folder / "checkpoint-2", "--non_finite", "skip")
     assert code == 0 and re.search(r"steps that were not finite, skipped +1\n", said)
+
+
+def test_a_weight_that_was_loaded_broken_asks_for_no_other_learning_rate(drive, monkeypatch):
+    def load(*args):
+        model = load_model(*args)
+        next(p for p in model.parameters() if not p.requires_grad).data[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(driver, "load_model", load)
+    code, said = drive()
+    assert code == 1 and "the frozen weight base_model.model.model.embed_tokens.weight is not finite" in said
+    assert "copy its weights again; no checkpoint was written; start again: " in said and "--learning_rate" not in said

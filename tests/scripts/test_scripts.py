@@ -93,13 +93,19 @@ def test_a_user_needs_no_test_runner(needed, tmp_path):
     assert (found.returncode, found.stderr.strip()) == ((1, "lacks pytest") if needed else (0, ""))
 
 
-def stub_interpreter(folder, qualifies):
-    """A `python` that answers env.sh's questions, the first as told, and otherwise prints its arguments."""
+def stub_interpreter(folder, qualifies, gpu=False):
+    """A `python` that answers env.sh's questions, the first as told, and otherwise prints its arguments.
+
+    gpu: there is one, whatever the machine has.
+    """
     python = folder / "python"
     answer = "exit 0" if qualifies else "echo lacks torch; exit 1"
-    gpu = f'[[ "$1" == -c ]] && exec {sys.executable} "$@"'
-    python.write_text(f'#!/bin/bash\n[[ "$1" == - ]] && {{ {answer}; }}\n{gpu}\nprintf "%s\\n" "$@"\n')
+    seen = "exit 0" if gpu else f'exec {sys.executable} "$@"'
+    sees = f'[[ "$1" == -c ]] && {seen}'
+    python.write_text(f'#!/bin/bash\n[[ "$1" == - ]] && {{ {answer}; }}\n{sees}\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
+    if gpu:
+        (folder / "nvidia-smi").symlink_to("/bin/true")
     return python
 
 
@@ -119,6 +125,16 @@ def test_settings_come_from_outside_and_options_are_forwarded_last(tmp_path):
     assert argv[-2:] == ["--max_steps", "3"]
     assert (given["--q_bit"], given["--data_name"], "--layer_type" in given) == ("2", "gsm8k", False)
     assert (given["--num_train_epochs"], given["--gradient_accumulation_steps"]) == ("6", "4")
+
+
+@pytest.mark.parametrize("script", ["run_gsm8k.sh", "run_longseq.sh"])
+def test_a_budget_leaves_open_what_the_script_would_set_on_a_gpu(script, tmp_path):
+    stub_interpreter(tmp_path, qualifies=True, gpu=True)
+    presets = []
+    for variables in ({}, {"memory_budget": "20GiB"}):
+        _, _, *argv = run_script(tmp_path, script=script, **variables)
+        presets.append(argv[argv.index("--preset") + 1])
+    assert presets[0] in ("least_memory", "longest") and presets[1] == "default"
 
 
 def test_the_demo_is_small(tmp_path):

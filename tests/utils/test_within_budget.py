@@ -10,10 +10,11 @@ import run_longseq
 import run_memory_throughput
 from hyclora.models.config import HycloraConfig
 from hyclora.utils import within_budget
-from hyclora.utils.args import HycloraArguments
+from hyclora.utils.args import ROOT, HycloraArguments
 from hyclora.utils.errors import UserError
 from hyclora.utils.results import print_settings, settings
 from hyclora.utils.runs.identity import identity
+from hyclora.utils.runs.script import SCRIPT
 
 
 @pytest.fixture
@@ -111,9 +112,15 @@ def test_what_is_not_counted_is_refused(read, options, said):
 
 def test_a_budget_needs_a_gpu_and_hyclora(capsys):
     for options, said in (
-        (["--memory_budget", "20GiB"], "memory_budget=20GiB needs a GPU, and this would run on the CPU"),
+        (
+            ["--memory_budget", "20GiB"],
+            "memory_budget=20GiB needs a GPU, and this would run on the CPU: drop memory_budget",
+        ),
         (["--memory_budget", "20Gib"], "memory_budget: '20Gib' is no size of memory"),
-        (["--memory_budget", "20GiB", "--use_hyclora", "False"], "memory_budget has no effect with use_hyclora=False"),
+        (
+            ["--memory_budget", "20GiB", "--use_hyclora", "False"],
+            "memory_budget has no effect with use_hyclora=False: drop it or change use_hyclora",
+        ),
     ):
         with pytest.raises(SystemExit) as exit:
             run_memory_throughput.main([*options, "--device", "cpu"])
@@ -124,3 +131,10 @@ def test_a_budget_needs_a_gpu_and_hyclora(capsys):
 def test_options_are_those_that_a_script_can_answer():
     names = {f.name for f in fields(HycloraArguments)}
     assert "largest_batch" not in names and "memory_budget" in names
+
+
+def test_the_largest_batch_is_no_setting_of_a_script(monkeypatch):
+    monkeypatch.setenv(SCRIPT, str(ROOT / "run_gsm8k.sh"))
+    monkeypatch.setenv("largest_batch", "4x512")
+    with pytest.raises(UserError, match="the scripts look up the largest batch of their rows; drop it"):
+        run_gsm8k.DRIVER.parse([])

@@ -127,7 +127,7 @@ def choose_for(model, config: HycloraConfig) -> Choice:
     """The Choice of config.memory_budget for a PEFT model on a GPU, and config.largest_batch."""
     shape = Shape.of(model)
     positions = shape.config.max_position_embeddings
-    rows, tokens = parse_tokens(config.largest_batch) if config.largest_batch else (1, positions)
+    rows, tokens = parse_tokens(config.largest_batch, "largest_batch") if config.largest_batch else (1, positions)
     # whoever has rows of one length alone is told a little too much
     load = Load(rows, tokens, rows * tokens, ragged=True, checkpointing=_checkpoints(model), processes=_processes())
     return choose(shape, config, load, budget_of(config), available_host())
@@ -136,7 +136,7 @@ def choose_for(model, config: HycloraConfig) -> Choice:
 def budget_of(config: HycloraConfig) -> int:
     """config.memory_budget in bytes; UserError for more than the card has."""
     given = config.memory_budget
-    budget = parse_size(given) if isinstance(given, str) else given
+    budget = parse_size(given, "memory_budget") if isinstance(given, str) else given
     card = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else budget
     if budget > card:
         raise UserError(f"memory_budget={given} is more than the {say_size(card)} that the GPU has: lower it")

@@ -64,17 +64,19 @@ MEASURED = {
 def describe(config: HycloraConfig, checkpointing: bool = False) -> str:
     """What a person calls a setting: where slots or layer inputs wait, how layers are launched, in how many bits."""
     where = "offloaded" if config.offload else "resident"
-    if checkpointing:
-        said = BITS_SAID[config.slot_savers.get("layer_in", "exact")]
-        return f"checkpointing, {where} layer inputs, {said}"
     launched = "CUDA graphs" if config.cuda_graphs else "layer by layer"
+    inputs = KEPT.get(config.layers)
+    mixed = "" if config.layers in KEPT else f", layers={config.layers}"
+    if checkpointing:
+        said = BITS_SAID[inputs or config.slot_savers.get("layer_in", "exact")]
+        return f"checkpointing, {where} layer inputs, {said}{mixed}"
+    if inputs:
+        return f"{where} layer inputs, {launched}, {BITS_SAID[inputs]}"
     if not config.policy.compress:
-        return f"exact, {where}, {launched}"
-    if config.layers in KEPT and KEPT[config.layers]:
-        return f"{where} layer inputs, {launched}, {BITS_SAID[KEPT[config.layers]]}"
-    mixed = "" if config.layers == "slots" else f", layers={config.layers}"
+        return f"exact, {where}, {launched}{mixed}"
     kept_map = ", with a map of attention" if config.attention == "eager" else ""
-    return f"{where}, {launched}, {config.q_bit} bit{mixed}{kept_map}"
+    bits = f"{config.average_bits:g} bit on average" if config.q_bit == "auto" else f"{config.q_bit} bit"
+    return f"{where}, {launched}, {bits}{mixed}{kept_map}"
 
 
 def _modes() -> list[Mode]:

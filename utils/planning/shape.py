@@ -18,7 +18,7 @@ from hyclora.operators.dispatch import cdiv, rank_block
 from hyclora.operators.linear import low_rank_grad, nf4
 from hyclora.operators.linear.weight_pieces import MANY_TOKENS, weight_pieces
 from hyclora.operators.reference import padded_rank
-from hyclora.utils.args import ROOT
+from hyclora.utils.args import ALL_LINEAR, ROOT
 from hyclora.utils.errors import UserError
 
 SHAPES = ROOT / "benchmarks" / "shapes"
@@ -90,9 +90,10 @@ class Shape:
     """What the plan has to know of a model with adapters of `rank` on linear layers of its decoder.
 
     source: a folder with a config.json, the file itself, a name in benchmarks/shapes, or a Transformers configuration;
-    base: nf4 or bf16; targets: the last names of those that have an adapter, all by default; dropout: whether adapters
-    have one. Built on the meta device: no memory, some seconds for the largest. Raises UserError for a source without a
-    configuration, for one that cannot work, and for a model that is no decoder of a known family.
+    base: nf4 or bf16; targets: the last names of those that have an adapter, all for None or all-linear; dropout:
+    whether adapters have one. Built on the meta device: no memory, some seconds for the largest. Raises UserError for a
+    source without a configuration, for one that cannot work, for a model that is no decoder of a known family, and for
+    a target that it has not.
     """
 
     def __init__(
@@ -112,7 +113,9 @@ class Shape:
         self.layers = list(attrgetter(self.family.layers)(decoder))
         named = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
         self.linears = [module for _, module in named]
-        targets = None if targets is None else set(targets)
+        targets = None if targets is None or [*targets] == [ALL_LINEAR] else set(targets)
+        if missing := sorted((targets or set()) - {name.rpartition(".")[2] for name, _ in named}):
+            raise UserError(f"target_modules: the model's layers have no linear layer named {missing[0]}")
         ranks = {id(m): rank if targets is None or name.rpartition(".")[2] in targets else 0 for name, m in named}
         self.adapted = [module for module in self.linears if ranks[id(module)]]
         if base == "nf4":

@@ -7,25 +7,28 @@ from hyclora.utils.errors import UserError
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
-def parse_size(text: str, name: str = "") -> int:
+def parse_size(text: str, name: str) -> int:
     """Bytes of a size like 24GiB or 7.5GB; UserError for anything else, with the setting's name before it."""
-    name = name and f"{name}: "
-    number, unit = re.fullmatch(r"\s*([\d.]*)\s*(.*?)\s*", text).groups()
+    number, unit = re.fullmatch(r"\s*([\d.]*)\s*(.*?)\s*", str(text), re.DOTALL).groups()
     if unit not in UNITS:
         raise UserError(
-            f"{name}{text!r} is no size of memory: write a number with {', '.join(UNITS)}, for instance 24GiB"
+            f"{name}: {text!r} is no size of memory: write a number with {', '.join(UNITS)}, for instance 24GiB"
         )
-    if not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
-        raise UserError(f"{name}{text!r} is no size of memory: {number!r} is not a positive number")
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", number) or not float(number):
+        raise UserError(
+            f"{name}: {text!r} is no size of memory: {number!r} is not a positive number, of at most 9 digits"
+        )
     return int(float(number) * UNITS[unit])
 
 
-def parse_tokens(text: str, name: str = "") -> tuple[int, int]:
+def parse_tokens(text: str, name: str) -> tuple[int, int]:
     """Rows and tokens a row of 4x512; UserError for anything else, with the setting's name before it."""
-    name = name and f"{name}: "
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", str(text))
     if not found or int(found[2]) < 2:
-        raise UserError(f"{name}{text!r} is no batch: write ROWSxTOKENS with two tokens or more, for instance 4x512")
+        raise UserError(
+            f"{name}: {text!r} is no batch: write ROWSxTOKENS with two tokens or more, of at most 9 digits each, for "
+            "instance 4x512"
+        )
     return int(found[1]), int(found[2])
 
 

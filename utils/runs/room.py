@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from hyclora.models.state import LAUNCH
-from hyclora.utils.args import ALL_LINEAR
 from hyclora.utils.errors import UserError, is_out_of_memory
 from hyclora.utils.planning.budget import available_host
 from hyclora.utils.planning.live import Savers, count
@@ -67,7 +66,6 @@ def what_fits(source: str, values: dict, batch: tuple[int, int], gpu: int, host:
     if not values.get("use_lora", True) or not values["load_in_4bit"] and values["dtype"] == "float32":
         return []
     base, targets = "nf4" if values["load_in_4bit"] else "bf16", values["target_modules"]
-    targets = None if targets == [ALL_LINEAR] else targets
     try:
         shape = Shape(source, base, values["lora_rank"], targets, values["lora_dropout"] > 0)
     except UserError:

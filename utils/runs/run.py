@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hyclora.models.finite import BrokenWeight
 from hyclora.utils import results
 from hyclora.utils.args import TrainingArguments
 from hyclora.utils.disk import check_output
@@ -76,6 +77,8 @@ class Run:
         """What to say when `error` ends the run; None for a mistake that says it all and for a defect of the code."""
         if isinstance(error, KeyboardInterrupt):
             return Interrupted(f"interrupted; {self.left()}")
+        if isinstance(error, BrokenWeight):
+            return RunStopped(f"{error}: it is so in {self.source}, copy its weights again; {self.left()}")
         if isinstance(error, FloatingPointError):
             return RunStopped(f"{error}; {self._without_overflow()}")
         if isinstance(error, RunStopped):

@@ -125,6 +125,9 @@ def test_a_budget_is_no_more_than_the_card_has(monkeypatch):
         ({"memory_budget": "20Gib"}, "memory_budget: '20Gib' is no size of memory"),
         ({"memory_budget": "H100"}, "memory_budget: 'H100' is no size of memory"),
         ({"memory_budget": 20}, "memory_budget=20 are bytes: write a unit"),
+        ({"memory_budget": float("nan")}, "memory_budget: nan is no size of memory"),
+        ({"memory_budget": True}, "memory_budget: True is no size of memory"),
+        ({"memory_budget": "20GiB", "largest_batch": (4, 512)}, r"largest_batch: \(4, 512\) is no batch"),
         ({"memory_budget": "20GiB", "largest_batch": "512"}, "largest_batch: '512' is no batch"),
         ({"largest_batch": "4x512"}, "largest_batch='4x512' has no effect without memory_budget"),
     ],
@@ -167,5 +170,7 @@ def test_a_model_with_a_plan_tells_of_the_first_larger_batch(monkeypatch, caplog
 
 
 def test_a_plan_is_of_a_gpu():
-    with pytest.raises(ValueError, match="memory_budget needs all layers on one GPU; the layers are on cpu"):
+    with pytest.raises(
+        ValueError, match="memory_budget needs all layers on one GPU; the layers are on cpu: move them there, or drop"
+    ):
         apply_hyclora(llama(), HycloraConfig(memory_budget="20GiB"))

@@ -2,11 +2,12 @@
 
 import pytest
 
+from hyclora.models.config import HycloraConfig
 from hyclora.plan import main, plan
 from hyclora.utils.errors import UserError
 from hyclora.utils.planning import Savers, count
 from hyclora.utils.planning.fitting import STEP, fits
-from hyclora.utils.planning.modes import MODES, NEAR, Mode, mode_of
+from hyclora.utils.planning.modes import MODES, NEAR, Mode, describe, mode_of
 from hyclora.utils.planning.recorded import times
 from hyclora.utils.planning.shape import Shape
 
@@ -54,6 +55,19 @@ def test_how_near_a_count_is_said():
     assert far.accuracy == "2 measured lines of earlier builds differ by up to 15.0 %"
 
 
+@pytest.mark.parametrize(
+    "settings, checkpointing, said",
+    [
+        ({"layers": "input8"}, True, "checkpointing, resident layer inputs, 8 bit"),
+        ({"layers": "1*slots,input8"}, True, "checkpointing, resident layer inputs, exact, layers=1*slots,input8"),
+        ({"layers": "input4", "layer_type": "baseline"}, False, "resident layer inputs, CUDA graphs, 4 bit"),
+        ({"q_bit": "auto", "average_bits": 2.5}, False, "resident, CUDA graphs, 2.5 bit on average"),
+    ],
+)
+def test_a_setting_is_called_by_what_it_keeps(settings, checkpointing, said):
+    assert describe(HycloraConfig(**settings), checkpointing) == said
+
+
 def test_modes_are_known_by_what_they_change():
     for mode in MODES:
         assert mode.checkpointing or mode_of(mode.config.to_dict()) is mode
@@ -66,9 +80,25 @@ def test_a_budget_below_the_static_part():
         plan("llama-2-7b", "3GiB", "64GiB")
 
 
-def test_documents_that_do_not_fill_the_rows():
-    with pytest.raises(UserError, match="3 documents do not fill 4 rows"):
-        plan("llama-2-7b", "24GiB", "64GiB", documents=3)
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"documents": 3}, "3 documents do not fill 4 rows"),
+        ({"documents": 2049}, "2049 documents are more than 4 x 512 tokens"),
+        ({"lora_dropout": -1.0}, "lora_dropout must lie in"),
+        ({"lora_dropout": float("nan")}, "lora_dropout must lie in"),
+        ({"target_modules": ["q_proj", "v_prj"]}, "target_modules: .* no linear layer named v_prj"),
+        ({"target_modules": ["all-linear", "q_proj"]}, "all-linear stands for all names"),
+        ({"tokens": (0, 512)}, "tokens: '0x512' is no batch"),
+    ],
+)
+def test_what_no_run_could_be(options, said):
+    with pytest.raises(UserError, match=said):
+        plan("llama-2-7b", "24GiB", "64GiB", **options)
+
+
+def test_all_linear_is_a_name_for_all_layers():
+    assert Shape("llama-3.2-1b", targets=["all-linear"]).trained == Shape("llama-3.2-1b").trained > 0
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,22 @@ from hyclora.utils.planning.units import parse_size, parse_tokens
     "text, nbytes", [("24GiB", 24 * 2**30), ("7.5 GB", 7_500_000_000), ("512MiB", 2**29), (" 1TiB ", 2**40)]
 )
 def test_sizes(text, nbytes):
-    assert parse_size(text) == nbytes
+    assert parse_size(text, "gpu") == nbytes
 
 
-@pytest.mark.parametrize("text", ["24", "24G", "GiB", "-1GiB", "1.2.3GiB", "0GiB", "H100", "", "24gib"])
+@pytest.mark.parametrize(
+    "text", ["24", "24G", "GiB", "-1GiB", "1.2.3GiB", "0GiB", "H100", "", "24gib", "9" * 400 + "GiB", 1.5, b"1GiB"]
+)
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UserError, match="is no size of memory"):
-        parse_size(text)
+    with pytest.raises(UserError, match="^gpu: .* is no size of memory: "):
+        parse_size(text, "gpu")
 
 
 def test_batches():
-    assert parse_tokens("4x512") == (4, 512)
+    assert parse_tokens("4x512", "tokens") == (4, 512)
 
 
-@pytest.mark.parametrize("text", ["4", "4x", "x512", "0x512", "4x1", "4x512x2", "four"])
+@pytest.mark.parametrize("text", ["4", "4x", "x512", "0x512", "4x1", "4x512x2", "four", "9" * 5000 + "x4", 4])
 def test_what_is_no_batch_is_refused(text):
-    with pytest.raises(UserError, match="is no batch"):
-        parse_tokens(text)
+    with pytest.raises(UserError, match="^tokens: .* is no batch: "):
+        parse_tokens(text, "tokens")
