@@ -48,6 +48,7 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
 def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
     """Their variables are settings of the script, and values and options are parsed as on a machine with a GPU."""
     monkeypatch.setattr(checks, "NEED_GPU", ())
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.chdir(tmp_path)
     for name in ("my_rows.jsonl", "my_text.txt"):
         (tmp_path / name).touch()
