@@ -19,7 +19,8 @@ def causal_bounds(
     unread. Without a mask a run ends where position ids do not go on by one. One transfer from the GPU, where HF has
     one too; none if there is neither.
     """
-    # numpy takes a tenth of torch's time for so little, and the GPU waits
+    # numpy takes a tenth of torch's time for so little, and the GPU waits; torch 2.15, which compiles it as its own,
+    # sums no bool unless it is told to sum numbers
     first, seeing = np.zeros((batch, seq_len), bool), np.ones((batch, seq_len), bool)
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, seq_len):
@@ -30,7 +31,7 @@ def causal_bounds(
         first[:, 1:] = real[:, 1:] & ~real[:, :-1]
         if (first.sum(1) + real[:, 0] > 1).any():  # padding between real tokens, which see each other in HF
             return None
-        in_front = (real.cumsum(1) == 0) & real.any(1, keepdims=True)
+        in_front = (real.cumsum(1, int) == 0) & real.any(1, keepdims=True)
         padding = ~real & ~in_front if zero else ~real
         if padding.any() and not unread(torch.from_numpy(padding)):
             return None
@@ -59,7 +60,7 @@ def row_bounds(attention_mask, batch: int, seq_len: int) -> Tensor | None:
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, seq_len):
         return None
     real = attention_mask.numpy()
-    starts = np.flatnonzero(real & (real.cumsum(1) == 1))
+    starts = np.flatnonzero(real & (real.cumsum(1, int) == 1))
     bounds = np.ones((1, 1, 2, len(starts) + 1), np.int32)
     bounds[0, 0, 0] = *starts, batch * seq_len
     return torch.from_numpy(bounds)

@@ -37,7 +37,7 @@ class Stream:
         parts = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
         rows, places, ends = (part.numpy() for part in parts.split(sizes))
         rows[: self.length] = index
-        np.maximum(real.cumsum() - 1, 0, out=places)
+        np.maximum(real.cumsum(dtype=int) - 1, 0, out=places)
         ends[: len(starts)] = starts
         ends[len(starts) :] = self.size
         if self.size > self.length:
