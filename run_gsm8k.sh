@@ -40,5 +40,6 @@ num_gpus=${num_gpus:-}  # of this machine, one process each
 source "$root/utils/settings.sh"
 options+=(--gradient_accumulation_steps "$gradient_accu_steps")
 add_options load_in_4bit data_name data_dir seq_len
-add_options num_gpus non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before max_new_tokens
+add_options num_gpus non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
+add_options max_new_tokens
 start run_gsm8k.py "$@"

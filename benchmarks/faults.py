@@ -12,7 +12,6 @@ checkpoint of a run that was killed. Appends a line a fault to OUTPUT_DIR/faults
 import argparse
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,9 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.kills import COMMON, COURSES, outcome
+from benchmarks.kills import COMMON, options_of, outcome, prepare
 from benchmarks.record import RESULTS, record
-from benchmarks.workers import ENVIRONMENT
 from hyclora.utils.args import ROOT
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import UserError, entry_point
@@ -165,23 +163,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     check_output(args.output_dir)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
-    if not on_gpu:
-        context.set_forkserver_preload([DRIVER])
+    context, device = prepare([DRIVER])
     work = Path(tempfile.mkdtemp(prefix="faults-"))
-    options = ["--model_dir", str(args.model.resolve().parent), "--model_name", args.model.name]
-    options += [*COMMON.split(), *COURSES[DRIVER].options.split()]
+    options = options_of(DRIVER, args.model)
     if run(context, [*options, "--output_dir", str(work / "unbroken")], work / "unbroken.txt"):
         raise UserError(f"{DRIVER} fails without being broken, see {work / 'unbroken.txt'}")
     expected = outcome(work / "unbroken")
     for name in args.faults:
         line = try_out(context, name, options, work, expected)
-        asked = {"device": "cuda" if on_gpu else "cpu", "options": COMMON.split()}
+        asked = {"device": device, "options": COMMON.split()}
         record(
             NAME,
             {"setting": DRIVER, "fault": name, "model": args.model.name, **line, "arguments": asked},

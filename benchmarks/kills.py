@@ -243,26 +243,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@entry_point
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    check_output(args.output_dir)
+def prepare(drivers: list[str]) -> tuple[BaseContext, str]:
+    """What starts runs of drivers, and the device that they are on."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import torch
 
-    on_gpu = torch.cuda.is_available()
     # each run is forked from a process that has imported everything; CUDA does not survive that
-    context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
-    if not on_gpu:
-        context.set_forkserver_preload(args.drivers)
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn"), "cuda"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(drivers)
+    return context, "cpu"
+
+
+def options_of(driver: str, model: Path) -> list[str]:
+    """Of a short run of a driver on the checkpoint in a folder."""
+    place = ["--model_dir", str(model.resolve().parent), "--model_name", model.name]
+    return [*place, *COMMON.split(), *COURSES[driver].options.split()]
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check_output(args.output_dir)
+    context, device = prepare(args.drivers)
     start = Processes(context, args.processes)
     drawn, failed = random.Random(args.seed), 0
     work = Path(tempfile.mkdtemp(prefix="kills-"))
-    model = ["--model_dir", str(args.model.resolve().parent), "--model_name", args.model.name]
     unbroken = {}
     for driver in args.drivers:
-        options = [*model, *COMMON.split(), *COURSES[driver].options.split(), *args.more]
+        options = [*options_of(driver, args.model), *args.more]
         folder = work / driver
         code, events = run(start, driver, [*options, "--output_dir", str(folder)], folder.with_suffix(".txt"))
         if code:
@@ -283,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
             killed = drawn.randrange(args.processes) if args.processes > 1 else 0
             line = kill(start, driver, options, work / f"{driver}-{i}-{attempt}", point, killed, expected)
         more = {"driver": driver, "kill": i, "model": args.model.name, "after_ms": round(1e3 * point.seconds, 1)}
-        asked = {"device": "cuda" if on_gpu else "cpu", "seed": args.seed, "options": COMMON.split() + args.more}
+        asked = {"device": device, "seed": args.seed, "options": COMMON.split() + args.more}
         asked |= {"processes": args.processes} if args.processes > 1 else {}
         record(NAME, {"setting": driver, **more, **line, "arguments": asked}, args.output_dir)
         bad = line.get("error") or ", ".join(line["differ"])

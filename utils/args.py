@@ -25,6 +25,7 @@ from hyclora.models.verification import THRESHOLD
 from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import NEEDS, in_effect
+from hyclora.utils.runs.launch import check_processes
 from hyclora.utils.runs.script import SCRIPT, check_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,7 +228,7 @@ class TrainingArguments(transformers.TrainingArguments):
         # Without a GPU, and without being told so, the Trainer takes each process of several for the only one.
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
             self.use_cpu = True
-        self._check_num_gpus()
+        check_processes(self.num_gpus, self.use_cpu)
         try:
             super().__post_init__()
         except Exception as error:  # ValueError for most, but whatever comes of files and packages that options name
@@ -235,26 +236,6 @@ class TrainingArguments(transformers.TrainingArguments):
         # With several visible GPUs and no launcher the Trainer would replicate the model by DataParallel.
         if self.n_gpu > 1:
             self._n_gpu = 1
-
-    def _check_num_gpus(self):
-        """UserError unless there are as many GPUs, or CPU processes are asked for, and no launcher's number differs."""
-        present = torch.cuda.device_count()
-        require(self.num_gpus >= 1, f"num_gpus must be 1 or more, not {self.num_gpus}")
-        require(
-            self.num_gpus <= present or self.num_gpus == 1 or self.use_cpu,
-            f"num_gpus={self.num_gpus}, and there {'is' if present == 1 else 'are'} {present or 'none'}: lower num_gpus"
-            + ("" if present else ", or add --use_cpu True for as many processes on the CPU"),
-        )
-        launched = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        require(
-            self.num_gpus in (1, launched) or "RANK" not in os.environ,
-            f"num_gpus={self.num_gpus}, and a launcher has started {launched} processes here: drop num_gpus",
-        )
-
-    @property
-    def starts_processes(self) -> bool:
-        """Whether this process is to start others, and they the run."""
-        return self.num_gpus > 1 and "RANK" not in os.environ
 
 
 def _option_of(config_field, kind) -> tuple[str, type, dataclasses.Field]:

@@ -43,7 +43,7 @@ from hyclora.utils.planning.fitting import Load
 from hyclora.utils.profiling import buffered_bytes
 from hyclora.utils.runs.card import save_trained, write_card
 from hyclora.utils.runs.identity import digest_of
-from hyclora.utils.runs.launch import launch
+from hyclora.utils.runs.launch import is_launched, launch
 from hyclora.utils.runs.run import Run, begin
 from hyclora.utils.tasks import Task
 from hyclora.utils.trainer import HycloraTrainer
@@ -174,8 +174,9 @@ class Driver:
 
     def _start(self, argv: list[str] | None) -> None:
         groups = self.parse(argv)
-        if getattr(groups[-1], "starts_processes", False):
-            launch(groups[-1].num_gpus, str(ROOT / f"run_{self.name}.py"), sys.argv[1:] if argv is None else argv)
+        n = getattr(groups[-1], "num_gpus", 1)
+        if n > 1 and not is_launched():
+            launch(n, str(ROOT / f"run_{self.name}.py"), sys.argv[1:] if argv is None else argv)
         else:
             self.run(groups, argv)
 

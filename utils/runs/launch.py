@@ -6,13 +6,33 @@ import signal
 import sys
 from dataclasses import fields
 
+import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from hyclora.utils.errors import UserError
 from hyclora.utils.runs.script import LAUNCHED, again
 
 PATIENCE = 3600  # seconds that a process has after Ctrl-C to end its step and to write a checkpoint
+
+
+def check_processes(n: int, use_cpu: bool) -> None:
+    """UserError unless there are n GPUs, or CPU processes are asked for, and no launcher has started another number."""
+    present, launched = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if n < 1:
+        raise UserError(f"num_gpus must be 1 or more, not {n}")
+    if n > max(present, 1) and not use_cpu:
+        instead = "" if present else ", or add --use_cpu True for as many processes on the CPU"
+        there = f"{'is' if present == 1 else 'are'} {present or 'none'}"
+        raise UserError(f"num_gpus={n}, and there {there}: lower num_gpus{instead}")
+    if is_launched() and n not in (1, launched):
+        raise UserError(f"num_gpus={n}, and a launcher has started {launched} processes here: drop num_gpus")
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or what does as it does, has started this process."""
+    return "RANK" in os.environ
 
 
 def launch(n: int, program: str, argv: list[str]) -> None:

@@ -25,10 +25,7 @@ from tests.helpers.small_models import largest_error, llama, our_dropout, padded
 @pytest.mark.parametrize("layer_type", ["baseline", "intra_inter", "intra_inter_full_fuse"])
 @pytest.mark.parametrize("family", [llama, qwen3])
 def test_replayed_steps_are_the_same(family, layer_type, offload):
-    """Losses and gradients bit for bit, with new inputs each step, gradient accumulation and weights that move.
-
-    Gradients are freed or filled with zeros, either of them with every other setting.
-    """
+    """Losses and gradients bit for bit: new inputs, accumulation, weights that move, gradients freed or zero."""
     set_to_none = offload == (family is llama)
     stock = family()
     ours = copy.deepcopy(stock)

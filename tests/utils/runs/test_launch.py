@@ -7,7 +7,9 @@ from unittest import mock
 
 import pytest
 
-from hyclora.utils.args import TrainingArguments
+import run_gsm8k
+from hyclora.utils import driver
+from hyclora.utils.args import ROOT, TrainingArguments
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs import launch as module
 from hyclora.utils.runs.launch import launch
@@ -82,6 +84,13 @@ def test_what_cannot_be_is_refused(options, told, named, monkeypatch, tmp_path):
         TrainingArguments(str(tmp_path), **options)
 
 
-def test_only_the_first_process_starts_others(tmp_path):
-    assert TrainingArguments(str(tmp_path), num_gpus=2, use_cpu=True).starts_processes
-    assert not TrainingArguments(str(tmp_path), use_cpu=True).starts_processes
+def test_only_the_first_process_starts_others(monkeypatch, tmp_path):
+    started, run = [], []
+    monkeypatch.setattr(driver, "launch", lambda *args: started.append(args))
+    monkeypatch.setattr(driver, "_run", lambda *args: run.append(args))
+    argv = ["--num_gpus", "2", "--use_cpu", "True", "--output_dir", str(tmp_path)]
+    run_gsm8k.main(argv)
+    assert started == [(2, str(ROOT / "run_gsm8k.py"), argv)] and not run
+    os.environ |= {"RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    run_gsm8k.main(argv)
+    assert len(started) == len(run) == 1
