@@ -3,10 +3,11 @@
     python -m benchmarks.faults
     python -m benchmarks.faults --faults "Ctrl-C" "out of memory" --model ckpt/smollm2-135m
 
-A fault comes once, in the fifth micro-batch or the second checkpoint of run_gsm8k. What is told of it: the exit code;
-whether the user read one sentence and no traceback; and, once the run has gone on by --resume_from_checkpoint True (but
-where it went on by itself), what differs from the unbroken run, as in benchmarks.kills. Damage is done to the newest
-checkpoint of a run that was killed. Appends a line a fault to OUTPUT_DIR/faults.jsonl.
+A fault comes once, in the first micro-batch of run_gsm8k's fifth step or in its second checkpoint. What is told of it:
+the exit code; whether the user read one sentence and no traceback; and, once the run has gone on by
+--resume_from_checkpoint True (but where it went on by itself), what differs from the unbroken run, as in
+benchmarks.kills. Damage is done to the newest checkpoint of a run that was killed. Appends a line a fault to
+OUTPUT_DIR/faults.jsonl.
 """
 
 import argparse
