@@ -9,6 +9,7 @@ profile_step.py       where the time of a step goes          experiments.py     
 technique_grid.py     run_alpaca.py's techniques, on and off
 scaling.py            one GPU and several of one host
 plan_check.py         what a plan predicts, and is so, of some sixty cases
+longest_rows.py       tokens of one row that fit a card of so many GiB
 kills.py              runs that are killed and resumed, against one that was not
 faults.py             runs that break in other ways, and go on
 
@@ -21,5 +22,6 @@ paper_tables.py       the paper's tables, of anyone's runs
 report_real_rows.py   and those of rows of many lengths      report_experiments.py  and of the paper's experiments
 technique_tables.py   those of a grid                        seed_reports.py    what two reports say of one
 report_kills.py       and of runs that were killed           report_plan.py     what hyclora.plan counts, and is so
-report_scaling.py     and of several GPUs                   tables.py           a table in Markdown
+report_scaling.py     and of several GPUs                   report_longest_rows.py  and of the longest row a card
+tables.py             a table in Markdown
 """

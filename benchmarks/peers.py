@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "RESULT "
 NOT_INSTALLED = "not installed"
 NOT_DONE = "not done after"
+OUT_OF_MEMORY = "out of memory"
 # as the scripts set it, for every peer alike (Unsloth does so itself)
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 OFFLINE = {
@@ -187,7 +188,7 @@ def measure(job: Job) -> dict:
 def cause(error: BaseException) -> str:
     """An error as the words of a table cell."""
     if is_out_of_memory(error):
-        return "out of memory"
+        return OUT_OF_MEMORY
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -242,6 +243,17 @@ def alone(words: list[str], timeout: float, environment: dict | None = None) -> 
             return json.loads(line.removeprefix(MARK))
     said = next((line for line in reversed(lines) if line.strip()), "nothing said")
     return {"error": cause(RuntimeError(f"exit code {process.returncode}, {said}"))}
+
+
+def answer(measure: Callable[[], dict]) -> None:
+    """Print what `alone` reads in the process that started this one: what was measured, or {"error": its cause}."""
+    end_with_parent()
+    try:
+        found = measure()
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": cause(error)}
+    print(MARK + json.dumps(found), flush=True)
 
 
 def main(argv: list[str] | None = None):

@@ -25,8 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.jobs import SHAPES, Job, number
-from benchmarks.peers import MARK, alone, cause
-from benchmarks.ranks import end_with_parent
+from benchmarks.peers import alone, answer
 from benchmarks.record import RESULTS, read, record
 from hyclora.models.config import PRESETS
 from hyclora.utils.disk import check_output
@@ -68,10 +67,15 @@ class Case:
             return [self.seq_len * (i + 1) // self.batch_size for i in range(self.batch_size)]
         return [self.seq_len] * self.batch_size
 
+    @property
+    def file(self) -> Path:
+        """The shape's config.json: of one that is shipped, or in a folder."""
+        shipped = SHAPES / self.shape
+        return (shipped if shipped.is_dir() else Path(self.shape)) / "config.json"
+
     def config(self, layers: int) -> dict:
         """The content of config.json with so many layers, 0 for all."""
-        folder = SHAPES / self.shape if (SHAPES / self.shape).is_dir() else Path(self.shape)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(self.file.read_text(encoding="utf-8"))
         config["num_hidden_layers"] = layers or config["num_hidden_layers"]
         return config
 
@@ -145,13 +149,10 @@ def batch_of(case: Case, vocab: int) -> dict:
     return batch
 
 
-def measure(case: Case) -> dict:
-    """The case's micro-step, measured in this process."""
-    import torch
-
+def model_of(case: Case):
+    """The case's model, of so many layers as it says."""
     from benchmarks.peers import build
     from hyclora.utils.loading import checkpoint_layers
-    from hyclora.utils.profiling import MicroStep
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(case.config(case.layers)), encoding="utf-8")
@@ -164,6 +165,24 @@ def measure(case: Case) -> dict:
     if case.checkpointing:
         checkpoint_layers(model)
         model.enable_input_require_grads()
+    return model
+
+
+def beside_allocator() -> int:
+    """Bytes of the GPU that torch's allocator in this process does not know of: others', the driver's, CUDA's."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def measure(case: Case) -> dict:
+    """The case's micro-step, measured in this process."""
+    import torch
+
+    from hyclora.utils.profiling import MicroStep
+
+    model = model_of(case)
     step = MicroStep(model, batch_of(case, model.config.vocab_size))
     if case.device != "cuda":
         return step.memory()
@@ -176,12 +195,11 @@ def measure(case: Case) -> dict:
     before = torch.cuda.memory_allocated()
     step.optimizer.step()
     torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
     sizes = {
         "optimizer": torch.cuda.max_memory_allocated() - before,
         "reserved_before": beside,
         "graphs_pool": sum(one["total_size"] for one in graphs),
-        "card": total - free - torch.cuda.memory_reserved(),
+        "card": beside_allocator(),
     }
     return found | {f"{name}_mib": round(size / MIB, 1) for name, size in sizes.items()}
 
@@ -220,13 +238,7 @@ def in_a_process(case: Case, timeout: float) -> dict:
 def main(argv: list[str] | None = None):
     args = parse(argv)
     if args.case:
-        end_with_parent()
-        try:
-            found = measure(Case(**json.loads(args.case)))
-        except Exception as error:
-            found = {"error": cause(error)}
-        print(MARK + json.dumps(found), flush=True)
-        return
+        return answer(lambda: measure(Case(**json.loads(args.case))))
     import torch
 
     from hyclora.utils.results import environment

@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.record import RESULTS
 from benchmarks.report_experiments import experiments
 from benchmarks.report_kills import faults, kills
+from benchmarks.report_longest_rows import longest_rows
 from benchmarks.report_plan import checked, planned
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.report_scaling import scaling
@@ -310,6 +311,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "presets": presets,
         "families": families,
         "fits": fits,
+        "longest_rows": longest_rows,
         "kept": kept,
         "accuracy": accuracy,
         "experiments": experiments,
