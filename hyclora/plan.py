@@ -19,8 +19,9 @@ from hyclora.utils.args import LoraArguments
 from hyclora.utils.errors import RunStopped, UserError, entry_point
 from hyclora.utils.planning.budget import Choice, below_static, choose
 from hyclora.utils.planning.fitting import Load, fits, longest
-from hyclora.utils.planning.live import Need, Savers, count
+from hyclora.utils.planning.live import Savers, count
 from hyclora.utils.planning.modes import MODES, Mode
+from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.recorded import times
 from hyclora.utils.planning.shape import BASES, Shape
 from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
