@@ -107,9 +107,9 @@ def plan(
 
     static = weights + 4 x 4 bytes a trained number (itself, gradient, Adam's two) + 24 or 32 bytes a channel of each
     quantizer + GEMM workspaces; dyn = largest sum of live tensors over the moments of a step (utils/planning/live.py);
-    gpu in all = static + dyn + 30 % of dyn and 96 MiB a pool for gaps (need.py there; and, beside the pool of graphs,
-    the loss's tensors or what a step of AdamW has for a time) + 1 GB for the driver and CUDA's context, which no
-    allocator counts. The count of dyn alone has no margin: see Mode.accuracy. Padding costs less than counted.
+    gpu in all = static + dyn + 30 % of dyn, 1 GiB at most, and 96 MiB a pool for gaps (need.py there; and, beside the
+    pool of graphs, the loss's tensors or what a step of AdamW has for a time) + 1 GB for the driver and CUDA's context,
+    which no allocator counts. The count of dyn alone has no margin: see Mode.accuracy. Padding costs less than counted.
     Allocates nothing on a GPU, and no weights on the host.
 
     Raises UserError for a model without configuration or without such target_modules, a size or batch that cannot be

@@ -188,6 +188,8 @@ class _Step:
         self.slots = [unit for unit, run_again in zip(units, again[:-1], strict=False) if not run_again]
         same = not self.offload and isinstance(savers.inputs[0], Exact)
         self.leaf = self.x if checkpointing and not same else 0
+        # Hugging Face's code adds the residual branches of a layer that it checkpoints
+        self.added_outside = checkpointing and self.T > self.t
         self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
         self.under = None if not self.top or again[-2] else units[self.top - 1]
         # an attention map of all heads, in 16 bit, and what is kept of it a token; 0 where none is made
@@ -346,14 +348,16 @@ class _Step:
         return 2 * T * self.x + heads + 5 * self.map + kept
 
     def _mlp_forward(self) -> dict[str, float]:
-        """mlp.py: _forward_tile of the last layer, with its input and the residual stream."""
+        """mlp.py: _forward_tile of the last layer, with its input, the residual stream, and y of all tiles where that
+        is not in the memory of the stream. A layer that is run again has its own input as it was, not as it is kept."""
         T, t, x, f = self.T, self.t, self.x, self.f
+        stream = T * (2 * x + (x if self.added_outside else 0) + (x - self.inputs[-1] if self.again else 0))
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
-            "gate, up": 2 * T * x + y + self.gate_up.stack - t * self.unit.mlp
+            "gate, up": stream + y + self.gate_up.stack - t * self.unit.mlp
             + max(t * E * self.gate_up.dropped, self.gate_up.piece(t, by_rows=True, below=True)),
-            "activation": 2 * T * x + y + t * f + self.gate_up.stack,
-            "down": 2 * T * x + t * (f + x) + self.down.stack
+            "activation": stream + y + t * f + self.gate_up.stack,
+            "down": stream + t * (f + x) + self.down.stack
             + max(t * E * self.down.dropped, self.down.piece(t, by_rows=True, below=False)),
         }  # fmt: skip
 
