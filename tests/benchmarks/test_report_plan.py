@@ -21,7 +21,7 @@ def named(one):
 
 @pytest.mark.parametrize("one", LINES, ids=named)
 def test_static_and_host_memory(one):
-    assert abs(one.off("static")) <= 1.2  # a GEMM workspace more or less: most lines are of when three were kept
+    assert abs(one.off("static")) <= 1.5  # most lines are of when three GEMM workspaces were kept with graphs
     if one.line.get("host_mib"):
         assert abs(one.off("host")) <= 3
 

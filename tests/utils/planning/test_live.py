@@ -94,13 +94,14 @@ def test_fewer_bits_and_the_host_take_less(shapes):
 
 
 def test_checkpointing_keeps_layer_inputs_alone(shapes):
+    """Of a store two are on the GPU, and the embeddings, which autograd holds as a leaf that gets a gradient."""
     shape = shapes("llama-2-7b")
     inputs = {saver: {"slot_savers": {"layer_in": saver}} for saver in ("exact", "quant8")}
     host = {saver: need(shape, checkpointing=True, offload=True, **inputs[saver]).host for saver in inputs}
     assert host["exact"] == 32 * 2048 * 4096 * 2
     assert host["quant8"] == 32 * 2048 * (4096 + 4096 // 64 * 2 + 2 * 21)  # of which 21 channels are exact
     resident = need(shape, checkpointing=True, **inputs["exact"])
-    assert resident.host == 0 and resident.dyn - need(shape, checkpointing=True, offload=True).dyn == 30 * 2048 * 8192
+    assert resident.host == 0 and resident.dyn - need(shape, checkpointing=True, offload=True).dyn == 29 * 2048 * 8192
 
 
 def test_layers_that_keep_their_input(shapes):
@@ -115,5 +116,5 @@ def test_layers_that_keep_their_input(shapes):
 
 def test_long_rows_grow_by_what_is_kept_of_a_token_and_few_activations(shapes):
     savers = Savers(shapes("llama-2-7b"), HycloraConfig(offload=True, cuda_graphs=False))
-    one, two, three = (count(savers, 1, n * 2**18).dyn for n in (1, 2, 3))  # one head of attention at a time
+    one, two, three = (count(savers, 1, n * 2**18).dyn for n in (2, 3, 4))  # one head of attention at a time
     assert abs((three - two) - (two - one)) < 1024
