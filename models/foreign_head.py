@@ -19,7 +19,10 @@ def is_known(family: Family, model: nn.Module, decoder: nn.Module) -> bool:
 
 
 def reads_labelled_positions(module: nn.Module) -> bool:
-    """Whether its forward is that of TRL's trainers, which scores the positions that have a label, in pieces."""
+    """Whether its forward is that of TRL's trainers, which scores the positions that have a label, in pieces.
+
+    Not while a block is in front of it.
+    """
     function = getattr(module.__dict__.get("forward"), "__func__", None)
     home = getattr(function, "__globals__", {}).get("__name__")
     return home == "trl.trainer.utils" and function.__code__.co_name == "_fused_forward"
