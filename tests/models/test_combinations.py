@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from tests.helpers.kernel_checks import DEVICE
+from tests.helpers.offloading import equal
+from tests.helpers.replaying import CALIBRATION, batches, graphed
 from tests.helpers.small_models import gradients, largest_error, llama, padded_batch, qwen3
 
 EXACT = HycloraConfig(layer_type="baseline")
@@ -151,6 +153,23 @@ def test_losses_of_preferences(loss, make):
         loss(model).backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert largest_error(found[1], found[0]) < 1e-5 and any(g.any() for g in found[0].values())
+
+
+def test_a_reference_before_the_backward_of_a_replay():
+    """Gradients are, bit for bit, those without it."""
+    found = []
+    for referred in (False, True):
+        model = beside_a_copy()
+        graphs = graphed(model, {})
+        for batch in batches(CALIBRATION + 3):
+            model.zero_grad()
+            loss = model(**batch).loss
+            if referred:
+                of_reference(model, batch)
+            loss.backward()
+        assert len(graphs.recordings) == 1
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert equal(*found)
 
 
 def trained(*between, makes=(llama,)):
