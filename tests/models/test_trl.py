@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import datasets
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
@@ -198,6 +200,8 @@ def test_with_gradient_checkpointing(case, reentrant, make):
 @ALL
 def test_four_bits_train_and_go_on_from_a_checkpoint(case, make, tmp_path):
     """With evaluations between the steps, bit for bit; PEFT loads what was trained."""
+    if case.trained and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("Trainer of transformers 5.17 does not load adapters that are beside others, in plain PEFT either")
     saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     config = HycloraConfig(iteration_threshold=THRESHOLD)
     trained = []
