@@ -1,6 +1,7 @@
 """A model's forward that runs as it is, and of which is known what it reads of the last hidden states."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ def is_known(family: Family, model: nn.Module, decoder: nn.Module) -> bool:
 
 
 def reads_labelled_positions(module: nn.Module) -> bool:
-    """Whether its forward is that of TRL's trainers, which scores the positions that have a label, in pieces."""
+    """Whether its forward is that of TRL's trainers, which scores the positions that have a label, in pieces.
+
+    Not while a block is in front of it.
+    """
     function = getattr(module.__dict__.get("forward"), "__func__", None)
     home = getattr(function, "__globals__", {}).get("__name__")
     return home == "trl.trainer.utils" and function.__code__.co_name == "_fused_forward"
@@ -37,7 +41,7 @@ class ForeignHead(Block):
 
     def forward(self, *args, **kwargs):
         if self.module.training and torch.is_grad_enabled():
-            self.step.unread = self._unread(**kwargs)
+            self.step.unread = self._unread(*args[:1], **kwargs)
             if next(self.module.parameters()).is_cuda:
                 free_workspaces()
         try:
@@ -46,16 +50,31 @@ class ForeignHead(Block):
             self.step.unread = None
 
     def _unread(
-        self, fused_lm_head=False, labels: Tensor | None = None, shift_labels: Tensor | None = None, **kwargs
+        self, input_ids: Tensor | None = None, fused_lm_head=False, labels: Tensor | None = None,
+        shift_labels: Tensor | None = None, **kwargs,
     ) -> Callable[[Tensor], bool] | None:  # fmt: skip
         """What tells of positions, bool [B, S] on the host, whether nobody reads them; None if that is not known."""
         if fused_lm_head:
             return (Targets(labels, ahead=1) if shift_labels is None else Targets(shift_labels)).miss
         reader = find_reader(self.family, self.module, self.decoder)
-        if reader is None or labels is None and not reader.first:
+        if reader is None:
             return None
-        return _miss_first if reader.first else Targets(labels).miss
+        if reader.reads == "labels":
+            return None if labels is None else Targets(labels).miss
+        if reader.reads == "first":
+            return _miss_first
+        padding = self.module.config.get_text_config().pad_token_id
+        return partial(_miss_last, None if padding is None or input_ids is None else input_ids != padding)
 
 
 def _miss_first(rows: Tensor) -> bool:
     return not rows[:, 0].any()
+
+
+def _miss_last(tokens: Tensor | None, rows: Tensor) -> bool:
+    """tokens: bool [B, S], those that are not padding by their id; None: the last place of each row is read."""
+    if tokens is None:
+        return not rows[:, -1].any()
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    last = (tokens * places).argmax(1, keepdim=True).cpu()  # where there is none, the first place
+    return not rows.gather(1, last).any()

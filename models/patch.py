@@ -20,7 +20,7 @@ from hyclora.models.calibration import Calibration
 from hyclora.models.config import HycloraConfig
 from hyclora.models.families import FAMILIES
 from hyclora.models.families.family import Family
-from hyclora.models.foreign_head import ForeignHead, is_known
+from hyclora.models.foreign_head import ForeignHead, is_known, reads_labelled_positions
 from hyclora.models.graphs.layer_graphs import LayerGraphs
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.head import HeadBlock
@@ -347,6 +347,8 @@ def _head(model, family, names, step, blocks) -> tuple[HeadBlock | None, list[st
     if family.head is None or not hasattr(base, family.head):
         return None, []
     name = names[id(base)]
+    if reads_labelled_positions(base):
+        return None, [f"{name}.{family.head}: TRL's own forward scores the tokens that have a label, in pieces"]
     if reason := trust.why_not_head(family, base, name):
         return None, [reason]
     return HeadBlock(base, name, step, family, adapted(blocks)), []

@@ -132,6 +132,14 @@ def make_report(
     )
 
 
+def tell_of_late_trainer() -> None:
+    """Warn if a trainer of TRL's was made after apply_hyclora, which does not hear from it what is read."""
+    logger.warning(
+        "HyC-LoRA: TRL's trainer was made after apply_hyclora, so padding is computed as in stock: make the trainer "
+        "first, then call apply_hyclora(trainer.model, ...)"
+    )
+
+
 def tell_of_sharding() -> None:
     """Warn if a model was sharded after its report had announced graphs."""
     logger.warning(f"HyC-LoRA: cuda_graphs is off: {SHARDED}")

@@ -8,12 +8,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hyclora.models.blocks import AttentionBlock, autocast_dtype
+from hyclora.models.foreign_head import reads_labelled_positions
 from hyclora.models.graphs.foresight import foretell, is_last, is_lookup, is_tokenwise
 from hyclora.models.masks import causal_bounds, row_bounds
 from hyclora.models.no_cache import NO_CACHE
 from hyclora.models.report import (
     tell_of_checkpointing,
     tell_of_larger_batch,
+    tell_of_late_trainer,
     tell_of_new_calibration,
     tell_of_sharding,
 )
@@ -81,6 +83,8 @@ class StepHook:
             self.told = True
             if self.patch.graphs is not None and any(map(is_sharded, decoder.modules())):
                 tell_of_sharding()
+            if any(reads_labelled_positions(block.module) for block in self.patch.blocks):
+                tell_of_late_trainer()
             tell_of_checkpointing([c.module for c in self.patch.checkpoints if not (c.better or c.own)])
             if self.step.index == 0 and self.patch.calibration.quantizers:
                 tell_of_new_calibration(self.patch.calibration.lost, self.adapted if self.patch.starts_at_zero else [])

@@ -103,8 +103,9 @@ def why_foreign(module: nn.Module, name: str, classes: tuple[str, ...]) -> str |
         known = " or ".join(dict.fromkeys(path.rpartition(".")[2] for path in classes))
         return f"{name}: {cls.__name__} is not supported, only {known}"
     forward = kind.forward
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     if not (
-        is_known(forward) and is_known(kind.__call__) and innermost(forward).__qualname__ == f"{cls.__name__}.forward"
+        is_known(forward) and is_known(kind.__call__) and innermost(forward).__qualname__ == f"{owner.__name__}.forward"
     ):
         return f"{name}: the forward of {cls.__name__} was replaced by another one"
     # that of a variant, in PEFT's; the module's own is looked at below

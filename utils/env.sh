@@ -11,8 +11,8 @@ has_gpu() {
 }
 
 # Silent if the interpreter $1 qualifies, else one line that says why not. pyproject.toml says what is needed; the extras
-# 4bit, gguf, glue and dev, datasets and the tokenizers of bare SentencePiece files are for some uses only, which say so
-# themselves; a script that cannot do without some of them names these in `needed`.
+# 4bit, gguf, glue, trl and dev, datasets and the tokenizers of bare SentencePiece files are for some uses only, which say
+# so themselves; a script that cannot do without some of them names these in `needed`.
 _lacks() {
     "$1" - "$_root/pyproject.toml" "${needed:-}" <<'PY'
 import re
@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 if sys.version_info < (3, 10):
     sys.exit("needs Python 3.10")
 optional = {"bitsandbytes", "datasets", "gguf", "matplotlib", "ruff"}
-optional |= {"pytest", "pytest-timeout", "pytest-xdist", "scikit-learn", "scipy"}
+optional |= {"pytest", "pytest-timeout", "pytest-xdist", "scikit-learn", "scipy", "trl"}
 optional -= set(sys.argv[2].split())
 for name, least in re.findall(r'"([\w-]+)>=([\d.]+)"', open(sys.argv[1]).read()):
     if name in optional or name == "setuptools":

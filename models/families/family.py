@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +34,13 @@ class Reader:
     """A model whose head is not ours, and of which is known what it reads of the last hidden states.
 
     kind: its class, head: that of its head, if it is no linear layer; each token's output is of that token alone.
-    first: it reads the first token of each row; else the loss reads the tokens that have a label, of labels [B, S].
+    reads: of each row the "first" token, or the "last" that is not the padding's id; or those with a label, of "labels"
+    [B, S].
     """
 
     kind: str
     head: str | None = None
-    first: bool = False
+    reads: Literal["first", "last", "labels"] = "labels"
 
 
 def by_place(decoder: nn.Module, tokens: Tensor) -> Tensor:

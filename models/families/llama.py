@@ -1,6 +1,6 @@
 """LLaMA: the names of one family."""
 
-from hyclora.models.families.family import Family
+from hyclora.models.families.family import Family, Reader
 
 LLAMA = Family(
     modeling="llama.modeling_llama",
@@ -16,4 +16,5 @@ LLAMA = Family(
     gate_up=("gate_proj", "up_proj"),
     down="down_proj",
     head="lm_head",
+    readers=(Reader("ForSequenceClassification", reads="last"),),
 )

@@ -49,7 +49,7 @@ ROBERTA = Family(
     embeddings="embeddings",
     positions=positions,
     readers=(
-        Reader("ForSequenceClassification", head="ClassificationHead", first=True),
+        Reader("ForSequenceClassification", head="ClassificationHead", reads="first"),
         Reader("ForTokenClassification"),
         Reader("ForMaskedLM", head="LMHead"),
     ),

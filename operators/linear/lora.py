@@ -151,6 +151,10 @@ class ProjectionGroup:
     def kept_low_rank(self, keeper, switches: dict, dtype: torch.dtype) -> LowRank | None:
         """low_rank of the parameters that forward kept; ValueError if what PEFT had set then is not what it has now."""
         if switches[self.xa_name] != self._switches():
+            # as read by the last forward, which may have been that of another adapter, a reference without gradients
+            for p in self.projections:
+                p.refresh()
+        if switches[self.xa_name] != self._switches():
             raise ValueError(
                 f"{self.projections[0].where}: adapter, scaling, dropout or base weight were changed between a forward "
                 "and its backward; run the backward first"

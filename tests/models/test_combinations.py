@@ -5,6 +5,7 @@ modules_to_save, compute_metrics (test_head, test_whole_modules), torch.compile 
 merging after remove_hyclora (test_copies), logits of any loss, Trainer and checkpoints (test_outputs, test_callback).
 """
 
+from contextlib import contextmanager
 from functools import partial
 
 import bitsandbytes as bnb
@@ -18,6 +19,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from tests.helpers.kernel_checks import DEVICE
+from tests.helpers.offloading import equal
+from tests.helpers.replaying import CALIBRATION, batches, graphed
 from tests.helpers.small_models import gradients, largest_error, llama, padded_batch, qwen3
 
 EXACT = HycloraConfig(layer_type="baseline")
@@ -83,8 +86,26 @@ def likelihoods(model, batch):
     return log_likelihoods(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
 
 
-def without_adapters(model, *batches):
-    with torch.no_grad(), model.disable_adapter():
+def beside_a_copy():
+    """As TRL has adapters that were trained before: beside a copy of them, as the reference."""
+    model = llama()
+    model.add_adapter("ref", model.peft_config["default"])
+    return model
+
+
+@contextmanager
+def as_reference(model):
+    if "ref" not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter("ref")
+    yield
+    model.set_adapter("default")
+
+
+def of_reference(model, *batches):
+    with torch.no_grad(), as_reference(model):
         return [likelihoods(model, batch) for batch in batches]
 
 
@@ -94,14 +115,14 @@ def reward(model):
 
 
 def dpo(model):
-    better, worse = without_adapters(model, *pair())
     chosen, rejected = (likelihoods(model, batch) for batch in pair())
+    better, worse = of_reference(model, *pair())
     return -logsigmoid((chosen - better) - (rejected - worse)).mean()
 
 
 def kto(model):
     chosen, rejected = pair()
-    (reference,) = without_adapters(model, chosen)
+    (reference,) = of_reference(model, chosen)
     with torch.no_grad():
         divergence = likelihoods(model, rejected).mean()
     return (1 - torch.sigmoid(0.1 * (likelihoods(model, chosen) - reference - divergence))).mean()
@@ -118,9 +139,12 @@ def orpo(model):
     return learned - 0.1 * logsigmoid(odds[:n] - odds[n:]).mean()
 
 
-@pytest.mark.parametrize("loss, make", [(reward, reward_model), (dpo, llama), (kto, llama), (orpo, llama)])
+LOSSES = [(reward, reward_model), (dpo, llama), (dpo, beside_a_copy), (kto, llama), (orpo, llama)]
+
+
+@pytest.mark.parametrize("loss, make", LOSSES)
 def test_losses_of_preferences(loss, make):
-    """As TRL's trainers call the model: several forwards a backward, some of them without adapters or gradients."""
+    """As TRL's trainers call the model: several forwards a backward, of which the reference has no gradients."""
     model, found = make(), []
     for patched in (False, True):
         if patched:
@@ -129,6 +153,23 @@ def test_losses_of_preferences(loss, make):
         loss(model).backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert largest_error(found[1], found[0]) < 1e-5 and any(g.any() for g in found[0].values())
+
+
+def test_a_reference_before_the_backward_of_a_replay():
+    """Gradients are, bit for bit, those without it."""
+    found = []
+    for referred in (False, True):
+        model = beside_a_copy()
+        graphs = graphed(model, {})
+        for batch in batches(CALIBRATION + 3):
+            model.zero_grad()
+            loss = model(**batch).loss
+            if referred:
+                of_reference(model, batch)
+            loss.backward()
+        assert len(graphs.recordings) == 1
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert equal(*found)
 
 
 def trained(*between, makes=(llama,)):
