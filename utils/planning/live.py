@@ -177,8 +177,10 @@ def count(
     windows = any(window is not None and window < length for window in shape.windows)
     runs = documents or (batch if windows else 0)
     again = [checkpointing or own for own in savers.again]
+    # torch's own checkpointing runs Hugging Face's code, which reads what the MLP gives (models/layers.py: better)
+    ours = [config.offload or not isinstance(saver, Exact) or not checkpointing for saver in savers.inputs]
     highest = {kind: i for i, kind in enumerate(again)}.values()
-    tops = [_Step(savers, T, length, runs, graphs, again[: top + 1]) for top in highest]
+    tops = [_Step(savers, T, length, runs, graphs, again[: top + 1], ours[top]) for top in highest]
     static = {
         "weights": shape.weights,
         "adapters, gradients, Adam": shape.trained,
@@ -207,11 +209,11 @@ class _Step:
     """The moments of a micro-step of T tokens at its top layer; t of them are an MLP's tile.
 
     again: of each layer up to the top one, whether it keeps its input alone. The top layer is that whose backward is
-    looked at, with all that is kept of those before. below: with graphs, what the layer under it has beside that, less
-    what is free by then (models/graphs/layer_graphs.py: backward).
+    looked at, with all that is kept of those before; ours: by whom it is run again. below: with graphs, what the layer
+    under it has beside that, less what is free by then (models/graphs/layer_graphs.py: backward).
     """
 
-    def __init__(self, savers: Savers, T: int, length: int, runs: int, graphs: bool, again: list[bool]):
+    def __init__(self, savers: Savers, T: int, length: int, runs: int, graphs: bool, again: list[bool], ours: bool):
         self.shape, self.savers, self.T, self.t = savers.shape, savers, T, min(T, TILE_TOKENS)
         self.runs, self.graphs, self.again, self.top = runs, graphs, again[-1], len(again) - 1
         self.offload, shape, groups = savers.config.offload, savers.shape, savers.shape.groups
@@ -222,8 +224,11 @@ class _Step:
         units = [
             replace(unit, attention=unit.attention + savers.map_kept(i, length)) for i, unit in enumerate(savers.units)
         ]
-        # of a layer that is run again all slots are there for a time
-        self.unit = units[self.top]
+        # of a layer that is run again all slots are there for a time, of a late MLP x alone, exactly
+        self.unit, self.late = units[self.top], self.again and ours
+        if self.late:
+            norm_in, mlp_in = savers.norms[self.top]["mlp"]["norm_in"], savers.halves[self.top]["mlp"]["mlp_in"]
+            self.unit = replace(self.unit, mlp=self.x if mlp_in.stored or not isinstance(norm_in, Exact) else 0)
         self.slots = [unit for unit, run_again in zip(units, again[:-1], strict=False) if not run_again]
         self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
         self.under = None if not self.top or again[-2] else units[self.top - 1]
@@ -252,7 +257,7 @@ class _Step:
             return T * halves[where]
         others = 0 if self.offload else sum(unit.layer for unit in self.slots)
         here = {"mlp": top.layer, "attention": own, "end": 0 if self.again else top.layer}
-        return T * (others + here[where]) + self._inputs()
+        return T * (others + here[where]) + self._inputs(where)
 
     @property
     def _keeps_packed(self) -> bool:
@@ -265,12 +270,10 @@ class _Step:
         exact = self.savers.again[self.top] and isinstance(self.savers.halves[self.top]["attention"]["v"], Exact)
         return exact and not self.shape.family.head_norms
 
-    def _inputs(self) -> float:
-        """Kept layer inputs, of a store the last two, and dy of a layer that is run again beside that of its blocks."""
-        if not self.inputs:
-            return 0
+    def _inputs(self, where: str) -> float:
+        """Kept layer inputs, of a store the last two, and dy of a layer that is run again beside its attention's."""
         kept = sum(self.inputs[-2:] if self.offload else self.inputs)
-        return self.T * (kept + (self.x if self.again else 0))
+        return self.T * (kept + (self.x if self.again and where == "attention" else 0))
 
     def moments(self) -> dict[str, float]:
         T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles
@@ -280,12 +283,11 @@ class _Step:
             found[f"backward of an MLP: {name}"] = size + low_rank + self.kept("mlp") + above
         fixed = T * self.x if self.graphs else 0  # the graphs' input, output and its gradient, in one place
         gradients = self.mlp_grads + self.out.grads if self.graphs else self.out.grads
+        beside = low_rank + self.kept("attention") + above + fixed + gradients
         for name, size in self._attention_backward().items():
-            found[f"backward of attention: {name}"] = (
-                size + low_rank + self.kept("attention") + above + fixed + gradients
-            )
+            found[f"backward of attention: {name}"] = size + beside
         for name, size in self._mlp_forward().items():
-            found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("mlp")
+            found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("end" if self.late else "mlp")
         if self.map:
             found["forward of attention: softmax"] = self._softmax() + low_rank
         found["loss"] = self.loss() + low_rank + self.kept("end") + fixed
@@ -313,7 +315,7 @@ class _Step:
         above, below = t * E * self.down.dropped, t * E * self.gate_up.dropped
         whole = T * x if T > t else 0  # dx of all tiles
         dgate_up = t * E * (self.gate_up.width + self.gate_up.beside)
-        freed = t * self.unit.mlp
+        freed = 0 if self.late else t * self.unit.mlp
         stacks = self.down.stack + self.gate_up.stack
         found = {
             "down": T * x + t * f + max(above, self.down.piece(t, by_rows=False, below=False)) + self.down.stack,
@@ -324,7 +326,11 @@ class _Step:
             + self.gate_up.stack + self.mlp_grads - freed,
             "adapters": T * x + whole + dgate_up + 2 * t * x + below + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
-        if not self.savers.fuses_mlp(self.top):
+        if self.late:  # _down_late of a later tile; activation is as if fused
+            before = T * x + whole + dgate_up + stacks + self.mlp_grads
+            found["gate, up again"] = before + t * x + max(below, self.gate_up.piece(t, by_rows=True, below=True))
+            found["down"] = before + t * f + max(above, self.down.piece(t, by_rows=False, below=False))
+        elif not self.savers.fuses_mlp(self.top):
             # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden, but for slots that are exact
             savers = self.savers.halves[self.top]["mlp"]
             extra = 8 if savers["hidden"].stored else 6
@@ -372,11 +378,11 @@ class _Step:
         return 2 * T * self.x + heads + 5 * self.map + kept
 
     def _mlp_forward(self) -> dict[str, float]:
-        """mlp.py: _forward_tile of the last layer, with its input and the residual stream."""
+        """mlp.py: _forward_tile of the last layer, with its input and the residual stream; late, of the first run."""
         T, t, x, f = self.T, self.t, self.x, self.f
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
-            "gate, up": 2 * T * x + y + self.gate_up.stack - t * self.unit.mlp
+            "gate, up": 2 * T * x + y + self.gate_up.stack - (0 if self.late else t * self.unit.mlp)
             + max(t * E * self.gate_up.dropped, self.gate_up.piece(t, by_rows=True, below=True)),
             "activation": 2 * T * x + y + t * f + self.gate_up.stack,
             "down": 2 * T * x + t * (f + x) + self.down.stack
