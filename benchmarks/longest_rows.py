@@ -82,7 +82,7 @@ def choose_mode(shape, card: int, args: argparse.Namespace):
     from hyclora.utils.planning.live import RESERVE
     from hyclora.utils.planning.units import parse_size
 
-    host = parse_size(args.host, "--host")
+    host = parse_size(args.host, "--host", or_none=True)
     gpu = card * GIB - BESIDE + RESERVE  # the plan leaves RESERVE for the driver and CUDA
     found = {
         mode: longest(Savers(shape, mode.config), Load.full(1, 0, checkpointing=mode.checkpointing), gpu, host)

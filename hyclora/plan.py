@@ -114,8 +114,8 @@ def plan(
     Raises UserError for a model without configuration or without such target_modules, a size or batch that cannot be
     read, adapters that cannot be, and for a budget below the static part of every mode.
     """
-    sizes = {"gpu": gpu, "host": host}
-    gpu, host = (parse_size(size, name) if isinstance(size, str) else size for name, size in sizes.items())
+    gpu = parse_size(gpu, "gpu") if isinstance(gpu, str) else gpu
+    host = parse_size(host, "host", or_none=True) if isinstance(host, str) else host
     batch = parse_tokens(tokens if isinstance(tokens, str) else "x".join(map(str, tokens)), "tokens")
     adapters = {} if target_modules is None else {"target_modules": target_modules}
     LoraArguments(lora_rank=lora_rank, lora_dropout=lora_dropout, **adapters)  # refuses what the scripts refuse

@@ -209,6 +209,8 @@ class HycloraConfig:
             raise ValueError("q_bit=auto is not defined for scale_rule=paper; choose q_bit 2, 3, 4 or 8")
         if not 0 < self.average_bits < math.inf:
             raise ValueError(f"average_bits={self.average_bits} is not a number of bits")
+        if self.q_bit != "auto" and self.average_bits != type(self).average_bits:
+            raise ValueError(f"average_bits={self.average_bits} has no effect with q_bit={self.q_bit}: set auto")
         kinds = [kind for _, kind in self._runs()]
         if "layer_in" in self.slot_savers and any(KEPT[kind] for kind in kinds):
             raise ValueError(f"slot_savers['layer_in']: layers={self.layers!r} says already how inputs are kept")

@@ -101,9 +101,22 @@ sees_gpu() {
     has_gpu && "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'
 }
 
+# Exit code 2 if a setting was given that only other scripts have: it would be without effect here.
+_refuse_settings_of_others() {
+    local name
+    for name in $(sed -n 's/^add_options //p' "$_root"/run_*.sh | tr ' ' '\n' | sort -u); do
+        if [[ -n "${!name:-}" && " ${options[*]} " != *" --$name "* ]]; then
+            echo "error: $name=${!name} is a setting of other scripts, not of $0: give it as --$name if its program" \
+                "has that (--help), or unset it" >&2
+            return 2
+        fi
+    done
+}
+
 # Run the program $1 of the repository's root with `options`, then what follows. utils/runs/script.py wants to know which
 # script and options these were, to tell the user the command that goes on.
 start() {
+    _refuse_settings_of_others || exit
     export HYCLORA_SCRIPT=$0 HYCLORA_PASSED="${options[*]@Q}"
     exec "$PYTHON" "$_root/$1" "${options[@]}" "${@:2}"
 }

@@ -77,17 +77,25 @@ class FlashCore:
             restored = [*heads, attn_out.view_as(heads[0])]
             heads.clear()
             return graph.backward(restored, rest, do_fn(attn_out).view_as(restored[-1]))
-        n, device = self._pieces(heads, mask), heads[0].device
+        n, device, shapes = self._pieces(heads, mask), heads[0].device, [t.shape for t in heads]
         pieces = list(zip(*(t.detach().chunk(n, dim=2) for t in heads), strict=True))
         heads.clear()
         with torch.enable_grad(), replayed_rng(device, rng["attention"]) if "attention" in rng else nullcontext():
             pieces = [[t.requires_grad_() for t in piece] for piece in pieces]
             outputs = [self.run(*piece, mask, kwargs) for piece in pieces]
-        o = _joined([o.detach() for o in outputs])
-        do = do_fn(o if attn_out is None else attn_out).view_as(o).chunk(n, dim=2)
-        del o
-        grads = [torch.autograd.grad(outputs.pop(0), pieces.pop(0), do_n) for do_n in do]
-        return tuple(map(_joined, zip(*grads, strict=True)))
+        if attn_out is None:
+            attn_out = torch.cat([o.detach() for o in outputs], dim=2) if n > 1 else outputs[0].detach()
+        do = do_fn(attn_out).view(shapes[0])
+        del attn_out
+        if n == 1:
+            return torch.autograd.grad(outputs.pop(), pieces.pop(), do)
+        grads = [do.new_empty(shape) for shape in shapes]
+        for do_n, *wholes in zip(*(t.chunk(n, dim=2) for t in (do, *grads)), strict=True):
+            # cuDNN wants it as its output is, and warns before it makes a copy by itself
+            parts = torch.autograd.grad(outputs.pop(0), pieces.pop(0), do_n.contiguous())
+            torch._foreach_copy_(wholes, parts)
+            del parts
+        return tuple(grads)
 
     def _pieces(self, heads: list[Tensor], mask) -> int:
         """In how many pieces of heads the backward goes."""
@@ -95,11 +103,6 @@ class FlashCore:
             return 1
         dropout = self.dropout(self.module) if self.module.training else 0.0
         return backward_pieces(*heads[:2], mask, self.window, dropout)
-
-
-def _joined(pieces) -> Tensor:
-    """[B, S, H / n, D] n times to [B, S, H, D]; what is whole is not copied."""
-    return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
 
 class EagerCore:

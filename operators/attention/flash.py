@@ -28,6 +28,9 @@ HALF = (torch.bfloat16, torch.float16)
 PLACE = 128
 # tokens whose memory is not worth being saved, as each piece of a backward costs some launches
 SMALL = 4096
+# tokens times heads of q that one piece of a backward has: 8192 of 32, which keep any GPU busy, so that what it works
+# in does not grow with the tokens
+AT_ONCE = 2**18
 
 
 def is_bounds(mask) -> bool:
@@ -84,23 +87,29 @@ def flash_attention(
 
 
 def backward_pieces(q: Tensor, k: Tensor, runs: Tensor, window: int | None, dropout: float) -> int:
-    """In how many pieces, of as many heads each, the backward of flash_attention should go; arguments as there."""
+    """In how many pieces, of as many heads each, the backward of flash_attention should go; arguments as there.
+
+    With dropout in one, as the forward drew for all heads at once.
+    """
     n_tokens, n_runs = q.shape[0] * q.shape[1], runs.numel() - 1 if is_starts(runs) else runs.shape[-1] - 1
     whole = not is_starts(runs) and n_runs == q.shape[0] and window is None
-    return 1 if whole or not takes_varlen(q, dropout) else head_pieces(n_tokens, n_runs, k.shape[2])
+    if whole or not takes_varlen(q, dropout):
+        n_runs = 0
+    return 1 if dropout else head_pieces(n_tokens, n_runs, q.shape[2], k.shape[2])
 
 
-def head_pieces(n_tokens: int, n_runs: int, n_heads: int) -> int:
-    """In how many pieces of the n_heads heads of k the backward of the kernel for runs should go.
+def head_pieces(n_tokens: int, n_runs: int, n_heads: int, n_kv_heads: int) -> int:
+    """In how many pieces of the n_kv_heads heads of k a backward should go; n_runs: 0 without the kernel for runs.
 
-    It takes fp32 memory of the size of q there, for PLACE tokens more with each run. Where that is more than of two q,
-    and of SMALL tokens, pieces take that of one q at most, as far as heads can be parted so.
+    It takes fp32 memory of the size of dq, and room for the gradients of a piece. A piece has AT_ONCE at most. The
+    kernel for runs takes fp32 memory for PLACE tokens more with each run: where that is more than of two q, and of
+    SMALL tokens, pieces take that of one q at most. Both as far as heads can be parted so.
     """
     places = n_tokens + PLACE * n_runs
-    if places <= max(2 * n_tokens, SMALL):
-        return 1
-    least = -(-places // n_tokens)
-    return next((n for n in range(least, n_heads) if n_heads % n == 0), n_heads)
+    least = -(-n_tokens * n_heads // AT_ONCE)
+    if places > max(2 * n_tokens, SMALL):
+        least = max(least, -(-places // n_tokens))
+    return next((n for n in range(least, n_kv_heads) if n_kv_heads % n == 0), n_kv_heads)
 
 
 def takes_varlen(q: Tensor, dropout: float) -> bool:

@@ -126,7 +126,7 @@ def test_lines_of_runs_and_what_is_not_run_again(data, capsys, monkeypatch):
     common = command(data, "--variants", "exact LoRA", "intra_inter, 2 bit", "--jobs", "1")
     quick = ["--max_steps", "1", "--max_new_tokens", "2", "--use_cpu", "True"]
     with pytest.raises(SystemExit) as ended:
-        experiments.main([*common, "--", *quick, "--average_bits", "2.5"])
+        experiments.main([*common, "--", *quick, "--softmax_outlier_ratio", "0.1"])
     assert ended.value.code == 1 and "1 runs failed and 0 were left undone" in capsys.readouterr().err
     experiments.main([*common, "--variants", "exact LoRA", "--", *quick])
     experiments.main([*common, "--variants", "exact LoRA", "--", *quick])

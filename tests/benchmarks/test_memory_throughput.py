@@ -119,7 +119,7 @@ def test_out_of_memory_is_a_line_and_a_sentence(run, tmp_path, capsys, monkeypat
         (["--offload", "True"], "offload=True needs a GPU"),
         (["--cuda_graphs", "True"], "cuda_graphs=True needs a GPU"),
         (["--preset", "longest"], "preset=longest asks for it, preset=default does not"),
-        (["--average_bits", "2.5"], "average_bits has no effect with q_bit=4"),
+        (["--average_bits", "2.5"], "average_bits=2.5 has no effect with q_bit=4: set auto"),
         (["--model_dir", str(ROOT / "benchmarks/shapes"), "--model_name", "llama-2-7b"], "shape of a model for a GPU"),
         (["--data_name", "gsm8k"], "unknown option --data_name"),
         (["--model_dir", str(ROOT / "ckpt"), "--model_name", "nowhere"], "nowhere does not exist"),

@@ -34,6 +34,7 @@ BAD = {
     "iteration_threshold=1.5 is not a whole number": {"iteration_threshold": 1.5},
     "layernorm_outlier_ratio='0.1' is not a number": {"layernorm_outlier_ratio": "0.1"},
     "average_bits=None is not a number": {"average_bits": None},
+    "average_bits=2.5 has no effect with q_bit=4: set auto": {"average_bits": 2.5},
     "slot_savers='gate' is not a dict": {"slot_savers": "gate"},
     f"layers='{'9' * 5000}.slots,input': ": {"layers": f"{'9' * 5000}*slots,input"},
     "layers='input5': 'input5' is not one of slots, input,": {"layers": "input5"},

@@ -127,6 +127,18 @@ def test_settings_come_from_outside_and_options_are_forwarded_last(tmp_path):
     assert (given["--num_train_epochs"], given["--gradient_accumulation_steps"]) == ("6", "4")
 
 
+@pytest.mark.parametrize(
+    "script, given", [("run_alpaca.sh", {"num_gpus": "2"}), ("run_gsm8k.sh", {"target_modules": "q_proj"})]
+)
+def test_a_setting_of_other_scripts_is_refused_not_ignored(script, given, tmp_path):
+    stub_interpreter(tmp_path, qualifies=True)
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        run_script(tmp_path, script=script, **given)
+    ((name, value),) = given.items()
+    assert ended.value.returncode == 2
+    assert f"error: {name}={value} is a setting of other scripts, not of {ROOT / script}: " in ended.value.stderr
+
+
 @pytest.mark.parametrize("script", ["run_gsm8k.sh", "run_longseq.sh"])
 def test_a_budget_leaves_open_what_the_script_would_set_on_a_gpu(script, tmp_path):
     stub_interpreter(tmp_path, qualifies=True, gpu=True)

@@ -345,11 +345,13 @@ class _Step:
         numbers = 2 * 4 * self.shape.q // self.shape.head_dim  # lse and sum(do o), in fp32
         # flash's backward adds dq up in fp32, for each run PLACE tokens more (benchmarks/NOTES.md); of grouped queries
         # FlashAttention has dk, dv for all heads before it adds them up, and the one line of such a shape agrees
-        fp32 = 2 * q * (T + PLACE * self.runs)
-        if self.runs:
-            fp32 /= head_pieces(T, self.runs, self.shape.k // self.shape.head_dim)
-        grouped = 2 * q if kv < q else 0
-        core = T * (2 * qkv + grouped + 2 * q + numbers) + fp32
+        n_heads, n_kv_heads = self.shape.q // self.shape.head_dim, self.shape.k // self.shape.head_dim
+        n = 1 if self.map else head_pieces(T, self.runs, n_heads, n_kv_heads)
+        beside_core = T * (2 * q if kv < q else 0) + 2 * q * (T + PLACE * self.runs)
+        if n > 1:
+            # gradients of a piece before they are where those of all are, and its do
+            beside_core = (beside_core + T * (qkv + q)) / n
+        core = T * (2 * qkv + 2 * q + numbers) + beside_core
         if self.map:
             # EagerCore.backward: q, k, v, o and do; prob, its gradient and that of the scores, or two of these with dv,
             # dq and copies that a product makes of its factors
@@ -360,8 +362,8 @@ class _Step:
         # an exact v is a part of q, k, v as they were before RoPE
         beside = T * (q + kv + E * self.qkv.beside) if self._heads_are_slots else 0
         return {
-            "out": dy + T * (qkv + 2 * q) + beside + max(above, self.out.piece(T, by_rows=False, below=False))
-            + self.out.stack + self.qkv.stack,
+            "out": dy + T * (qkv + 2 * q + (q if n > 1 else 0)) + beside + self.out.stack + self.qkv.stack
+            + max(above, self.out.piece(T, by_rows=False, below=False)),
             "core": dy + core + beside + self.qkv.stack,
             "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
             "q, k, v": dy + dqkv + max(T * x + below, self.qkv.piece(T, by_rows=False, below=True)) + T * x

@@ -7,17 +7,19 @@ from hyclora.utils.errors import UserError
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
-def parse_size(text: str, name: str) -> int:
-    """Bytes of a size like 24GiB or 7.5GB; UserError for anything else, with the setting's name before it."""
+def parse_size(text: str, name: str, or_none: bool = False) -> int:
+    """Bytes of a size like 24GiB or 7.5GB; UserError for anything else, with the setting's name before it.
+
+    or_none: whether it may be 0GiB.
+    """
     number, unit = re.fullmatch(r"\s*([\d.]*)\s*(.*?)\s*", str(text), re.DOTALL).groups()
     if unit not in UNITS:
         raise UserError(
             f"{name}: {text!r} is no size of memory: write a number with {', '.join(UNITS)}, for instance 24GiB"
         )
-    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", number) or not float(number):
-        raise UserError(
-            f"{name}: {text!r} is no size of memory: {number!r} is not a positive number, of at most 9 digits"
-        )
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", number) or not (float(number) or or_none):
+        kind = "number" if or_none else "positive number"
+        raise UserError(f"{name}: {text!r} is no size of memory: {number!r} is not a {kind}, of at most 9 digits")
     return int(float(number) * UNITS[unit])
 
 

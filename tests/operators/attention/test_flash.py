@@ -201,6 +201,20 @@ def test_pieces_of_a_backward(n_tokens, n_runs, kv_heads, window, n, monkeypatch
     assert flash.backward_pieces(q, k, starts, window, 0.0) == 1
 
 
+@pytest.mark.parametrize(
+    "rows, n_tokens, heads, kv_heads, n",
+    [(1, 8192, 32, 8, 1), (4, 2048, 32, 32, 1), (1, 8193, 32, 8, 2), (1, 20000, 32, 32, 4), (1, 20000, 28, 7, 7),
+     (1, 10**6, 32, 8, 8), (16, 8192, 32, 32, 16), (1, 10**6, 9, 3, 3), (1, 10**6, 8, 1, 1)],
+)  # fmt: skip
+def test_pieces_of_long_rows(rows, n_tokens, heads, kv_heads, n):
+    """A piece has the work of 8192 tokens of 32 heads at most; with dropout heads stay together."""
+    q, k = (torch.empty(rows, n_tokens, h, 8, device="meta") for h in (heads, kv_heads))
+    bounds = torch.zeros(1, 1, 2, rows + 1, dtype=torch.int32)
+    assert flash.backward_pieces(q, k, bounds, None, 0.0) == n
+    assert flash.backward_pieces(q, k, bounds, n_tokens // 2, 0.0) == n  # no kernel for runs on a CPU
+    assert flash.backward_pieces(q, k, bounds, None, 0.1) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures GPU memory")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("window", [None, 512])

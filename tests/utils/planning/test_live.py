@@ -115,5 +115,5 @@ def test_layers_that_keep_their_input(shapes):
 
 def test_long_rows_grow_by_what_is_kept_of_a_token_and_few_activations(shapes):
     savers = Savers(shapes("llama-2-7b"), HycloraConfig(offload=True, cuda_graphs=False))
-    one, two, three = (count(savers, 1, n * 65536).dyn for n in (1, 2, 3))
+    one, two, three = (count(savers, 1, n * 2**18).dyn for n in (1, 2, 3))  # one head of attention at a time
     assert abs((three - two) - (two - one)) < 1024

@@ -21,6 +21,12 @@ def test_what_is_no_size_is_refused(text):
         parse_size(text, "gpu")
 
 
+def test_there_may_be_none_of_it():
+    assert parse_size("0GiB", "host", or_none=True) == 0
+    with pytest.raises(UserError, match="'' is not a number, of"):
+        parse_size("GiB", "host", or_none=True)
+
+
 def test_batches():
     assert parse_tokens("4x512", "tokens") == (4, 512)
 
