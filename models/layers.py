@@ -178,7 +178,7 @@ class CheckpointBlock(Block):
         return self.keep_input(lambda x: run(x, *args, **kwargs), hidden_states, whole=True)
 
     def _is_layers(self, function) -> bool:
-        """Whether a function is HF's for the forward of this layer's class, as releases of HF have it that wrap that."""
+        """Whether a function is HF's for this layer's forward, in the releases in which that is wrapped."""
         forward = getattr(type(self.module).forward, "__wrapped__", None)
         known = isinstance(function, partial) and function.func is forward and function.args == (self.module,)
         return known and self.layer is not None and self.layer.together

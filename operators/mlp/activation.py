@@ -186,8 +186,10 @@ def gelu_bwd(dhidden: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu_bwd_(dhidden: Tensor, up: Tensor) -> None:
-    """gelu_bwd in place: dup and hidden take the memory of up and dhidden, of unit stride along a row; allocates
-    nothing on a GPU."""
+    """gelu_bwd in place: dup and hidden take the memory of up and dhidden.
+
+    Rows have unit stride. Allocates nothing on a GPU.
+    """
     if use_triton(dhidden):
         return _launch_gelu_bwd(dhidden, up, up, dhidden, in_place=True)
     for into, found in zip((up, dhidden), reference.gelu_bwd(dhidden, up), strict=True):
@@ -207,8 +209,9 @@ def _launch_gelu_bwd(dhidden: Tensor, up: Tensor, dup: Tensor, hidden: Tensor, i
 class Activation:
     """hidden = fwd(*inputs), and (gradients of the inputs side by side, hidden) = bwd(dhidden, *inputs).
 
-    bwd_: the same, each where its input is, and hidden where dhidden is. slots: what the inputs are called as slots, each a linear layer's output. gated: the second is multiplied by the
-    SiLU of the first, which is a slot (act) of its own.
+    bwd_: the same in place, each gradient where its input is and hidden where dhidden is. slots: what the inputs are
+    called as slots, each a linear layer's output. gated: the second is multiplied by the SiLU of the first, which is a
+    slot (act) of its own.
     """
 
     slots: tuple[str, ...]

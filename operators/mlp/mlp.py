@@ -93,15 +93,13 @@ class MlpFunction(torch.autograd.Function):
             restore_x = keeper.restore if once else partial(keeper.restore_rows, rows=tile)
             part_dx, part = _backward_tile(ctx.spec, half, dy[tile], keeper.part(i), switches, needs, restore_x)
             dx = place(dx, part_dx, tile, len(dy))
-            del part_dx
             grads = part if i == 0 else [g if g is None else t.add_(g) for t, g in zip(grads, part, strict=True)]
+            del part_dx, part
         return None if dx is None else dx.view(ctx.shape), dresidual, *[None] * 4, *grads
 
 
-def _run(
-    spec: MlpSpec, x: Tensor, residual: Tensor | None, parameters: tuple, keeper: Keeper, tiles: list[tuple[slice, dict]]
-) -> Tensor:
-    """y [T, C] of x [T, C], residual included; keeps all slots but mlp_in."""
+def _run(spec: MlpSpec, x: Tensor, residual: Tensor | None, parameters: tuple, keeper: Keeper, tiles: list) -> Tensor:
+    """y [T, C] of x [T, C], residual included; keeps all slots but mlp_in. tiles: each with its switches."""
     if len(tiles) > 1:
         _calibrate(spec, x, parameters, keeper)
     overwrite = overwritable(residual, x.dtype)
@@ -114,7 +112,7 @@ def _run(
 
 
 def _postpone(
-    spec: MlpSpec, x: Tensor, residual: Tensor | None, parameters: tuple, keeper: Keeper, tiles: list[tuple[slice, dict]]
+    spec: MlpSpec, x: Tensor, residual: Tensor | None, parameters: tuple, keeper: Keeper, tiles: list
 ) -> Tensor:
     """In place of _run's y one without memory; keeps what _down_late needs beside mlp_in, with the seeds of _run."""
     n_gate_up = len(spec.gate_up.parameters())

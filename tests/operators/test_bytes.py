@@ -327,8 +327,8 @@ def test_kept_by_blocks(layer_type, size):
             assert kept(partial(layer.run, name, *given), *layer.known(given)) == expected
 
 
-# a token's elements beside what is kept: in forward, in backward. The MLP's backward has g of both groups as well; fused
-# it is at its peak where there is that of gate and up, in parts of one for each 256 columns
+# a token's elements beside what is kept: in forward, in backward. The MLP's backward has g of both groups as well;
+# fused that of gate and up alone, as it is at its peak where there are parts of that for each 256 columns
 WORKING = {
     ("self_attn", "intra_inter_full_fuse"): lambda c, f, n, n_kv, d: (
         2 * n * d + 2 * n_kv * d + n, 2 * (2 * n * d + 2 * n_kv * d) + n
