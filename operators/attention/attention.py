@@ -56,53 +56,74 @@ class FlashCore:
             self.module, *heads_first, mask, dropout=dropout, scaling=self.module.scaling, **kwargs
         )[0]  # fmt: skip
 
-    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, HollowGraph | None]:
-        """o, and its graph if lse is kept."""
+    def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, list[HollowGraph] | None]:
+        """o, and its graphs if lse is kept, one for each piece of heads in which the backward goes."""
         if self.dropout(self.module) > 0:
             rng["attention"] = get_rng_state(q.device)
         if not keeper.keeps("lse"):
             return self.run(q, k, v, mask, kwargs), None
-        o, graph, rest = record(partial(self.run, mask=mask, kwargs=kwargs), q, k, v)
-        for i, t in enumerate(rest):
-            keeper.keep("lse", t) if t.is_floating_point() else keeper.keep_exact(f"rest{i}", t)
-        return o, graph
+        n, graphs, outputs = self._pieces(q, k, mask), [], []
+        for i, piece in enumerate(zip(*(t.chunk(n, dim=2) for t in (q, k, v)), strict=True)):
+            o, graph, rest = record(partial(self.run, mask=mask, kwargs=kwargs), *piece)
+            part = keeper.part(i)
+            for j, t in enumerate(rest):
+                part.keep("lse", t) if t.is_floating_point() else part.keep_exact(f"rest{j}", t)
+            graphs.append(graph)
+            outputs.append(o)
+        return _joined(outputs), None if None in graphs else graphs
 
     def backward(
-        self, do_fn, heads, attn_out, mask, kwargs, keeper: Keeper, rng: dict, graph: HollowGraph | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv; heads is q, k, v, emptied on the way; do_fn maps o (attn_out if that is kept) to its gradient."""
-        if graph is not None:
-            rest = [keeper.exact(f"rest{i}") for i in range(len(graph.others))]
-            rest = [keeper.restore("lse") if t is None else t for t in rest]
-            restored = [*heads, attn_out.view_as(heads[0])]
-            heads.clear()
-            return graph.backward(restored, rest, do_fn(attn_out).view_as(restored[-1]))
-        n, device, shapes = self._pieces(heads, mask), heads[0].device, [t.shape for t in heads]
-        pieces = list(zip(*(t.detach().chunk(n, dim=2) for t in heads), strict=True))
+        self, do_fn, heads, attn_out, mask, kwargs, keeper: Keeper, rng: dict, graphs: list[HollowGraph] | None,
+        overwrite: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """dq, dk, dv; heads is q, k, v, emptied on the way; do_fn maps o (attn_out if that is kept) to its gradient.
+
+        overwrite: of q, k and v, whether gradients that are found piece by piece may take their memory.
+        """
+        n = self._pieces(*heads[:2], mask) if graphs is None else len(graphs)
+        device, shapes = heads[0].device, [t.shape for t in heads]
+        # .data: autograd need not know, as a piece that is still to be done has other memory
+        grads = [t.data if may else None for t, may in zip(heads, overwrite, strict=True)] if n > 1 else []
+        pieces = [list(piece) for piece in zip(*(t.detach().chunk(n, dim=2) for t in heads), strict=True)]
         heads.clear()
-        with torch.enable_grad(), replayed_rng(device, rng["attention"]) if "attention" in rng else nullcontext():
-            pieces = [[t.requires_grad_() for t in piece] for piece in pieces]
-            outputs = [self.run(*piece, mask, kwargs) for piece in pieces]
-        if attn_out is None:
-            attn_out = torch.cat([o.detach() for o in outputs], dim=2) if n > 1 else outputs[0].detach()
+        outputs, random = [], nullcontext() if "attention" not in rng else replayed_rng(device, rng["attention"])
+        if graphs is None:
+            with torch.enable_grad(), random:
+                outputs = [self.run(*(t.requires_grad_() for t in piece), mask, kwargs) for piece in pieces]
+        attn_out = _joined([o.detach() for o in outputs]) if attn_out is None else attn_out.view(shapes[0])
         do = do_fn(attn_out).view(shapes[0])
+        kept = attn_out.chunk(n, dim=2) if graphs is not None else ()
         del attn_out
-        if n == 1:
-            return torch.autograd.grad(outputs.pop(), pieces.pop(), do)
-        grads = [do.new_empty(shape) for shape in shapes]
-        for do_n, *wholes in zip(*(t.chunk(n, dim=2) for t in (do, *grads)), strict=True):
-            # cuDNN wants it as its output is, and warns before it makes a copy by itself
-            parts = torch.autograd.grad(outputs.pop(0), pieces.pop(0), do_n.contiguous())
+        grads = [do.new_empty(shape) if t is None else t for t, shape in zip(grads, shapes, strict=False)]
+        for i, (do_n, *wholes) in enumerate(zip(*(t.chunk(n, dim=2) for t in (do, *grads)), strict=True)):
+            if graphs is None:
+                # cuDNN wants it as its output is, and warns before it makes a copy by itself
+                parts = torch.autograd.grad(outputs.pop(0), pieces.pop(0), do_n.contiguous())
+            else:
+                parts = graphs[i].backward([*pieces.pop(0), kept[i]], _rest(keeper.part(i), graphs[i]), do_n)
+            if n == 1:
+                return parts
             torch._foreach_copy_(wholes, parts)
             del parts
         return tuple(grads)
 
-    def _pieces(self, heads: list[Tensor], mask) -> int:
+    def _pieces(self, q: Tensor, k: Tensor, mask) -> int:
         """In how many pieces of heads the backward goes."""
         if not tells_runs(mask):
             return 1
         dropout = self.dropout(self.module) if self.module.training else 0.0
-        return backward_pieces(*heads[:2], mask, self.window, dropout)
+        return backward_pieces(q, k, mask, self.window, dropout)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """[B, S, H / n, D] n times to [B, S, H, D]; what is whole is not copied."""
+    return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+
+
+def _rest(keeper: Keeper, graph: HollowGraph) -> list[Tensor]:
+    """What a graph saves beside q, k, v and o, as a keeper kept it."""
+    found = [keeper.exact(f"rest{i}") for i in range(len(graph.others))]
+    return [keeper.restore("lse") if t is None else t for t in found]
 
 
 class EagerCore:
@@ -143,8 +164,8 @@ class EagerCore:
         return o.permute(0, 3, 1, 2, 4).reshape(q.shape), None
 
     def backward(
-        self, do_fn, heads, attn_out, mask, kwargs, keeper: Keeper, rng: dict, graph: None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, do_fn, heads, attn_out, mask, kwargs, keeper: Keeper, rng: dict, graphs: None, overwrite: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         q, k, v = heads
         groups = q.shape[2] // k.shape[2]
         prob = keeper.restore("prob")
@@ -223,7 +244,8 @@ class AttentionFunction(torch.autograd.Function):
     parameters as spec.parameters(). Slots: attn_in, q, k, v, prob, lse, attn_out. Gradients: those of linear/lora.py
     for the projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual. Keeps what savers of
     slots do (an exact v all of q, k, v), what the core does, and x A^T of both groups; cos, sin, mask by reference.
-    Temporary with the flash core and fused, a token: q, k, v, o, in backward their gradients too, and 4 H bytes.
+    Temporary with the flash core and fused, a token: q, k, v, o, in backward their gradients too (of long rows that of
+    o alone, which then is there twice), and 4 H bytes.
     """
 
     @staticmethod
@@ -246,10 +268,10 @@ class AttentionFunction(torch.autograd.Function):
         else:
             heads = _rotate_fwd(spec, y, cos, sin, batch, low_rank, keeper)
         del y, low_rank
-        o, ctx.graph = spec.core.forward(*heads, mask, kwargs, keeper, rng)
+        o, ctx.graphs = spec.core.forward(*heads, mask, kwargs, keeper, rng)
         del heads
         o = o.reshape(rows.shape[0], -1)
-        if spec.out.needs_input or ctx.graph is not None:
+        if spec.out.needs_input or ctx.graphs is not None:
             keeper.keep("attn_out", o)
         branch = None if residual is None else residual.reshape(len(rows), -1)
         overwrite = overwrite and overwritable(branch, o.dtype)
@@ -288,10 +310,11 @@ class AttentionFunction(torch.autograd.Function):
             del y
             if not spec.norms:  # nobody reads them again, and attention's backward is the peak
                 slots.clear()
+            overwrite = [True] * 3
         else:
-            heads, norms = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
+            heads, norms, overwrite = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
         attn_out = keeper.restore("attn_out")
-        dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, ctx.rng, ctx.graph)
+        dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, ctx.rng, ctx.graphs, overwrite)
         del attn_out
         if ctx.fused:
             norms = _fused_norms(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
@@ -325,19 +348,23 @@ def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, 
 
 def _rotate_restored(
     spec: AttentionSpec, cos, sin, batch: int, low_rank, keeper: Keeper
-) -> tuple[list[Tensor], list[HeadNorm]]:
-    """The heads of _rotate_fwd from the restored slots, and the norms of q and k with what they normalized."""
-    heads, norms = [], []
+) -> tuple[list[Tensor], list[HeadNorm], list[bool]]:
+    """The heads of _rotate_fwd from the restored slots, the norms of q and k with what they normalized, and which heads
+    have memory of their own."""
+    heads, norms, own = [], [], []
     for i, name in enumerate("qkv"):
-        y, norm = keeper.restore(name), spec.norm(name, keeper)
+        aliases = keeper.saver(name).aliases
+        slot, norm = keeper.restore(name), spec.norm(name, keeper)
+        y = slot
         if spec.compensate:
             y = spec.qkv.add(y, low_rank, keeper, i, in_place=False)
         if norm is not None:
             norms.append(replace(norm, x=y))
-        y = spec.to_heads(y, batch)
         rotates = cos is not None and name != "v" and (spec.compensate or norm is not None)
+        own.append(rotates or norm is None and (y is not slot or not aliases))
+        y = spec.to_heads(y, batch)
         heads.append(rope(y, cos, sin, norm=norm) if rotates else y)
-    return heads, norms
+    return heads, norms, own
 
 
 def _fused_norms(spec: AttentionSpec, slots, cos, sin, batch: int, dtype, low_rank, keeper: Keeper) -> list[HeadNorm]:

@@ -347,11 +347,11 @@ class _Step:
         # FlashAttention has dk, dv for all heads before it adds them up, and the one line of such a shape agrees
         n_heads, n_kv_heads = self.shape.q // self.shape.head_dim, self.shape.k // self.shape.head_dim
         n = 1 if self.map else head_pieces(T, self.runs, n_heads, n_kv_heads)
-        beside_core = T * (2 * q if kv < q else 0) + 2 * q * (T + PLACE * self.runs)
+        gradients, works_in = T * qkv, T * (2 * q if kv < q else 0) + 2 * q * (T + PLACE * self.runs)
         if n > 1:
-            # gradients of a piece before they are where those of all are, and its do
-            beside_core = (beside_core + T * (qkv + q)) / n
-        core = T * (2 * qkv + 2 * q + numbers) + beside_core
+            # those of a piece before they take the memory of q, k, v (an exact v keeps its own), and its do
+            gradients, works_in = T * kv * self._heads_are_slots, (works_in + T * (qkv + q)) / n
+        core = T * (qkv + 2 * q + numbers) + gradients + works_in
         if self.map:
             # EagerCore.backward: q, k, v, o and do; prob, its gradient and that of the scores, or two of these with dv,
             # dq and copies that a product makes of its factors
