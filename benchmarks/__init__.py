@@ -23,5 +23,5 @@ report_real_rows.py   and those of rows of many lengths      report_experiments.
 technique_tables.py   those of a grid                        seed_reports.py    what two reports say of one
 report_kills.py       and of runs that were killed           report_plan.py     what hyclora.plan counts, and is so
 report_scaling.py     and of several GPUs                   report_longest_rows.py  and of the longest row a card
-tables.py             a table in Markdown
+report_plan_check.py  and how far off that is, by kind      tables.py          a table in Markdown
 """

@@ -7,6 +7,7 @@ import matplotlib
 from benchmarks.experiments import EXACT, VARIANTS
 from benchmarks.record import RESULTS
 from benchmarks.report_experiments import BEFORE, LANGUAGE, lines_of, scores_of, spread
+from benchmarks.report_plan_check import SIZES, checks
 from benchmarks.rows import CELL, describe_batch, describe_device, describe_model, load, load_7b, memory_cells, name_of
 from hyclora.models.config import SLOTS
 
@@ -25,7 +26,7 @@ SIDES = (("left", 7), ("right", -7), ("center", 0))  # of a label: its alignment
 
 def draw() -> None:
     """All figures that the result files have lines for."""
-    for figure in (kept, fidelity, loss_bits, memory_speed, memory_breakdown, memory_length):
+    for figure in (kept, fidelity, loss_bits, memory_speed, memory_breakdown, memory_length, plan_check):
         drawn = figure()
         if drawn is not None:
             drawn.tight_layout()
@@ -210,6 +211,35 @@ def memory_length():
     axes.set_title(f"{describe_device(cell)}, {describe_model(cell)}: HyC-LoRA red, peers blue", fontsize=10)
     axes.margins(x=0.3, y=0.08)
     _label(axes, ends)
+    return figure
+
+
+def plan_check():
+    """What the plan counts against what was measured, and how far off all of it is at full depth, case by case."""
+    found = checks()
+    if not found:
+        return None
+    figure, (sizes, offs) = plt.subplots(1, 2, figsize=(11, 4.6))
+    for marker, name in zip("so^v", SIZES, strict=True):
+        if pairs := [pair for one in found if (pair := one.pair(name))]:
+            counted, measured = zip(*pairs, strict=True)
+            sizes.plot(measured, counted, marker, markersize=4, alpha=0.6, label=name)
+    ends = sizes.get_xlim()
+    sizes.plot(ends, ends, color="grey", linewidth=0.8, zorder=0)
+    sizes.set(xscale="log", yscale="log", xlabel="MiB measured, few layers", ylabel="MiB counted")
+    for axis in (sizes.xaxis, sizes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    sizes.legend(fontsize=9)
+    kinds = list(dict.fromkeys(one.kind for one in found))
+    for one in found:
+        gib, color = one.pair("all")[1] / 1024, f"C{kinds.index(one.kind)}"
+        offs.plot(gib, one.off("all"), "o", markersize=4, color=color, label=one.kind)
+    offs.axhline(0, color="grey", linewidth=0.8)
+    offs.set(xscale="log", xlabel="GiB of static and held, all layers", ylabel="counted over measured, %")
+    offs.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    offs.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    offs.xaxis.set_minor_formatter(NullFormatter())
+    _legend(offs, loc="upper right")
     return figure
 
 

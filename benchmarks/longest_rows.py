@@ -79,7 +79,7 @@ def choose_mode(shape, card: int, args: argparse.Namespace):
     """The mode with the longest row on a card, and its tokens; UserError if none has room for MULTIPLE of them."""
     from hyclora.utils.planning import MODES, Savers
     from hyclora.utils.planning.fitting import Load, longest
-    from hyclora.utils.planning.live import RESERVE
+    from hyclora.utils.planning.need import RESERVE
     from hyclora.utils.planning.units import parse_size
 
     host = parse_size(args.host, "--host", or_none=True)

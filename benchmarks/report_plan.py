@@ -3,18 +3,18 @@
 python -m benchmarks.report_plan       # prints MEASURED of utils/planning/modes.py, as the result files have it
 """
 
-import statistics
 from dataclasses import dataclass
 
 from benchmarks import rows
-from benchmarks.plan_check import Case
-from benchmarks.record import read
+from benchmarks.plan_check import LATE
+from benchmarks.report_plan_check import checks, spread
 from benchmarks.tables import source, table
-from hyclora.utils.planning import Mode, Need, Savers, Shape, count
+from hyclora.utils.planning import MODES, Mode, Need, Savers, Shape, count
 from hyclora.utils.planning.recorded import measured
 
 MIB = 2**20
-# lines before this are of builds in which more was alive at the peak (benchmarks/NOTES.md)
+# lines before this, and before LATE those of layers that are run again, are of builds in which more was alive at the
+# peak (benchmarks/NOTES.md)
 PRESENT = "2026-11-28T15:30"
 EXPANDABLE = "expandable_segments:True"  # what a plan is for
 SIZES = ("static", "dyn", "held")
@@ -27,8 +27,8 @@ HEAD = [
     "all",
     "host MiB",
     "measured",
+    "of",
 ]
-HEAD += ["of"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Compared:
 
     @property
     def earlier(self) -> bool:
-        return self.line["time"] < PRESENT
+        return self.line["time"] < (PRESENT if self.mode.config.layers == "slots" else LATE)
 
     def off(self, *names: str) -> float | None:
         """By how many percent the count of static, dyn, held, host, or of a sum of them, is above what was measured."""
@@ -70,16 +70,18 @@ def compared() -> list[Compared]:
 
 
 def accuracy() -> dict[str, tuple[int, float, bool]]:
-    """Of each measured mode: lines, the largest difference of dyn in percent, whether all are of earlier builds."""
-    found = {}
-    for one in compared():
-        found.setdefault(one.mode.name, []).append(one)
-    told = {}
-    for name, lines in found.items():
-        present = [one for one in lines if not one.earlier]
-        used = present or lines
-        told[name] = len(used), round(max(abs(one.off("dyn")) for one in used), 1), not present
-    return dict(sorted(told.items()))
+    """Of each measured mode: lines, the largest difference of dyn in percent, whether all are of earlier builds.
+
+    Those of benchmarks.plan_check are lines too, of whatever rows and ranks.
+    """
+    lines = [(one.mode.name, one) for one in compared()]
+    present = [(name, one) for name, one in lines if not one.earlier]
+    present += [(one.mode, one) for one in checks() if one.mode in {mode.name for mode in MODES}]
+    found: dict[str, list[float]] = {}
+    earlier = {name for name, _ in lines} - {name for name, _ in present}
+    for name, one in [*present, *(pair for pair in lines if pair[0] in earlier)]:
+        found.setdefault(name, []).append(abs(one.off("dyn")))
+    return {name: (len(offs), round(max(offs), 1), name in earlier) for name, offs in sorted(found.items())}
 
 
 def planned() -> str:
@@ -106,39 +108,8 @@ def planned() -> str:
 def summaries(lines: list[Compared]) -> list[str]:
     """How far counts of the present build are off, in a sentence; none if there is no line."""
     present = [one for one in lines if not one.earlier and one.line.get("allocator") == EXPANDABLE]
-    return _in_median([[one.off(*names) for _, names in JUDGED] for one in present], "lines of the present build")
-
-
-def _in_median(offs: list[list[float]], of: str) -> list[str]:
-    """offs: percents of a line for each of JUDGED."""
-    parts = []
-    for (said, _), off in zip(JUDGED, zip(*offs, strict=True), strict=False):
-        median = statistics.median(map(abs, off))
-        parts.append(f"{said} by {median:.1f} % (from {min(off):+.1f} to {max(off):+.1f} %)")
-    return [f"*Off in the median of {len(offs)} {of}: {', '.join(parts)}.*"] if offs else []
-
-
-def checked() -> str:
-    """The last line of each case of benchmarks.plan_check, counted beside measured; failures have none."""
-    latest = {str(Case(**line["arguments"])): line for line in read(rows.RESULTS / "plan_check.jsonl")}
-    lines = {case: line for case, line in latest.items() if "dyn_mib" in line["measured"]}
-    if not lines:
-        return ""
-    found, offs = [], []
-    for case, line in lines.items():
-        pairs = [(line["predicted"][f"{name}_mib"], line["measured"][f"{name}_mib"]) for name in SIZES]
-        sums = {name: pair for name, pair in zip(SIZES, pairs, strict=True)}
-        off = []
-        for _, names in JUDGED:
-            counted, measured_mib = (sum(sums[name][i] for name in names) for i in (0, 1))
-            off.append(100 * (counted / measured_mib - 1))
-        offs.append(off)
-        numbers = [f"{n:.0f}" for pair in pairs for n in pair]
-        hosts = [line[kind].get("host_mib") for kind in ("predicted", "measured")]
-        host = [f"{n:.0f}" for n in hosts] if all(hosts) else ["", ""]
-        found.append([f"{case}, {line['predicted']['layers']} layers", *numbers, *(f"{n:+.1f} %" for n in off), *host])
-    told = source(list(lines.values()), "python -m benchmarks.plan_check")
-    return "\n\n".join([table(HEAD[:-1], found), *_in_median(offs, "lines"), told])
+    parts = [f"{said} by {spread([one.off(*names) for one in present])}" for said, names in JUDGED]
+    return [f"*Off in the median of {len(present)} lines of the present build: {', '.join(parts)}.*"] if present else []
 
 
 if __name__ == "__main__":

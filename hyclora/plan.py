@@ -19,8 +19,9 @@ from hyclora.utils.args import LoraArguments
 from hyclora.utils.errors import RunStopped, UserError, entry_point
 from hyclora.utils.planning.budget import Choice, below_static, choose
 from hyclora.utils.planning.fitting import Load, fits, longest
-from hyclora.utils.planning.live import Need, Savers, count
+from hyclora.utils.planning.live import Savers, count
 from hyclora.utils.planning.modes import MODES, Mode
+from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.recorded import times
 from hyclora.utils.planning.shape import BASES, Shape
 from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
@@ -106,10 +107,10 @@ def plan(
 
     static = weights + 4 x 4 bytes a trained number (itself, gradient, Adam's two) + 24 or 32 bytes a channel of each
     quantizer + GEMM workspaces; dyn = largest sum of live tensors over the moments of a step (utils/planning/live.py);
-    gpu in all = static + dyn + 45 % of dyn and 128 MiB for gaps (and, beside graphs, the loss's tensors or what a step
-    of AdamW has for a time) + 1 GB for the driver and CUDA's context, which no allocator counts. The count of dyn alone
-    has no margin: see Mode.accuracy. Padding costs less than counted. Allocates nothing on a GPU, and no weights on the
-    host.
+    gpu in all = static + dyn + 30 % of dyn, 1 GiB at most, and 96 MiB a pool for gaps (need.py there; and, beside the
+    pool of graphs, the loss's tensors or what a step of AdamW has for a time) + 1 GB for the driver and CUDA's context,
+    which no allocator counts. The count of dyn alone has no margin: see Mode.accuracy. Padding costs less than counted.
+    Allocates nothing on a GPU, and no weights on the host.
 
     Raises UserError for a model without configuration or without such target_modules, a size or batch that cannot be
     read, adapters that cannot be, and for a budget below the static part of every mode.

@@ -9,7 +9,8 @@ import pytest
 from benchmarks import longest_rows, report_longest_rows, rows
 from benchmarks.longest_rows import BESIDE, GIB, MIB, MULTIPLE, SHORTER, main, parse, planned, seconds_a_layer
 from benchmarks.peers import OUT_OF_MEMORY
-from benchmarks.plan_check import Case, predict
+from benchmarks.plan_check import Case, is_of_earlier_build, predict
+from benchmarks.record import RESULTS, read
 from hyclora.models.config import HycloraConfig
 from hyclora.utils.planning import Savers, Shape, count
 
@@ -199,3 +200,15 @@ def test_a_row_says_what_it_is(shape):
     row = rows_of(shape, "--layers", "3", tokens=4096)[0]
     assert str(row) == f"{SHAPE}, 8 GiB: 4096 tokens, {row.mode}, 3 of 16 layers"
     assert Case(**json.loads(json.dumps(asdict(row.case)))) == row.case
+
+
+def test_counts_are_near_what_long_rows_took():
+    """The allowance for gaps is one."""
+    lines = [line for line in read(RESULTS / "longest_rows.jsonl") if "held_mib" in line["measured"]]
+    found = [line for line in lines if not is_of_earlier_build(line)]
+    assert found
+    for line in found:
+        case, measured = Case(**line["arguments"]), line["measured"]
+        counted = predict(case, case.layers)
+        assert -0.005 <= counted["dyn_mib"] / measured["dyn_mib"] - 1 <= 0.06
+        assert 0 <= counted["held_mib"] - measured["held_mib"] <= 4096

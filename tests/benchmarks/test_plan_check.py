@@ -1,11 +1,13 @@
 """Predictions beside measurements: the cases, their rows, and a line of each; on a CPU what autograd keeps alone."""
 
 import json
+import statistics
 
 import pytest
 
-from benchmarks import plan_check, report_plan, rows
+from benchmarks import figures, plan_check, rows
 from benchmarks.plan_check import Case, batch_of, cases, line_of, main, measure, predict
+from benchmarks.report_plan_check import Checked, checks, every_case, of_kinds
 from hyclora.models.graphs.sizes import filled_size
 
 LAYER_BY_LAYER = {"cuda_graphs": False}
@@ -83,12 +85,33 @@ def test_a_line_a_case_and_none_again(swept, tmp_path):
     assert [line["arguments"]["seq_len"] for line in again[2:]] == [64] and "context_mib" not in again[2]
 
 
-def test_lines_make_a_table(swept, tmp_path, monkeypatch):
+def test_lines_make_tables_and_a_picture(swept, tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    assert report_plan.checked() == ""
+    assert every_case() == of_kinds() == "" and figures.plan_check() is None
     swept()
-    text = report_plan.checked()
-    assert text.count("\n| ") == 3 and "*Off in the median of 2 lines: " in text  # the failure has no numbers
+    assert every_case().count("\n| ") == 3  # the failure has no numbers
+    assert "\n| layer by layer | 2 | " in of_kinds() and "\n| **all of them** | 2 | " in of_kinds()
+    drawn = figures.plan_check()
+    told = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in drawn.axes]
+    figures.plt.close(drawn)
+    assert told == [["static", "dyn", "held"], ["layer by layer"]]
+
+
+def test_full_depth_is_measured_and_what_is_counted_for_the_other_layers():
+    line = {"measured": {"static_mib": 10.0, "held_mib": 5.0}}
+    counted = [{"static_mib": static, "held_mib": held} for static, held in ((11.0, 5.0), (21.0, 9.0))]
+    one = Checked(Case("x"), line, *counted)
+    assert one.pair("all") == (30.0, 29.0) and one.pair("host") is one.off("host") is None
+    assert one.off("static") == pytest.approx(10)
+
+
+def test_counts_are_near_what_was_measured():
+    found = checks()
+    assert len(found) >= 65 and all(abs(one.off("static")) <= 0.3 for one in found)
+    assert all(-0.5 <= one.off("dyn") <= 1.2 for one in found)
+    assert all(abs(one.off("host")) <= 0.1 for one in found if one.pair("host"))
+    assert all(one.off("held") >= 0 for one in found)  # the allowance for gaps is one
+    assert statistics.median(one.off("all") for one in found) <= 3 and max(one.off("all") for one in found) <= 8
 
 
 def test_without_a_gpu_it_says_so(capsys):

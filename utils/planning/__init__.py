@@ -1,13 +1,14 @@
 """What a training run needs of GPU and host memory, counted before it begins: no weight is loaded, no kernel runs.
 
 shape.py    a model's linear layers, slots and trained tensors      live.py     what is alive at the peak of a step
-modes.py    the settings that a plan weighs, and how near it is     units.py    24GiB and 4x512 as numbers
+modes.py    the settings that a plan weighs, and how near it is     need.py     that in all, with the allocator's gaps
 fitting.py  the largest micro-step of a run, and whether it fits    budget.py   what a memory budget chooses
-recorded.py result lines of a checkout: measured memory and time
+recorded.py result lines of a checkout: measured memory and time    units.py    24GiB and 4x512 as numbers
 """
 
-from hyclora.utils.planning.live import Need, Savers, count
+from hyclora.utils.planning.live import Savers, count
 from hyclora.utils.planning.modes import MODES, Mode, mode_of
+from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.shape import Shape
 
 __all__ = ["MODES", "Mode", "Need", "Savers", "Shape", "count", "mode_of"]

@@ -14,8 +14,9 @@ import torch
 from hyclora.models.config import OPEN, HycloraConfig
 from hyclora.utils.errors import UserError
 from hyclora.utils.planning.fitting import STEP, Load, fits, longest
-from hyclora.utils.planning.live import RESERVE, Need, Savers
+from hyclora.utils.planning.live import Savers
 from hyclora.utils.planning.modes import describe
+from hyclora.utils.planning.need import RESERVE, Need
 from hyclora.utils.planning.shape import Shape
 from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
 

@@ -2,10 +2,10 @@
 
 Each moment is a line of the forward or backward of operators/, read off the code: what it has allocated, what its
 callers still hold, and what autograd or the store keep. The peak is the largest of them. Counted are live tensors, as
-torch.cuda.max_memory_allocated does; GAPS allows for what the allocator takes beside them.
+torch.cuda.max_memory_allocated does; what the allocator takes beside them is need.py's.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
@@ -16,59 +16,14 @@ from hyclora.operators.attention.flash import PLACE, head_pieces
 from hyclora.operators.cross_entropy import CHUNK_BYTES, TILE_ROWS
 from hyclora.operators.mlp import fused_mlp
 from hyclora.operators.savers import ChannelQuant, Exact, Step
-from hyclora.operators.store.host import SLAB
 from hyclora.operators.store.store import GROUP_BYTES
 from hyclora.operators.token_tiles import TILE_TOKENS
+from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.shape import HALF, TRAINED, Shape
 
 E = HALF.itemsize
-# of a GEMM library, for each thread and stream that uses it: 32 MiB on Hopper, 8 on others. The main thread's and
-# autograd's; that of a recording is given back (models/graphs/recording.py)
+# of a GEMM library, for each thread and stream that uses it: 32 MiB on Hopper, 8 on others
 WORKSPACE = 2**25
-# an allowance, not a count, chosen so that no line measured with expandable segments is above it; without them the
-# allocator takes more
-GAPS = (0.45, 2**27)
-# what a driver and CUDA take for themselves
-RESERVE = 10**9
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes of one setting and batch.
-
-    static: by what they are. dyn: peak of live tensors over it, at the moment `peak`; moments: all of them. apart: what
-    the loss, or else the optimizer, has beside a pool of graphs, which shares nothing. host: packed slots in host
-    memory.
-    """
-
-    static: dict[str, int]
-    moments: dict[str, int] = field(repr=False)
-    apart: int
-    host: int
-
-    @property
-    def peak(self) -> str:
-        return max(self.moments, key=self.moments.get)
-
-    @property
-    def dyn(self) -> int:
-        return self.moments[self.peak]
-
-    @property
-    def held(self) -> int:
-        """What the allocator is expected to take over static: live tensors, and GAPS."""
-        share, least = GAPS
-        return int(self.dyn + self.apart + share * self.dyn) + least
-
-    @property
-    def gpu(self) -> int:
-        """All that a card has to have: static and held memory, and RESERVE."""
-        return sum(self.static.values()) + self.held + RESERVE
-
-    @property
-    def pinned(self) -> int:
-        """Host memory that is pinned, in whole slabs (store/host.py)."""
-        return -(-self.host // SLAB) * SLAB
 
 
 @dataclass(frozen=True)
@@ -177,15 +132,14 @@ def count(
     windows = any(window is not None and window < length for window in shape.windows)
     runs = documents or (batch if windows else 0)
     again = [checkpointing or own for own in savers.again]
-    # torch's own checkpointing runs Hugging Face's code, which reads what the MLP gives (models/layers.py: better)
-    ours = [config.offload or not isinstance(saver, Exact) or not checkpointing for saver in savers.inputs]
     highest = {kind: i for i, kind in enumerate(again)}.values()
-    tops = [_Step(savers, T, length, runs, graphs, again[: top + 1], ours[top]) for top in highest]
+    tops = [_Step(savers, T, length, runs, graphs, again[: top + 1], checkpointing) for top in highest]
     static = {
         "weights": shape.weights,
         "adapters, gradients, Adam": shape.trained,
         "statistics of quantizers": savers.statistics,
-        "GEMM workspaces": 2 * WORKSPACE,
+        # the main thread's and autograd's; a recording gives all back, and only the loss makes one anew (recording.py)
+        "GEMM workspaces": WORKSPACE if graphs else 2 * WORKSPACE,
     }
     if processes > 1:
         static["DDP's buckets"] = shape.trained // TRAINED  # a copy of all gradients, which is what is reduced
@@ -209,30 +163,42 @@ class _Step:
     """The moments of a micro-step of T tokens at its top layer; t of them are an MLP's tile.
 
     again: of each layer up to the top one, whether it keeps its input alone. The top layer is that whose backward is
-    looked at, with all that is kept of those before; ours: by whom it is run again. below: with graphs, what the layer
-    under it has beside that, less what is free by then (models/graphs/layer_graphs.py: backward).
+    looked at, with all that is kept of those before. below: with graphs, what the layer under it has beside that, less
+    what is free by then (models/graphs/layer_graphs.py: backward).
+    checkpointing: the embeddings, which then need a gradient, are a leaf that autograd holds till the end, however
+    layer inputs are kept; a resident exact one is the same memory.
     """
 
-    def __init__(self, savers: Savers, T: int, length: int, runs: int, graphs: bool, again: list[bool], ours: bool):
+    def __init__(
+        self, savers: Savers, T: int, length: int, runs: int, graphs: bool, again: list[bool], checkpointing: bool
+    ):
         self.shape, self.savers, self.T, self.t = savers.shape, savers, T, min(T, TILE_TOKENS)
         self.runs, self.graphs, self.again, self.top = runs, graphs, again[-1], len(again) - 1
         self.offload, shape, groups = savers.config.offload, savers.shape, savers.shape.groups
-        self.angles = 2 * E * shape.head_dim * length  # cos and sin of all rows
+        # cos and sin of all rows, and a recording's own (layer_graphs.py: _capture)
+        self.angles = (2 if graphs else 1) * 2 * E * shape.head_dim * length
         self.x, self.f = E * shape.hidden, E * shape.ffn
         self.q, self.kv = E * shape.q, E * shape.k
         self.qkv, self.out, self.gate_up, self.down = (groups[n] for n in ("qkv", "out", "gate_up", "down"))
         units = [
             replace(unit, attention=unit.attention + savers.map_kept(i, length)) for i, unit in enumerate(savers.units)
         ]
-        # of a layer that is run again all slots are there for a time, of a late MLP x alone, exactly
-        self.unit, self.late = units[self.top], self.again and ours
+        # of a layer that is run again all slots are there for a time, but of a late MLP x alone, exactly. Torch's own
+        # checkpointing has none, as Hugging Face's code runs there (models/layers.py: better)
+        theirs = checkpointing and not self.offload and isinstance(savers.inputs[self.top], Exact)
+        self.unit, self.late = units[self.top], self.again and not theirs
         if self.late:
             norm_in, mlp_in = savers.norms[self.top]["mlp"]["norm_in"], savers.halves[self.top]["mlp"]["mlp_in"]
             self.unit = replace(self.unit, mlp=self.x if mlp_in.stored or not isinstance(norm_in, Exact) else 0)
         self.slots = [unit for unit, run_again in zip(units, again[:-1], strict=False) if not run_again]
+        same = not self.offload and isinstance(savers.inputs[0], Exact)
+        self.leaf = self.x if checkpointing and not same else 0
+        # Hugging Face's code adds the residual branches of a layer that it checkpoints
+        self.added_outside = theirs and self.T > self.t
         self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
         self.under = None if not self.top or again[-2] else units[self.top - 1]
-        # an attention map of all heads, in 16 bit; 0 where none is made
+        # an attention map of all heads, in 16 bit, and what is kept of it a token; 0 where none is made
+        self.map_kept = savers.map_kept(self.top, length)
         self.map = E * T * length * shape.q // shape.head_dim if savers.config.attention == "eager" else 0
         self.n = 1 + len(self.slots)
         attention, mlp = (E * (one.R + two.R) for one, two in ((self.qkv, self.out), (self.gate_up, self.down)))
@@ -271,9 +237,13 @@ class _Step:
         return exact and not self.shape.family.head_norms
 
     def _inputs(self, where: str) -> float:
-        """Kept layer inputs, of a store the last two, and dy of a layer that is run again beside its attention's."""
+        """Kept layer inputs, of a store the last two, and dy of a layer that is run again beside its attention's.
+
+        At a late MLP it is that of the MLP.
+        """
         kept = sum(self.inputs[-2:] if self.offload else self.inputs)
-        return self.T * (kept + (self.x if self.again and where == "attention" else 0))
+        beside = self.again and not (self.late and where == "mlp")
+        return self.T * (kept + self.leaf + (self.x if beside else 0))
 
     def moments(self) -> dict[str, float]:
         T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles
@@ -319,11 +289,12 @@ class _Step:
         stacks = self.down.stack + self.gate_up.stack
         found = {
             "down": T * x + t * f + max(above, self.down.piece(t, by_rows=False, below=False)) + self.down.stack,
-            "activation": T * x + whole + t * f + above + dgate_up + stacks,
+            "activation": T * x + whole + t * f + dgate_up + stacks,
+            "dropped hidden": T * x + whole + t * f + above + dgate_up + stacks - freed,
             "low-rank gradients": T * x + whole + dgate_up + self.gate_up.low_rank_parts(t) + self.gate_up.stack
             + self.mlp_grads - freed,
             "gate, up": T * x + whole + dgate_up + self.gate_up.piece(t, by_rows=False, below=True) + t * x
-            + self.gate_up.stack + self.mlp_grads - freed,
+            + self.gate_up.stack + self.down.grads + self.gate_up.early_grads - freed,
             "adapters": T * x + whole + dgate_up + 2 * t * x + below + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
         if self.late:  # _down_late of a later tile; activation is as if fused
@@ -372,22 +343,34 @@ class _Step:
 
     def _softmax(self) -> float:
         """attention.py: EagerCore.forward of the top layer, scores beside a map in fp32 and its softmax; x, residual,
-        q, k, v, and q, k as they are rotated where that is not fused; of a layer that is run again its exact slots."""
+        q, k, v, and q, k as they are rotated where that is not fused; q, k, v as they are kept, but of a layer that is
+        run again its exact slots. A store still has the half layer before on the device."""
         T, own = self.T, self.unit.attention_norm
         heads = T * (self.q + 2 * self.kv + E * self.qkv.beside)
         heads += 0 if self.savers.fuses_attention(self.top) else T * (self.q + self.kv)
-        kept = self.kept("end") + T * (own if self.again else -self.unit.mlp_norm - self.unit.mlp)
+        if not self.again:
+            attn_out = self.savers.halves[self.top]["attention"]["attn_out"]
+            own += self.unit.attention - self.map_kept - (attn_out.bits(self.shape.q) / 8 if attn_out.stored else 0)
+        if self.offload and not self.again:
+            kept = T * (own + (self.under.mlp_norm + self.under.mlp if self.under else sum(self.inputs[-1:])))
+        else:
+            kept = self.kept("end") + T * (own if self.again else own - self.unit.layer)
         return 2 * T * self.x + heads + 5 * self.map + kept
 
     def _mlp_forward(self) -> dict[str, float]:
-        """mlp.py: _forward_tile of the last layer, with its input and the residual stream; late, of the first run."""
+        """mlp.py: _forward_tile of the last layer, with its input, the residual stream, and y of all tiles where that
+        is not in the memory of the stream. A layer that is run again has its own input as it was, not as it is kept,
+        but in the first run, the only one of a late MLP, the stream has its memory, and there is no dy yet."""
         T, t, x, f = self.T, self.t, self.x, self.f
+        stream = T * (2 * x + (x if self.added_outside else 0) + (x - self.inputs[-1] if self.again else 0))
+        if self.late:
+            stream = T * x  # the norm's output; kept() has dy, and so the stream's bytes
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
-            "gate, up": 2 * T * x + y + self.gate_up.stack - (0 if self.late else t * self.unit.mlp)
+            "gate, up": stream + y + self.gate_up.stack - (0 if self.late else t * self.unit.mlp)
             + max(t * E * self.gate_up.dropped, self.gate_up.piece(t, by_rows=True, below=True)),
-            "activation": 2 * T * x + y + t * f + self.gate_up.stack,
-            "down": 2 * T * x + t * (f + x) + self.down.stack
+            "activation": stream + y + t * f + self.gate_up.stack,
+            "down": stream + t * (f + x) + self.down.stack
             + max(t * E * self.down.dropped, self.down.piece(t, by_rows=True, below=False)),
         }  # fmt: skip
 

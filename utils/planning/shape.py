@@ -47,8 +47,9 @@ class Group:
 
     n_in, width: elements a token. R: columns of x A^T; beside: those of them that stand beside the outputs
     (ProjectionGroup.buffer). piece: the most of W that is there at a time, by rows in forward, else in backward.
-    stack: A and B of stack_adapters. grads: those of A and B, in fp32. dropped: elements a token of an input that
-    dropout makes for a projection, for a time.
+    stack: A and B of stack_adapters. grads: those of A and B, in fp32; early_grads: of B where they come in_one_pass
+    with dy B, before dx (low_rank_grad.py). dropped: elements a token of an input that dropout makes for a projection,
+    for a time.
     """
 
     def __init__(self, linears: list[nn.Linear], ranks: list[int], dropout: bool = False):
@@ -62,11 +63,13 @@ class Group:
         rows = sum(ranks) if self.dropped else self.R
         widths = sum(rank * linear.out_features for rank, linear in zip(ranks, linears, strict=True))
         self.grads = 4 * (rows * self.n_in + widths)
+        self.in_one_pass = 0 < self.rank <= low_rank_grad.LARGEST_RANK
+        self.early_grads = 4 * widths if self.in_one_pass else 0
         self.beside = self.R if self.in_4bit and not self.dropped else 0
 
     def low_rank_parts(self, n_rows: int) -> int:
         """Bytes that low_rank_grads has for a time (linear/low_rank_grad.py): parts of g and of dB, in fp32."""
-        if not 0 < self.rank <= low_rank_grad.LARGEST_RANK:
+        if not self.in_one_pass:
             return 0
         block_rank, block_rows = rank_block(self.rank), low_rank_grad.BLOCK_ROWS
         block_cols = min(512 * 16 // block_rank, low_rank_grad.TILE_BYTES // block_rows // HALF.itemsize)

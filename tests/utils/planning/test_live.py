@@ -94,6 +94,7 @@ def test_fewer_bits_and_the_host_take_less(shapes):
 
 
 def test_checkpointing_keeps_layer_inputs_alone(shapes):
+    """Of a store two are on the GPU; the embeddings, a leaf that gets a gradient, are there either way."""
     shape = shapes("llama-2-7b")
     inputs = {saver: {"slot_savers": {"layer_in": saver}} for saver in ("exact", "quant8")}
     host = {saver: need(shape, checkpointing=True, offload=True, **inputs[saver]).host for saver in inputs}
@@ -115,5 +116,5 @@ def test_layers_that_keep_their_input(shapes):
 
 def test_long_rows_grow_by_what_is_kept_of_a_token_and_few_activations(shapes):
     savers = Savers(shapes("llama-2-7b"), HycloraConfig(offload=True, cuda_graphs=False))
-    one, two, three = (count(savers, 1, n * 2**18).dyn for n in (1, 2, 3))  # one head of attention at a time
+    one, two, three = (count(savers, 1, n * 2**18).dyn for n in (2, 3, 4))  # one head of attention at a time
     assert abs((three - two) - (two - one)) < 1024
