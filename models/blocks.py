@@ -294,11 +294,14 @@ class MlpBlock(Block):
     def applies(self, x=None, **kwargs) -> bool:
         return super().applies() and (x is None or self.can_derive(x))
 
-    def run(self, dtype, hidden_states, residual=None):
-        """The MLP's output, added to the residual branch if given: a layer's own tensor, of nobody else."""
+    def run(self, dtype, hidden_states, residual=None, late=False):
+        """The MLP's output, added to the residual branch if given: a layer's own tensor, of nobody else.
+
+        late: nobody reads it, so it is not computed.
+        """
         source = self.input_source(hidden_states)
         x = hidden_states if dtype is None else hidden_states.to(dtype)
-        return MlpFunction.apply(x, residual, self.spec, self.keeper(), source, *self.spec.parameters())
+        return MlpFunction.apply(x, residual, self.spec, self.keeper(), source, late, *self.spec.parameters())
 
     def run_stock(self, x):
         rows = x.reshape(-1, x.shape[-1])

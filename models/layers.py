@@ -1,5 +1,7 @@
 """A decoder layer as a whole: how its blocks are put together, and how gradient checkpointing keeps its input."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -37,7 +39,7 @@ class WholeLayer(Block):
         """This layer by itself, to be run again in backward if it keeps its input alone."""
         if self.checkpoint is None or not self.checkpoint.applies(*args, **kwargs):
             return self.run_once(hidden_states, *args, **kwargs)
-        return self.checkpoint.keep_input(lambda x: self.run_once(x, *args, **kwargs), hidden_states)
+        return self.checkpoint.keep_input(lambda x: self.run_once(x, *args, **kwargs), hidden_states, whole=True)
 
     def run_once(self, hidden_states, *args, **kwargs):
         """This layer by itself."""
@@ -52,7 +54,8 @@ class LayerBlock(WholeLayer):
     """A decoder layer's forward, whose residual branches go through the blocks at their sides.
 
     A branch leaves from the norm, whose backward adds its gradient on the way, and is added where the attention or
-    the MLP ends: in its own memory, so that all layers have one residual stream. first: of the decoder's layers.
+    the MLP ends: in its own memory, so that all layers have one residual stream. Where the layer is run again, its
+    output and so the MLP's are not read, and the MLP is late (mlp.py). first: of the decoder's layers.
     """
 
     def __init__(
@@ -73,7 +76,8 @@ class LayerBlock(WholeLayer):
         return (
             self.together
             and not args
-            and not getattr(self.module, "gradient_checkpointing", False)
+            # which torch does, unless the layer is all that runs twice
+            and (self.step.whole is self.module or not getattr(self.module, "gradient_checkpointing", False))
             and not any(is_watched(block.module) for block in self.blocks)
             and all(block.applies(cache=cache, past_key_values=past_key_values, **given) for block in self.blocks)
         )
@@ -85,10 +89,11 @@ class LayerBlock(WholeLayer):
         watched = is_watched(self.module) or is_sharded(self.module)
         ours = self.step.private and getattr(hidden_states, OURS, False) or self.first and self.step.embeds
         ours = ours and not self.step.holds_input
+        late = self.step.whole is self.module and not self.step.passing and not watched
         x, residual = attention_norm(hidden_states, residual=True)
         hidden_states, _ = attention(hidden_states=x, residual=residual, overwrite=ours and not watched, **kwargs)
         x, residual = mlp_norm(hidden_states, residual=True)
-        hidden_states = mlp(x, residual=residual)
+        hidden_states = mlp(x, residual=residual, late=late)
         if not watched:
             setattr(hidden_states, OURS, True)
         return hidden_states
@@ -103,11 +108,12 @@ class CheckpointBlock(Block):
     There it takes the place of torch's where it can keep the input better: with a store, or if layer_in is not exact.
     HF calls it as it calls torch's, while gradient checkpointing is on; a trainer may switch that at any time, so
     bind() is called before every training forward. Keeps what CheckpointFunction does.
-    own: whether the layer keeps its input without HF's checkpointing too.
+    own: whether the layer keeps its input without HF's checkpointing too; layer: its block, if it has one.
     """
 
     span = UNITS_A_LAYER
     bound = None
+    layer: WholeLayer | None = None
 
     def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step, own: bool = False):
         super().__init__(module, name, savers, step)
@@ -128,10 +134,11 @@ class CheckpointBlock(Block):
             return False
         return not any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
 
-    def keep_input(self, run, hidden_states):
-        """run(hidden_states), of which nothing is kept but that."""
+    def keep_input(self, run, hidden_states, whole: bool):
+        """run(hidden_states), of which nothing is kept but that; whole: it is the layer, and no more."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return CheckpointFunction.apply(hidden_states, run, self.keeper(), *parameters)
+        whole = self.module if whole else None
+        return CheckpointFunction.apply(hidden_states, run, self.keeper(), whole, *parameters)
 
     @property
     def better(self) -> bool:
@@ -163,6 +170,15 @@ class CheckpointBlock(Block):
             self.module._gradient_checkpointing_func = self.bound.former
 
     def forward(self, function, hidden_states, *args):
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.step.whole is self.module:  # it is in one of its runs
             return function(hidden_states, *args)
-        return self.keep_input(lambda x: function(x, *args), hidden_states)
+        if not self._is_layers(function):
+            return self.keep_input(lambda x: function(x, *args), hidden_states, whole=False)
+        run, kwargs = self.layer.run_once, function.keywords
+        return self.keep_input(lambda x: run(x, *args, **kwargs), hidden_states, whole=True)
+
+    def _is_layers(self, function) -> bool:
+        """Whether a function is HF's for this layer's forward, in the releases in which that is wrapped."""
+        forward = getattr(type(self.module).forward, "__wrapped__", None)
+        known = isinstance(function, partial) and function.func is forward and function.args == (self.module,)
+        return known and self.layer is not None and self.layer.together

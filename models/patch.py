@@ -228,6 +228,7 @@ def _keep_inputs(
     """Have the layers that config.layers names keep their inputs; ValueError where one runs in no block as a whole."""
     whole = {block.module: block for block in blocks if isinstance(block, WholeLayer)}
     for i, checkpoint in enumerate(checkpoints):
+        checkpoint.layer = whole.get(checkpoint.module)
         if not checkpoint.own:
             continue
         if checkpoint.module not in whole:

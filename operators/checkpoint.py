@@ -22,17 +22,21 @@ class CheckpointFunction(torch.autograd.Function):
 
     y is that of the exact x, and the same code runs both times. What an operator of the layer keeps for its own
     backward dies with it in the first run, where all slots are calibrated that are due.
-    parameters: whatever else run may give a gradient to. They are arguments so that their gradients go the usual way
-    (torch.autograd.grad, hooks of a distributed run). Keeps what the saver of layer_in does (exact: x by reference) and
-    a random state; backward has, for a time, what one run of the layer keeps.
+    whole: the layer that run is, no more and no less, or None. It is told in both runs (Step.whole): of the second one
+    nobody reads y, which is but where its gradient enters. parameters: whatever else run may give a gradient to. They
+    are arguments so that their gradients go the usual way (torch.autograd.grad, hooks of a distributed run). Keeps what
+    the saver of layer_in does (exact: x by reference) and a random state; backward has, for a time, what one run of the
+    layer keeps.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, run: Callable[[Tensor], Tensor], keeper: Keeper, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, run: Callable[[Tensor], Tensor], keeper: Keeper, whole: object | None, *parameters: Tensor
+    ) -> Tensor:
         device = x.device.type
         keeper.keep("layer_in", x.reshape(-1, x.shape[-1]))
         keeper.save(ctx)
-        ctx.run, ctx.store, ctx.parameters, ctx.shape = run, keeper.store, parameters, x.shape
+        ctx.run, ctx.store, ctx.parameters, ctx.shape, ctx.whole = run, keeper.store, parameters, x.shape, whole
         step = ctx.step = keeper.step
         ctx.rng, ctx.draws = (None, Draws()) if step.recording else (get_rng_state(x.device), None)
         ctx.autocast = {
@@ -41,7 +45,7 @@ class CheckpointFunction(torch.autograd.Function):
             "dtype": torch.get_autocast_dtype(device),
             "cache_enabled": torch.is_autocast_cache_enabled(),
         }
-        first = step.layer(passing=True, holds_input=keeper.aliases("layer_in"), draws=ctx.draws)
+        first = step.layer(passing=True, holds_input=keeper.aliases("layer_in"), draws=ctx.draws, whole=whole)
         with first, _resident(ctx.store):
             return run(x)
 
@@ -49,9 +53,9 @@ class CheckpointFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, dy: Tensor):
         x = Keeper.load(ctx).restore("layer_in").view(ctx.shape)
-        again = ctx.step.layer(passing=False, holds_input=True, draws=ctx.draws)
+        again = ctx.step.layer(passing=False, holds_input=True, draws=ctx.draws, whole=ctx.whole)
         resident, autocast = _resident(ctx.store), torch.autocast(**ctx.autocast)
-        needs_dx, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        needs_dx, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         inputs = [t for t, need in zip(ctx.parameters, needed, strict=True) if need]
         with torch.enable_grad(), again, resident, autocast, _same_random(x.device, ctx):
             if needs_dx:
@@ -62,7 +66,7 @@ class CheckpointFunction(torch.autograd.Function):
         found = torch.autograd.grad(y, inputs, dy, allow_unused=True)
         grads = iter(found)
         dparameters = [next(grads) if need else None for need in needed]
-        return found[-1] if needs_dx else None, None, None, *dparameters
+        return found[-1] if needs_dx else None, *[None] * 3, *dparameters
 
 
 def _same_random(device: torch.device, ctx):

@@ -201,11 +201,16 @@ class ProjectionGroup:
         return low_rank.A if y.shape[1] > self.width else None
 
     def project(self, x: Tensor, parameters: tuple, keeper, switches: dict) -> tuple[Tensor, LowRank | None]:
-        """x W^T + b [T, N] and the group's adapters; keeps what down() keeps."""
+        """x W^T + b [T, N] and the group's adapters; keeps what keep() and down() keep."""
+        self.keep(parameters, keeper, switches, x.device)
         low_rank = self.low_rank(parameters, x.dtype)
+        return self.project_kept(x, low_rank, keeper)[:, : self.width], low_rank
+
+    def project_kept(self, x: Tensor, low_rank: LowRank | None, keeper) -> Tensor:
+        """x W^T + b in a buffer(...), after keep(); keeps what down() keeps."""
         y = self.frozen(x, self.buffer(x.shape[0], low_rank, x), low_rank)
-        self.down(x, low_rank, parameters, keeper, switches, y[:, self.width :])
-        return y[:, : self.width], low_rank
+        self.down(x, low_rank, keeper, y[:, self.width :])
+        return y
 
     def _switches(self) -> list[tuple]:
         """What PEFT has set of all adapters, and which W there is: forward and backward must find them alike."""
@@ -218,17 +223,17 @@ class ProjectionGroup:
         biases = [y.new_zeros(p.width) if p.base.bias is None else p.base.bias.to(y.dtype) for p in self.projections]
         return nn.functional.pad(torch.cat(biases), (0, y.shape[1] - self.width))
 
-    def down(
-        self, x: Tensor, low_rank: LowRank | None, parameters: tuple, keeper, switches: dict, xa: Tensor | None = None
-    ) -> None:
-        """Keeps dropout(x) A^T [T, R], the parameters and the dropouts' seed; xa: the first, if it is there.
-
-        switches gets what PEFT has set.
-        """
+    def keep(self, parameters: tuple, keeper, switches: dict, device: torch.device) -> None:
+        """Keeps the parameters and the dropouts' seed, which is drawn; switches gets what PEFT has set."""
         for p, tensors in zip(self.projections, split(parameters), strict=True):
             for part, tensor in zip(("A", "B", "bias_B"), tensors, strict=False):
                 keeper.keep_exact(f"{p.name}_{part}", tensor)
         switches[self.xa_name] = self._switches()
+        if self.dropout:
+            keeper.keep_exact(self.seed_name, keeper.drawn(draw_seed, device))
+
+    def down(self, x: Tensor, low_rank: LowRank | None, keeper, xa: Tensor | None = None) -> None:
+        """Keeps dropout(x) A^T [T, R], after keep(); xa: that, if it is there."""
         if low_rank is None:
             return
         if xa is not None and xa.shape[1]:
@@ -237,11 +242,10 @@ class ProjectionGroup:
             xa = x @ low_rank.A.t()
         else:
             xa = x.new_zeros(x.shape[0], low_rank.A.shape[0])
-            seed = keeper.drawn(draw_seed, x.device)
+            seed = keeper.exact(self.seed_name)
             for i, (p, ranks) in enumerate(zip(self.projections, self.ranks, strict=True)):
                 if p.has_adapter:
                     torch.mm(self._drop(x, i, seed), low_rank.A[ranks].t(), out=xa[:, ranks])
-            keeper.keep_exact(self.seed_name, seed)
         keeper.keep_exact(self.xa_name, xa)
 
     def add(
@@ -272,9 +276,10 @@ class ProjectionGroup:
 
         overwrite: the sum takes the residual's memory.
         """
+        self.keep(parameters, keeper, switches, x.device)
         y = self.frozen(x)
         low_rank = self.low_rank(parameters, x.dtype)
-        self.down(x, low_rank, parameters, keeper, switches)
+        self.down(x, low_rank, keeper)
         if residual is None:
             return self.add(y, low_rank, keeper)
         xa, B = (None, None) if low_rank is None else (keeper.exact(self.xa_name), low_rank.B)
@@ -285,6 +290,7 @@ class ProjectionGroup:
     ) -> tuple[Tensor | None, list[Tensor] | None]:
         """g = dy B [T, R], and dB of each projection in fp32 where one pass over dy gives both; None without adapters.
 
+        That takes x A^T, so it must have been kept.
         dy [T, N], or a buffer(...) of which it is the beginning, and that g is put into.
         """
         if low_rank is None:
@@ -292,10 +298,11 @@ class ProjectionGroup:
         narrow, beside = dy[:, : self.width], dy[:, self.width :]
         g = beside if beside.shape[1] else dy.new_empty(len(dy), low_rank.B.shape[1])
         ranks = [p.rank for p in self.projections]
-        if not in_one_pass(dy, ranks):
+        xa = keeper.exact(self.xa_name)
+        if xa is None or not in_one_pass(dy, ranks):
             return torch.mm(narrow, low_rank.B, out=g), None
         widths = [p.width for p in self.projections]
-        return g, low_rank_grads(narrow, keeper.exact(self.xa_name), low_rank.B, widths, ranks, g)
+        return g, low_rank_grads(narrow, xa, low_rank.B, widths, ranks, g)
 
     def backward_input(
         self, dy: Tensor, g: Tensor | None, low_rank: LowRank | None, keeper, add_low_rank: bool = True

@@ -52,8 +52,8 @@ def _silu_mul_fwd_kernel(gate_ptr, up_ptr, hidden_ptr, n_cols, stride_gate, stri
 
 @triton.jit
 def _silu_mul_bwd_kernel(
-    dhidden_ptr, gate_ptr, up_ptr, dy_ptr, hidden_ptr, n_cols, stride_dhidden, stride_gate, stride_up,
-    BLOCK: tl.constexpr,
+    dhidden_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr, n_cols, stride_dhidden, stride_gate, stride_up,
+    stride_dy, stride_hidden, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -63,9 +63,11 @@ def _silu_mul_bwd_kernel(
     up = tl.load(up_ptr + row * stride_up + col, mask=mask, other=0.0).to(tl.float32)
     dgate, dup, hidden = silu_mul_grad_tile(dhidden, gate, up)
     dtype = hidden_ptr.dtype.element_ty
-    tl.store(dy_ptr + row * 2 * n_cols + col, dgate.to(dtype), mask=mask)
-    tl.store(dy_ptr + row * 2 * n_cols + n_cols + col, dup.to(dtype), mask=mask)
-    tl.store(hidden_ptr + row * n_cols + col, hidden.to(dtype), mask=mask)
+    if IN_PLACE:
+        tl.debug_barrier()  # other threads may still have to read what is written over
+    tl.store(dgate_ptr + row * stride_dy + col, dgate.to(dtype), mask=mask)
+    tl.store(dup_ptr + row * stride_dy + col, dup.to(dtype), mask=mask)
+    tl.store(hidden_ptr + row * stride_hidden + col, hidden.to(dtype), mask=mask)
 
 
 def silu_mul_fwd(gate: Tensor, up: Tensor) -> Tensor:
@@ -94,11 +96,30 @@ def silu_mul_bwd(dhidden: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     n_rows, n_cols = gate.shape
     dy = torch.empty(n_rows, 2 * n_cols, dtype=gate.dtype, device=gate.device)
     hidden = torch.empty(n_rows, n_cols, dtype=gate.dtype, device=gate.device)
+    _launch_silu_mul_bwd(dhidden, gate, up, dy[:, :n_cols], dy[:, n_cols:], hidden, in_place=False)
+    return dy, hidden
+
+
+def silu_mul_bwd_(dhidden: Tensor, gate: Tensor, up: Tensor) -> None:
+    """silu_mul_bwd in place: dgate, dup and hidden take the memory of gate, up, parts of one tensor, and dhidden.
+
+    Rows have unit stride. Allocates nothing on a GPU.
+    """
+    if use_triton(dhidden):
+        return _launch_silu_mul_bwd(dhidden, gate, up, gate, up, dhidden, in_place=True)
+    for into, found in zip((gate, up, dhidden), reference.silu_mul_bwd(dhidden, gate, up), strict=True):
+        into.copy_(found)
+
+
+def _launch_silu_mul_bwd(
+    dhidden: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, hidden: Tensor, in_place: bool
+) -> None:
+    n_rows, n_cols = gate.shape
     with device_guard(gate):
         _silu_mul_bwd_kernel[(n_rows, cdiv(n_cols, BLOCK))](
-            dhidden, gate, up, dy, hidden, n_cols, dhidden.stride(0), gate.stride(0), up.stride(0), BLOCK=BLOCK
-        )
-    return dy, hidden
+            dhidden, gate, up, dgate, dup, hidden, n_cols, dhidden.stride(0), gate.stride(0), up.stride(0),
+            dgate.stride(0), hidden.stride(0), IN_PLACE=in_place, BLOCK=BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -125,7 +146,8 @@ def _gelu_fwd_kernel(up_ptr, hidden_ptr, n_cols, stride_up, BLOCK: tl.constexpr)
 
 @triton.jit
 def _gelu_bwd_kernel(
-    dhidden_ptr, up_ptr, dup_ptr, hidden_ptr, n_cols, stride_dhidden, stride_up, BLOCK: tl.constexpr
+    dhidden_ptr, up_ptr, dup_ptr, hidden_ptr, n_cols, stride_dhidden, stride_up, stride_dup, stride_hidden,
+    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -134,8 +156,10 @@ def _gelu_bwd_kernel(
     up = tl.load(up_ptr + row * stride_up + col, mask=mask, other=0.0).to(tl.float32)
     dup, hidden = gelu_grad_tile(dhidden, up)
     dtype = hidden_ptr.dtype.element_ty
-    tl.store(dup_ptr + row * n_cols + col, dup.to(dtype), mask=mask)
-    tl.store(hidden_ptr + row * n_cols + col, hidden.to(dtype), mask=mask)
+    if IN_PLACE:
+        tl.debug_barrier()  # as in _silu_mul_bwd_kernel
+    tl.store(dup_ptr + row * stride_dup + col, dup.to(dtype), mask=mask)
+    tl.store(hidden_ptr + row * stride_hidden + col, hidden.to(dtype), mask=mask)
 
 
 def gelu_fwd(up: Tensor) -> Tensor:
@@ -157,26 +181,45 @@ def gelu_bwd(dhidden: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dhidden, up = as_rows(dhidden), as_rows(up)
     n_rows, n_cols = up.shape
     dup, hidden = (torch.empty(n_rows, n_cols, dtype=up.dtype, device=up.device) for _ in range(2))
+    _launch_gelu_bwd(dhidden, up, dup, hidden, in_place=False)
+    return dup, hidden
+
+
+def gelu_bwd_(dhidden: Tensor, up: Tensor) -> None:
+    """gelu_bwd in place: dup and hidden take the memory of up and dhidden.
+
+    Rows have unit stride. Allocates nothing on a GPU.
+    """
+    if use_triton(dhidden):
+        return _launch_gelu_bwd(dhidden, up, up, dhidden, in_place=True)
+    for into, found in zip((up, dhidden), reference.gelu_bwd(dhidden, up), strict=True):
+        into.copy_(found)
+
+
+def _launch_gelu_bwd(dhidden: Tensor, up: Tensor, dup: Tensor, hidden: Tensor, in_place: bool) -> None:
+    n_rows, n_cols = up.shape
     with device_guard(up):
         _gelu_bwd_kernel[(n_rows, cdiv(n_cols, BLOCK))](
-            dhidden, up, dup, hidden, n_cols, dhidden.stride(0), up.stride(0), BLOCK=BLOCK
-        )
-    return dup, hidden
+            dhidden, up, dup, hidden, n_cols, dhidden.stride(0), up.stride(0), dup.stride(0), hidden.stride(0),
+            IN_PLACE=in_place, BLOCK=BLOCK,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Activation:
     """hidden = fwd(*inputs), and (gradients of the inputs side by side, hidden) = bwd(dhidden, *inputs).
 
-    slots: what the inputs are called as slots, each a linear layer's output. gated: the second is multiplied by the
-    SiLU of the first, which is a slot (act) of its own.
+    bwd_: the same in place, each gradient where its input is and hidden where dhidden is. slots: what the inputs are
+    called as slots, each a linear layer's output. gated: the second is multiplied by the SiLU of the first, which is a
+    slot (act) of its own.
     """
 
     slots: tuple[str, ...]
     fwd: Callable[..., Tensor]
     bwd: Callable[..., tuple[Tensor, Tensor]]
+    bwd_: Callable[..., None]
     gated: bool
 
 
-SILU_MUL = Activation(("gate", "up"), silu_mul_fwd, silu_mul_bwd, gated=True)
-GELU = Activation(("up",), gelu_fwd, gelu_bwd, gated=False)
+SILU_MUL = Activation(("gate", "up"), silu_mul_fwd, silu_mul_bwd, silu_mul_bwd_, gated=True)
+GELU = Activation(("up",), gelu_fwd, gelu_bwd, gelu_bwd_, gated=False)

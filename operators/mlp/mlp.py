@@ -1,5 +1,6 @@
 """MLP block: gate and up, or up alone, an activation, down, in one autograd Function."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,12 +11,13 @@ from torch import Tensor
 from hyclora.operators.dispatch import as_output, use_triton
 from hyclora.operators.first_order import first_order
 from hyclora.operators.linear.lora import ProjectionGroup
+from hyclora.operators.linear.low_rank import LowRank
 from hyclora.operators.linear.residual import overwritable
 from hyclora.operators.mlp.activation import GELU, SILU_MUL, Activation
 from hyclora.operators.mlp.fused_gelu import fused_gelu_bwd, fused_gelu_fwd
 from hyclora.operators.mlp.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
 from hyclora.operators.random_state import get_rng_state, replayed_rng
-from hyclora.operators.savers import Keeper, Observer
+from hyclora.operators.savers import Exact, Keeper, Observer
 from hyclora.operators.token_tiles import place, token_tiles
 
 # activation, LoRA add and packing in one kernel each way
@@ -56,41 +58,69 @@ class MlpFunction(torch.autograd.Function):
     elements a token (low_rank.LowRank) each. Temporary, a token of a tile: 3 F elements each way if fused, for gate, up
     and hidden or their gradients; 6 F in backward if not, 8 F with a kept act and hidden; half without a gate; and a
     piece of W (weight_pieces.py) where it is NF4.
+
+    late: y is read by nobody, as at the end of a layer that is run again. It is nan then, one number seen as many, and
+    the forward draws seeds and computes nothing. Keeps mlp_in alone, exactly: derived from a norm that is exact, else x
+    by reference, 2 C bytes a token. Backward makes gate, up and x A^T of a tile from there, so y itself is never made;
+    gradients are those of exact slots. Temporary, a token of a tile: C and 3 F elements, half of F without a gate, as
+    gradients take the place of gate and up; a piece of W; of all tokens x A^T of both groups.
     """
 
     @staticmethod
-    def forward(ctx, x, residual, spec: MlpSpec, keeper: Keeper, source, *parameters):
+    def forward(ctx, x, residual, spec: MlpSpec, keeper: Keeper, source, late: bool, *parameters):
         rows = x.reshape(-1, x.shape[-1])
-        if spec.gate_up.needs_input:
+        if late and not (source and isinstance(source.saver, Exact)):
+            keeper.keep_exact("mlp_in", rows)
+        elif late or spec.gate_up.needs_input:
             keeper.derive("mlp_in", source) if source else keeper.keep("mlp_in", rows)
         ctx.tiles = [(tile, {}) for tile in token_tiles(len(rows))]
-        if len(ctx.tiles) > 1:
-            _calibrate(spec, rows, parameters, keeper)
         branch = None if residual is None else residual.reshape(len(rows), -1)
-        overwrite = overwritable(branch, x.dtype)
-        y = None
-        for i, (tile, switches) in enumerate(ctx.tiles):
-            around = None if branch is None else branch[tile]
-            part = _forward_tile(spec, rows[tile], parameters, keeper.part(i), switches, around, overwrite)
-            y = branch.detach() if overwrite else place(y, part, tile, len(rows))
+        y = (_postpone if late else _run)(spec, rows, branch, parameters, keeper, ctx.tiles)
         keeper.save(ctx)
-        ctx.spec, ctx.shape, ctx.dtype = spec, x.shape, x.dtype
+        ctx.spec, ctx.late, ctx.shape, ctx.dtype = spec, late, x.shape, x.dtype
         return as_output(y, x.shape)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+        keeper, needs = Keeper.load(ctx), (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
         dresidual, dy = dy if ctx.needs_input_grad[1] else None, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
         dx = grads = None
+        half = _down_late if ctx.late else _down
         for i, (tile, switches) in enumerate(ctx.tiles):
-            # of a single tile the slot is freed as it is read
-            restore_x = partial(keeper.restore_rows, rows=tile) if len(ctx.tiles) > 1 else keeper.restore
-            part_dx, part = _backward_tile(ctx.spec, dy[tile], keeper.part(i), switches, needs, restore_x)
+            # of a single tile the slot is freed as it is read, which it is once if not late
+            once = len(ctx.tiles) == 1 and not ctx.late
+            restore_x = keeper.restore if once else partial(keeper.restore_rows, rows=tile)
+            part_dx, part = _backward_tile(ctx.spec, half, dy[tile], keeper.part(i), switches, needs, restore_x)
             dx = place(dx, part_dx, tile, len(dy))
-            del part_dx
             grads = part if i == 0 else [g if g is None else t.add_(g) for t, g in zip(grads, part, strict=True)]
-        return None if dx is None else dx.view(ctx.shape), dresidual, *[None] * 3, *grads
+            del part_dx, part
+        return None if dx is None else dx.view(ctx.shape), dresidual, *[None] * 4, *grads
+
+
+def _run(spec: MlpSpec, x: Tensor, residual: Tensor | None, parameters: tuple, keeper: Keeper, tiles: list) -> Tensor:
+    """y [T, C] of x [T, C], residual included; keeps all slots but mlp_in. tiles: each with its switches."""
+    if len(tiles) > 1:
+        _calibrate(spec, x, parameters, keeper)
+    overwrite = overwritable(residual, x.dtype)
+    y = None
+    for i, (tile, switches) in enumerate(tiles):
+        around = None if residual is None else residual[tile]
+        part = _forward_tile(spec, x[tile], parameters, keeper.part(i), switches, around, overwrite)
+        y = residual.detach() if overwrite else place(y, part, tile, len(x))
+    return y
+
+
+def _postpone(
+    spec: MlpSpec, x: Tensor, residual: Tensor | None, parameters: tuple, keeper: Keeper, tiles: list
+) -> Tensor:
+    """In place of _run's y one without memory; keeps what _down_late needs beside mlp_in, with the seeds of _run."""
+    n_gate_up = len(spec.gate_up.parameters())
+    for i, (_, switches) in enumerate(tiles):
+        spec.gate_up.keep(parameters[:n_gate_up], keeper.part(i), switches, x.device)
+        spec.down.keep(parameters[n_gate_up:], keeper.part(i), switches, x.device)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_full((), math.nan, dtype=dtype).expand(len(x), spec.down.width)
 
 
 def _forward_tile(
@@ -109,11 +139,27 @@ def _forward_tile(
 
 
 def _backward_tile(
-    spec: MlpSpec, dy: Tensor, keeper: Keeper, switches: dict, needs: tuple[bool, ...], restore_x: Callable
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx [T, C] and the gradients of spec.parameters() from dy [T, C]; needs: of x and these; restore_x: of mlp_in."""
+    spec: MlpSpec, half: Callable, dy: Tensor, keeper: Keeper, switches: dict, needs: tuple[bool, ...],
+    restore_x: Callable,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """dx [T, C] and the gradients of spec.parameters() from dy [T, C]; needs: of x and these; restore_x: of mlp_in.
+
+    half: _down or _down_late.
+    """
     n_gate_up = len(spec.gate_up.parameters())
     need_dx, *needs = needs
+    dgate_up, low_rank, down_grads = half(spec, dy, keeper, switches, needs[n_gate_up:], restore_x)
+    g, dB = spec.gate_up.backward_low_rank(dgate_up, low_rank, keeper)
+    dx = spec.gate_up.backward_input(dgate_up, g, low_rank, keeper) if need_dx else None
+    x = restore_x("mlp_in", dtype=dy.dtype)
+    grads = spec.gate_up.backward_parameters(dgate_up, g, dB, x, keeper, needs[:n_gate_up])
+    return dx, grads + down_grads
+
+
+def _down(
+    spec: MlpSpec, dy: Tensor, keeper: Keeper, switches: dict, needs: tuple[bool, ...], restore_x: Callable
+) -> tuple[Tensor, LowRank | None, list[Tensor | None]]:
+    """Gradients of gate and up side by side and the adapters there, and down's gradients; needs: which of these."""
     fused = spec.can_fuse and use_triton(dy)
     down = spec.down.kept_low_rank(keeper, switches, dy.dtype)
     # the fused kernel adds g A where it reads dhidden, but no dropout of it
@@ -127,13 +173,23 @@ def _backward_tile(
     else:
         dgate_up, hidden = _activate_bwd(spec, dhidden, low_rank, keeper)
     del dhidden, down
-    down_grads = spec.down.backward_parameters(dy, g, dB, hidden, keeper, needs[n_gate_up:])
-    del hidden
-    g, dB = spec.gate_up.backward_low_rank(dgate_up, low_rank, keeper)
-    dx = spec.gate_up.backward_input(dgate_up, g, low_rank, keeper) if need_dx else None
-    x = restore_x("mlp_in", dtype=dy.dtype)
-    grads = spec.gate_up.backward_parameters(dgate_up, g, dB, x, keeper, needs[:n_gate_up])
-    return dx, grads + down_grads
+    return dgate_up, low_rank, spec.down.backward_parameters(dy, g, dB, hidden, keeper, needs)
+
+
+def _down_late(
+    spec: MlpSpec, dy: Tensor, keeper: Keeper, switches: dict, needs: tuple[bool, ...], restore_x: Callable
+) -> tuple[Tensor, LowRank | None, list[Tensor | None]]:
+    """_down of a tile that was postponed: gate and up are made, and their gradients take their place."""
+    low_rank = spec.gate_up.kept_low_rank(keeper, switches, dy.dtype)
+    y = spec.gate_up.project_kept(restore_x("mlp_in", dtype=dy.dtype), low_rank, keeper)
+    inputs = [y[:, columns] for columns in spec.gate_up.columns]
+    spec.gate_up.add(y[:, : spec.gate_up.width], low_rank, keeper)
+    down = spec.down.kept_low_rank(keeper, switches, dy.dtype)
+    g, _ = spec.down.backward_low_rank(dy, down, keeper)  # hidden A^T, for dB, is not there yet
+    hidden = spec.down.backward_input(dy, g, down, keeper)
+    spec.activation.bwd_(hidden, *inputs)
+    spec.down.down(hidden, down, keeper)
+    return y, low_rank, spec.down.backward_parameters(dy, g, None, hidden, keeper, needs)
 
 
 def _calibrate(spec: MlpSpec, x: Tensor, parameters: tuple, keeper: Keeper) -> None:

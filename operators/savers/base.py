@@ -35,7 +35,8 @@ class Step:
     known_angles: cos and sin are as Hugging Face's code makes them.
     passing: a layer runs that backward will run again, so its blocks run without a graph and nothing of theirs stays;
     holds_input: a layer's input is not to be written to; draws: of a layer that is run twice, where random state cannot
-    be put back. recording: work is recorded, not done.
+    be put back; whole: that layer's module, where it is all that runs (operators/checkpoint.py). recording: work is
+    recorded, not done.
     """
 
     threshold: int
@@ -56,6 +57,7 @@ class Step:
     passing: bool = False
     holds_input: bool = False
     draws: Draws | None = field(default=None, repr=False)
+    whole: object | None = field(default=None, repr=False)
     recording: bool = False
 
     @property
@@ -68,14 +70,14 @@ class Step:
         return torch.is_grad_enabled() or self.passing
 
     @contextmanager
-    def layer(self, *, passing: bool, holds_input: bool, draws: Draws | None):
+    def layer(self, *, passing: bool, holds_input: bool, draws: Draws | None, whole: object | None):
         """One of the two runs of a layer, the first if passing."""
-        before = self.passing, self.holds_input, self.draws
-        self.passing, self.holds_input, self.draws = passing, holds_input, draws
+        before = self.passing, self.holds_input, self.draws, self.whole
+        self.passing, self.holds_input, self.draws, self.whole = passing, holds_input, draws, whole
         try:
             yield
         finally:
-            self.passing, self.holds_input, self.draws = before
+            self.passing, self.holds_input, self.draws, self.whole = before
 
     def is_stock_attention(self, angles: tuple[Tensor, Tensor] | None) -> bool:
         """stock_attention of the forward that has these cos and sin; checkpointing runs it again after other ones."""
@@ -310,6 +312,8 @@ class Keeper:
         if name not in self._layout:
             return None
         first, count, shape, _, saver, scale = self._layout[name]
+        if saver is None:
+            return self._tensors[first][rows].to(dtype)
         state = first + count - saver.n_state
         packed = *(t[rows] for t in self._tensors[first:state]), *self._tensors[state : first + count]
         return _unpack(saver, packed, torch.Size((rows.stop - rows.start, *shape[1:])), dtype, *scale)

@@ -106,11 +106,9 @@ def test_full_depth_is_measured_and_what_is_counted_for_the_other_layers():
 
 
 def test_counts_are_near_what_was_measured():
-    """Of layers that are run again they are too high."""
     found = checks()
-    near = [one for one in found if one.kind != "layer inputs"]
-    assert len(found) >= 75 and all(abs(one.off("static")) <= 0.3 for one in found)
-    assert all(one.off("dyn") >= -0.5 for one in found) and all(one.off("dyn") <= 1.2 for one in near)
+    assert len(found) >= 65 and all(abs(one.off("static")) <= 0.3 for one in found)
+    assert all(-0.5 <= one.off("dyn") <= 1.2 for one in found)
     assert all(abs(one.off("host")) <= 0.1 for one in found if one.pair("host"))
     assert all(one.off("held") >= 0 for one in found)  # the allowance for gaps is one
     assert statistics.median(one.off("all") for one in found) <= 3 and max(one.off("all") for one in found) <= 8

@@ -72,6 +72,8 @@ def elementwise():
     x = rand(32, 256)
     activation.silu_mul_bwd(x, activation.silu_mul_fwd(x, x), x)
     activation.gelu_bwd(x, activation.gelu_fwd(x))
+    activation.silu_mul_bwd_(x.clone(), *rand(32, 512).chunk(2, dim=1))
+    activation.gelu_bwd_(x.clone(), rand(32, 256))
     softmax.softmax_bwd(rand(2, 2, 16, 16), rand(2, 2, 16, 16))
     q, k, cos = rand(2, 16, 4, 64), rand(2, 16, 2, 64), rand(1, 16, 64)
     rope.rope(q, cos, cos)

@@ -14,7 +14,7 @@ from hyclora.utils.args import ROOT
 # every sequence length
 FORMAT = {"BITS", "STEP", "CENTRE", "GROUPED", "GROUP", "NESTED", "WHOLE"}
 ALLOWED = FORMAT | {"SIGN", "RANK", "HALF", "OUTLIERS", "WEIGHTED", "PACK", "ROTATE", "IGNORED", "N", "ROWS", "LAST"}
-ALLOWED |= {"RESIDUAL", "IN_ORDER", "NORM", "ROUNDS", "ADD", "DROPOUT", "OWN_DX"}
+ALLOWED |= {"RESIDUAL", "IN_ORDER", "NORM", "ROUNDS", "ADD", "DROPOUT", "OWN_DX", "IN_PLACE"}
 KERNELS = [
     (file.name, node)
     for file in sorted((ROOT / "operators").rglob("*.py"))

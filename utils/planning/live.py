@@ -183,13 +183,18 @@ class _Step:
         units = [
             replace(unit, attention=unit.attention + savers.map_kept(i, length)) for i, unit in enumerate(savers.units)
         ]
-        # of a layer that is run again all slots are there for a time
-        self.unit = units[self.top]
+        # of a layer that is run again all slots are there for a time, but of a late MLP x alone, exactly. Torch's own
+        # checkpointing has none, as Hugging Face's code runs there (models/layers.py: better)
+        theirs = checkpointing and not self.offload and isinstance(savers.inputs[self.top], Exact)
+        self.unit, self.late = units[self.top], self.again and not theirs
+        if self.late:
+            norm_in, mlp_in = savers.norms[self.top]["mlp"]["norm_in"], savers.halves[self.top]["mlp"]["mlp_in"]
+            self.unit = replace(self.unit, mlp=self.x if mlp_in.stored or not isinstance(norm_in, Exact) else 0)
         self.slots = [unit for unit, run_again in zip(units, again[:-1], strict=False) if not run_again]
         same = not self.offload and isinstance(savers.inputs[0], Exact)
         self.leaf = self.x if checkpointing and not same else 0
         # Hugging Face's code adds the residual branches of a layer that it checkpoints
-        self.added_outside = checkpointing and self.T > self.t
+        self.added_outside = theirs and self.T > self.t
         self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
         self.under = None if not self.top or again[-2] else units[self.top - 1]
         # an attention map of all heads, in 16 bit, and what is kept of it a token; 0 where none is made
@@ -218,7 +223,7 @@ class _Step:
             return T * halves[where]
         others = 0 if self.offload else sum(unit.layer for unit in self.slots)
         here = {"mlp": top.layer, "attention": own, "end": 0 if self.again else top.layer}
-        return T * (others + here[where]) + self._inputs()
+        return T * (others + here[where]) + self._inputs(where)
 
     @property
     def _keeps_packed(self) -> bool:
@@ -231,12 +236,14 @@ class _Step:
         exact = self.savers.again[self.top] and isinstance(self.savers.halves[self.top]["attention"]["v"], Exact)
         return exact and not self.shape.family.head_norms
 
-    def _inputs(self) -> float:
-        """Kept layer inputs, of a store the last two, and dy of a layer that is run again beside that of its blocks."""
-        if not self.inputs:
-            return 0
+    def _inputs(self, where: str) -> float:
+        """Kept layer inputs, of a store the last two, and dy of a layer that is run again beside its attention's.
+
+        At a late MLP it is that of the MLP.
+        """
         kept = sum(self.inputs[-2:] if self.offload else self.inputs)
-        return self.T * (kept + self.leaf + (self.x if self.again else 0))
+        beside = self.again and not (self.late and where == "mlp")
+        return self.T * (kept + self.leaf + (self.x if beside else 0))
 
     def moments(self) -> dict[str, float]:
         T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles
@@ -246,12 +253,11 @@ class _Step:
             found[f"backward of an MLP: {name}"] = size + low_rank + self.kept("mlp") + above
         fixed = T * self.x if self.graphs else 0  # the graphs' input, output and its gradient, in one place
         gradients = self.mlp_grads + self.out.grads if self.graphs else self.out.grads
+        beside = low_rank + self.kept("attention") + above + fixed + gradients
         for name, size in self._attention_backward().items():
-            found[f"backward of attention: {name}"] = (
-                size + low_rank + self.kept("attention") + above + fixed + gradients
-            )
+            found[f"backward of attention: {name}"] = size + beside
         for name, size in self._mlp_forward().items():
-            found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("mlp")
+            found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("end" if self.late else "mlp")
         if self.map:
             found["forward of attention: softmax"] = self._softmax() + low_rank
         found["loss"] = self.loss() + low_rank + self.kept("end") + fixed
@@ -279,7 +285,7 @@ class _Step:
         above, below = t * E * self.down.dropped, t * E * self.gate_up.dropped
         whole = T * x if T > t else 0  # dx of all tiles
         dgate_up = t * E * (self.gate_up.width + self.gate_up.beside)
-        freed = t * self.unit.mlp
+        freed = 0 if self.late else t * self.unit.mlp
         stacks = self.down.stack + self.gate_up.stack
         found = {
             "down": T * x + t * f + max(above, self.down.piece(t, by_rows=False, below=False)) + self.down.stack,
@@ -291,7 +297,11 @@ class _Step:
             + self.gate_up.stack + self.down.grads + self.gate_up.early_grads - freed,
             "adapters": T * x + whole + dgate_up + 2 * t * x + below + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
-        if not self.savers.fuses_mlp(self.top):
+        if self.late:  # _down_late of a later tile; activation is as if fused
+            before = T * x + whole + dgate_up + stacks + self.mlp_grads
+            found["gate, up again"] = before + t * x + max(below, self.gate_up.piece(t, by_rows=True, below=True))
+            found["down"] = before + t * f + max(above, self.down.piece(t, by_rows=False, below=False))
+        elif not self.savers.fuses_mlp(self.top):
             # MlpFunction: 6 F elements a token of a tile, 8 with a kept act and hidden, but for slots that are exact
             savers = self.savers.halves[self.top]["mlp"]
             extra = 8 if savers["hidden"].stored else 6
@@ -349,12 +359,15 @@ class _Step:
 
     def _mlp_forward(self) -> dict[str, float]:
         """mlp.py: _forward_tile of the last layer, with its input, the residual stream, and y of all tiles where that
-        is not in the memory of the stream. A layer that is run again has its own input as it was, not as it is kept."""
+        is not in the memory of the stream. A layer that is run again has its own input as it was, not as it is kept,
+        but in the first run, the only one of a late MLP, the stream has its memory, and there is no dy yet."""
         T, t, x, f = self.T, self.t, self.x, self.f
         stream = T * (2 * x + (x if self.added_outside else 0) + (x - self.inputs[-1] if self.again else 0))
+        if self.late:
+            stream = T * x  # the norm's output; kept() has dy, and so the stream's bytes
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
-            "gate, up": stream + y + self.gate_up.stack - t * self.unit.mlp
+            "gate, up": stream + y + self.gate_up.stack - (0 if self.late else t * self.unit.mlp)
             + max(t * E * self.gate_up.dropped, self.gate_up.piece(t, by_rows=True, below=True)),
             "activation": stream + y + t * f + self.gate_up.stack,
             "down": stream + t * (f + x) + self.down.stack

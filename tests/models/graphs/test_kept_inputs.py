@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hyclora import apply_hyclora
+from hyclora.operators import token_tiles
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
 from tests.helpers.replaying import CALIBRATION, batches, config, graphed, train
@@ -30,6 +31,20 @@ def test_replayed_steps_are_the_same(layers, offload, lora):
     assert all(equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(drawn, after, strict=True))
     assert (len({step["loss"].item() for step in mine}) == len(mine)) == bool(lora)
+
+
+def test_steps_of_several_tiles(monkeypatch):
+    """Each of which draws seeds of its own; late MLPs, whose gradients are recorded with what they make first."""
+    monkeypatch.setattr(token_tiles, "TILE_TOKENS", 8)
+    stock = llama({"lora_dropout": 0.3})
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(layers="input8"))
+    graphs, found = graphed(ours, {"layers": "input8"}), []
+    for model in (stock, ours):
+        torch.manual_seed(7)
+        found.append(train(model, batches(1) * (CALIBRATION + 4)))
+    assert len(graphs.recordings) == 1
+    assert all(equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_an_encoders_steps():
