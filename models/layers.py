@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hyclora.models.binding import BoundForward
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
-from hyclora.models.sharding import is_sharded
+from hyclora.models.sharding import is_part, is_sharded
 from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Saver, Step
@@ -172,6 +172,12 @@ class CheckpointBlock(Block):
     def forward(self, function, hidden_states, *args):
         if not torch.is_grad_enabled() or self.step.whole is self.module:  # it is in one of its runs
             return function(hidden_states, *args)
+        if any(is_part(module, p) for module in self.module.modules() for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{self.name}: in this transformers fully_shard gathers weights inside of a checkpoint, where "
+                "offload=True or a quantized layer_in would leave them without gradients; install transformers 5.24 or "
+                "newer, or train without gradient checkpointing"
+            )
         if not self._is_layers(function):
             return self.keep_input(lambda x: function(x, *args), hidden_states, whole=False)
         run, kwargs = self.layer.run_once, function.keywords

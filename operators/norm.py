@@ -80,21 +80,22 @@ def _rms_norm_pack_kernel(
     outlier = tl.load(outliers_ptr + place, mask=place < n_outliers, other=0)
     dtype = x_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * ROWS
+    n_rows = tl.minimum(n_rows - first, ROWS).to(tl.int32)
     # a row is on its way while the one before is computed
-    following = tl.load(x_ptr + first * stride_row + col[None, :], mask=inside[None, :] & (first < n_rows), other=0.0)
+    following = tl.load(x_ptr + first * stride_row + col[None, :], mask=inside[None, :] & (one < n_rows), other=0.0)
     for i in range(ROWS):
         row = first + i
-        live = one < (n_rows - row).to(tl.int32)
-        mask = (place < n_outliers) & (row < n_rows)
+        live = one + i < n_rows
+        mask = (place < n_outliers) & live
         kept = tl.load(x_ptr + row * stride_row + outlier, mask=mask, other=0.0).to(tl.float32)
         x = to_words(following.to(tl.float32), GROUP)
-        ahead = (row + 1 < n_rows) & (i + 1 < ROWS)
-        following = tl.load(x_ptr + (row + 1) * stride_row + col[None, :], mask=inside[None, :] & ahead, other=0.0)
+        ahead = inside[None, :] & (one + i + 1 < n_rows)
+        following = tl.load(x_ptr + (row + 1) * stride_row + col[None, :], mask=ahead, other=0.0)
         rstd = tl.rsqrt(tl.sum(tl.reshape(x * x, (x.numel,))) / n_cols + eps)
         # HF rounds x_hat to the input's dtype before the weight multiplies it
         x_hat = (x * rstd).to(dtype).to(tl.float32)
         store_tile(y_ptr + row * n_cols, x_hat * weight, one, col, n_cols, live, inside)
-        tl.store(rstd_ptr + row, rstd, mask=row < n_rows)
+        tl.store(rstd_ptr + row, rstd, mask=i < n_rows)
         code, scale = quantize_tile(x_hat, mean, inv_std, BITS, STEP, CENTRE, GROUPED)
         store_packed(codes_ptr, scale_ptr, code, scale, row, one, 0, live, n_groups, BITS, GROUPED, GROUP)
         tl.store(kept_ptr + row * n_outliers + place, (kept * rstd).to(dtype), mask=mask)

@@ -2,6 +2,11 @@
 # Run the tests with other releases of torch and the like: bash tests/versions.sh [oldest] [newest] [-- OPTIONS OF PYTEST]
 # oldest are those that pyproject.toml asks for at least, newest what pip finds, each in an environment of its own in
 # $venvs (a folder, kept if it is set), some 6 GB each. Ends with a line of each: releases, and what pytest says.
+#
+# Last run on a CPU, kernels in the interpreter, Python 3.11:
+# torch 2.15.0, triton 3.9.0, transformers 5.24.0, peft 0.21.2, numpy 2.4.6: all of tests/, passed
+# torch 2.11.0, triton 3.6.0, transformers 5.17.0, peft 0.21.2, numpy 2.0.2: tests/models, and of tests/operators
+#   packing, savers, store and the tests of norms, cross entropy and token tiles, passed
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit

@@ -257,15 +257,15 @@ def _quantize_kernel(
     col = first_group * GROUP + (place // 8 * 16 + place % 8)[None, :] + tl.arange(0, 2)[:, None] * 8
     inside = col < n_cols
     x_ptr += first * stride_row
+    one = tl.arange(0, 1)
     rows = ()
     for i in tl.static_range(ROWS):
-        mask = inside & (i < n_rows)
+        mask = inside & (one + i < n_rows)
         rows += (tl.load(x_ptr + i * stride_row + col, mask=mask, other=0.0, eviction_policy="evict_first"),)
     # as many bytes as the rows have: other programs on this multiprocessor find them in its cache
     mean = tl.load(mean_ptr + col, mask=inside, other=0.0, eviction_policy="evict_last")
     inv_std = tl.load(inv_std_ptr + col, mask=inside, other=0.0, eviction_policy="evict_last")
     mean, inv_std = pair_words(mean, GROUP), pair_words(inv_std, GROUP)
-    one = tl.arange(0, 1)
     for i in tl.static_range(ROWS):
         x = pair_words(rows[i], GROUP)
         code, scale = quantize_tile(x, mean, inv_std, BITS, STEP, CENTRE, GROUPED)
@@ -322,7 +322,7 @@ def _dequantize_rows_kernel(
         live = one < n_rows - row
         code, scale = load_packed(codes_ptr, scale_ptr, row, one, 0, live, n_groups, BLOCK_GROUPS, BITS, GROUPED, GROUP)
         x = dequantize_tile(code, scale, mean, std, BITS, STEP, CENTRE, GROUPED)
-        kept_mask = (place < n_outliers) & (row < n_rows)
+        kept_mask = (place < n_outliers) & live
         kept = tl.load(kept_ptr + row * n_outliers + place, mask=kept_mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             x *= weight

@@ -20,7 +20,7 @@ from hyclora.operators import dispatch
 from hyclora.utils.data.gsm8k import prompt_of, target_of
 from hyclora.utils.data.word_problems import word_problems
 from tests.helpers.interpreter import hasten
-from tests.helpers.kernel_checks import refuse_bfloat16
+from tests.helpers.kernel_checks import refuse_bfloat16, refuse_wide_masks
 from tests.helpers.replaying import record
 
 if not torch.cuda.is_available():
@@ -42,6 +42,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETING", not torch.cuda.is_available())
     if dispatch.INTERPRETING:
         refuse_bfloat16(monkeypatch)
+        refuse_wide_masks(monkeypatch)
 
     def poison(allocate):
         def poisoned(*args, **kwargs):

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.patch import find_patch
@@ -184,6 +185,10 @@ def test_gradient_checkpointing(exact, way):
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
     if way == "reentrant":
         model.enable_input_require_grads()
+    if way == "in a store" and "__init_subclass__" not in vars(GradientCheckpointingLayer):  # transformers 5.17
+        with pytest.raises(ValueError, match="install transformers 5.24 or newer"):
+            error_of(model, exact)
+        return
     assert error_of(model, exact) < 1e-5
 
 
