@@ -1,7 +1,10 @@
 """A layer whose norms come after the residual, as a whole: attention, norm, MLP, norm."""
 
+from functools import partial
+
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hyclora.models.blocks import AttentionBlock, MlpBlock, PostNormBlock, is_learned
 from hyclora.models.families.family import Family
@@ -9,6 +12,9 @@ from hyclora.models.layers import WholeLayer
 from hyclora.models.trust import acting
 from hyclora.operators.attention.flash import tells_runs
 from hyclora.operators.savers import Step
+
+# in releases before 5.24, where it is not the layer's forward that gradient checkpointing runs again
+CALL_IS_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
 
 
 class EncoderLayerBlock(WholeLayer):
@@ -42,6 +48,13 @@ class EncoderLayerBlock(WholeLayer):
 
     def check_dropout(self) -> None:
         self.blocks[0].check_dropout()
+
+    def run_layer(self, hidden_states, *args, **kwargs):
+        """This layer by itself, checkpointed as the forward in whose place this is would be."""
+        checkpointed = getattr(self.module, "gradient_checkpointing", False) and not CALL_IS_CHECKPOINTED
+        if not checkpointed or not self.module.training or not torch.is_grad_enabled():
+            return super().run_layer(hidden_states, *args, **kwargs)
+        return self.module._gradient_checkpointing_func(partial(self.run_once, **kwargs), hidden_states, *args)
 
     def applies(
         self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, cache=None,

@@ -10,6 +10,7 @@ from hyclora.models.patch import find_patch
 from hyclora.models.state import load_calibration, save_calibration
 from hyclora.operators import dispatch
 from hyclora.operators.savers import ChannelQuant, Derived
+from hyclora.utils.profiling import buffered_bytes
 from tests.helpers.offloading import equal, offloaded
 from tests.helpers.small_models import (
     gradients,
@@ -100,6 +101,21 @@ def test_dropout_under_gradient_checkpointing(layer_type, use_reentrant):
     found = gradients(model, batch)[1]
     # the first norm's output is not at hand in the second run, so attn_in is packed once more
     assert largest_error(found, expected) < (1e-5 if layer_type == "baseline" else 0.02)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_keeps_layer_inputs_alone(use_reentrant):
+    """As many bytes as in stock, and fewer if they are packed; the stream has none of the padding."""
+    model, batch = roberta(num_hidden_layers=4), padded_batch()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    stock, found = buffered_bytes(model.train(), batch), []
+    for savers in ({}, {"layer_in": "quant8"}):
+        apply_hyclora(model, HycloraConfig(iteration_threshold=1, stream=False, slot_savers=savers))
+        gradients(model, batch)
+        found.append(buffered_bytes(model, batch))
+        remove_hyclora(model)
+    assert found[1] < found[0] <= stock
 
 
 # intra_inter has the kernels of intra
