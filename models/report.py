@@ -182,3 +182,11 @@ def tell_of_checkpointing(layers: list[nn.Module]) -> None:
             "activations instead set gradient_checkpointing=False in the trainer's arguments (TRL and Unsloth have it "
             "on by default)."
         )
+
+
+def tell_of_unused_input() -> None:
+    """Warn if it was said how layer inputs are to be kept, and no layer is run again."""
+    logger.warning(
+        "HyC-LoRA: slot_savers has layer_in, which counts under gradient checkpointing alone, and that is off: turn it "
+        "on, or set layers=input8 in its place"
+    )

@@ -18,6 +18,7 @@ from hyclora.models.report import (
     tell_of_late_trainer,
     tell_of_new_calibration,
     tell_of_sharding,
+    tell_of_unused_input,
 )
 from hyclora.models.sharding import is_sharded
 from hyclora.models.stream import Stream
@@ -86,6 +87,9 @@ class StepHook:
             if any(reads_labelled_positions(block.module) for block in self.patch.blocks):
                 tell_of_late_trainer()
             tell_of_checkpointing([c.module for c in self.patch.checkpoints if not (c.better or c.own)])
+            checkpointed = any(getattr(c.module, "gradient_checkpointing", False) for c in self.patch.checkpoints)
+            if "layer_in" in self.patch.config.slot_savers and not checkpointed:
+                tell_of_unused_input()
             if self.step.index == 0 and self.patch.calibration.quantizers:
                 tell_of_new_calibration(self.patch.calibration.lost, self.adapted if self.patch.starts_at_zero else [])
         # a loop over the layers that is not Hugging Face's own may keep what it likes, and takes what it likes

@@ -88,6 +88,20 @@ def test_options_of_checkpointing_are_not_dropped(options):
     gradients(model, padded_batch())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_saver_for_layer_inputs_that_nothing_keeps_is_told_of(checkpointing, caplog):
+    model = llama()
+    apply_hyclora(model, HycloraConfig(slot_savers={"layer_in": "quant8"}))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for _ in range(2):
+        gradients(model, padded_batch())
+    told = [
+        record.message for record in caplog.records if "counts under gradient checkpointing alone" in record.message
+    ]
+    assert len(told) == (0 if checkpointing else 1)
+
+
 def test_checkpointing_passes_gradients_the_usual_way():
     """torch.autograd.grad works, as it does not with torch's reentrant kind; autocast is replayed."""
     model, batch = llama(), padded_batch()
