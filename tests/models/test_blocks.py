@@ -8,7 +8,6 @@ import torch
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES, SLOTS
 from hyclora.models.patch import find_patch
-from hyclora.operators.attention import attention as attention_module
 from hyclora.operators.savers import ChannelQuant
 from tests.helpers.small_models import (
     gradients,
@@ -68,35 +67,6 @@ def test_baseline_equals_hf_and_peft(variant, attention, request):
     our_loss, ours = gradients(model, batch)
     assert abs(our_loss - loss) < 1e-5
     assert largest_error(ours, exact) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [*({"layer_type": name} for name in POLICIES), {"slot_savers": {"v": "exact"}}, {"layers": "input"}],
-    ids=str,
-)
-@pytest.mark.parametrize("kv_heads", [2, 6])
-def test_attention_goes_back_in_pieces_of_heads(kv_heads, settings, monkeypatch):
-    """To the same gradients: heads know nothing of each other."""
-    expected, found = [], []
-    for pieces, steps in ((1, expected), (2, found)):
-        model, batch = llama(num_key_value_heads=kv_heads), padded_batch()
-        apply_hyclora(model, rows(**settings, iteration_threshold=1))
-        monkeypatch.setattr(attention_module, "backward_pieces", lambda *_, n=pieces: n)
-        steps += [gradients(model, batch)[1] for _ in range(2)]
-    assert all(largest_error(ours, theirs) < 1e-5 for ours, theirs in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("settings", [{"layer_type": "baseline"}, {"slot_savers": {"v": "exact"}}], ids=str)
-def test_pieces_of_heads_leave_kept_slots_alone(settings, monkeypatch):
-    """A graph that is kept gives the same gradients once more."""
-    model, batch = llama(), padded_batch()
-    apply_hyclora(model, rows(**settings, iteration_threshold=1))
-    gradients(model, batch)
-    monkeypatch.setattr(attention_module, "backward_pieces", lambda *_: 2)
-    loss, parameters = model(**batch).loss, [p for p in model.parameters() if p.requires_grad]
-    once, again = (torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))
-    assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
 
 
 @pytest.mark.parametrize("layer_type", list(POLICIES))
