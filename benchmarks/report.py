@@ -15,7 +15,7 @@ from benchmarks.record import RESULTS
 from benchmarks.report_experiments import experiments
 from benchmarks.report_kills import faults, kills
 from benchmarks.report_longest_rows import longest_rows
-from benchmarks.report_plan import planned
+from benchmarks.report_plan import planned, planned_peers
 from benchmarks.report_plan_check import every_case, of_kinds
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.report_scaling import scaling
@@ -325,6 +325,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "benchmarks" / "README.md": {
         "memory_throughput": memory_throughput,
         "planned": planned,
+        "planned_peers": planned_peers,
         "plan_check": every_case,
         "packed_rows": packed_rows,
         "scaling": scaling,

@@ -1,15 +1,18 @@
 """The table of what hyclora.plan counts beside what was measured, and how far a mode's counts are off.
 
-python -m benchmarks.report_plan       # prints MEASURED of utils/planning/modes.py, as the result files have it
+python -m benchmarks.report_plan       # prints what the result files have for MEASURED of utils/planning/modes.py, and
+                                       # for the lines of PEERS of peers.py there
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks import rows
 from benchmarks.plan_check import LATE
 from benchmarks.report_plan_check import checks, spread
 from benchmarks.tables import source, table
-from hyclora.utils.planning import MODES, Mode, Need, Savers, Shape, count
+from hyclora.utils.planning import MODES, Mode, Need, Savers, Shape, count, mode_of
+from hyclora.utils.planning.peers import PEERS, Peer, peer_of
 from hyclora.utils.planning.recorded import measured
 
 MIB = 2**20
@@ -27,7 +30,6 @@ HEAD = [
     "all",
     "host MiB",
     "measured",
-    "of",
 ]
 
 
@@ -35,7 +37,7 @@ HEAD = [
 class Compared:
     """A measured line and what is counted for it."""
 
-    mode: Mode
+    mode: Mode | Peer
     line: dict
     need: Need
 
@@ -56,17 +58,29 @@ class Compared:
 
 def compared() -> list[Compared]:
     """The last line of each mode, model and batch, those of the present build first."""
+    # a micro-step is measured without the optimizer's
+    found = _lines(mode_of, lambda mode, shape, *batch: count(Savers(shape, mode.config), *batch, steps=False))
+    return sorted(found, key=lambda one: (one.earlier, one.line["arguments"]["shape"], one.line["dyn_mib"]))
+
+
+def compared_peers() -> list[Compared]:
+    """The last line of each peer, model and batch."""
+    found = _lines(peer_of, lambda peer, *of: peer.need(*of, steps=False))
+    return sorted(found, key=lambda one: (PEERS.index(one.mode), one.line["arguments"]["shape"], one.line["dyn_mib"]))
+
+
+def _lines(of: Callable, need: Callable[..., Need]) -> list[Compared]:
+    """The last lines of each mode that `of` knows, and its need of a shape, rows and their tokens."""
     shapes: dict[tuple, Shape] = {}
     found = []
-    for mode, line in measured(rows.RESULTS / "memory_throughput.jsonl"):
+    for mode, line in measured(rows.RESULTS / "memory_throughput.jsonl", of):
         arguments = line["arguments"]
         key = arguments["shape"], arguments["base"], arguments["lora_rank"]
         if key not in shapes:
             shapes[key] = Shape(*key)
-        # a micro-step is measured without the optimizer's
-        need = count(Savers(shapes[key], mode.config), arguments["batch_size"], arguments["seq_len"], steps=False)
-        found.append(Compared(mode, line, need))
-    return sorted(found, key=lambda one: (one.earlier, one.line["arguments"]["shape"], one.line["dyn_mib"]))
+        counted = need(mode, shapes[key], arguments["batch_size"], arguments["seq_len"])
+        found.append(Compared(mode, line, counted))
+    return found
 
 
 def accuracy() -> dict[str, tuple[int, float, bool]]:
@@ -84,9 +98,36 @@ def accuracy() -> dict[str, tuple[int, float, bool]]:
     return {name: (len(offs), round(max(offs), 1), name in earlier) for name, offs in sorted(found.items())}
 
 
+def accuracy_of_peers() -> dict[str, dict[str, tuple[int, float]]]:
+    """Of each peer and shape: lines, and the largest difference of dyn in percent."""
+    found: dict[str, dict[str, list[float]]] = {peer.name: {} for peer in PEERS}
+    for one in compared_peers():
+        found[one.mode.name].setdefault(one.line["arguments"]["shape"], []).append(abs(one.off("dyn")))
+    return {name: {shape: (len(offs), round(max(offs), 1)) for shape, offs in of.items()} for name, of in found.items()}
+
+
 def planned() -> str:
     """Counted beside measured, a row a line, and how far apart they are."""
-    lines, found = compared(), []
+    lines = compared()
+    if not lines:
+        return ""
+    builds = ["an earlier build" if one.earlier else "the present one" for one in lines]
+    cells = [[*row, build] for row, build in zip(_cells(lines), builds, strict=True)]
+    return "\n\n".join([table([*HEAD, "of"], cells), *summaries(lines), _source(lines)])
+
+
+def planned_peers() -> str:
+    """That of the peers."""
+    lines = compared_peers()
+    return f"{table(HEAD, _cells(lines))}\n\n{_source(lines)}" if lines else ""
+
+
+def _source(lines: list[Compared]) -> str:
+    return source([one.line for one in lines], "python -m benchmarks.memory_throughput")
+
+
+def _cells(lines: list[Compared]) -> list[list[str]]:
+    found = []
     for one in lines:
         a = one.line["arguments"]
         what = f"{a['shape']}, {a['base'].upper()}, {a['batch_size']} x {a['seq_len']}: {one.mode.name}"
@@ -97,12 +138,8 @@ def planned() -> str:
             numbers += [f"{one.mib(name):.0f}", "" if measured_mib is None else f"{measured_mib:.0f}"]
         apart = [one.off(*names) for _, names in JUDGED]
         apart = ["" if off is None else f"{off:+.1f} %" for off in apart]
-        build = "an earlier build" if one.earlier else "the present one"
-        found.append([what, *numbers, *apart, *host, build])
-    if not lines:
-        return ""
-    told = source([one.line for one in lines], "python -m benchmarks.memory_throughput")
-    return "\n\n".join([table(HEAD, found), *summaries(lines), told])
+        found.append([what, *numbers, *apart, *host])
+    return found
 
 
 def summaries(lines: list[Compared]) -> list[str]:
@@ -114,4 +151,6 @@ def summaries(lines: list[Compared]) -> list[str]:
 
 if __name__ == "__main__":
     for name, of in accuracy().items():
+        print(f"    {name!r}: {of},".replace("'", '"'))
+    for name, of in accuracy_of_peers().items():
         print(f"    {name!r}: {of},".replace("'", '"'))

@@ -7,43 +7,61 @@ the buffers of the operators, not measured on this machine. The count of live me
 lines measured with the present build, of two shapes, which were looked at while it was written; other shapes were not
 tried since (benchmarks/README.md has all lines). What the allocator takes beside live tensors is an allowance of 45 %
 and 128 MiB, and 1 GB is left for the driver. Modes that were never measured, or only with earlier builds, say so; the
-preset `paper`, whose attention map is square, is not among them. All holds with
+preset `paper`, whose attention map is square, is not among them. What PEFT alone, with or without checkpointing, and
+Unsloth with offloaded checkpointing need is counted beside them where weights are NF4 and all linear layers have
+adapters, without dropout; they are never chosen. All holds with
 PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from hyclora.models.config import HycloraConfig
 from hyclora.utils.args import LoraArguments
 from hyclora.utils.errors import RunStopped, UserError, entry_point
 from hyclora.utils.planning.budget import Choice, below_static, choose
-from hyclora.utils.planning.fitting import Load, fits, longest
+from hyclora.utils.planning.fitting import STEP, Load, fits, longest, longest_of
 from hyclora.utils.planning.live import Savers, count
 from hyclora.utils.planning.modes import MODES, Mode
 from hyclora.utils.planning.need import Need
+from hyclora.utils.planning.peers import PEERS, Peer, most_tokens, peer_of
 from hyclora.utils.planning.recorded import times
 from hyclora.utils.planning.shape import BASES, Shape
 from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
 from hyclora.utils.results import table
 
+UNKNOWN = "not measured"  # a time
+
 
 @dataclass(frozen=True)
 class Row:
-    """One mode: its Need for the batch, whether that fits, the longest single row that does (0: none), its time."""
+    """One mode: its Need for the batch, whether that fits, the longest single row that does (0: none), its time.
 
-    mode: Mode
+    near: how near the count of dyn is. or_more: longer rows than that are not counted.
+    """
+
+    mode: Mode | Peer
     need: Need
     fits: bool
     longest: int
     time: str
+    near: str
+    or_more: bool = False
+
+    def cells(self) -> tuple[str, ...]:
+        need = self.need
+        sizes = [say_size(n) for n in (sum(need.static.values()), need.dyn, need.gpu, need.pinned)]
+        longest = f"{self.longest} tokens{' or more' * self.or_more}" if self.longest else "none"
+        return self.mode.name, *sizes, "yes" if self.fits else "no", longest, self.time, self.near
 
 
 @dataclass(frozen=True)
 class Plan:
     """A row a mode; chosen: the one that fits with the least GPU memory, None if none does. str() is for a person.
 
-    budget: what memory_budget would choose, None if nothing fits, or for packed rows.
+    budget: what memory_budget would choose, None if nothing fits, or for packed rows. peers: rows of other ways to
+    train, for comparison; none is ever chosen, and there are none where they are not counted (utils/planning/peers.py).
     """
 
     rows: list[Row]
@@ -51,6 +69,7 @@ class Plan:
     gpu: int
     host: int
     budget: Choice | None = None
+    peers: list[Row] = field(default_factory=list)
 
     @property
     def chosen(self) -> Row | None:
@@ -68,17 +87,19 @@ class Plan:
             "a micro-step",
             "count of dyn, where measured",
         )
-        lines = [head]
-        for row in self.rows:
-            need = row.need
-            sizes = [say_size(n) for n in (sum(need.static.values()), need.dyn, need.gpu, need.pinned)]
-            longest = f"{row.longest} tokens" if row.longest else "none"
-            lines.append((row.mode.name, *sizes, "yes" if row.fits else "no", longest, row.time, row.mode.accuracy))
         first = self.rows[0].need
         parts = [f"  {name}: {say_size(size)}" for name, size in first.static.items()]
         budget = f"{say_size(self.gpu)} of GPU and {say_size(self.host)} of host memory"
         budget = f"{self.batch[0]} x {self.batch[1]} tokens, {budget}"
-        return "\n".join([budget, table(lines), f"static, {self.rows[0].mode.name}:", *parts, self._verdict()])
+        lines = [head, *(row.cells() for row in self.rows)]
+        told = [budget, table(lines), f"static, {self.rows[0].mode.name}:", *parts, self._verdict()]
+        if self.peers:
+            told += [
+                "",
+                "for comparison, counted, and never chosen:",
+                table([head, *(row.cells() for row in self.peers)]),
+            ]
+        return "\n".join(told)
 
     def _verdict(self) -> str:
         row = self.chosen
@@ -131,9 +152,25 @@ def plan(
         savers = Savers(shape, mode.config)
         need = count(savers, *batch, mode.checkpointing, documents)
         most = longest(savers, Load.full(1, 0, checkpointing=mode.checkpointing), gpu, host)
-        rows.append(Row(mode, need, fits(need, gpu, host), most, known.get(mode.name, "not measured")))
+        time = known.get(mode.name, UNKNOWN)
+        rows.append(Row(mode, need, fits(need, gpu, host), most, time, mode.accuracy))
     below_static(min(sum(row.need.static.values()) for row in rows), gpu)
-    return Plan(rows, batch, gpu, host, _budget(shape, batch, gpu, host) if documents is None else None)
+    if documents is not None:
+        return Plan(rows, batch, gpu, host)
+    return Plan(rows, batch, gpu, host, _budget(shape, batch, gpu, host), _peers(shape, batch, gpu, host))
+
+
+def _peers(shape: Shape, batch: tuple[int, int], gpu: int, host: int) -> list[Row]:
+    """A row a peer, none where such rows are not counted."""
+    most, rows = most_tokens(shape), []
+    known = times(shape, *batch, of=peer_of)
+    for peer in PEERS if batch[1] <= most else ():
+        need = peer.need(shape, *batch)
+        tokens = longest_of(partial(peer.need, shape, 1), gpu, host, most)
+        or_more = tokens + STEP > most
+        time, near = known.get(peer.name, UNKNOWN), peer.accuracy(shape)
+        rows.append(Row(peer, need, fits(need, gpu, host), tokens, time, near, or_more))
+    return rows
 
 
 def _budget(shape: Shape, batch: tuple[int, int], gpu: int, host: int) -> Choice | None:

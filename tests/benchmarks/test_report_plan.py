@@ -4,12 +4,13 @@ import statistics
 
 import pytest
 
-from benchmarks import report_plan, rows
-from benchmarks.report_plan import accuracy, compared, planned
+from benchmarks import peers, report_plan, rows
+from benchmarks.report_plan import accuracy, accuracy_of_peers, compared, compared_peers, planned, planned_peers
 from benchmarks.rows import load_7b
 from hyclora.models.config import HycloraConfig
 from hyclora.utils.planning import Savers, Shape
 from hyclora.utils.planning.modes import MEASURED, MODES
+from hyclora.utils.planning.peers import PEERS
 
 LINES = compared()
 OF_A_LAYER = [line for line in load_7b("buffered") if line["slots"] and "auto" != line["setting"]["q_bit"]]
@@ -67,10 +68,26 @@ def test_all_memory_of_the_present_build_is_near():
 
 def test_no_lines_make_no_table(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    assert planned() == "" and accuracy() == {}
+    assert planned() == planned_peers() == "" and accuracy() == {}
 
 
 def test_a_row_a_line():
     text = planned()
     assert text.count("\n| ") == len(LINES) + 1
-    assert report_plan.HEAD[-1] == "of" and "| the present one |" in text and "| an earlier build |" in text
+    assert "| of |" in text and "| the present one |" in text and "| an earlier build |" in text
+
+
+@pytest.mark.parametrize("one", compared_peers(), ids=named)
+def test_peers_are_counted_as_they_were_measured(one):
+    assert abs(one.off("static")) <= 0.2 and abs(one.off("dyn")) <= 0.3
+    if one.line.get("host_mib"):
+        assert one.off("host") == pytest.approx(0, abs=0.01)
+    if one.line.get("allocator") == report_plan.EXPANDABLE:
+        assert one.off("held") >= -0.2
+
+
+def test_what_a_peer_says_of_its_accuracy_is_what_the_result_files_say():
+    assert accuracy_of_peers() == {peer.name: peer.lines for peer in PEERS}, "run python -m benchmarks.report_plan"
+    assert {peer.name for peer in PEERS} <= {*peers.PEERS} and planned_peers().count("\n| ") == len(
+        compared_peers()
+    ) + 1

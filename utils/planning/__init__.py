@@ -4,6 +4,7 @@ shape.py    a model's linear layers, slots and trained tensors      live.py     
 modes.py    the settings that a plan weighs, and how near it is     need.py     that in all, with the allocator's gaps
 fitting.py  the largest micro-step of a run, and whether it fits    budget.py   what a memory budget chooses
 recorded.py result lines of a checkout: measured memory and time    units.py    24GiB and 4x512 as numbers
+peers.py    what PEFT alone and Unsloth need, to compare with
 """
 
 from hyclora.utils.planning.live import Savers, count

@@ -1,6 +1,6 @@
 """Whether the largest micro-step of a run fits, and the longest rows that do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hyclora.models.graphs.sizes import Sizes, filled_size
@@ -66,10 +66,13 @@ def fits(need: Need, gpu: int, host: int) -> bool:
 
 def longest(savers: Savers, load: Load, gpu: int, host: int) -> int:
     """Tokens of the longest rows of which load.rows fit, were all of that length; a multiple of STEP, 0 if none do."""
-    low, high = 0, LONGEST // STEP
+    return longest_of(lambda tokens: replace(load, tokens=tokens, real=load.rows * tokens).need(savers), gpu, host)
+
+
+def longest_of(need: Callable[[int], Need], gpu: int, host: int, most: int = LONGEST) -> int:
+    """The most tokens whose need fits, at most so many; a multiple of STEP, 0 if none do."""
+    low, high = 0, most // STEP
     while low < high:
         middle = -(-(low + high) // 2)
-        tokens = middle * STEP
-        need = replace(load, tokens=tokens, real=load.rows * tokens).need(savers)
-        low, high = (middle, high) if fits(need, gpu, host) else (low, middle - 1)
+        low, high = (middle, high) if fits(need(middle * STEP), gpu, host) else (low, middle - 1)
     return low * STEP

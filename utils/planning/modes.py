@@ -39,10 +39,15 @@ class Mode:
     @property
     def accuracy(self) -> str:
         """How near the count of dyn is, in words."""
-        if not self.lines:
-            return "no measured line"
-        of = f"{self.lines} measured line{'s' * (self.lines > 1)}{' of earlier builds' if self.earlier else ''}"
-        return f"{of} differ by up to {self.off:.1f} %" if self.off > NEAR else f"within {self.off:.1f} % of {of}"
+        return how_near(self.lines, self.off, self.earlier)
+
+
+def how_near(lines: int, off: float, earlier: bool = False) -> str:
+    """How near counts are that are off by so many percent of so many measured lines at most, in words."""
+    if not lines:
+        return "no measured line"
+    of = f"{lines} measured line{'s' * (lines > 1)}{' of earlier builds' if earlier else ''}"
+    return f"{of} differ by up to {off:.1f} %" if off > NEAR else f"within {off:.1f} % of {of}"
 
 
 # of each mode with measured lines: how many, off at most by so many percent, of earlier builds alone; an installed

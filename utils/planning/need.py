@@ -24,13 +24,14 @@ class Need:
 
     static: by what they are. dyn: peak of live tensors over it, at the moment `peak`; moments: all of them. apart: what
     the loss, or else the optimizer, has beside a pool of graphs, which shares nothing. host: packed slots in host
-    memory.
+    memory, which is pinned in slabs of so many bytes (store/host.py).
     """
 
     static: dict[str, int]
     moments: dict[str, int] = field(repr=False)
     apart: int
     host: int
+    slab: int = SLAB
 
     @property
     def peak(self) -> str:
@@ -53,5 +54,5 @@ class Need:
 
     @property
     def pinned(self) -> int:
-        """Host memory that is pinned, in whole slabs (store/host.py)."""
-        return -(-self.host // SLAB) * SLAB
+        """Host memory that is pinned, in whole slabs."""
+        return -(-self.host // self.slab) * self.slab

@@ -1,10 +1,11 @@
 """What was measured of a model's shape: result lines of a checkout, which an installed package has not."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from hyclora.utils.args import ROOT
-from hyclora.utils.planning.modes import Mode, mode_of
+from hyclora.utils.planning.modes import mode_of
 from hyclora.utils.planning.shape import SHAPES, Shape
 
 SIZES = (
@@ -14,12 +15,12 @@ SIZES = (
 LINES = ROOT / "benchmarks" / "results" / "memory_throughput.jsonl"
 
 
-def measured(file: Path = LINES) -> list[tuple[Mode, dict]]:
-    """The last line of each mode, model and batch that has memory, with its mode."""
+def measured(file: Path = LINES, of: Callable = mode_of) -> list[tuple]:
+    """The last line of each mode, model and batch that has memory, with its mode; of: that of a setting, or None."""
     latest = {}
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         line = json.loads(text)
-        mode, arguments = mode_of(line["setting"]), line["arguments"]
+        mode, arguments = of(line["setting"]), line["arguments"]
         if mode is not None and "dyn_mib" in line and arguments.get("device") == "cuda":
             latest[(mode.name, *_cell(arguments))] = mode, line
     return list(latest.values())
@@ -29,17 +30,17 @@ def _cell(arguments: dict) -> tuple:
     return tuple(arguments[name] for name in ("shape", "base", "lora_rank", "batch_size", "seq_len"))
 
 
-def times(shape: Shape, batch: int, length: int, file: Path = LINES) -> dict[str, str]:
+def times(shape: Shape, batch: int, length: int, file: Path = LINES, of: Callable = mode_of) -> dict[str, str]:
     """Time of a micro-step by mode's name, with the GPU: recorded of this shape, base, rank and batch."""
     found = {}
-    for mode, line in measured(file):
+    for mode, line in measured(file, of):
         name, *rest = _cell(line["arguments"])
-        if rest == [shape.base, shape.rank, batch, length] and _is(shape, name) and "ms" in line:
+        if rest == [shape.base, shape.rank, batch, length] and is_shape(shape, name) and "ms" in line:
             found[mode.name] = f"{line['ms']:.0f} ms ({line['device'].removeprefix('NVIDIA ').split()[0]})"
     return found
 
 
-def _is(shape: Shape, name: str) -> bool:
+def is_shape(shape: Shape, name: str) -> bool:
     """Whether a recorded shape has this one's numbers."""
     file = SHAPES / name / "config.json"
     if not file.is_file():
