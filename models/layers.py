@@ -208,8 +208,9 @@ def _switches(layer: nn.Module) -> list[tuple]:
     """What is set of a layer's adapters, of copies that PEFT trains whole, and of dropout: to be compared."""
     found = []
     for module in layer.modules():
-        if isinstance(module, nn.Dropout):
-            found.append((module.p if module.training else 0.0,))
+        p = module.p if isinstance(module, nn.Dropout) else vars(module).get("attention_dropout", 0.0)
+        if p:
+            found.append((p if module.training else 0.0,))
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             merged, scaling = list(module.merged_adapters), dict(getattr(module, "scaling", {}))
             found.append((list(module.active_adapters), module.disable_adapters, merged, scaling))

@@ -1,6 +1,7 @@
 """Layers that keep their input alone, and are run again in backward."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -239,6 +240,17 @@ def test_adapters_that_change_before_the_backward_are_refused(family, checkpoint
         p.requires_grad_("lora_" in name)
     with pytest.raises(ValueError, match=r"layers?\.1: adapter, scaling or dropout were changed between a forward"):
         loss.backward()
+
+
+def test_a_dropout_of_maps_that_is_off_before_the_backward_is_refused():
+    """But evaluation in between is none without any dropout."""
+    for p in (0.0, 0.3):
+        model = llama(attention_dropout=p)
+        patched(model, layers="input")
+        loss = model(**padded_batch()).loss
+        model.eval()
+        with pytest.raises(ValueError, match="dropout were changed") if p else nullcontext():
+            loss.backward()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
