@@ -3,13 +3,12 @@
     python -m hyclora.plan MODEL --gpu 24GiB --host 64GiB --tokens 4x512
 
 MODEL: a folder with a config.json, that file, or a name in benchmarks/shapes. Bytes are counted from the slot table and
-the buffers of the operators, not measured on this machine. The count of live memory is at most 0.5 % off the eight
-lines measured with the present build, of two shapes, which were looked at while it was written; other shapes were not
-tried since (benchmarks/README.md has all lines). What the allocator takes beside live tensors is an allowance of 45 %
-and 128 MiB, and 1 GB is left for the driver. Modes that were never measured, or only with earlier builds, say so; the
-preset `paper`, whose attention map is square, is not among them. What PEFT alone, with or without checkpointing, and
-Unsloth with offloaded checkpointing need is counted beside them where weights are NF4 and all linear layers have
-adapters, without dropout; they are never chosen. All holds with
+the buffers of the operators, not measured on this machine. How near the count of live memory was to what was measured
+is told with each mode, and README.md has how near all of it was. What the allocator takes beside live tensors is an
+allowance (plan() says of what size), and 1 GB is left for the driver. Modes that were never measured, or only with
+earlier builds, say so; the preset `paper`, whose attention map is square, is not among them. What PEFT alone, with or
+without checkpointing, and Unsloth with offloaded checkpointing need is counted beside them where weights are NF4 and
+all linear layers have adapters, without dropout; they are never chosen. All holds with
 PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
 """
 

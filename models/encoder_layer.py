@@ -12,6 +12,7 @@ from hyclora.models.layers import WholeLayer
 from hyclora.models.trust import acting
 from hyclora.operators.attention.flash import tells_runs
 from hyclora.operators.savers import Step
+from hyclora.operators.token_tiles import place, token_tiles
 
 # in releases before 5.24, where it is not the layer's forward that gradient checkpointing runs again
 CALL_IS_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
@@ -78,9 +79,27 @@ class EncoderLayerBlock(WholeLayer):
         return mlp_norm.run(dtype, mlp.run(dtype, x), x)
 
     def run_stock(self, hidden_states, attention_mask=None, *args, **kwargs):
-        if not tells_runs(attention_mask):
-            return super().run_stock(hidden_states, attention_mask, *args, **kwargs)
-        # as in AttentionBlock: where checkpointing runs a layer first
         attention, norm, *_ = self.blocks
-        y, _ = attention.run_stock(hidden_states, attention_mask=attention_mask, **kwargs)
-        return self.module.feed_forward_chunk(norm.module(norm.drops[0](y) + hidden_states))
+        if tells_runs(attention_mask):
+            # as in AttentionBlock: where checkpointing runs a layer first
+            y, _ = attention.run_stock(hidden_states, attention_mask=attention_mask, **kwargs)
+            return self._feed_forward(norm.module(norm.drops[0](y) + hidden_states))
+        if not self._runs_first(hidden_states, attention_mask, *args, **kwargs):
+            return super().run_stock(hidden_states, attention_mask, *args, **kwargs)
+        return self._feed_forward(attention.half(hidden_states, attention_mask, **kwargs)[0])
+
+    def _runs_first(self, hidden_states, *args, **kwargs) -> bool:
+        """Whether checkpointing runs the layer without grad, before run(), and that has its MLP in several tiles."""
+        if not self.module.training or self.step.trains or len(token_tiles(hidden_states[..., 0].numel())) == 1:
+            return False
+        with self.step.layer(passing=True, holds_input=True, draws=None, whole=None):
+            return self.applies(hidden_states, *args, **kwargs)
+
+    def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """MLP and norm, in the tiles, and so with the dropout, of run()."""
+        _, _, mlp, norm = self.blocks
+        rows, y = x.flatten(0, -2), None
+        (up,), (down,) = mlp.spec.gate_up.projections, mlp.spec.down.projections
+        for tile in token_tiles(len(rows)):
+            y = place(y, down.module(mlp.spec.activation.fwd(up.module(rows[tile]))), tile, len(rows))
+        return norm.module(norm.drops[0](y.view(*x.shape[:-1], -1)) + x)

@@ -3,6 +3,8 @@
 from functools import partial
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -135,10 +137,22 @@ class CheckpointBlock(Block):
         return not any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
 
     def keep_input(self, run, hidden_states, whole: bool):
-        """run(hidden_states), of which nothing is kept but that; whole: it is the layer, and no more."""
+        """run(hidden_states), of which nothing is kept but that; whole: it is the layer, and no more.
+
+        ValueError if backward would run what is set otherwise by then.
+        """
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        whole = self.module if whole else None
-        return CheckpointFunction.apply(hidden_states, run, self.keeper(), whole, *parameters)
+        whole, switches = self.module if whole else None, _switches(self.module)
+
+        def run_as_set(x):
+            if not self.step.passing and _switches(self.module) != switches:
+                raise ValueError(
+                    f"{self.name}: adapter, scaling or dropout were changed between a forward and its backward, which "
+                    "runs this layer again; run the backward first"
+                )
+            return run(x)
+
+        return CheckpointFunction.apply(hidden_states, run_as_set, self.keeper(), whole, *parameters)
 
     @property
     def better(self) -> bool:
@@ -188,3 +202,16 @@ class CheckpointBlock(Block):
         forward = getattr(type(self.module).forward, "__wrapped__", None)
         known = isinstance(function, partial) and function.func is forward and function.args == (self.module,)
         return known and self.layer is not None and self.layer.together
+
+
+def _switches(layer: nn.Module) -> list[tuple]:
+    """What is set of a layer's adapters, of copies that PEFT trains whole, and of dropout: to be compared."""
+    found = []
+    for module in layer.modules():
+        p = module.p if isinstance(module, nn.Dropout) else vars(module).get("attention_dropout", 0.0)
+        if p:
+            found.append((p if module.training else 0.0,))
+        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            merged, scaling = list(module.merged_adapters), dict(getattr(module, "scaling", {}))
+            found.append((list(module.active_adapters), module.disable_adapters, merged, scaling))
+    return found

@@ -1,9 +1,12 @@
 """Layers that keep their input alone, and are run again in backward."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora, verify
 from hyclora.models.blocks import MlpBlock
@@ -194,6 +197,60 @@ def test_gradients_add_up_over_forwards_that_overlap():
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         remove_hyclora(model)
     assert largest_error(found[1], found[0]) < 1e-5
+
+
+def double_scaling(model):
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] *= 2
+
+
+CHANGES = {
+    "scaling": double_scaling,
+    "other adapter": lambda model: model.set_adapter("other"),
+    "no adapter": lambda model: model.base_model.disable_adapter_layers(),
+    "merged": lambda model: model.merge_adapter(),
+    "dropout": lambda model: model.eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", [llama, roberta], ids=lambda f: f.__name__)
+def test_adapters_that_change_before_the_backward_are_refused(family, checkpointing, change):
+    """The second run would read others than the first did; what was set back in time is no change."""
+    model, batch = family(DROPS), padded_batch()
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj", "query"], init_lora_weights=False))
+    model.set_adapter("default")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    patched(model, **({"slot_savers": {"layer_in": "quant8"}} if checkpointing else {"layers": "input"}))
+    _, expected = gradients(model, batch)
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss = model(**batch).loss
+    with torch.no_grad(), model.disable_adapter():
+        model.eval()(**batch)
+    model.train()
+    loss.backward(retain_graph=True)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and name in expected}
+    assert largest_error(found, expected) < 1e-5
+    change(model)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    with pytest.raises(ValueError, match=r"layers?\.1: adapter, scaling or dropout were changed between a forward"):
+        loss.backward()
+
+
+def test_a_dropout_of_maps_that_is_off_before_the_backward_is_refused():
+    """But evaluation in between is none without any dropout."""
+    for p in (0.0, 0.3):
+        model = llama(attention_dropout=p)
+        patched(model, layers="input")
+        loss = model(**padded_batch()).loss
+        model.eval()
+        with pytest.raises(ValueError, match="dropout were changed") if p else nullcontext():
+            loss.backward()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

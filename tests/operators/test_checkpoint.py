@@ -10,10 +10,9 @@ from hyclora.models.config import POLICIES
 from hyclora.models.patch import find_patch
 from hyclora.operators.store import UNITS_A_LAYER
 from hyclora.utils.profiling import buffered_bytes
-from tests.helpers.offloading import equal, offloaded
+from tests.helpers.offloading import EXACT_MLP, equal, offloaded
 from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, padded_batch
 
-EXACT_MLP = {"mlp_in": "exact", "gate": "exact", "up": "exact", "act": "recompute", "hidden": "recompute"}
 pytestmark = pytest.mark.usefixtures("deterministic_attention")
 
 

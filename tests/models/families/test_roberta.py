@@ -8,7 +8,7 @@ import torch
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.patch import find_patch
 from hyclora.models.state import load_calibration, save_calibration
-from hyclora.operators import dispatch
+from hyclora.operators import dispatch, token_tiles
 from hyclora.operators.savers import ChannelQuant, Derived
 from hyclora.utils.profiling import buffered_bytes
 from tests.helpers.offloading import equal, offloaded
@@ -101,6 +101,23 @@ def test_dropout_under_gradient_checkpointing(layer_type, use_reentrant):
     found = gradients(model, batch)[1]
     # the first norm's output is not at hand in the second run, so attn_in is packed once more
     assert largest_error(found, expected) < (1e-5 if layer_type == "baseline" else 0.02)
+
+
+@pytest.mark.usefixtures("deterministic_attention")
+@pytest.mark.parametrize("stream", [False, "auto"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_dropout_of_tiles_under_gradient_checkpointing(monkeypatch, use_reentrant, stream):
+    """A long batch's MLP draws its masks a tile of tokens at a time, so stock code that runs first does too."""
+    monkeypatch.setattr(token_tiles, "TILE_TOKENS", 16)
+    model, batch, found = roberta({"lora_dropout": 0.1}, **DROPS).double(), padded_batch(), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        apply_hyclora(model, HycloraConfig(layer_type="baseline", stream=stream))
+        found.append(gradients(model, batch))
+        remove_hyclora(model)
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6) and largest_error(found[1][1], found[0][1]) < 1e-5
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
