@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from hyclora.models.blocks import Block
 from hyclora.models.families.family import Family
-from hyclora.models.graphs.recording import free_workspaces
 from hyclora.models.trust import find_reader
 from hyclora.operators.cross_entropy import Targets
 from hyclora.operators.savers import Step
@@ -30,10 +29,7 @@ def reads_labelled_positions(module: nn.Module) -> bool:
 
 
 class ForeignHead(Block):
-    """Runs that forward as it is, and tells the decoder which positions are read: other padding may be left out.
-
-    The last backward's GEMM workspace is given back before it, as the logits of such a head may be the step's peak.
-    """
+    """Runs that forward as it is, and tells the decoder which positions are read: other padding may be left out."""
 
     def __init__(self, module: nn.Module, name: str, step: Step, family: Family, decoder: nn.Module):
         super().__init__(module, name, {}, step)
@@ -42,8 +38,6 @@ class ForeignHead(Block):
     def forward(self, *args, **kwargs):
         if self.module.training and torch.is_grad_enabled():
             self.step.unread = self._unread(*args[:1], **kwargs)
-            if next(self.module.parameters()).is_cuda:
-                free_workspaces()
         try:
             return self.run_stock(*args, **kwargs)
         finally:

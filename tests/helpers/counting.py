@@ -3,10 +3,26 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hyclora.utils.loading import checkpoint_layers
+
+
+def step_of(model: nn.Module, rows: int, length: int, checkpointing: bool) -> tuple[Callable[[], None], Tensor]:
+    """A forward and backward of a model, under autocast and gradient checkpointing if asked for, and its ids."""
+    if checkpointing:
+        checkpoint_layers(model)
+        model.enable_input_require_grads()
+    ids = torch.arange(rows * length).view(rows, length) % model.config.vocab_size
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    return step, ids
 
 
 class Live(TorchDispatchMode):

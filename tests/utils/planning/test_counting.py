@@ -15,9 +15,8 @@ from hyclora.models.patch import find_patch
 from hyclora.operators import dispatch
 from hyclora.operators.linear import lora
 from hyclora.utils.args import LINEARS
-from hyclora.utils.loading import checkpoint_layers
 from hyclora.utils.planning import Savers, Shape, count
-from tests.helpers.counting import Live
+from tests.helpers.counting import Live, step_of
 
 RANK, BATCH, LENGTH = 4, 2, 128
 SIZES = LlamaConfig(
@@ -40,15 +39,7 @@ def peak(config: HycloraConfig, checkpointing: bool = False, targets=LINEARS, dr
     model = get_peft_model(LlamaForCausalLM(sizes).to(torch.bfloat16), lora)
     apply_hyclora(model, config)
     model.train()
-    if checkpointing:
-        checkpoint_layers(model)
-        model.enable_input_require_grads()
-    ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % sizes.vocab_size
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16):
-            model(input_ids=ids, labels=ids).loss.backward()
-
+    step, ids = step_of(model, BATCH, LENGTH, checkpointing)
     for _ in range(3):
         step()
     patch = find_patch(model)

@@ -9,11 +9,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from hyclora.plan import plan
 from hyclora.utils.args import LINEARS
-from hyclora.utils.loading import checkpoint_layers
 from hyclora.utils.planning import Shape
 from hyclora.utils.planning.fitting import LONGEST
 from hyclora.utils.planning.peers import PEERS, most_tokens, peer_of
-from tests.helpers.counting import Live
+from tests.helpers.counting import Live, step_of
 
 RANK, BATCH = 4, 2
 SIZES = {
@@ -44,15 +43,7 @@ def peak(config, length: int, checkpointing: bool) -> int:
         model.model.set_submodule(name, in_4bit(model.model.get_submodule(name)))
     model.is_loaded_in_4bit = True
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEARS)).train()
-    if checkpointing:
-        checkpoint_layers(model)
-        model.enable_input_require_grads()
-    ids = torch.arange(BATCH * length).view(BATCH, length) % config.vocab_size
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16):
-            model(input_ids=ids, labels=ids).loss.backward()
-
+    step, ids = step_of(model, BATCH, length, checkpointing)
     step()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     with Live(ids, *model.parameters(), *model.buffers(), *gradients) as live:
