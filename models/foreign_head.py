@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hyclora.models.blocks import Block
 from hyclora.models.families.family import Family
+from hyclora.models.graphs.recording import free_workspaces
 from hyclora.models.trust import find_reader
 from hyclora.operators.cross_entropy import Targets
 from hyclora.operators.savers import Step
@@ -42,6 +43,8 @@ class ForeignHead(Block):
             return self.run_stock(*args, **kwargs)
         finally:
             self.step.unread = None
+            if self.module.training and next(self.module.parameters()).is_cuda:
+                free_workspaces()
 
     def _unread(
         self, input_ids: Tensor | None = None, fused_lm_head=False, labels: Tensor | None = None,

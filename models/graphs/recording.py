@@ -11,6 +11,14 @@ from hyclora.models.graphs.foresight import Foretold
 from hyclora.operators.random_state import get_rng_state, set_rng_state
 
 
+def free_workspaces() -> None:
+    """Give back the memory that cuBLAS works in until the next GEMM: each thread and stream has 32 MiB on a Hopper GPU.
+
+    Torch does so around graphs of its own (torch/_inductor/cudagraph_trees.py).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 class CudaRecorder:
     """Captures work as CUDA graphs that share a memory pool, as no two of them run at the same time."""
 
@@ -31,11 +39,9 @@ class CudaRecorder:
     def trim(self) -> None:
         """Give GEMM workspaces back: before a recording, as its memory is the peak, and after it.
 
-        Each thread and stream has its own, 32 MiB on a Hopper GPU. That of a recording is memory of the pool, which
-        replays write to as to all of it, one at a time. Torch does so around graphs of its own
-        (torch/_inductor/cudagraph_trees.py).
+        That of a recording is memory of the pool, which replays write to as to all of it, one at a time.
         """
-        torch._C._cuda_clearCublasWorkspaces()
+        free_workspaces()
 
     def record(self, run: Callable) -> tuple:
         """What run() returns, and a function that does its work; the work is not done yet."""

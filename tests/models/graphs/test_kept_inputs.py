@@ -11,6 +11,7 @@ from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
 from tests.helpers.replaying import CALIBRATION, batches, config, graphed, train
 from tests.helpers.small_models import llama, padded_batch, roberta
+from tests.models.test_stream import half
 
 
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.3}], ids=["plain", "dropout"])
@@ -62,12 +63,13 @@ def test_an_encoders_steps():
 
 def test_a_stream_of_other_rows():
     """One recording serves rows of other lengths, which the second run of a layer finds in their places."""
-    stock = llama()
+    stock = half(llama())
     ours = copy.deepcopy(stock)
     apply_hyclora(stock, config(layers="input8"))
     graphs = graphed(ours, {"layers": "input8"})
     steps = [padded_batch(seed=seed) for seed in range(CALIBRATION + 4)]
     theirs, mine = train(stock, steps), train(ours, steps)
     assert graphs.recordings and graphs.sizes.recorded
+    near = {"atol": 1e-5, "rtol": 1e-4} if DEVICE == "cpu" else {"atol": 1e-2, "rtol": 0}
     for a, b in zip(mine, theirs, strict=True):
-        assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=1e-5, rtol=1e-4) for n in a)
+        assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], **near) for n in a)

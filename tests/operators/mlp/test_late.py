@@ -11,6 +11,7 @@ from hyclora.models.blocks import MlpBlock
 from hyclora.models.patch import find_patch
 from hyclora.operators import dispatch, token_tiles
 from tests.helpers.counting import Live, kept
+from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.small_models import llama, roberta
 from tests.operators import test_bytes
 
@@ -45,7 +46,7 @@ def test_gradients_are_those_of_exact_slots(monkeypatch, family, lora, dtype):
     """In several tiles, the last one shorter, which draw their seeds in the order of any forward; y takes no memory."""
     monkeypatch.setattr(token_tiles, "TILE_TOKENS", 16)
     block, found, drawn = mlp_of(family, lora, dtype), [], []
-    given = torch.randn(3, 13, block.spec.down.width).to(dtype)
+    given = torch.randn(3, 13, block.spec.down.width, device=DEVICE).to(dtype)
     for residual in (given.flip(0), None, given.flip(1).float()):
         for late in (False, True):
             torch.manual_seed(5)
@@ -54,7 +55,7 @@ def test_gradients_are_those_of_exact_slots(monkeypatch, family, lora, dtype):
             wanted = [*inputs, *(p for p in block.spec.parameters() if p is not None and p.requires_grad)]
             y = block.run(None, *inputs, late=late)
             drawn.append(torch.rand(2))
-            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
             found.append((y, torch.autograd.grad(y, wanted, dy)))
     for (y, expected), (promised, ours) in zip(found[::2], found[1::2], strict=True):
         assert (promised.shape, promised.dtype, promised.device) == (y.shape, y.dtype, y.device)
@@ -68,14 +69,14 @@ def test_gradients_are_those_of_exact_slots(monkeypatch, family, lora, dtype):
 def test_an_input_that_wants_no_gradient():
     block = mlp_of(llama, {}, torch.float32)
     parameters = [p for p in block.spec.parameters() if p is not None and p.requires_grad]
-    given = torch.randn(1, 7, block.spec.down.width)
+    given = torch.randn(1, 7, block.spec.down.width, device=DEVICE)
     found = [torch.autograd.grad(block.run(None, given, late=late).sum(), parameters) for late in (False, True)]
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
 
 
 def test_adapters_that_change_in_between_are_refused():
     block = mlp_of(llama, {}, torch.float32)
-    y = block.run(None, torch.randn(1, 7, block.spec.down.width), late=True)
+    y = block.run(None, torch.randn(1, 7, block.spec.down.width, device=DEVICE), late=True)
     next(iter(block.projections)).module.scaling["default"] *= 2
     block.projections[0].refresh()
     with pytest.raises(ValueError, match="were changed between a forward and its backward"):
