@@ -30,7 +30,10 @@ def reads_labelled_positions(module: nn.Module) -> bool:
 
 
 class ForeignHead(Block):
-    """Runs that forward as it is, and tells the decoder which positions are read: other padding may be left out."""
+    """Runs that forward as it is, and tells the decoder which positions are read: other padding may be left out.
+
+    Its backward, in which logits may be the step's peak, does not find the forward's GEMM workspace beside its own.
+    """
 
     def __init__(self, module: nn.Module, name: str, step: Step, family: Family, decoder: nn.Module):
         super().__init__(module, name, {}, step)
@@ -43,7 +46,7 @@ class ForeignHead(Block):
             return self.run_stock(*args, **kwargs)
         finally:
             self.step.unread = None
-            if self.module.training and next(self.module.parameters()).is_cuda:
+            if torch.is_grad_enabled() and next(self.module.parameters()).is_cuda:
                 free_workspaces()
 
     def _unread(

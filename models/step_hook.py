@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from hyclora.models.blocks import AttentionBlock, autocast_dtype
 from hyclora.models.foreign_head import reads_labelled_positions
 from hyclora.models.graphs.foresight import foretell, is_last, is_lookup, is_tokenwise
+from hyclora.models.graphs.recording import free_workspaces
 from hyclora.models.masks import causal_bounds, row_bounds
 from hyclora.models.no_cache import NO_CACHE
 from hyclora.models.report import (
@@ -74,7 +75,10 @@ class StepHook:
         if not torch.is_grad_enabled():
             return None
         self.patch.watch.open()
-        if (tokens := _tokens(args, kwargs)) is not None and not tokens.numel():
+        tokens = _tokens(args, kwargs)
+        if tokens is not None and tokens.is_cuda:
+            free_workspaces()  # that of the backward before
+        if tokens is not None and not tokens.numel():
             raise ValueError(f"a batch of shape {list(tokens.shape)} has no token: leave it out")
         if not decoder.training:
             if self.patch.watch.changed():  # layers may be in training by themselves

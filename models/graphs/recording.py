@@ -14,7 +14,8 @@ from hyclora.operators.random_state import get_rng_state, set_rng_state
 def free_workspaces() -> None:
     """Give back the memory that cuBLAS works in until the next GEMM: each thread and stream has 32 MiB on a Hopper GPU.
 
-    Torch does so around graphs of its own (torch/_inductor/cudagraph_trees.py).
+    Autograd's thread has its own, so one of the two always lies unused. Torch does so around graphs of its own
+    (torch/_inductor/cudagraph_trees.py).
     """
     torch._C._cuda_clearCublasWorkspaces()
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hyclora import HycloraConfig, apply_hyclora
+from hyclora.models.graphs.recording import free_workspaces
 from hyclora.models.patch import find_patch
 from hyclora.operators.attention.flash import tells_runs
 from hyclora.utils.args import LINEARS
@@ -311,6 +312,14 @@ def _fused_forward(self, *args, fused_lm_head=False, labels=None, shift_labels=N
     return {"loss": torch.nn.functional.cross_entropy(logits, shifted[shifted != -100])}
 
 
+def fuse_head(model, home: str) -> None:
+    """As a trainer of that module does."""
+    forward = FunctionType(_fused_forward.__code__, {**globals(), "__name__": home})
+    forward.__kwdefaults__ = _fused_forward.__kwdefaults__
+    base = model.get_base_model()
+    base.forward = MethodType(forward, base)
+
+
 @pytest.mark.parametrize("labels", ["real", "shifted", "on padding"])
 @pytest.mark.parametrize("home, known", [("trl.trainer.utils", True), ("elsewhere", False)])
 def test_a_head_that_is_known_to_read_labelled_positions(home, known, labels):
@@ -321,10 +330,7 @@ def test_a_head_that_is_known_to_read_labelled_positions(home, known, labels):
         batch["shift_labels"][:, -1] = -100
     if labels == "on padding":
         batch["labels"] = batch["input_ids"]
-    base = model.get_base_model()
-    forward = FunctionType(_fused_forward.__code__, {**globals(), "__name__": home})
-    forward.__kwdefaults__ = _fused_forward.__kwdefaults__
-    base.forward = MethodType(forward, base)
+    fuse_head(model, home)
 
     def run(**options):
         model.zero_grad()
@@ -340,3 +346,24 @@ def test_a_head_that_is_known_to_read_labelled_positions(home, known, labels):
         assert abs(our_loss - loss) < 1e-5 and apart(ours, exact) < 1e-5
     (mask,) = masks_given(model, batch | {"fused_lm_head": True})
     assert tells_runs(mask) == (known and labels != "on padding") and find_patch(model).step.unread is None
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuBLAS takes workspaces on a GPU alone")
+def test_a_workspace_lies_unused_in_neither_direction():
+    """A forward does not begin with that of the backward before, nor a backward with that of the head's forward."""
+
+    def given_back() -> int:
+        before = torch.cuda.memory_allocated()
+        free_workspaces()
+        return before - torch.cuda.memory_allocated()
+
+    model, batch, found = llama(), padded_batch() | {"fused_lm_head": True}, []
+    given_back()
+    torch.ones(64, 64, device=DEVICE) @ torch.ones(64, 64, device=DEVICE)
+    one = given_back()
+    fuse_head(model, "trl.trainer.utils")
+    apply_hyclora(model, BASELINE)
+    model(**batch)["loss"].backward()
+    model.get_base_model().model.layers[0].register_forward_pre_hook(lambda *_: found.append(given_back()))
+    model(**batch)
+    assert one > 0 and len(found) == 1 and found[0] <= one and given_back() == 0

@@ -71,7 +71,7 @@ def test_an_input_that_wants_no_gradient():
     parameters = [p for p in block.spec.parameters() if p is not None and p.requires_grad]
     given = torch.randn(1, 7, block.spec.down.width, device=DEVICE)
     found = [torch.autograd.grad(block.run(None, given, late=late).sum(), parameters) for late in (False, True)]
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(*found, strict=True))
 
 
 def test_adapters_that_change_in_between_are_refused():
