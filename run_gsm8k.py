@@ -49,11 +49,13 @@ def word_problems(data: Gsm8kArguments, evaluation: GenerationArguments, tokeniz
     answers = tokenize_rows(examples_of(test), tokenizer, data.seq_len, kind="test")
 
     def accuracy_and_loss(model):
-        share, predictions = evaluate_generation(model, tokenizer, test, evaluation)
-        loss = evaluate_loss(model, answers.rows, tokenizer.pad_token_id, evaluation)
-        return {"accuracy": share, "test loss": loss}, predictions
+        found, predictions = {}, []
+        if evaluation.max_new_tokens:
+            found["accuracy"], predictions = evaluate_generation(model, tokenizer, test, evaluation)
+        found["test loss"] = evaluate_loss(model, answers.rows, tokenizer.pad_token_id, evaluation)
+        return found, predictions
 
-    forms = {"accuracy": ".2%", "test loss": ".4f"}
+    forms = ({"accuracy": ".2%"} if evaluation.max_new_tokens else {}) | {"test loss": ".4f"}
     return Task(train.rows, test, f"{train}\n{answers}", forms, accuracy_and_loss)
 
 

@@ -63,8 +63,7 @@ def scores_of(lines: list[dict], column: Column) -> Scores:
     """What each variant came to with each seed, in the variants' order; first what the model could do before."""
     found: Scores = {BEFORE: {}, **{variant: {} for variant in VARIANTS}}
     for line in lines:
-        if line["task"] == column.task and "error" not in line:
-            scores = line["metrics"][column.metric]
+        if line["task"] == column.task and (scores := line.get("metrics", {}).get(column.metric)):
             found.setdefault(line["variant"], {})[line["seed"]] = scores["after"] * column.scale
             if "before" in scores:
                 found[BEFORE][line["seed"]] = scores["before"] * column.scale

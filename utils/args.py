@@ -140,15 +140,15 @@ class GenerationArguments(EvalArguments):
     temperature: float = option(0.1, "Sampling temperature.")
     top_k: int = option(40, "Sample among the k most likely tokens.")
     top_p: float = option(0.95, "Sample among the most likely tokens that hold this probability together.")
-    max_new_tokens: int = option(256, "Longest generated answer in tokens.")
+    max_new_tokens: int = option(256, "Longest generated answer in tokens; 0, where losses tell too: none is generated.")
     generation_seed: int = option(42, "Seed of the sampling.")
 
     def __post_init__(self):
         super().__post_init__()
         require(self.temperature > 0, f"temperature must be positive, not {self.temperature}: use --greedy for argmax")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
-        for name in ("top_k", "max_new_tokens"):
-            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        require(self.top_k > 0, f"top_k must be positive, not {self.top_k}")
+        require(self.max_new_tokens >= 0, f"max_new_tokens must not be negative, as {self.max_new_tokens} is")
 
 
 @dataclass

@@ -106,6 +106,7 @@ def test_options_of_a_run(data):
     assert options[options.index("--evaluate_before") + 1] == "False"
     wider = next(trial for trial in experiments.trials(args) if trial.variant == "k wider, 2 bit").argv(args)
     assert DRIVER.parse(wider)[3].config().slot_savers == {"k": "quant4"}
+    assert [words[words.index("--max_new_tokens") + 1] for words in (options, wider)] == ["256", "0"]
     options = exact.argv(args)
     assert options[options.index("--use_hyclora") + 1] == "False" and "--q_bit" not in options
     assert options[options.index("--evaluate_before") + 1] == "True"

@@ -50,6 +50,12 @@ def test_difference_to_the_same_seed_in_spreads_of_exact(write):
     assert two[:5] == [TWO, "2.30", "0.7300 ± 0.0200", "+0.0100 (+0.5)", "5.00 ± 0.00"]
 
 
+def test_a_variant_judged_by_its_loss_alone(write):
+    write(line(EXACT, 0, 0.70), line(TWO, 0, 0.71, metrics={"test_loss": {"after": 0.71}}))
+    *_, two = cells(one_table(LANGUAGE))
+    assert two[2:5] == ["0.7100", "+0.0100", ""]
+
+
 def test_a_seed_that_exact_lacks_has_no_difference(write):
     write(line(EXACT, 0, 0.70), line(TWO, 1, 0.80), line(TWO, 0, 0.71))
     *_, two = cells(one_table(LANGUAGE))

@@ -82,6 +82,12 @@ def test_other_ways_to_train_run(run, options):
     assert ("hyclora" in results["buffered_bytes"]) == ("--use_hyclora" not in options)
 
 
+def test_no_answers_are_generated(run):
+    file, results, printed = run("--max_new_tokens", "0", "--max_steps", "1")
+    assert set(results["metrics"]) == {"test_loss"} and "accuracy" not in printed
+    assert not (file.with_suffix("") / "predictions.json").exists()
+
+
 def test_own_rows_are_judged_by_their_loss(run, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
