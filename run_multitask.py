@@ -69,7 +69,7 @@ def from_files(data: MultitaskArguments) -> arithmetic.Problems:
 
 
 def load(read, data: MultitaskArguments, evaluation: GenerationArguments, tokenizer: PreTrainedTokenizerBase) -> Task:
-    require(evaluation.max_new_tokens > 0, "max_new_tokens 0 generates no answers, by which this task is judged: raise it")
+    require(evaluation.max_new_tokens > 0, "max_new_tokens 0 leaves no answers, by which this task is judged: raise it")
     problems = read(data).prepared(data.drop_seen, data.max_train_samples, data.max_eval_samples)
     train = tokenize_rows(problems.examples(), tokenizer, data.seq_len)
     names = [test.name for test in problems.tests]

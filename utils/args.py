@@ -140,7 +140,7 @@ class GenerationArguments(EvalArguments):
     temperature: float = option(0.1, "Sampling temperature.")
     top_k: int = option(40, "Sample among the k most likely tokens.")
     top_p: float = option(0.95, "Sample among the most likely tokens that hold this probability together.")
-    max_new_tokens: int = option(256, "Longest generated answer in tokens; 0, where losses tell too: none is generated.")
+    max_new_tokens: int = option(256, "Longest generated answer in tokens; 0: none, where losses tell too.")
     generation_seed: int = option(42, "Seed of the sampling.")
 
     def __post_init__(self):

@@ -104,7 +104,7 @@ def test_another_training_file_and_no_evaluation(run, folder, tmp_path):
 
 MISTAKES = [
     (["--tests", "gsm8k"], None, "unknown test set gsm8k: {folder} has AQuA, SVAMP"),
-    (["--max_new_tokens", "0"], None, "max_new_tokens 0 generates no answers, by which this task is judged"),
+    (["--max_new_tokens", "0"], None, "max_new_tokens 0 leaves no answers, by which this task is judged"),
     (["--tests", ","], None, "tests ',' names no test set: write for example gsm8k,SVAMP,mawps,AQuA"),
     (["--train_file", "nowhere.json"], None, "training file nowhere.json does not exist"),
     (
