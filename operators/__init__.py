@@ -11,6 +11,6 @@ mlp/              gate, up, SiLU, product, down; or up, GELU, down
 linear/           frozen weights (NF4 too) and LoRA adapters       checkpoint.py      a layer that is run again
 packing/          2, 3, 4, 8 bit: codes, scales, layout            token_tiles.py     long inputs, a tile at a time
 savers/           the ways of keeping one slot                     store/             packed slots in host memory
-pausable.py       what can be switched off for a while             first_order.py     what a backward refuses
+pausable.py       what can be switched off for a while             first_order.py     what a backward begins with
 random_state.py   what is drawn again                              entry.py           where a graph begins
 """

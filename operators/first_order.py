@@ -1,4 +1,4 @@
-"""What every Function's backward begins with: it is computed outside of autograd, so it can be taken only once."""
+"""What every Function's backward begins with: it is taken only once, and of gradients that are dense in memory."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,6 +12,9 @@ def first_order(backward: Callable) -> Callable:
 
     Torch's own raises only where it is given gradients that want one, and would leave terms out where a loss is the
     first to be differentiated. ValueError under create_graph=True, before anything is computed.
+
+    Kernels read a gradient row by row. One that is otherwise in memory is copied: that of a sum over y is a single
+    number seen as many.
     """
     once = once_differentiable(backward)
 
@@ -21,6 +24,6 @@ def first_order(backward: Callable) -> Callable:
             raise ValueError(
                 "create_graph=True: a patched model has no second-order gradients; take remove_hyclora(model) for them"
             )
-        return once(ctx, *grads)
+        return once(ctx, *(g if g is None or g.is_contiguous() else g.contiguous() for g in grads))
 
     return checked

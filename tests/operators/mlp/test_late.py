@@ -66,7 +66,7 @@ def test_gradients_are_those_of_exact_slots(monkeypatch, family, lora, dtype):
     assert all(torch.equal(one, drawn[0]) for one in drawn)
 
 
-def test_an_input_that_wants_no_gradient():
+def test_an_input_that_wants_no_gradient(kernels):
     block = mlp_of(llama, {}, torch.float32)
     parameters = [p for p in block.spec.parameters() if p is not None and p.requires_grad]
     given = torch.randn(1, 7, block.spec.down.width, device=DEVICE)
