@@ -24,7 +24,8 @@ def test_every_block_reads_them_as_dense_ones(kernels, family, form):
     model, met = family().train(), {}
     apply_hyclora(model, HycloraConfig(layer_type="baseline", cuda_graphs=False, stream=False))
     for block in find_patch(model).blocks:
-        block.module.register_forward_hook(lambda module, args, y, kind=type(block): met.setdefault(kind, y))
+        kind = type(block)
+        block.module.register_forward_hook(lambda module, args, y, kind=kind: met.setdefault(kind, y))
     embeds = torch.randn(SHAPE, device=DEVICE).requires_grad_()
     model.get_decoder()(inputs_embeds=embeds)
     wanted = [embeds, *(p for p in model.parameters() if p.requires_grad)]
