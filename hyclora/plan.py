@@ -102,8 +102,7 @@ class Plan:
 
     @property
     def fastest(self) -> Row | None:
-        """Of the modes that fit and whose time is known; of those that are alike the first, whose slots are the most
-        exact."""
+        """Of the modes that fit and whose time is known; the first of those that are alike: more bits before fewer."""
         known = [row for row in self.rows if row.fits and row.time.ms is not None]
         return known[fastest([row.time.ms for row in known])] if known else None
 

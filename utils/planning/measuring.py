@@ -208,7 +208,7 @@ def measure_modes(
     Allocates what so few layers take; what has no room is unknown.
     """
     on_gpu = bench.device.type == "cuda"
-    able = [mode for mode in modes if on_gpu or not (mode.config.offload or mode.config.cuda_graphs)]
+    able = [mode for mode in modes if on_gpu or not mode.needs_gpu]
     found = {mode.name: Time(why=NO_GPU) for mode in modes if mode not in able}
     first = batch if batch.size <= SHORT else batch.shorter(max(2, SHORT // batch.rows))
     tell(f"probing {min(PROBED[-1], bench.n)} layers")

@@ -108,5 +108,5 @@ def least_squares(parts: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 
 def fastest(times: Sequence[float]) -> int:
-    """The index of the first that is as fast as the fastest, as far as measuring can tell."""
+    """The index of the first that is as fast as the fastest, as far as two measurements can be told apart."""
     return next(i for i, time in enumerate(times) if time <= min(times) * (1 + ALIKE))
