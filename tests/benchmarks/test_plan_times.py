@@ -90,7 +90,8 @@ def test_lines_make_a_table_and_none_make_nothing(swept, tmp_path, monkeypatch):
     [([], "needs one"), (["--device", "cpu", "--match", "nothing"], "no mode that runs here"),
      (["--device", "cpu", "--shapes", "none"], "a shape is a name")],
 )  # fmt: skip
-def test_mistakes_end_with_one_sentence(capsys, options, said):
+def test_mistakes_end_with_one_sentence(capsys, monkeypatch, options, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         main(options)
     assert stopped.value.code == 2 and said in capsys.readouterr().err

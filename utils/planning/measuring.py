@@ -122,11 +122,15 @@ class Bench:
     def model(self, layers: int) -> nn.Module:
         """One of so many layers; the one before is gone."""
         if self._layers != layers:
-            self._layers, self._model = 0, None
-            free_memory()
+            self.clear()
             self._model = self._build(layers)
             self._layers = layers
         return self._model
+
+    def clear(self) -> None:
+        """Keep no model."""
+        self._layers, self._model = 0, None
+        free_memory()
 
     def _build(self, layers: int) -> nn.Module:
         values = self.shape.config.to_dict() | {"num_hidden_layers": layers}
@@ -205,7 +209,7 @@ def measure_modes(
 ) -> dict[str, Time]:
     """The time of each mode at full depth, by its name; tell gets what is being measured.
 
-    Allocates what so few layers take; what has no room is unknown.
+    Allocates what so few layers take, and gives it back; what has no room is unknown.
     """
     on_gpu = bench.device.type == "cuda"
     able = [mode for mode in modes if on_gpu or not mode.needs_gpu]
@@ -230,6 +234,7 @@ def measure_modes(
                 found[mode.name] = Time(why=NO_ROOM)
             else:
                 measured[mode.name].append((bench.work(layers, one), seconds))
+    bench.clear()
     wanted = bench.work(bench.n, batch)
     told = {name: Time(1e3 * expected(pairs, wanted)) for name, pairs in measured.items() if name not in found}
     return found | told

@@ -152,7 +152,7 @@ def test_a_mode_runs_as_it_is_set_and_the_model_is_stock_afterwards(small, mode,
 def test_times_are_measured(small, monkeypatch):
     monkeypatch.setattr(measuring, "WINDOW", 0.0)
     found = measure_modes(small, [FOUR, CHECKPOINTING], Batch(1, 40))
-    assert all(time.ms > 0 for time in found.values()) and len(found) == 2
+    assert all(time.ms > 0 for time in found.values()) and len(found) == 2 and small._model is None
 
 
 def test_out_of_memory_is_no_time_and_other_failures_are_told(small, monkeypatch):

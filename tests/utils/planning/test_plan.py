@@ -217,7 +217,8 @@ def test_all_linear_is_a_name_for_all_layers():
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--lora_rank", "x"], "--lora_rank"),
     ],
 )
-def test_mistakes_end_with_one_sentence(capsys, options, said):
+def test_mistakes_end_with_one_sentence(capsys, monkeypatch, options, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
         main(options)
     captured = capsys.readouterr()
