@@ -9,6 +9,7 @@ from hyclora.utils.args import LoraArguments
 from hyclora.utils.planning import MODES, Shape, measuring
 from hyclora.utils.planning.measuring import NO_GPU, NO_ROOM, Bench, batch_of, measure_modes, without_advice
 from hyclora.utils.planning.times import Batch, Work
+from tests.helpers.replaying import graphed
 
 ADAPTERS = LoraArguments(target_modules=["all-linear"])
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -214,3 +215,30 @@ def test_few_tokens_calibrate_as_long_as_they_must(small, monkeypatch):
     monkeypatch.setattr(measuring, "WINDOW", 0.0)
     small.seconds(FOUR, 1, Batch(1, 4))
     assert calibrating == [False, False] and isinstance(small.model(1), nn.Module)
+
+
+@pytest.mark.parametrize("documents", [None, 4])
+def test_graphs_are_recorded_before_they_are_timed(small, any_dtype, monkeypatch, documents):
+    """Anew for each mode, on a model that had others."""
+    real = measuring.MicroStep.seconds
+    recorded = []
+
+    def apply(model, config):
+        options = config.to_dict()
+        assert options.pop("iteration_threshold") == 1
+        graphed(model, options)
+
+    def seconds(step, n):
+        graphs = patch_of(step.model).graphs
+        before = dict(graphs.recordings)
+        found = real(step, n)
+        recorded.append((len(before), graphs.recordings == before))
+        return found
+
+    monkeypatch.setattr(measuring, "apply_hyclora", apply)
+    monkeypatch.setattr(measuring.MicroStep, "seconds", seconds)
+    monkeypatch.setattr(measuring, "WINDOW", 0.0)
+    monkeypatch.setattr("tests.helpers.replaying.CALIBRATION", 1)
+    for mode in (FOUR, EXACT):
+        small.seconds(mode, 2, Batch(2, 24, documents))
+    assert recorded == [(1, True)] * 4
