@@ -212,7 +212,7 @@ def plan(
     elif measure and any(row.fits for row in rows):
         known = measure_modes(Bench(shape, lora, where), [row.mode for row in rows if row.fits], kept.batch, tell)
         kept.write(known)
-    timed = f"times are of {kept.device}, by some of the layers{f', in {times}' if times else ''}"
+    timed = f"times are of {kept.device}, from some of the layers up to all{f'; they are in {times}' if times else ''}"
     if not known:
         missing = f"{times} has none of this model with such adapters and rows" if times else NOT_MEASURED
         timed = f"times are unknown: {why or missing}"

@@ -37,6 +37,7 @@ LEAST, PROBED = 2, (2, 4)  # layers: the last one runs unlike the others
 WARM_UP, TIMED = 4, 3  # micro-steps, and more of those that are timed where they are short
 WINDOW, MOST = 0.4, 20  # seconds of them, and how many at most
 NO_ROOM, NO_GPU = "out of memory while it was measured", "runs on a GPU alone"
+OF_FILES = ("quantization_config", "auto_map")  # of a config.json: weights and code that are not read
 logger = logging.getLogger("hyclora")
 
 
@@ -134,6 +135,7 @@ class Bench:
 
     def _build(self, layers: int) -> nn.Module:
         values = self.shape.config.to_dict() | {"num_hidden_layers": layers}
+        values = {name: value for name, value in values.items() if name not in OF_FILES}
         if values.get("layer_types"):
             values["layer_types"] = values["layer_types"][:layers]
         with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from hyclora.models.patch import patch_of
 from hyclora.utils.args import LoraArguments
@@ -10,6 +11,7 @@ from hyclora.utils.planning import MODES, Shape, measuring
 from hyclora.utils.planning.measuring import NO_GPU, NO_ROOM, Bench, batch_of, measure_modes, without_advice
 from hyclora.utils.planning.times import Batch, Work
 from tests.helpers.replaying import graphed
+from tests.helpers.small_models import qwen3
 
 ADAPTERS = LoraArguments(target_modules=["all-linear"])
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -148,6 +150,18 @@ def test_a_mode_runs_as_it_is_set_and_the_model_is_stock_afterwards(small, mode,
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_a_model_has_the_first_layers_and_random_weights(tiny_llama_folder):
+    """Whatever its files say of their own weights, and of each layer."""
+    config = AutoConfig.from_pretrained(tiny_llama_folder)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    one = Bench(Shape(config, "bf16"), ADAPTERS, CPU)
+    assert len(one.model(1).base_model.model.model.layers) == 1
+    assert not hasattr(one.model(1).config, "quantization_config")
+    mixed = qwen3().config
+    mixed.layer_types = ["full_attention"] * mixed.num_hidden_layers
+    assert Bench(Shape(mixed, "bf16"), ADAPTERS, CPU).model(1).config.layer_types == ["full_attention"]
 
 
 def test_times_are_measured(small, monkeypatch):
