@@ -9,6 +9,7 @@ profile_step.py       where the time of a step goes          experiments.py     
 technique_grid.py     run_alpaca.py's techniques, on and off
 scaling.py            one GPU and several of one host
 plan_check.py         what a plan predicts, and is so, of some sixty cases
+plan_times.py         the times that a plan measures on few layers, and all layers take
 longest_rows.py       tokens of one row that fit a card of so many GiB
 kills.py              runs that are killed and resumed, against one that was not
 faults.py             runs that break in other ways, and go on
@@ -23,5 +24,6 @@ report_real_rows.py   and those of rows of many lengths      report_experiments.
 technique_tables.py   those of a grid                        seed_reports.py    what two reports say of one
 report_kills.py       and of runs that were killed           report_plan.py     what hyclora.plan counts, and is so
 report_scaling.py     and of several GPUs                   report_longest_rows.py  and of the longest row a card
-report_plan_check.py  and how far off that is, by kind      tables.py          a table in Markdown
+report_plan_check.py  and how far off that is, by kind      report_plan_times.py  and of times
+tables.py             a table in Markdown
 """

@@ -17,6 +17,7 @@ from benchmarks.report_kills import faults, kills
 from benchmarks.report_longest_rows import longest_rows
 from benchmarks.report_plan import planned, planned_peers
 from benchmarks.report_plan_check import every_case, of_kinds
+from benchmarks.report_plan_times import plan_times
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.report_scaling import scaling
 from benchmarks.rows import (
@@ -327,6 +328,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "planned": planned,
         "planned_peers": planned_peers,
         "plan_check": every_case,
+        "plan_times": plan_times,
         "packed_rows": packed_rows,
         "scaling": scaling,
         "technique_grid": technique_grid,

@@ -5,7 +5,7 @@
 The parts of the package are the folders models, operators and utils. In a checkout they lie beside this one, in an
 installed package inside it; they are hyclora.models, hyclora.operators and hyclora.utils in both. Beside them are
 fidelity.py: verify() on a checkpoint (python -m hyclora.fidelity), and plan.py: what a run needs of GPU and host
-memory, and the longest row that fits (python -m hyclora.plan).
+memory, the longest row that fits, and with --measure what is fastest (python -m hyclora.plan).
 """
 
 import logging

@@ -1,6 +1,7 @@
 """Will it fit, and how long may a row be: what each mode needs of GPU and host memory, before anything is loaded.
 
     python -m hyclora.plan MODEL --gpu 24GiB --host 64GiB --tokens 4x512
+    python -m hyclora.plan MODEL --gpu 24GiB --host 64GiB --tokens 4x512 --measure --times times.json
 
 MODEL: a folder with a config.json, that file, or a name in benchmarks/shapes. Bytes are counted from the slot table and
 the buffers of the operators, not measured on this machine. How near the count of live memory was to what was measured
@@ -10,68 +11,104 @@ earlier builds, say so; the preset `paper`, whose attention map is square, is no
 without checkpointing, and Unsloth with offloaded checkpointing need is counted beside them where weights are NF4 and
 all linear layers have adapters, without dropout; they are never chosen. All holds with
 PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
+
+Times of a micro-step (a forward and a backward) are unknown until they are measured: --measure runs a few layers of the
+shape with random weights on the GPU at hand, about a minute on a fast one and longer where kernels have to be compiled
+first, and tells what all layers would take. Long rows are measured at shorter ones, with what attention has to do taken
+into account. The fastest mode that fits is chosen then. --times FILE keeps the times, and without --measure they are
+read from it, on the same GPU with the same versions.
 """
 
 import argparse
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+
+import torch
 
 from hyclora.models.config import HycloraConfig
-from hyclora.utils.args import LoraArguments
+from hyclora.utils.args import ALL_LINEAR, LoraArguments
 from hyclora.utils.errors import RunStopped, UserError, entry_point
 from hyclora.utils.planning.budget import Choice, below_static, choose
 from hyclora.utils.planning.fitting import STEP, Load, fits, longest, longest_of
 from hyclora.utils.planning.live import Savers, count
+from hyclora.utils.planning.measuring import Bench, measure_modes
 from hyclora.utils.planning.modes import MODES, Mode
 from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.peers import PEERS, Peer, most_tokens, peer_of
-from hyclora.utils.planning.recorded import times
+from hyclora.utils.planning.recorded import times as recorded_times
 from hyclora.utils.planning.shape import BASES, Shape
+from hyclora.utils.planning.times import Batch, Time, fastest
+from hyclora.utils.planning.times_file import KeptTimes, check_place, device_name
 from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
 from hyclora.utils.results import table
 
-UNKNOWN = "not measured"  # a time
+NOT_MEASURED = "--measure measures them on the GPU that is planned for"
+SAME_CARD = 1.05  # a card has a little less than its name says
 
 
 @dataclass(frozen=True)
 class Row:
     """One mode: its Need for the batch, whether that fits, the longest single row that does (0: none), its time.
 
-    near: how near the count of dyn is. or_more: longer rows than that are not counted.
+    near: how near the count of dyn is. size: tokens of the batch. or_more: longer rows than that are not counted.
     """
 
     mode: Mode | Peer
     need: Need
     fits: bool
     longest: int
-    time: str
+    time: Time
     near: str
+    size: int
     or_more: bool = False
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Real tokens, as full rows have no padding; None where the time is unknown."""
+        return None if self.time.ms is None else 1e3 * self.size / self.time.ms
 
     def cells(self) -> tuple[str, ...]:
         need = self.need
         sizes = [say_size(n) for n in (sum(need.static.values()), need.dyn, need.gpu, need.pinned)]
         longest = f"{self.longest} tokens{' or more' * self.or_more}" if self.longest else "none"
-        return self.mode.name, *sizes, "yes" if self.fits else "no", longest, self.time, self.near
+        speed = "" if self.tokens_per_second is None else f"{self.tokens_per_second:.0f}"
+        return self.mode.name, *sizes, "yes" if self.fits else "no", longest, str(self.time), speed, self.near
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A row a mode; chosen: the one that fits with the least GPU memory, None if none does. str() is for a person.
+    """A row a mode, of those that fit the fastest chosen, or while times are unknown the least. str() is for a person.
 
-    budget: what memory_budget would choose, None if nothing fits, or for packed rows. peers: rows of other ways to
-    train, for comparison; none is ever chosen, and there are none where they are not counted (utils/planning/peers.py).
+    timed: where times are from, or why they are unknown. budget: what memory_budget would choose, None if nothing fits,
+    or for packed rows. peers: rows of other ways to train, for comparison; none is ever chosen, and there are none
+    where they are not counted (utils/planning/peers.py).
     """
 
     rows: list[Row]
     batch: tuple[int, int]
     gpu: int
     host: int
+    timed: str
     budget: Choice | None = None
     peers: list[Row] = field(default_factory=list)
 
     @property
     def chosen(self) -> Row | None:
+        """None if no mode fits."""
+        return self.fastest or self.least
+
+    @property
+    def fastest(self) -> Row | None:
+        """Of the modes that fit and whose time is known; the first of those that are alike: more bits before fewer."""
+        known = [row for row in self.rows if row.fits and row.time.ms is not None]
+        return known[fastest([row.time.ms for row in known])] if known else None
+
+    @property
+    def least(self) -> Row | None:
+        """Of the modes that fit the one with the least GPU memory."""
         return min((row for row in self.rows if row.fits), key=lambda row: row.need.gpu, default=None)
 
     def __str__(self) -> str:
@@ -84,6 +121,7 @@ class Plan:
             "fits",
             "longest row",
             "a micro-step",
+            "real tokens/s",
             "count of dyn, where measured",
         )
         first = self.rows[0].need
@@ -91,7 +129,7 @@ class Plan:
         budget = f"{say_size(self.gpu)} of GPU and {say_size(self.host)} of host memory"
         budget = f"{self.batch[0]} x {self.batch[1]} tokens, {budget}"
         lines = [head, *(row.cells() for row in self.rows)]
-        told = [budget, table(lines), f"static, {self.rows[0].mode.name}:", *parts, self._verdict()]
+        told = [budget, table(lines), self.timed, f"static, {self.rows[0].mode.name}:", *parts, self._verdict()]
         if self.peers:
             told += [
                 "",
@@ -101,74 +139,118 @@ class Plan:
         return "\n".join(told)
 
     def _verdict(self) -> str:
-        row = self.chosen
-        if row is None:
+        if self.least is None:
             best = max(self.rows, key=lambda row: row.longest)
             longest = f"; the longest single row is {best.longest} tokens ({best.mode.name})" if best.longest else ""
             return f"no mode fits{longest}"
-        settings = ", ".join(f"{name}={value!r}" for name, value in row.mode.config_arguments.items())
-        checkpointing = " and gradient checkpointing" if row.mode.checkpointing else ""
-        setting = f"HycloraConfig({settings}){checkpointing}"
-        least = f"least memory: {row.mode.name}, {setting}; the peak is in {row.need.peak}"
-        return least if self.budget is None else f"{least}\nmemory_budget={say_size(self.gpu)!r} takes {self.budget}"
+        parts = []
+        if row := self.fastest:
+            parts.append(f"fastest: {_said(row)}; {row.time}, {row.tokens_per_second:.0f} real tokens/s")
+        parts.append(f"least memory: {_said(self.least)}; the peak is in {self.least.need.peak}")
+        parts += [] if self.budget is None else [f"memory_budget={say_size(self.gpu)!r} takes {self.budget}"]
+        return "\n".join(parts)
+
+
+def _said(row: Row) -> str:
+    """A mode and how it is set."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in row.mode.config_arguments.items())
+    checkpointing = " and gradient checkpointing" if row.mode.checkpointing else ""
+    return f"{row.mode.name}, HycloraConfig({settings}){checkpointing}"
 
 
 def plan(
     model, gpu: str | int, host: str | int, tokens: str | tuple[int, int] = (4, 512), base: str = "nf4",
     lora_rank: int = 16, documents: int | None = None, target_modules: list[str] | None = None,
-    lora_dropout: float = 0.0,
+    lora_dropout: float = 0.0, measure: bool = False, times: str | Path | None = None, device: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Plan:  # fmt: skip
     """What a micro-step of a model with LoRA on its linear layers needs in each mode of today, and what fits.
 
     model: a folder, a config.json, a name in benchmarks/shapes or a Transformers configuration of a decoder; gpu, host:
     bytes, or as 24GiB; tokens: rows and tokens a row, or as 4x512; base: nf4 or bf16 weights; documents: how many the
     rows are packed of in all, None for one a row; target_modules: names of the linear layers with adapters, None for
-    all of them.
+    all of them. measure: the times of the modes that fit, on device (None: the GPU), with what is being measured to
+    tell (utils/planning/measuring.py); times: a file to keep them in, or without measure to read them from.
 
     static = weights + 4 x 4 bytes a trained number (itself, gradient, Adam's two) + 24 or 32 bytes a channel of each
     quantizer + GEMM workspaces; dyn = largest sum of live tensors over the moments of a step (utils/planning/live.py);
     gpu in all = static + dyn + 30 % of dyn, 1 GiB at most, and 96 MiB a pool for gaps (need.py there; and, beside the
     pool of graphs, the loss's tensors or what a step of AdamW has for a time) + 1 GB for the driver and CUDA's context,
     which no allocator counts. The count of dyn alone has no margin: see Mode.accuracy. Padding costs less than counted.
-    Allocates nothing on a GPU, and no weights on the host.
+    Allocates nothing on a GPU, and no weights on the host, unless it measures.
 
     Raises UserError for a model without configuration or without such target_modules, a size or batch that cannot be
-    read, adapters that cannot be, and for a budget below the static part of every mode.
+    read, adapters that cannot be, for a budget below the static part of every mode, for measuring without a GPU, and
+    for a file that cannot be read or written, or has times of another GPU or other versions alone.
     """
+    where, times = _device(device, measure), times and Path(times)
+    if times and measure:
+        check_place(times)
     gpu = parse_size(gpu, "gpu") if isinstance(gpu, str) else gpu
     host = parse_size(host, "host", or_none=True) if isinstance(host, str) else host
     batch = parse_tokens(tokens if isinstance(tokens, str) else "x".join(map(str, tokens)), "tokens")
-    adapters = {} if target_modules is None else {"target_modules": target_modules}
-    LoraArguments(lora_rank=lora_rank, lora_dropout=lora_dropout, **adapters)  # refuses what the scripts refuse
+    adapters = {"target_modules": [ALL_LINEAR] if target_modules is None else target_modules}
+    lora = LoraArguments(lora_rank=lora_rank, lora_dropout=lora_dropout, **adapters)
     if documents is not None and documents < batch[0]:
         raise UserError(f"{documents} documents do not fill {batch[0]} rows: each row has one at least")
     if documents is not None and documents > batch[0] * batch[1]:
         raise UserError(f"{documents} documents are more than {batch[0]} x {batch[1]} tokens: each has one at least")
     shape = Shape(model, base, lora_rank, target_modules, lora_dropout > 0)
-    recorded = documents is None and target_modules is None and not lora_dropout
-    known, rows = times(shape, *batch) if recorded else {}, []
+    kept = KeptTimes(shape, lora, Batch(*batch, documents), where, times)
+    known = {} if measure else kept.read()
+    comparable = documents is None and target_modules is None and not lora_dropout
+    recorded, rows = recorded_times(shape, *batch) if comparable else {}, []
     for mode in MODES:
         savers = Savers(shape, mode.config)
         need = count(savers, *batch, mode.checkpointing, documents)
         most = longest(savers, Load.full(1, 0, checkpointing=mode.checkpointing), gpu, host)
-        time = known.get(mode.name, UNKNOWN)
-        rows.append(Row(mode, need, fits(need, gpu, host), most, time, mode.accuracy))
+        time = Time(elsewhere=recorded.get(mode.name, ""))
+        rows.append(Row(mode, need, fits(need, gpu, host), most, time, mode.accuracy, batch[0] * batch[1]))
     below_static(min(sum(row.need.static.values()) for row in rows), gpu)
+    if why := _other_card(gpu, where):
+        known = {}
+    elif measure and any(row.fits for row in rows):
+        known = measure_modes(Bench(shape, lora, where), [row.mode for row in rows if row.fits], kept.batch, tell)
+        kept.write(known)
+    timed = f"times are of {kept.device}, from some of the layers up to all{f'; they are in {times}' if times else ''}"
+    if not known:
+        missing = f"{times} has none of this model with such adapters and rows" if times else NOT_MEASURED
+        timed = f"times are unknown: {why or missing}"
+    rows = [replace(row, time=known.get(row.mode.name, row.time)) for row in rows]
     if documents is not None:
-        return Plan(rows, batch, gpu, host)
-    return Plan(rows, batch, gpu, host, _budget(shape, batch, gpu, host), _peers(shape, batch, gpu, host))
+        return Plan(rows, batch, gpu, host, timed)
+    return Plan(rows, batch, gpu, host, timed, _budget(shape, batch, gpu, host), _peers(shape, batch, gpu, host))
+
+
+def _device(name: str | None, measure: bool) -> torch.device:
+    """Where times are of; UserError where nothing can be measured."""
+    there = torch.cuda.is_available()
+    if not there and (name == "cuda" or measure and name is None):
+        raise UserError(
+            "times are measured on a GPU, and there is none here: measure on the machine that trains, or drop "
+            "--measure (--device cpu tries it out)"
+        )
+    return torch.device(name or ("cuda" if there else "cpu"))
+
+
+def _other_card(gpu: int, device: torch.device) -> str:
+    """Why the GPU at hand is not the one that is planned for, "" if it may be."""
+    card = torch.cuda.mem_get_info()[1] if device.type == "cuda" else gpu
+    if gpu <= card * SAME_CARD:
+        return ""
+    return f"the plan is for {say_size(gpu)} of GPU memory, and the {device_name(device)} here has {say_size(card)}"
 
 
 def _peers(shape: Shape, batch: tuple[int, int], gpu: int, host: int) -> list[Row]:
     """A row a peer, none where such rows are not counted."""
     most, rows = most_tokens(shape), []
-    known = times(shape, *batch, of=peer_of)
+    known = recorded_times(shape, *batch, of=peer_of)
     for peer in PEERS if batch[1] <= most else ():
         need = peer.need(shape, *batch)
         tokens = longest_of(partial(peer.need, shape, 1), gpu, host, most)
         or_more = tokens + STEP > most
-        time, near = known.get(peer.name, UNKNOWN), peer.accuracy(shape)
-        rows.append(Row(peer, need, fits(need, gpu, host), tokens, time, near, or_more))
+        time, near = Time(elsewhere=known.get(peer.name, "")), peer.accuracy(shape)
+        rows.append(Row(peer, need, fits(need, gpu, host), tokens, time, near, batch[0] * batch[1], or_more))
     return rows
 
 
@@ -199,7 +281,10 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--target_modules", nargs="+", help="linear layers with adapters, as q_proj (default: all)")
     parser.add_argument("--lora_dropout", type=float, default=0.0, help="dropout of the adapters (default: 0)")
     parser.add_argument("--documents", type=int, help="documents that the rows are packed of, in all")
-    found = plan(**vars(parser.parse_args(argv)))
+    parser.add_argument("--measure", action="store_true", help="times of a micro-step, on the GPU at hand")
+    parser.add_argument("--times", metavar="FILE", help="JSON file that --measure writes times to, else to read from")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="to measure on (default: cuda; cpu tries it out)")
+    found = plan(**vars(parser.parse_args(argv)), tell=lambda line: print(line, file=sys.stderr, flush=True))
     print(found)
     if found.chosen is None:
         raise RunStopped("no mode fits this batch: choose fewer or shorter rows, or a larger GPU")

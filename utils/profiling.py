@@ -129,9 +129,11 @@ class MicroStep:
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=1e-3)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-        patch = patch_of(model)
-        threshold = HycloraConfig().iteration_threshold if patch is None else patch.step.threshold
+        at = getattr(patch_of(model), "step", None)
+        threshold = HycloraConfig().iteration_threshold if at is None else at.threshold
         for _ in range(threshold + AFTER_CALIBRATION):
+            self.forward(warm_up_batch or batch).backward()
+        while at is not None and at.index < at.threshold + AFTER_CALIBRATION:  # few tokens calibrate longer
             self.forward(warm_up_batch or batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
@@ -186,19 +188,29 @@ class MicroStep:
         }
         return {f"{name}_mib": round(size / MIB, 1) for name, size in found.items()}
 
-    def throughput(self, steps: int) -> dict[str, float]:
-        """Median time of a micro-step with its spread, and what it means in sequences and tokens."""
+    def seconds(self, steps: int) -> list[float]:
+        """Times of so many micro-steps, each until the device is done; self.loss is that of the last."""
         # calibration may have been on other batches, and what is new about this one is not to be timed
         for _ in range((AFTER_CALIBRATION if graphs_of(self.model) else 1) - self.seen):
             self.forward(self.batch).backward()
         times = []
         for _ in range(steps):
+            self._synchronize()
             start = time.perf_counter()
             loss = self.forward(self.batch)
             loss.backward()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            self._synchronize()
             times.append(time.perf_counter() - start)
+        self.loss = loss.detach()
+        return times
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def throughput(self, steps: int) -> dict[str, float]:
+        """Median time of a micro-step with its spread, and what it means in sequences and tokens."""
+        times = self.seconds(steps)
         median = statistics.median(times)
         return {
             "ms": round(1e3 * median, 1),
@@ -206,5 +218,5 @@ class MicroStep:
             "steps_per_second": round(1 / median, 3),
             "sequences_per_second": round(len(self.batch["input_ids"]) / median, 2),
             "tokens_per_second": round(self.batch["input_ids"].numel() / median),
-            "loss": round(loss.item(), 4),
+            "loss": round(self.loss.item(), 4),
         }

@@ -37,6 +37,10 @@ class Mode:
         return HycloraConfig(**self.config_arguments)
 
     @property
+    def needs_gpu(self) -> bool:
+        return bool(self.config.offload or self.config.cuda_graphs)
+
+    @property
     def accuracy(self) -> str:
         """How near the count of dyn is, in words."""
         return how_near(self.lines, self.off, self.earlier)

@@ -1,15 +1,20 @@
 """python -m hyclora.plan: what it says, picks and refuses."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from hyclora.models.config import HycloraConfig
 from hyclora.plan import main, plan
+from hyclora.utils.args import LoraArguments
 from hyclora.utils.errors import UserError
-from hyclora.utils.planning import Savers, count
+from hyclora.utils.planning import Savers, count, measuring
 from hyclora.utils.planning.fitting import STEP, fits
 from hyclora.utils.planning.modes import MODES, NEAR, Mode, describe, mode_of
 from hyclora.utils.planning.recorded import times
 from hyclora.utils.planning.shape import Shape
+from hyclora.utils.planning.times import Batch, Time
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +46,108 @@ def test_host_memory_is_a_limit_too():
     assert not fits["offloaded, layer by layer, 4 bit"] and fits["resident, layer by layer, 4 bit"]
 
 
-def test_a_recorded_time_is_told_and_no_other(roomy):
-    time = {row.mode.name: row.time for row in roomy.rows}
-    assert time["offloaded, CUDA graphs, 4 bit"].endswith("ms (H200)")
-    assert time["offloaded, CUDA graphs, 8 bit"] == "not measured"
+def test_a_time_is_unknown_though_it_was_recorded_elsewhere(roomy):
+    said = {row.mode.name: str(row.time) for row in roomy.rows}
+    assert re.fullmatch(r"unknown here, \d+ ms \(H200\)", said["offloaded, CUDA graphs, 4 bit"])
+    assert said["offloaded, CUDA graphs, 8 bit"] == "unknown" and roomy.fastest is None
+    assert "\ntimes are unknown: --measure measures them on the GPU that is planned for\n" in str(roomy)
     assert times(Shape("llama-2-7b", rank=32), 4, 512) == {} == times(Shape("llama-2-7b"), 3, 512)
+
+
+def test_the_fastest_that_fits_is_chosen_once_times_are_known(roomy):
+    """Exact slots of 1 % more time before quantized ones, and no mode that does not fit."""
+    ms = {row.mode.name: 100.0 + i for i, row in enumerate(roomy.rows)}
+    ms |= {
+        "resident, CUDA graphs, 2 bit": 89.0,
+        "resident, CUDA graphs, 4 bit": 89.9,
+        "offloaded, CUDA graphs, 4 bit": 1,
+    }
+    rows = [replace(row, time=Time(ms[row.mode.name]), fits=ms[row.mode.name] > 1) for row in roomy.rows]
+    found = replace(roomy, rows=rows)
+    assert found.chosen is found.fastest and found.chosen.mode.name == "resident, CUDA graphs, 4 bit"
+    assert found.chosen.tokens_per_second == pytest.approx(2048 / 0.0899)
+    said = (
+        "fastest: resident, CUDA graphs, 4 bit, HycloraConfig(q_bit=4, offload=False, cuda_graphs=True); 89.9 ms, 22781"
+    )
+    assert f"\n{said} real tokens/s\nleast memory: " in str(found)
+    assert re.search(r"\nresident, CUDA graphs, 4 bit .* 89.9 ms +22781 ", str(found))
+
+
+@pytest.fixture
+def few_modes(monkeypatch):
+    """Two modes, and what would measure them: what it was asked for, and that the second has no room."""
+    modes = [mode for mode in MODES if mode.name in ("exact, resident, layer by layer", "resident, CUDA graphs, 4 bit")]
+    asked = []
+
+    def measure_modes(bench, chosen, batch, tell):
+        asked.append((bench.device.type, bench.lora, [mode.name for mode in chosen], batch))
+        return {chosen[0].name: Time(50.0)} | {mode.name: Time(why="out of memory") for mode in chosen[1:]}
+
+    monkeypatch.setattr("hyclora.plan.MODES", modes)
+    monkeypatch.setattr("hyclora.plan.measure_modes", measure_modes)
+    return asked
+
+
+def test_what_fits_is_measured_with_such_adapters_and_rows(few_modes):
+    options = {"lora_rank": 8, "target_modules": ["q_proj"], "lora_dropout": 0.1, "documents": 8}
+    found = plan("llama-3.2-1b", "4GiB", "1GiB", (4, 512), measure=True, device="cpu", **options)
+    adapters = LoraArguments(lora_rank=8, target_modules=["q_proj"], lora_dropout=0.1)
+    assert few_modes == [("cpu", adapters, ["resident, CUDA graphs, 4 bit"], Batch(4, 512, 8))]
+    assert [str(row.time) for row in found.rows] == ["50.0 ms", "unknown"] and not found.rows[1].fits
+    assert found.timed.startswith("times are of CPU ")
+    roomy = plan("llama-3.2-1b", "16GiB", "1GiB", measure=True, device="cpu")
+    assert [str(row.time) for row in roomy.rows] == ["50.0 ms", "unknown: out of memory"]
+
+
+def test_times_are_kept_in_a_file_and_read(few_modes, tmp_path, capsys):
+    command = [
+        "llama-3.2-1b",
+        "--gpu",
+        "16GiB",
+        "--host",
+        "1GiB",
+        "--device",
+        "cpu",
+        "--times",
+        str(tmp_path / "t.json"),
+    ]
+    main([*command, "--measure"])
+    measured = capsys.readouterr().out
+    main(command)
+    assert capsys.readouterr().out == measured and len(few_modes) == 1
+    main([*command, "--tokens", "2x512"])
+    assert "t.json has none of this model with such adapters and rows\n" in capsys.readouterr().out
+    (tmp_path / "t.json").write_text("[")
+    for options in ([], ["--measure"]):
+        with pytest.raises(SystemExit) as exit:
+            main([*command, *options])
+        captured = capsys.readouterr()
+        assert exit.value.code == 2 and captured.err.count("\n") == 1 and "t.json cannot be read" in captured.err
+    assert len(few_modes) == 1
+
+
+def test_a_gpu_that_is_not_the_one_planned_for_is_not_measured(few_modes, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA Small")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 8 * 2**30))
+    found = plan("llama-3.2-1b", "16GiB", "1GiB", measure=True)
+    assert not few_modes and found.fastest is None and found.chosen
+    assert found.timed == (
+        "times are unknown: the plan is for 16.00 GiB of GPU memory, and the NVIDIA Small here has 8.00 GiB"
+    )
+    assert plan("llama-3.2-1b", "8.2GiB", "1GiB", measure=True).fastest  # a card has less than its name says
+    assert few_modes[0][0] == "cuda"
+
+
+def test_a_small_model_is_measured_on_a_cpu(tiny_llama_folder, few_modes, monkeypatch, tmp_path):
+    """All of it, but for the clock's patience."""
+    monkeypatch.setattr("hyclora.plan.measure_modes", measuring.measure_modes)
+    monkeypatch.setattr(measuring, "WINDOW", 0.0)
+    options = {"tokens": (2, 32), "base": "bf16", "device": "cpu", "times": tmp_path / "times.json"}
+    found = plan(tiny_llama_folder, "4GiB", "1GiB", measure=True, **options)
+    graphs, exact = found.rows
+    assert str(graphs.time) == "unknown: runs on a GPU alone" and exact.time.ms > 0 and found.chosen is exact
+    assert plan(tiny_llama_folder, "4GiB", "1GiB", **options).rows[1].time.ms == pytest.approx(exact.time.ms, abs=1e-3)
 
 
 def test_how_near_a_count_is_said():
@@ -110,10 +212,13 @@ def test_all_linear_is_a_name_for_all_layers():
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--tokens", "512"], "'512' is no batch"),
         (["llama-2-7b", "--gpu", "1GiB", "--host", "1GiB"], "is below the"),
         (["llama-2-7b", "--gpu", "24GiB"], "--host"),
+        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--measure"], "there is none here"),
+        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--times", "no.json"], "no.json has no times"),
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--lora_rank", "x"], "--lora_rank"),
     ],
 )
-def test_mistakes_end_with_one_sentence(capsys, options, said):
+def test_mistakes_end_with_one_sentence(capsys, monkeypatch, options, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
         main(options)
     captured = capsys.readouterr()
