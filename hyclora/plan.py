@@ -13,7 +13,7 @@ PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
 """
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from hyclora.models.config import HycloraConfig
@@ -37,7 +37,8 @@ UNKNOWN = "not measured"  # a time
 class Row:
     """One mode: its Need for the batch, whether that fits, the longest single row that does (0: none), its time.
 
-    near: how near the count of dyn is. or_more: longer rows than that are not counted.
+    near: how near the count of dyn is. or_more: longer rows than that are not counted. hosted: the longest row with
+    embeddings in host memory, None where that cannot be, or is so already.
     """
 
     mode: Mode | Peer
@@ -47,18 +48,21 @@ class Row:
     time: str
     near: str
     or_more: bool = False
+    hosted: int | None = None
 
     def cells(self) -> tuple[str, ...]:
         need = self.need
-        sizes = [say_size(n) for n in (sum(need.static.values()), need.dyn, need.gpu, need.pinned)]
-        longest = f"{self.longest} tokens{' or more' * self.or_more}" if self.longest else "none"
-        return self.mode.name, *sizes, "yes" if self.fits else "no", longest, self.time, self.near
+        sizes = [say_size(n) for n in (sum(need.static.values()), need.dyn, need.gpu, need.on_host)]
+        rows = [f"{tokens} tokens" if tokens else "none" for tokens in (self.longest, self.hosted)]
+        rows = [rows[0] + " or more" * self.or_more, "" if self.hosted is None else rows[1]]
+        return self.mode.name, *sizes, "yes" if self.fits else "no", *rows, self.time, self.near
 
 
 @dataclass(frozen=True)
 class Plan:
     """A row a mode; chosen: the one that fits with the least GPU memory, None if none does. str() is for a person.
 
+    Where none does, rows of those follow that would fit with embeddings in host memory.
     budget: what memory_budget would choose, None if nothing fits, or for packed rows. peers: rows of other ways to
     train, for comparison; none is ever chosen, and there are none where they are not counted (utils/planning/peers.py).
     """
@@ -83,6 +87,7 @@ class Plan:
             "host",
             "fits",
             "longest row",
+            "embeddings on host",
             "a micro-step",
             "count of dyn, where measured",
         )
@@ -103,8 +108,10 @@ class Plan:
     def _verdict(self) -> str:
         row = self.chosen
         if row is None:
-            best = max(self.rows, key=lambda row: row.longest)
-            longest = f"; the longest single row is {best.longest} tokens ({best.mode.name})" if best.longest else ""
+            found = [(row.longest, row.mode) for row in self.rows]
+            found += [(row.hosted, row.mode.with_embeddings_on_host) for row in self.rows if row.hosted is not None]
+            tokens, mode = max(found, key=lambda pair: pair[0])
+            longest = f"; the longest single row is {tokens} tokens ({mode.name})" if tokens else ""
             return f"no mode fits{longest}"
         settings = ", ".join(f"{name}={value!r}" for name, value in row.mode.config_arguments.items())
         checkpointing = " and gradient checkpointing" if row.mode.checkpointing else ""
@@ -146,14 +153,21 @@ def plan(
         raise UserError(f"{documents} documents are more than {batch[0]} x {batch[1]} tokens: each has one at least")
     shape = Shape(model, base, lora_rank, target_modules, lora_dropout > 0)
     recorded = documents is None and target_modules is None and not lora_dropout
-    known, rows = times(shape, *batch) if recorded else {}, []
-    for mode in MODES:
+    known = times(shape, *batch) if recorded else {}
+
+    def row_of(mode: Mode) -> Row:
         savers = Savers(shape, mode.config)
         need = count(savers, *batch, mode.checkpointing, documents)
         most = longest(savers, Load.full(1, 0, checkpointing=mode.checkpointing), gpu, host)
-        time = known.get(mode.name, UNKNOWN)
-        rows.append(Row(mode, need, fits(need, gpu, host), most, time, mode.accuracy))
-    below_static(min(sum(row.need.static.values()) for row in rows), gpu)
+        return Row(mode, need, fits(need, gpu, host), most, known.get(mode.name, UNKNOWN), mode.accuracy)
+
+    rows = [row_of(mode) for mode in MODES]
+    hosted = [] if shape.tied else [row_of(mode.with_embeddings_on_host) for mode in MODES]
+    below_static(min(sum(row.need.static.values()) for row in (*rows, *hosted)), gpu)
+    if hosted:
+        rows = [replace(row, hosted=other.longest) for row, other in zip(rows, hosted, strict=True)]
+    if not any(row.fits for row in rows):
+        rows += [row for row in hosted if row.fits]
     if documents is not None:
         return Plan(rows, batch, gpu, host)
     return Plan(rows, batch, gpu, host, _budget(shape, batch, gpu, host), _peers(shape, batch, gpu, host))
