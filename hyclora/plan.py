@@ -6,10 +6,11 @@ MODEL: a folder with a config.json, that file, or a name in benchmarks/shapes. B
 the buffers of the operators, not measured on this machine. How near the count of live memory was to what was measured
 is told with each mode, and README.md has how near all of it was. What the allocator takes beside live tensors is an
 allowance (plan() says of what size), and 1 GB is left for the driver. Modes that were never measured, or only with
-earlier builds, say so; the preset `paper`, whose attention map is square, is not among them. What PEFT alone, with or
-without checkpointing, and Unsloth with offloaded checkpointing need is counted beside them where weights are NF4 and
-all linear layers have adapters, without dropout; they are never chosen. All holds with
-PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
+earlier builds, say so; the preset `paper`, whose attention map is square, is not among them. The longest row of each is
+told with embeddings in host memory too (offload_embeddings=True), unless these are the head's weight; where no mode
+fits, those that do so follow. What PEFT alone, with or without checkpointing, and Unsloth with offloaded checkpointing
+need is counted beside them where weights are NF4 and all linear layers have adapters, without dropout; they are never
+chosen. All holds with PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
 """
 
 import argparse

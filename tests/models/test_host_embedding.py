@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora, verify
 from hyclora.models import host_embedding
@@ -260,6 +262,33 @@ def test_what_cannot_wait_in_host_memory(said, make):
     with pytest.raises(ValueError, match=f"^offload_embeddings=True: .*{said}.*; or drop that setting$"):
         apply_hyclora(model, config())
     assert apply_hyclora(model, config(False)).embeddings is None
+
+
+def test_a_model_that_is_sharded_already_is_refused(one_process):
+    with pytest.raises(ValueError, match="^offload_embeddings=True: the model is sharded by fully_shard, and"):
+        apply_hyclora(fully_shard(llama()), config())
+
+
+def test_data_parallel(one_process):
+    """DDP takes models on one kind of device alone."""
+    model, batch = llama(), padded_batch()
+    expected = steps(llama(), True, batch)
+    apply_hyclora(model, config())
+    wrapped = DistributedDataParallel(model)
+    for _, grads in expected:
+        model.zero_grad()
+        wrapped(**batch).loss.backward()
+        assert all(torch.equal(p.grad, grads[n]) for n, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="memory of a GPU")
+def test_it_frees_the_weights_bytes_on_the_gpu():
+    model = llama()
+    before = torch.cuda.memory_allocated()
+    apply_hyclora(model, config())
+    assert before - torch.cuda.memory_allocated() == 128 * 96 * 4
+    remove_hyclora(model)
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_part_of_a_vocabulary_is_refused():
