@@ -172,7 +172,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--layers", type=number(0), help="to run; 0: all; default: as many as --seconds allows")
     parser.add_argument("--seconds", type=number(1), default=40, help="that a step may take, as it is estimated")
-    parser.add_argument("--host", default="100GB", help="host memory for offloaded slots")
+    parser.add_argument("--host", default="100GB", help="host memory for what is offloaded")
     parser.add_argument("--match", default="", help="only modes whose name has this in it")
     parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4", help="frozen weights")
     parser.add_argument("--lora_rank", type=number(1), default=32)

@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None):
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help="folder, config.json, or a name in benchmarks/shapes")
     parser.add_argument("--gpu", required=True, help="memory of the card, for instance 24GiB")
-    parser.add_argument("--host", required=True, help="host memory for offloaded slots, for instance 64GiB")
+    parser.add_argument("--host", required=True, help="host memory for what is offloaded, for instance 64GiB")
     parser.add_argument("--tokens", default="4x512", help="ROWSxTOKENS of a micro-step (default: 4x512)")
     parser.add_argument("--base", choices=BASES, default="nf4", help="frozen weights (default: nf4)")
     parser.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: 16)")

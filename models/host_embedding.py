@@ -83,7 +83,7 @@ class HostEmbedding(Block):
         weight = held(self.module)
         if weight is None or module not in (None, self.module):
             raise ValueError(
-                f"{SETTING}: {self.name} was replaced since, and what it was is in host memory: resize, wrap or train "
+                f"{SETTING}: {self.name} was replaced since, and what it was is in host memory: replace or wrap "
                 "embeddings before apply_hyclora, and train them without that setting"
             )
         return weight
