@@ -23,7 +23,7 @@ from hyclora.utils.args import HycloraArguments, LoraArguments, ModelArguments, 
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import RunStopped, UserError, entry_point, is_out_of_memory
 from hyclora.utils.heads import NEXT_TOKEN
-from hyclora.utils.loading import check_layers, check_model, checkpoint_layers, find_base, load_model
+from hyclora.utils.loading import check_embeddings, check_layers, check_model, checkpoint_layers, find_base, load_model
 from hyclora.utils.planning.fitting import Load
 from hyclora.utils.profiling import random_micro_step
 from hyclora.utils.within_budget import settle
@@ -58,6 +58,7 @@ def main(argv=None):
     source = find_base(model_args, lora_args, tokenizer=False)
     check_model(source, NEXT_TOKEN, lora_args)
     check_layers(source, NEXT_TOKEN, hyclora_args.config())
+    check_embeddings(source, NEXT_TOKEN, lora_args, hyclora_args.config())
     device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(profile.device, profile.device))
     if device.type == "cpu" and Path(source).resolve().parent == SHAPES.resolve():
         raise UserError(f"{source} is the shape of a model for a GPU, and this would run on the CPU: drop model_name")

@@ -6,7 +6,8 @@
     python -m benchmarks.longest_rows --cards 8 24 --tokens 12288 168960    # rows of your own choice
 
 Random weights in NF4, LoRA of rank 32 on all seven linears, one row of random tokens. For each card the plan chooses
-the mode with the longest row, whose slots fit into --host; CUDA graphs, which take more, are not among them. A process
+the mode with the longest row, whose slots fit into --host; CUDA graphs, which take more, are not among them. Embeddings
+are in host memory where that makes the row longer, or of --tokens where these have no room otherwise. A process
 of its own calibrates on rows of 2048 tokens, as a run does whose first rows are short, and then takes one step on the
 long row: forward, backward, AdamW. A row that runs out of memory stays as a line, and one of 5 % fewer tokens is tried,
 at most twice.
@@ -75,8 +76,11 @@ def seconds_a_layer(shape, tokens: int) -> float:
     return forward * (1 + 1 + 2.5) / ATTENTION + 2 * tokens * weights * 3 / PRODUCTS
 
 
-def choose_mode(shape, card: int, args: argparse.Namespace):
-    """The mode with the longest row on a card, and its tokens; UserError if none has room for MULTIPLE of them."""
+def choose_mode(shape, card: int, args: argparse.Namespace, tokens: int | None = None):
+    """The mode with the longest row on a card, and its tokens; UserError if none has room for MULTIPLE of them.
+
+    Embeddings stay on the card if so many tokens have room beside them.
+    """
     from hyclora.utils.planning import MODES, Savers
     from hyclora.utils.planning.fitting import Load, longest
     from hyclora.utils.planning.need import RESERVE
@@ -84,13 +88,17 @@ def choose_mode(shape, card: int, args: argparse.Namespace):
 
     host = parse_size(args.host, "--host", or_none=True)
     gpu = card * GIB - BESIDE + RESERVE  # the plan leaves RESERVE for the driver and CUDA
-    found = {
-        mode: longest(Savers(shape, mode.config), Load.full(1, 0, checkpointing=mode.checkpointing), gpu, host)
-        for mode in MODES
-        if not mode.config.cuda_graphs
-        and args.match in mode.name
-        and not (args.device == "cpu" and mode.config.offload)
-    }
+
+    def rows(modes: list) -> dict:
+        return {
+            mode: longest(Savers(shape, mode.config), Load.full(1, 0, checkpointing=mode.checkpointing), gpu, host)
+            for mode in modes
+        }
+
+    modes = [mode for mode in MODES if not mode.config.cuda_graphs and args.match in mode.name]
+    found = rows([mode for mode in modes if not (args.device == "cpu" and mode.config.offload)])
+    if not shape.tied and (tokens is None or tokens > max(found.values(), default=0)):
+        found |= rows([mode.with_embeddings_on_host for mode in found])
     if not found:
         raise UserError(
             f"--match {args.match}: no mode that can be measured here is called so; python -m hyclora.plan lists them"
@@ -103,7 +111,7 @@ def choose_mode(shape, card: int, args: argparse.Namespace):
 
 def planned(args: argparse.Namespace, shape, card: int, tokens: int | None) -> Iterator[Row]:
     """The row of a card, of so many tokens or as many as fit, and shorter ones."""
-    mode, most = choose_mode(shape, card, args)
+    mode, most = choose_mode(shape, card, args, tokens)
     tokens = tokens or most // MULTIPLE * MULTIPLE
     for _ in range(TRIES):
         layers = args.layers
@@ -164,7 +172,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--layers", type=number(0), help="to run; 0: all; default: as many as --seconds allows")
     parser.add_argument("--seconds", type=number(1), default=40, help="that a step may take, as it is estimated")
-    parser.add_argument("--host", default="100GB", help="host memory for offloaded slots")
+    parser.add_argument("--host", default="100GB", help="host memory for what is offloaded")
     parser.add_argument("--match", default="", help="only modes whose name has this in it")
     parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4", help="frozen weights")
     parser.add_argument("--lora_rank", type=number(1), default=32)

@@ -136,7 +136,8 @@ def predict(case: Case, layers: int) -> dict:
             sizes.make_places(documents + 1)
             real, documents = filled_size(real), sizes.places
         need = count(savers, 1, real, documents=documents, **options)
-    found = {"static": sum(need.static.values()), "dyn": need.dyn, "held": need.held, "host": need.host}
+    found = {"static": sum(need.static.values()), "dyn": need.dyn, "held": need.held}
+    found["host"] = need.host + need.embeddings
     found |= {"optimizer": shape.trained // 4, "apart": need.apart}
     told = {f"{name}_mib": round(size / MIB, 1) for name, size in found.items()}
     return {"layers": shape.config.num_hidden_layers, "peak": need.peak, **told}

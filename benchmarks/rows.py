@@ -12,6 +12,7 @@ DEFAULTS_THEN = {"layer_type": "intra_inter", "cuda_graphs": False}
 SAID = {
     "published quantizer": {"scale_rule": "paper"},
     "offloaded": {"offload": True},
+    "embeddings in host memory": {"offload_embeddings": True},
     "CUDA graphs": {"cuda_graphs": True},
     "as a stream": {"stream": True},
 }

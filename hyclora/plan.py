@@ -7,10 +7,11 @@ MODEL: a folder with a config.json, that file, or a name in benchmarks/shapes. B
 the buffers of the operators, not measured on this machine. How near the count of live memory was to what was measured
 is told with each mode, and README.md has how near all of it was. What the allocator takes beside live tensors is an
 allowance (plan() says of what size), and 1 GB is left for the driver. Modes that were never measured, or only with
-earlier builds, say so; the preset `paper`, whose attention map is square, is not among them. What PEFT alone, with or
-without checkpointing, and Unsloth with offloaded checkpointing need is counted beside them where weights are NF4 and
-all linear layers have adapters, without dropout; they are never chosen. All holds with
-PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
+earlier builds, say so; the preset `paper`, whose attention map is square, is not among them. The longest row of each is
+told with embeddings in host memory too (offload_embeddings=True), unless these are the head's weight; where no mode
+fits, those that do so follow. What PEFT alone, with or without checkpointing, and Unsloth with offloaded checkpointing
+need is counted beside them where weights are NF4 and all linear layers have adapters, without dropout; they are never
+chosen. All holds with PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
 
 Times of a micro-step (a forward and a backward) are unknown until they are measured: --measure runs a few layers of the
 shape with random weights on the GPU at hand, about a minute on a fast one and longer where kernels have to be compiled
@@ -54,6 +55,7 @@ class Row:
     """One mode: its Need for the batch, whether that fits, the longest single row that does (0: none), its time.
 
     near: how near the count of dyn is. size: tokens of the batch. or_more: longer rows than that are not counted.
+    hosted: the longest row with embeddings in host memory, None where that cannot be, or is so already.
     """
 
     mode: Mode | Peer
@@ -64,6 +66,7 @@ class Row:
     near: str
     size: int
     or_more: bool = False
+    hosted: int | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -72,16 +75,18 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         need = self.need
-        sizes = [say_size(n) for n in (sum(need.static.values()), need.dyn, need.gpu, need.pinned)]
-        longest = f"{self.longest} tokens{' or more' * self.or_more}" if self.longest else "none"
+        sizes = [say_size(n) for n in (sum(need.static.values()), need.dyn, need.gpu, need.on_host)]
+        rows = [f"{tokens} tokens" if tokens else "none" for tokens in (self.longest, self.hosted)]
+        rows = [rows[0] + " or more" * self.or_more, "" if self.hosted is None else rows[1]]
         speed = "" if self.tokens_per_second is None else f"{self.tokens_per_second:.0f}"
-        return self.mode.name, *sizes, "yes" if self.fits else "no", longest, str(self.time), speed, self.near
+        return self.mode.name, *sizes, "yes" if self.fits else "no", *rows, str(self.time), speed, self.near
 
 
 @dataclass(frozen=True)
 class Plan:
     """A row a mode, of those that fit the fastest chosen, or while times are unknown the least. str() is for a person.
 
+    Where none does, rows of those follow that would fit with embeddings in host memory.
     timed: where times are from, or why they are unknown. budget: what memory_budget would choose, None if nothing fits,
     or for packed rows. peers: rows of other ways to train, for comparison; none is ever chosen, and there are none
     where they are not counted (utils/planning/peers.py).
@@ -120,6 +125,7 @@ class Plan:
             "host",
             "fits",
             "longest row",
+            "embeddings on host",
             "a micro-step",
             "real tokens/s",
             "count of dyn, where measured",
@@ -140,8 +146,10 @@ class Plan:
 
     def _verdict(self) -> str:
         if self.least is None:
-            best = max(self.rows, key=lambda row: row.longest)
-            longest = f"; the longest single row is {best.longest} tokens ({best.mode.name})" if best.longest else ""
+            found = [(row.longest, row.mode) for row in self.rows]
+            found += [(row.hosted, row.mode.with_embeddings_on_host) for row in self.rows if row.hosted is not None]
+            tokens, mode = max(found, key=lambda pair: pair[0])
+            longest = f"; the longest single row is {tokens} tokens ({mode.name})" if tokens else ""
             return f"no mode fits{longest}"
         parts = []
         if row := self.fastest:
@@ -199,14 +207,22 @@ def plan(
     kept = KeptTimes(shape, lora, Batch(*batch, documents), where, times)
     known = {} if measure else kept.read()
     comparable = documents is None and target_modules is None and not lora_dropout
-    recorded, rows = recorded_times(shape, *batch) if comparable else {}, []
-    for mode in MODES:
+    recorded = recorded_times(shape, *batch) if comparable else {}
+
+    def row_of(mode: Mode) -> Row:
         savers = Savers(shape, mode.config)
         need = count(savers, *batch, mode.checkpointing, documents)
         most = longest(savers, Load.full(1, 0, checkpointing=mode.checkpointing), gpu, host)
         time = Time(elsewhere=recorded.get(mode.name, ""))
-        rows.append(Row(mode, need, fits(need, gpu, host), most, time, mode.accuracy, batch[0] * batch[1]))
-    below_static(min(sum(row.need.static.values()) for row in rows), gpu)
+        return Row(mode, need, fits(need, gpu, host), most, time, mode.accuracy, batch[0] * batch[1])
+
+    rows = [row_of(mode) for mode in MODES]
+    hosted = [] if shape.tied else [row_of(mode.with_embeddings_on_host) for mode in MODES]
+    below_static(min(sum(row.need.static.values()) for row in (*rows, *hosted)), gpu)
+    if hosted:
+        rows = [replace(row, hosted=other.longest) for row, other in zip(rows, hosted, strict=True)]
+    if not any(row.fits for row in rows):
+        rows += [row for row in hosted if row.fits]
     if why := _other_card(gpu, where):
         known = {}
     elif measure and any(row.fits for row in rows):
@@ -274,7 +290,7 @@ def main(argv: list[str] | None = None):
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help="folder, config.json, or a name in benchmarks/shapes")
     parser.add_argument("--gpu", required=True, help="memory of the card, for instance 24GiB")
-    parser.add_argument("--host", required=True, help="host memory for offloaded slots, for instance 64GiB")
+    parser.add_argument("--host", required=True, help="host memory for what is offloaded, for instance 64GiB")
     parser.add_argument("--tokens", default="4x512", help="ROWSxTOKENS of a micro-step (default: 4x512)")
     parser.add_argument("--base", choices=BASES, default="nf4", help="frozen weights (default: nf4)")
     parser.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: 16)")

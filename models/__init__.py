@@ -11,7 +11,7 @@ calibration.py when calibration ends, and begins again                  state.py
 callback.py    calibration in the checkpoints of HF's Trainer
 report.py      what is said about a patched model                       graphs/     all layers as CUDA graphs
 building.py    which blocks and savers layers get                       families/   what families are like
-sharding.py    what fully_shard (FSDP2) makes of modules
+sharding.py    what fully_shard (FSDP2) makes of modules               host_embedding.py  embeddings in host memory
 encoder_layer.py  a whole layer whose norms come after the residual      shifted.py  attention in shifted groups
 verify.py      gradients beside exact LoRA's                            verification.py  what was found of them
 finite.py      no step on gradients that are not finite                 origin.py   where these come from

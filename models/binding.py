@@ -114,6 +114,12 @@ def is_replaced(module: nn.Module) -> bool:
     return forward is not None and not _reaches(forward, module, set())
 
 
+def runs_own(module: nn.Module) -> bool:
+    """Whether a module has its class's forward, with nothing but a block in front of it."""
+    forward = module.__dict__.get("forward")
+    return forward is None or isinstance(forward, BoundForward) and forward.module is module and forward.former is None
+
+
 def _is_ours(forward) -> bool:
     """Whether this is nothing but a BoundForward: Accelerate leaves one bound again when it takes its wrapper off."""
     return isinstance(forward, BoundForward) or isinstance(getattr(forward, "__func__", None), UnboundForward)

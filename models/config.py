@@ -80,7 +80,7 @@ WITH_LSE = ("q", "k", "v", "attn_out")
 
 
 # what a plan may choose; what cuda_graphs="auto" leaves open it chooses too
-OPEN = {"q_bit": 4, "offload": False, "layers": "slots"}
+OPEN = {"q_bit": 4, "offload": False, "layers": "slots", "offload_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,9 @@ class HycloraConfig:
     attention: str = _option("flash", "flash (no attention map) or eager (keeps a sparse map, as the paper does).")
     scale_rule: str = _option("channel_group", "Quantizer: channel_group, or paper (the published rule).")
     offload: bool | None = _option(None, "Keep packed slots in pinned host memory; backward fetches them just in time.")
+    offload_embeddings: bool | None = _option(
+        None, "Keep frozen, untied input embeddings in host memory: rows are looked up there, and sent to the GPU."
+    )
     cuda_graphs: bool | str = _option(
         "auto",
         "Replay the layers as CUDA graphs for batches of a kind (shape, document bounds) that comes again; auto: if "
@@ -161,8 +164,8 @@ class HycloraConfig:
 
     memory_budget: int | str | None = _option(
         None,
-        "GPU memory to stay within, all that the process takes of the card, e.g. 20GiB: q_bit, offload, cuda_graphs "
-        "and layers are chosen so, where they are not given.",
+        "GPU memory to stay within, all that the process takes of the card, e.g. 20GiB: q_bit, offload, cuda_graphs, "
+        "layers and offload_embeddings are chosen so, where they are not given.",
     )
     largest_batch: str | None = _option(
         None,
@@ -190,7 +193,8 @@ class HycloraConfig:
         _one_of("scale_rule", self.scale_rule, SCALE_RULES)
         _one_of("cuda_graphs", self.cuda_graphs, SWITCH)
         _one_of("stream", self.stream, SWITCH)
-        _one_of("offload", self.offload, (True, False, *self._not_given))
+        for name in ("offload", "offload_embeddings"):
+            _one_of(name, getattr(self, name), (True, False, *self._not_given))
         for name, kind in NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kind):

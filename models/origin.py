@@ -187,7 +187,7 @@ def _slot(model: nn.Module, patch: Patch, batch: Batch) -> str | None:
         loss, grads = batch.backward(model)
         return not (_is_finite(loss) and all(map(_is_finite, grads.values())))
 
-    apply_hyclora(model, replace(patch.config, offload=False, cuda_graphs=False))
+    apply_hyclora(model, replace(patch.config, offload=False, offload_embeddings=False, cuda_graphs=False))
     try:
         twin = find_patch(model)
         twin.step.threshold = 0  # it calibrates only what the patch has not come to

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hyclora.models import trust
+from hyclora.models import host_embedding, trust
 from hyclora.models.blocks import AttentionBlock, Block
 from hyclora.models.building import HALVES, Builder, parts_of
 from hyclora.models.calibration import Calibration
@@ -49,6 +49,7 @@ class Patch:
     starts_at_zero: bool = True  # whether an adapter's B is 0 until it is trained
     blocks: list[Block] = field(default_factory=list)
     checkpoints: list[CheckpointBlock] = field(default_factory=list)
+    embedding: host_embedding.HostEmbedding | None = None  # stays while the patch is put aside
     hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     store: Store | None = None
     graphs: LayerGraphs | None = None
@@ -57,8 +58,8 @@ class Patch:
     def __setstate__(self, state: dict) -> None:
         """A copy of the whole model: its blocks go to work, of which the copied modules do not know by themselves."""
         self.__dict__.update(state)
-        for block in [*self.blocks, *self.checkpoints]:
-            if block.bound is not None:
+        for block in [*self.blocks, *self.checkpoints, self.embedding]:
+            if block is not None and block.bound is not None:
                 block.bound.block = block
 
     def use(self, store: Store | None) -> None:
@@ -80,13 +81,14 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
 
     Allocates nothing on the GPU. Training keeps the sum of the report's slot_bits, / 8, in bytes a token, x A^T and
     4 bytes a norm beside it, but for layers that keep their input alone; once, from calibration on, 12 bytes a channel
-    of a quantized slot (20 with exact ones), and 12 more while it calibrates.
+    of a quantized slot (20 with exact ones), and 12 more while it calibrates. offload_embeddings frees the embeddings'
+    bytes.
 
     With config.memory_budget the settings that it leaves open are chosen first.
 
     Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, for a budget
-    that nothing fits into, for config.layers of another number of layers or of one of which parts run stock code, and
-    for a model that is patched already.
+    that nothing fits into, for config.layers of another number of layers or of one of which parts run stock code, for
+    embeddings that cannot wait in host memory, and for a model that is patched already.
     """
     config = config or HycloraConfig()
     decoder, family = _decoder(model)
@@ -94,10 +96,14 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         raise ValueError("this model is patched already; call remove_hyclora first")
     if not any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
+    names = {id(module): name for name, module in model.named_modules()}
+    on_device = config.offload_embeddings is not False and host_embedding.why_not(model, decoder, names)
+    if on_device and config.offload_embeddings:
+        raise ValueError(f"{host_embedding.SETTING}: {on_device}; or drop that setting")
+    config = replace(config, offload_embeddings=False) if on_device else config
     plan = _plan(model, config, list(attrgetter(family.layers)(decoder)))
     config = config if plan is None else plan.config
     step = Step(config.iteration_threshold)
-    names = {id(module): name for name, module in model.named_modules()}
     _check(config, family, decoder.config._attn_implementation)
     layers = list(attrgetter(family.layers)(decoder))
     stock = _why_not(family, layers, names)
@@ -118,7 +124,10 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     halves = {half: reason for half, reason in stock.items() if not family.post_norm or half[1] == "mlp"}
     reasons = [*halves.values(), *([stock_norm] if stock_norm else []), *stock_head]
     head_name = None if head is None else f"{head.name}.{family.head}"
-    not_patched = _others(model, family, decoder, layers) + reasons
+    lookup, embedding = decoder.get_input_embeddings(), None
+    if config.offload_embeddings:
+        embedding = host_embedding.HostEmbedding(lookup, names[id(lookup)], step)
+    not_patched = _others(model, family, decoder, [*layers, *([lookup] if embedding else [])]) + reasons
     no_graphs = _why_no_graphs(config, layers, blocks) if config.cuda_graphs == "auto" else None
     known = is_known(family, _base(model), decoder)
     no_stream = f"it is not known what {type(_base(model)).__name__} reads" if not (known or family.causal) else None
@@ -133,11 +142,14 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if known:
         blocks.append(ForeignHead(_base(model), names[id(_base(model))], step, family, decoder))
     calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
-    patch = Patch(config, step, decoder, calibration, _starts_at_zero(model), blocks, checkpoints)
+    patch = Patch(config, step, decoder, calibration, _starts_at_zero(model), blocks, checkpoints, embedding)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers, "offload=True"))))
     graphs = config.cuda_graphs and not no_graphs
     recorder = CudaRecorder(_gpu(layers, "cuda_graphs=True")) if graphs else None
+    if embedding is not None:  # first, as the host may have no room
+        embedding.bind()
+        report.embeddings = f"{embedding.name}, {embedding.nbytes / 2**20:.1f} MiB"
     for block in blocks:
         block.bind()
     patch.watch = Watch(family, decoder, blocks, report.not_patched)
@@ -157,11 +169,13 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
 def remove_hyclora(model: PeftModel) -> None:
     """Take every block off again: the model is stock, bit for bit, and the statistics' memory is free.
 
-    What has wrapped a patched forward since stays, around the stock one. The base model that merge_and_unload or
-    unload leaves is as good. ValueError if it was not patched.
+    Embeddings that waited in host memory are where the model is. What has wrapped a patched forward since stays, around
+    the stock one. The base model that merge_and_unload or unload leaves is as good. ValueError if it was not patched.
     """
     patch = find_patch(model)
     _take_off(patch)
+    if patch.embedding is not None:
+        patch.embedding.unbind()
     if patch.graphs is not None:
         patch.graphs.clear()
 
@@ -170,7 +184,7 @@ def remove_hyclora(model: PeftModel) -> None:
 def put_aside(patch: Patch):
     """The model is stock inside, and may get other patches for a while; afterwards it has this one as it was.
 
-    Recordings and statistics stay, and so does the memory that they take.
+    Recordings and statistics stay, and so does the memory that they take; embeddings stay in host memory.
     """
     decoder = patch.decoder
     # where ours are among others' hooks decides what these may change

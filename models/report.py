@@ -26,7 +26,8 @@ class PatchReport:
     no_graphs, no_stream: why cuda_graphs="auto" and the stream are off, None if they are not. last_norm: whether
     the model has a norm after its layers. drops: of the attention, on a GPU, where that is in the way of both.
     kept: how many layers keep what, by names of config.KEPT; of those that keep their input that alone is counted.
-    plan: what memory_budget chose, with predicted memory, None without one.
+    plan: what memory_budget chose, with predicted memory, None without one. embeddings: name and size of those in host
+    memory, None without any.
     """
 
     config: HycloraConfig
@@ -44,6 +45,7 @@ class PatchReport:
     drops: float = 0.0
     kept: dict[str, int] = field(default_factory=dict)
     plan: object | None = None
+    embeddings: str | None = None
 
     def __str__(self) -> str:
         parts = "2 norms, attention, MLP each" + ("; and the last norm" if self.last_norm else "")
@@ -65,6 +67,8 @@ class PatchReport:
             lines.append(f"  fused kernels do not take: {names} (head size, savers or biases)")
         if self.config.offload:
             lines.append("  packed slots wait in pinned host memory")
+        if self.embeddings is not None:
+            lines.append(f"  embeddings wait in host memory: {self.embeddings}")
         graphs = self.config.cuda_graphs and not self.no_graphs
         if graphs and not self.drops:
             lines.append("  all layers are replayed as CUDA graphs where a kind of batch comes again")

@@ -14,8 +14,9 @@ from hyclora.models.patch import find_patch
 FILE_NAME = "hyclora_calibration.safetensors"
 FORMAT = "2"
 PROGRESS = "calibration"
-# where the packed bytes wait, how kernels are launched, whether padding is computed: statistics are of real tokens
-LAUNCH = ("offload", "cuda_graphs", "stream")
+# where packed bytes and embeddings wait, how kernels are launched, whether padding is computed: statistics are of real
+# tokens
+LAUNCH = ("offload", "offload_embeddings", "cuda_graphs", "stream")
 
 
 def save_calibration(model: PeftModel, folder: str | Path) -> Path:

@@ -72,6 +72,8 @@ class StepHook:
         self.step.running, self.step.private, self.step.embeds = None, False, False
         if self.patch.graphs is not None:
             self.patch.graphs.forget_start()
+        if self.patch.embedding is not None:
+            self.patch.embedding.check(decoder)
         if not torch.is_grad_enabled():
             return None
         self.patch.watch.open()
@@ -199,8 +201,7 @@ class StepHook:
             return False
         if any(isinstance(kwargs[name], torch.Tensor) for name in kwargs.keys() - TOKENWISE):
             return False
-        weight = decoder.get_input_embeddings().weight
-        dtype = autocast_dtype(weight.device.type) or weight.dtype
+        dtype = autocast_dtype(_tokens(args, kwargs).device.type) or decoder.get_input_embeddings().weight.dtype
         # they are of one kind, but for their dropout
         if not all(block.takes_starts(dtype) for block in self.attention[: None if self.patch.watch.drops else 1]):
             return False

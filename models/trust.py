@@ -40,6 +40,7 @@ ROOTS = tuple(f"{Path(package.__file__).parent}{os.sep}" for package in PACKAGES
 LINEAR = "torch.nn.modules.linear.Linear"
 FROZEN = (LINEAR, "bitsandbytes.nn.modules.Linear4bit")
 ADAPTED = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
+EMBEDDING = "torch.nn.modules.sparse.Embedding"
 WRAPPER = "peft.utils.other.ModulesToSaveWrapper"
 # of PEFT and torch, and not called
 CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
@@ -254,6 +255,13 @@ def find_reader(family: Family, model: nn.Module, decoder: nn.Module) -> Reader 
     classes = (*heads, *FROZEN, *ADAPTED, *DROPOUTS, *family.classes(LAYER_NORM.kind))
     foreign = (why_foreign(m, "", classes) for m in beside if not is_whole(m) or is_replaced(m))
     return None if any(foreign) or any(map(is_watched, beside)) else reader
+
+
+def why_not_embedding(module: nn.Module, name: str) -> str | None:
+    """A lookup of rows that changes nothing."""
+    if reason := why_foreign(module, name, (EMBEDDING,)) or _why_not_tensor(module, name, "weight"):
+        return reason
+    return f"{name}: max_norm changes the weight as it is read" if module.max_norm is not None else None
 
 
 def why_not_linear(module: nn.Module, name: str) -> str | None:

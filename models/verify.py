@@ -121,7 +121,7 @@ class _Measurement:
 
     def __init__(self, model: PeftModel, patch: Patch, batches: list[dict[str, Tensor]], rewind: Callable[[], None]):
         self.model, self.patch, self.rewind = model, patch, rewind
-        self.config = replace(patch.config, offload=False, cuda_graphs=False)
+        self.config = replace(patch.config, offload=False, offload_embeddings=False, cuda_graphs=False)
         self.calibrated = patch.step.index >= patch.step.threshold
         count = 0 if self.calibrated else patch.config.iteration_threshold
         self.calibrating, self.measured = batches[:count], batches[count:] or batches[-1:]

@@ -28,6 +28,7 @@ from hyclora.utils.data.tokens import Collator
 from hyclora.utils.disk import check_output, checkpoint_bytes
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.loading import (
+    check_embeddings,
     check_layers,
     check_model,
     check_positions,
@@ -200,6 +201,7 @@ class Driver:
         task = replace(task, head=task.head.of(source))
         check_model(source, task.head, lora_args)
         check_layers(source, task.head, hyclora_args.config())
+        check_embeddings(source, task.head, lora_args, hyclora_args.config())
         check_positions(source, task.head, task.longest)
         check_windows(source, task.head, len(task.train[0]["input_ids"]))
         task.head.check(training, hyclora_args)

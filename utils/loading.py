@@ -127,6 +127,20 @@ def check_layers(source: str, head: Head, hyclora: HycloraConfig) -> None:
     hyclora.kept(read_config(source, **head.config).num_hidden_layers)
 
 
+def check_embeddings(source: str, head: Head, lora: LoraArguments, hyclora: HycloraConfig) -> None:
+    """UserError if hyclora would have embeddings in host memory that are trained, or the head's weight too."""
+    if not hyclora.offload_embeddings:
+        return
+    base = bare_model(source, read_config(source, **head.config), head.auto)
+    embeddings, output = base.get_input_embeddings(), base.get_output_embeddings()
+    name = next(path.rpartition(".")[2] for path, module in base.named_modules() if module is embeddings)
+    why = f"{name} is trained" if name in {*head.whole, *lora.target_modules} else None
+    if output is not None and output.weight is embeddings.weight:
+        why = f"{source} has one weight for them and the head, which needs it on the GPU"
+    if why:
+        raise UserError(f"offload_embeddings=True is for frozen embeddings of their own, and {why}: drop it")
+
+
 def check_positions(source: str, head: Head, longest: int) -> None:
     """UserError if a row of so many tokens is longer than what the model has positions for."""
     positions = positions_of(read_config(source, **head.config))

@@ -87,10 +87,11 @@ def random_batch(vocab: int, batch_size: int, seq_len: int, device: torch.device
 
 
 def host_bytes(model: nn.Module) -> int:
-    """Host memory that holds offloaded activations: as HyC-LoRA's store counts it, otherwise all that is pinned."""
+    """Host memory of what is offloaded: HyC-LoRA's slots and embeddings; of a model without it all that is pinned."""
     patch = patch_of(model)
     if patch is not None:
-        return 0 if patch.store is None else patch.store.host_bytes
+        holders = patch.store and patch.store.host_bytes, patch.embedding and patch.embedding.nbytes
+        return sum(filter(None, holders))
     pinned = torch.cuda.host_memory_stats()
     return pinned.get("active_bytes.current", pinned.get("allocated_bytes.current", 0))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from hyclora.models.binding import runs_own
 from hyclora.models.sharding import class_of, gathers
 from hyclora.models.trust import GLOBAL_HOOKS, asks_for_gradients, is_stock, is_watched
 from hyclora.operators.attention.flash import is_bounds, is_starts
@@ -77,7 +78,7 @@ def is_tokenwise(decoder: nn.Module, embeddings: str | None, embedded: bool) -> 
 
 def is_plain(part: nn.Module) -> bool:
     """Whether a module is torch's own, of each token by itself, and nobody looks."""
-    own = class_of(part) in (nn.Embedding, nn.LayerNorm, nn.Dropout) and "forward" not in part.__dict__
+    own = class_of(part) in (nn.Embedding, nn.LayerNorm, nn.Dropout) and runs_own(part)
     before = all(map(gathers, part._forward_pre_hooks.values()))
     seen = not before or part._backward_hooks or part._backward_pre_hooks
     own = own and not seen and not getattr(part, "scale_grad_by_freq", False)
@@ -86,5 +87,5 @@ def is_plain(part: nn.Module) -> bool:
 
 def is_lookup(embedding: nn.Module, angles: nn.Module) -> bool:
     """Whether an embedding makes a tensor of its own that nobody else has seen when the first layer gets it."""
-    own = type(embedding) is nn.Embedding and "forward" not in embedding.__dict__
+    own = type(embedding) is nn.Embedding and runs_own(embedding)
     return own and not (embedding._forward_hooks or angles._forward_hooks or angles._forward_pre_hooks)

@@ -2,12 +2,23 @@
 
 import json
 import types
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from benchmarks import longest_rows, report_longest_rows, rows
-from benchmarks.longest_rows import BESIDE, GIB, MIB, MULTIPLE, SHORTER, main, parse, planned, seconds_a_layer
+from benchmarks.longest_rows import (
+    BESIDE,
+    GIB,
+    MIB,
+    MULTIPLE,
+    SHORTER,
+    choose_mode,
+    main,
+    parse,
+    planned,
+    seconds_a_layer,
+)
 from benchmarks.peers import OUT_OF_MEMORY
 from benchmarks.plan_check import Case, is_of_earlier_build, predict
 from benchmarks.record import RESULTS, read
@@ -54,6 +65,20 @@ def test_the_cap_is_lowered_by_what_the_missing_layers_take(shape):
     assert (full.case.layers, few.case.layers) == (16, 3)
     taken = [sum(predict(one.case, one.case.layers)[x] for x in ("static_mib", "held_mib")) for one in (full, few)]
     assert full.limit - taken[0] == pytest.approx(few.limit - taken[1], abs=1.5) and taken[0] > taken[1] + 500
+
+
+def test_embeddings_wait_in_host_memory_where_that_makes_rows_longer():
+    """Of a row that is asked for, where it has no room otherwise; a head that has their weight keeps them."""
+    untied, args = Shape("llama-3-8b", "nf4", 32), parse([])
+    told = {tokens: choose_mode(untied, 8, args, tokens) for tokens in (None, 3072, 10240)}
+    on_host = {tokens: mode.config.offload_embeddings for tokens, (mode, _) in told.items()}
+    assert on_host == {None: True, 3072: False, 10240: True} and told[None][1] > told[3072][1] >= 3072
+    row = next(planned(parse(["--shape", "llama-3-8b", "--layers", "2"]), untied, 8, None))
+    assert row.mode.endswith("embeddings in host memory") and row.case.setting["offload_embeddings"]
+    kept = replace(row.case, setting={k: v for k, v in row.case.setting.items() if k != "offload_embeddings"})
+    counted = [predict(case, 2) for case in (kept, row.case)]
+    assert [round(counted[i]["static_mib"] - counted[1 - i]["static_mib"]) for i in (0, 1)] == [1002, -1002]
+    assert round(counted[1]["host_mib"] - counted[0]["host_mib"]) == 1002
 
 
 def test_the_cap_holds_from_calibration_on(monkeypatch):

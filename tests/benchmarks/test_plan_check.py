@@ -39,7 +39,7 @@ def test_what_is_streamed_is_predicted_as_what_graphs_fill(monkeypatch):
 
 
 class Need:
-    static, dyn, held, host, apart, peak = {}, 0, 0, 0, 0, ""
+    static, dyn, held, host, embeddings, apart, peak = {}, 0, 0, 0, 0, 0, ""
 
 
 def test_other_layers_add_what_is_counted_for_each():

@@ -31,6 +31,7 @@ BAD = {
     "cuda_graphs='yes' is not one of True, False, auto": {"cuda_graphs": "yes"},
     "stream='yes' is not one of True, False, auto": {"stream": "yes"},
     "offload='auto' is not one of True, False": {"offload": "auto"},
+    "offload_embeddings='auto' is not one of True, False": {"offload_embeddings": "auto"},
     "iteration_threshold=1.5 is not a whole number": {"iteration_threshold": 1.5},
     "layernorm_outlier_ratio='0.1' is not a number": {"layernorm_outlier_ratio": "0.1"},
     "average_bits=None is not a number": {"average_bits": None},

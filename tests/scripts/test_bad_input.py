@@ -48,6 +48,7 @@ def refused(base, tmp_path, capsys, monkeypatch):
         (["--q_bit", "four"], "q_bit='four' is not one of"),
         (["--layers", "inputs"], "layers='inputs': 'inputs' is not one of slots, input, input2"),
         (["--layers", "3*slots,40*input4"], "layers='3*slots,40*input4' is of 43 layers, and the model has"),
+        (["--offload_embeddings", "True", "--target_modules", "embed_tokens"], "and embed_tokens is trained: drop it"),
         (["--layer_type", "inter"], "layer_type='inter' is not one of baseline, intra, "),
         (["--memory_budget", "20Gib"], "memory_budget: '20Gib' is no size of memory: write a number with MB, GB"),
         (["--memory_budget", "RTX4090"], "memory_budget: 'RTX4090' is no size of memory"),
@@ -68,6 +69,14 @@ def refused(base, tmp_path, capsys, monkeypatch):
 )
 def test_settings(refused, options, named):
     assert named in refused(*options)
+
+
+def test_embeddings_that_are_the_heads_too(refused, tiny_llama_folder, tmp_path):
+    copy = shutil.copytree(tiny_llama_folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    said = refused("--model_dir", tmp_path, "--model_name", "copy", "--offload_embeddings", "True")
+    assert f"{copy} has one weight for them and the head, which needs it on the GPU: drop it" in said
 
 
 def test_checkpoints(refused, tiny_llama_folder, tmp_path):

@@ -42,7 +42,7 @@ class Choice:
     def __str__(self) -> str:
         need = self.need
         static, held, reserve = (say_size(n) for n in (sum(need.static.values()), need.held, RESERVE))
-        host = f", {say_size(need.pinned)} of host memory" if need.pinned else ""
+        host = f", {say_size(need.on_host)} of host memory" if need.on_host else ""
         why = "nothing is preferred to it"
         if self.before is not None:
             name, other = self.before
@@ -53,13 +53,17 @@ class Choice:
         )
 
 
-def candidates(config: HycloraConfig, checkpointing: bool = False) -> Iterator[HycloraConfig]:
+def candidates(config: HycloraConfig, checkpointing: bool = False, tied: bool = False) -> Iterator[HycloraConfig]:
     """The settings that config leaves room for, best first.
 
     Slots in the default's bits; layer inputs, from which each layer is run again, a third more time for gradients that
     are as exact; slots in fewer bits. Of each, CUDA graphs before layer by layer, and GPU memory before the host's.
-    Under gradient checkpointing it is only open where layer inputs wait.
+    Under gradient checkpointing it is only open where layer inputs wait. After all of them, the same with embeddings in
+    host memory, unless these are tied to the head.
     """
+    lookups = (config.offload_embeddings,)
+    if config.offload_embeddings is None:
+        lookups = (False,) if tied else (False, True)
     bits = (OPEN["q_bit"], *FEWER_BITS) if config.q_bit is None else (config.q_bit,)
     where = (False, True) if config.offload is None else (config.offload,)
     graphs = ("auto", False) if config.cuda_graphs == "auto" else (config.cuda_graphs,)
@@ -70,9 +74,10 @@ def candidates(config: HycloraConfig, checkpointing: bool = False) -> Iterator[H
         graphs, groups = (False,), [[first]]
     elif config.attention == "eager" and config.cuda_graphs == "auto":
         graphs = (False,)
-    for group in groups:
+    for lookup, group in itertools.product(lookups, groups):
         for launched, offload, (layers, q_bit) in itertools.product(graphs, where, group):
             settings = {"q_bit": q_bit, "offload": offload, "cuda_graphs": launched, "layers": layers}
+            settings["offload_embeddings"] = lookup
             yield replace(config, memory_budget=None, largest_batch=None, **settings)
 
 
@@ -83,17 +88,17 @@ def choose(shape: Shape, config: HycloraConfig, load: Load, gpu: int, host: int)
     the nearest settings that would fit; or no setting fits, with the longest rows that would, and the least budget.
     """
     tried: list[tuple[HycloraConfig, Need]] = []
-    for one in candidates(config, load.checkpointing):
+    for one in candidates(config, load.checkpointing, shape.tied):
         need = load.need(Savers(shape, one))
         if fits(need, gpu, host):
             least = min(tried, key=lambda pair: pair[1].gpu, default=None)
             before = None if least is None else (describe(least[0], load.checkpointing), least[1])
             return Choice(one, need, load, gpu, before)
         tried.append((one, need))
-    below_static(min(sum(need.static.values()) for _, need in tried), gpu)
     given = {name: getattr(config, name) for name, free in FREE.items() if getattr(config, name) != free}
-    others = [one for one in candidates(replace(config, **FREE), load.checkpointing)] if given else []
+    others = candidates(replace(config, **FREE), load.checkpointing, shape.tied) if given else ()
     others = [(one, load.need(Savers(shape, one))) for one in others]
+    below_static(min(sum(need.static.values()) for _, need in (*tried, *others)), gpu)
     fitting = [(one, need) for one, need in others if fits(need, gpu, host)]
     budget = f"{say_size(gpu)} of GPU memory and {say_size(host)} of host memory"
     if fitting:
@@ -120,7 +125,8 @@ def below_static(static: int, gpu: int) -> None:
     if gpu < static + RESERVE:
         raise UserError(
             f"{say_size(gpu)} of GPU memory is below the {say_size(static + RESERVE)} that weights, adapters, "
-            "gradients, Adam and CUDA take without a single token: choose a larger GPU or budget, or a smaller model"
+            "gradients, Adam and CUDA take without a single token, with embeddings in host memory if they can be: "
+            "choose a larger GPU or budget, or a smaller model"
         )
 
 
@@ -168,4 +174,4 @@ def _changed(one: HycloraConfig, given: dict) -> list[str]:
 
 def say_need(need: Need) -> str:
     """GPU memory in all, and host memory if any."""
-    return f"{say_size(need.gpu)}{f' and {say_size(need.pinned)} of host memory' if need.pinned else ''}"
+    return f"{say_size(need.gpu)}{f' and {say_size(need.on_host)} of host memory' if need.on_host else ''}"

@@ -61,7 +61,7 @@ class Load:
 
 def fits(need: Need, gpu: int, host: int) -> bool:
     """Whether a card and a host have the memory."""
-    return need.gpu <= gpu and need.pinned <= host
+    return need.gpu <= gpu and need.on_host <= host
 
 
 def longest(savers: Savers, load: Load, gpu: int, host: int) -> int:

@@ -18,6 +18,7 @@ from hyclora.operators.mlp import fused_mlp
 from hyclora.operators.savers import ChannelQuant, Exact, Step
 from hyclora.operators.store.store import GROUP_BYTES
 from hyclora.operators.token_tiles import TILE_TOKENS
+from hyclora.utils.errors import UserError
 from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.shape import HALF, TRAINED, Shape
 
@@ -41,9 +42,17 @@ class Units:
 
 
 class Savers:
-    """The savers that apply_hyclora would give a model's layers, and what they keep."""
+    """The savers that apply_hyclora would give a model's layers, and what they keep.
+
+    UserError for embeddings in host memory that are the head's weight too.
+    """
 
     def __init__(self, shape: Shape, config: HycloraConfig):
+        if config.offload_embeddings and shape.tied:
+            raise UserError(
+                "offload_embeddings=True: the head shares its weight with the embeddings (tie_word_embeddings), and "
+                "needs it on the device: drop offload_embeddings"
+            )
         self.shape, self.config, self.n = shape, config, len(shape.layers)
         builder = Builder(config, shape.family, shape.layers, {}, {}, Step(1))
         self.halves = [{half: builder.savers(i, half) for half in HALVES} for i in range(self.n)]
@@ -134,8 +143,9 @@ def count(
     again = [checkpointing or own for own in savers.again]
     highest = {kind: i for i, kind in enumerate(again)}.values()
     tops = [_Step(savers, T, length, runs, graphs, again[: top + 1], checkpointing) for top in highest]
+    elsewhere = shape.embeddings if config.offload_embeddings else 0
     static = {
-        "weights": shape.weights,
+        "weights": shape.weights - elsewhere,
         "adapters, gradients, Adam": shape.trained,
         "statistics of quantizers": savers.statistics,
         # the main thread's and autograd's; a recording gives all back, and only the loss makes one anew (recording.py)
@@ -155,8 +165,9 @@ def count(
     moments = {name: int(max(one.get(name, 0) for one in found)) for name in dict.fromkeys(chain(*found))}
     optimizer = shape.trained // TRAINED if steps else 0
     if graphs:
-        return Need(static, moments, max(int(tops[0].loss()), optimizer), int(host))
-    return Need(static, moments | {"the optimizer's step": optimizer}, 0, int(host))
+        return Need(static, moments, max(int(tops[0].loss()), optimizer), int(host), embeddings=elsewhere)
+    moments |= {"the optimizer's step": optimizer}
+    return Need(static, moments, 0, int(host), embeddings=elsewhere)
 
 
 class _Step:

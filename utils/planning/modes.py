@@ -8,8 +8,9 @@ from hyclora.models.config import BITS, KEPT, HycloraConfig
 # lines written before settings were recorded whole hold what was given alone; these defaults have changed since
 DEFAULTS_THEN = {"layer_type": "intra_inter", "cuda_graphs": False}
 # what else tells two settings apart does not change the memory of full rows
-TOLD_BY = ("layer_type", "layers", "q_bit", "attention", "scale_rule", "offload", "slot_savers")
+TOLD_BY = ("layer_type", "layers", "q_bit", "attention", "scale_rule", "offload", "slot_savers", "offload_embeddings")
 BITS_SAID = {"exact": "exact", **{f"quant{bits}": f"{bits} bit" for bits in BITS}}
+EMBEDDINGS = ", embeddings in host memory"
 NEAR = 10.0  # percent: a mode that is further off says so
 
 
@@ -35,6 +36,11 @@ class Mode:
     @cached_property
     def config(self) -> HycloraConfig:
         return HycloraConfig(**self.config_arguments)
+
+    @cached_property
+    def with_embeddings_on_host(self) -> "Mode":
+        """The same with embeddings in host memory."""
+        return _mode((*self.settings, ("offload_embeddings", True)), self.checkpointing)
 
     @property
     def needs_gpu(self) -> bool:
@@ -75,6 +81,10 @@ MEASURED = {
 
 def describe(config: HycloraConfig, checkpointing: bool = False) -> str:
     """What a person calls a setting: where slots or layer inputs wait, how layers are launched, in how many bits."""
+    return _describe(config, checkpointing) + (EMBEDDINGS if config.offload_embeddings else "")
+
+
+def _describe(config: HycloraConfig, checkpointing: bool) -> str:
     where = "offloaded" if config.offload else "resident"
     launched = "CUDA graphs" if config.cuda_graphs else "layer by layer"
     inputs = KEPT.get(config.layers)
@@ -106,11 +116,12 @@ def _modes() -> list[Mode]:
             for kept in ("input", "input8", "input4"):
                 found.append(((("layers", kept), ("offload", offload), ("cuda_graphs", graphs)), False))
     found.append(((("layer_type", "baseline"), ("cuda_graphs", False)), False))
-    modes = []
-    for settings, checkpointing in found:
-        name = describe(Mode("", settings).config, checkpointing)
-        modes.append(Mode(name, settings, checkpointing, *MEASURED.get(name, ())))
-    return modes
+    return [_mode(settings, checkpointing) for settings, checkpointing in found]
+
+
+def _mode(settings: tuple[tuple[str, object], ...], checkpointing: bool) -> Mode:
+    name = describe(Mode("", settings).config, checkpointing)
+    return Mode(name, settings, checkpointing, *MEASURED.get(name, ()))
 
 
 MODES = _modes()

@@ -24,7 +24,7 @@ class Need:
 
     static: by what they are. dyn: peak of live tensors over it, at the moment `peak`; moments: all of them. apart: what
     the loss, or else the optimizer, has beside a pool of graphs, which shares nothing. host: packed slots in host
-    memory, which is pinned in slabs of so many bytes (store/host.py).
+    memory, which is pinned in slabs of so many bytes (store/host.py). embeddings: those that wait there.
     """
 
     static: dict[str, int]
@@ -32,6 +32,7 @@ class Need:
     apart: int
     host: int
     slab: int = SLAB
+    embeddings: int = 0
 
     @property
     def peak(self) -> str:
@@ -53,6 +54,6 @@ class Need:
         return sum(self.static.values()) + self.held + RESERVE
 
     @property
-    def pinned(self) -> int:
-        """Host memory that is pinned, in whole slabs."""
-        return -(-self.host // self.slab) * self.slab
+    def on_host(self) -> int:
+        """All that the host has to have: slabs, whole, and embeddings."""
+        return -(-self.host // self.slab) * self.slab + self.embeddings

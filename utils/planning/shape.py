@@ -94,7 +94,8 @@ class Shape:
 
     source: a folder with a config.json, the file itself, a name in benchmarks/shapes, or a Transformers configuration;
     base: nf4 or bf16; targets: the last names of those that have an adapter, all for None or all-linear; dropout:
-    whether adapters have one. Built on the meta device: no memory, some seconds for the largest. Raises UserError for a
+    whether adapters have one. tied: whether head and embeddings are one weight, so that these, of so many bytes, cannot
+    wait in host memory. Built on the meta device: no memory, some seconds for the largest. Raises UserError for a
     source without a configuration, for one that cannot work, for a model that is no decoder of a known family, and for
     a target that it has not.
     """
@@ -139,7 +140,9 @@ class Shape:
         self.head_dim = getattr(core, self.family.head_dim)
         self.q, self.k, _ = (linear.out_features for linear in self.groups["qkv"].linears)
         self.hidden, self.ffn = self.groups["qkv"].n_in, self.groups["down"].n_in
-        self.vocab = self.model.get_output_embeddings().weight.shape[0]
+        head, embeddings = (getattr(self.model, f"get_{end}put_embeddings")().weight for end in ("out", "in"))
+        self.vocab, self.tied = head.shape[0], head is embeddings
+        self.embeddings = aligned(embeddings.numel() * embeddings.element_size())
         self.windows = [self._window(one) for one in self.layers]
 
     @classmethod

@@ -60,6 +60,8 @@ def available(device: torch.device) -> tuple[int, int] | None:
 def what_fits(source: str, values: dict, batch: tuple[int, int], gpu: int, host: int) -> list[Setting]:
     """At most TOLD settings with room for a batch (rows, tokens) by the plan, first those that leave a run's numbers.
 
+    Those with embeddings in host memory are told where no other fits, or the run has them there.
+
     source: where the base model lies; values: all settings of the run, which had no room: none that takes more is told.
     Empty where nothing fits, and for what cannot be planned: another model, dtype or device, and training all weights.
     """
@@ -70,13 +72,23 @@ def what_fits(source: str, values: dict, batch: tuple[int, int], gpu: int, host:
         shape = Shape(source, base, values["lora_rank"], targets, values["lora_dropout"] > 0)
     except UserError:
         return []
-    needs = {mode: count(Savers(shape, mode.config), *batch, mode.checkpointing) for mode in MODES}
-    options = {mode: _options(mode, values) for mode in MODES}
+    hosted = [] if shape.tied else [mode.with_embeddings_on_host for mode in MODES]
+    kinds = [hosted] if values["offload_embeddings"] else [MODES, hosted]
+    found = (_fitting(shape, modes, values, batch, gpu, host) for modes in kinds)
+    return next(filter(None, found), [])
+
+
+def _fitting(
+    shape: Shape, modes: list[Mode], values: dict, batch: tuple[int, int], gpu: int, host: int
+) -> list[Setting]:  # fmt: skip
+    """what_fits among some modes."""
+    needs = {mode: count(Savers(shape, mode.config), *batch, mode.checkpointing) for mode in modes}
+    options = {mode: _options(mode, values) for mode in modes}
     most = min([gpu, *(need.gpu - 1 for mode, need in needs.items() if not options[mode])])
     found = [
         Setting(options[mode], need.gpu, keeps_numbers={name[2:] for name in options[mode][::2]} <= set(LAUNCH))
         for mode, need in needs.items()
-        if need.gpu <= most and need.pinned <= host and options[mode]
+        if need.gpu <= most and need.on_host <= host and options[mode]
     ]
     return sorted(found, key=lambda setting: (not setting.keeps_numbers, setting.gpu))[:TOLD]
 

@@ -64,7 +64,7 @@ def test_no_setting_is_open_after_a_choice(shape):
 
 def test_checkpointing_leaves_open_where_inputs_wait():
     found = list(candidates(OPEN_CONFIG, checkpointing=True))
-    assert [one.offload for one in found] == [False, True] and not any(one.cuda_graphs for one in found)
+    assert [one.offload for one in found] == [False, True] * 2 and not any(one.cuda_graphs for one in found)
 
 
 def test_maps_of_attention_are_not_recorded_by_themselves(shape):
@@ -82,7 +82,7 @@ def test_it_says_what_and_why(shape):
 
 
 def test_a_budget_below_the_static_part(shape):
-    with pytest.raises(UserError, match=r"^3.00 GiB of GPU memory is below the 5.16 GiB that weights"):
+    with pytest.raises(UserError, match=r"^3.00 GiB of GPU memory is below the 4.91 GiB that weights"):
         chosen(shape, 3)
 
 

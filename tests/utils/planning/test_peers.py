@@ -81,7 +81,7 @@ def test_unsloth_by_hand(kind, norms):
     assert need.moments["backward of an MLP: gate, up"] == kept + 4 * x + 2 * f + adapters + 2 * 256 * 2048
     assert need.moments["loss"] == 5 * x + 512 * 4 * 256 + 4 * x
     assert need.static["staging buffers"] == 2 * x
-    assert need.host == need.pinned == layers * x + 200 * 2**18
+    assert need.host == need.on_host == layers * x + 200 * 2**18
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_modes_are_known_by_what_they_change():
 
 
 def test_a_budget_below_the_static_part():
-    with pytest.raises(UserError, match=r"3.00 GiB of GPU memory is below the 5.16 GiB that weights"):
+    with pytest.raises(UserError, match=r"3.00 GiB of GPU memory is below the 4.91 GiB that weights"):
         plan("llama-2-7b", "3GiB", "64GiB")
 
 

@@ -15,7 +15,7 @@ VALUES |= {"target_modules": ["all-linear"], "lora_dropout": 0.0}
 
 
 def told(config, gpu=12, batch=(16, 2048), host=64, **values):
-    return what_fits(SHAPE, VALUES | config.to_dict() | values, batch, gpu * GIB, host * GIB)
+    return what_fits(SHAPE, VALUES | config.to_dict() | values, batch, int(gpu * GIB), host * GIB)
 
 
 def test_what_leaves_the_numbers_of_a_run_is_told_first():
@@ -67,3 +67,13 @@ def test_a_batch_is_named(error):
 def test_other_errors_are_left_alone():
     with pytest.raises(RuntimeError, match="shapes"), telling({"input_ids": torch.ones(3, 7)}):
         raise RuntimeError("shapes differ")
+
+
+def test_embeddings_wait_on_the_host_where_nothing_else_fits():
+    """Or where the run has them there."""
+    tight = {"gpu": 5.7, "batch": (1, 4096)}
+    found = told(HycloraConfig(), **tight)
+    assert found and all("--offload_embeddings" in setting.options for setting in found) and found[0].keeps_numbers
+    assert not any("--offload_embeddings" in setting.options for setting in told(HycloraConfig()))
+    found = told(HycloraConfig(offload_embeddings=True))
+    assert found and not any("--offload_embeddings" in setting.options for setting in found)

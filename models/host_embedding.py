@@ -1,0 +1,129 @@
+"""Input embeddings that wait in host memory: rows are looked up there, and sent to where the tokens are.
+
+In the module's place a parameter without rows stays where the weight was. So the model has its device and dtype as
+ever, and where that goes, and what becomes of its dtype, is what rows and the weight follow; module.weight and the
+state dict are the weight itself. The weight is not pinned: the GPU reads copies of its rows alone, and torch would
+round it up to a power of two.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hyclora.models import trust
+from hyclora.models.binding import BOUND
+from hyclora.models.blocks import Block
+from hyclora.models.sharding import is_sharded
+from hyclora.operators.savers import Step
+
+PIECE = 2**25  # bytes of rows that are pinned at a time
+WEIGHT = "weight"
+SETTING = "offload_embeddings=True"
+LEAVE_OUT = "leave it out of modules_to_save, target_modules and trainable_token_indices"
+
+
+class HostEmbedding(Block):
+    """The block of an embedding, in training and out of it: ids [...] give rows [..., C] of a frozen weight [V, C].
+
+    Bits are those of torch's own lookup. A forward waits for the device that has the ids. On the host it takes the
+    weight's bytes, and some pieces; on the device what is returned.
+    """
+
+    def __init__(self, module: nn.Module, name: str, step: Step):
+        super().__init__(module, name, {}, step)
+        self.hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight, in host memory."""
+        weight = held(self.module)
+        return 0 if weight is None else weight.numel() * weight.element_size()
+
+    def bind(self) -> None:
+        weight = self.module.weight
+        place = nn.Parameter(weight.data.new_empty(0, weight.shape[1]), requires_grad=False)
+        weight.data = weight.data.cpu()
+        super().bind()
+        self.module._parameters[WEIGHT] = place
+        self.module.__dict__[WEIGHT] = weight
+        self.hooks = (
+            self.module.register_state_dict_post_hook(save),
+            self.module.register_load_state_dict_pre_hook(load),
+        )
+
+    def unbind(self) -> None:
+        """The same Parameter in its place again, on the device and in the dtype that the model has by now."""
+        super().unbind()
+        for hook in self.hooks:
+            hook.remove()
+        weight, place = self.module.__dict__.pop(WEIGHT, None), self.module._parameters[WEIGHT]
+        if weight is not None:
+            weight.data = weight.data.to(place.device, place.dtype)
+            self.module._parameters[WEIGHT] = weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, place = self._weight(), self.module._parameters[WEIGHT]
+        if is_sharded(self.module):
+            raise ValueError(f"{SETTING}: {self.name} was sharded by fully_shard since; shard without that setting")
+        if torch.is_grad_enabled() and (weight.requires_grad or place.requires_grad):
+            raise ValueError(f"{SETTING} is for frozen embeddings, and {self.name} is trained now: drop that setting")
+        ids, (_, width) = input.flatten().cpu(), weight.shape
+        rows = place.new_empty(len(ids), width, device=input.device)
+        n = max(1, PIECE // (width * weight.element_size()))
+        for piece, target in zip(ids.split(n), rows.split(n), strict=True):
+            pinned = torch.empty(target.shape, dtype=weight.dtype, pin_memory=input.is_cuda)
+            target.copy_(torch.index_select(weight, 0, piece, out=pinned), non_blocking=True)
+        return rows.view(*input.shape, width)
+
+    def check(self, decoder: nn.Module) -> None:
+        """ValueError if a decoder has other embeddings by now."""
+        self._weight(decoder.get_input_embeddings())
+
+    def _weight(self, module: nn.Module | None = None) -> nn.Parameter:
+        """The weight in host memory; ValueError if it was replaced, or the module by this one."""
+        weight = held(self.module)
+        if weight is None or module not in (None, self.module):
+            raise ValueError(
+                f"{SETTING}: {self.name} was replaced since, and what it was is in host memory: replace or wrap "
+                "embeddings before apply_hyclora, and train them without that setting"
+            )
+        return weight
+
+
+def held(module: nn.Module) -> nn.Parameter | None:
+    """The weight of a module that is in host memory, None without one."""
+    return module.__dict__.get(WEIGHT)
+
+
+def save(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    """Have the weight itself in a state dict."""
+    state[prefix + WEIGHT] = module.weight.detach()
+
+
+def load(module: nn.Module, state: dict, prefix: str, metadata: dict, *found) -> None:
+    """Copy the weight of a state dict; ValueError if it is to be assigned, which would leave the one that is held."""
+    weight, given = held(module), state.get(prefix + WEIGHT)
+    if weight is None or given is None or given.shape != weight.shape:
+        return
+    if metadata.get("assign_to_params_buffers"):
+        raise ValueError(f"{SETTING}: {prefix}{WEIGHT} is in host memory and cannot be assigned; load without assign")
+    weight.data.copy_(given)
+    state[prefix + WEIGHT] = module._parameters[WEIGHT].detach()
+
+
+def why_not(model: nn.Module, decoder: nn.Module, names: dict[int, str]) -> str | None:
+    """Why a decoder's input embeddings cannot wait in host memory, None if they can; names: of the model's modules."""
+    module = decoder.get_input_embeddings()
+    name = names[id(module)]
+    if any(map(is_sharded, model.modules())):
+        return "the model is sharded by fully_shard, and each process has its part of the embeddings"
+    if any(p.requires_grad for p in module.parameters()) or module.__module__.startswith("peft."):
+        return f"{name} is trained, on the device: {LEAVE_OUT}, or do not train it"
+    if reason := trust.why_not_embedding(module, name):
+        return reason
+    bound = module.__dict__.get(BOUND)
+    if bound is not None and bound.block is not None:
+        return f"{name} is in host memory for another patched model that shares it: call remove_hyclora on that first"
+    others = ((n, m) for n, m in model.named_modules() if m is not module)
+    if other := next((n for n, m in others if any(p is module.weight for p in m._parameters.values())), None):
+        return f"{other} shares its weight with {name} (tie_word_embeddings), and needs it on the device"
+    return None
