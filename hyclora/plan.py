@@ -15,9 +15,10 @@ PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
 import argparse
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 
 from hyclora.models.config import HycloraConfig
-from hyclora.utils.args import LoraArguments
+from hyclora.utils.args import LoraArguments, require
 from hyclora.utils.errors import RunStopped, UserError, entry_point
 from hyclora.utils.planning.budget import Choice, below_static, choose
 from hyclora.utils.planning.fitting import STEP, Load, fits, longest, longest_of
@@ -27,7 +28,7 @@ from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.peers import PEERS, Peer, most_tokens, peer_of
 from hyclora.utils.planning.recorded import times
 from hyclora.utils.planning.shape import BASES, Shape
-from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
+from hyclora.utils.planning.units import is_whole, parse_size, parse_tokens, say_size
 from hyclora.utils.results import table
 
 UNKNOWN = "not measured"  # a time
@@ -120,10 +121,10 @@ def plan(
 ) -> Plan:  # fmt: skip
     """What a micro-step of a model with LoRA on its linear layers needs in each mode of today, and what fits.
 
-    model: a folder, a config.json, a name in benchmarks/shapes or a Transformers configuration of a decoder; gpu, host:
-    bytes, or as 24GiB; tokens: rows and tokens a row, or as 4x512; base: nf4 or bf16 weights; documents: how many the
-    rows are packed of in all, None for one a row; target_modules: names of the linear layers with adapters, None for
-    all of them.
+    model: a folder, a config.json, a name in benchmarks/shapes or a Transformers configuration of a decoder; gpu,
+    host: bytes as a whole number, or as 24GiB; tokens: rows and tokens a row, or as 4x512; base: nf4 or bf16 weights;
+    documents: how many the rows are packed of in all, None for one a row; target_modules: names of the linear layers
+    with adapters, None for all of them.
 
     static = weights + 4 x 4 bytes a trained number (itself, gradient, Adam's two) + 24 or 32 bytes a channel of each
     quantizer + GEMM workspaces; dyn = largest sum of live tensors over the moments of a step (utils/planning/live.py);
@@ -132,12 +133,14 @@ def plan(
     which no allocator counts. The count of dyn alone has no margin: see Mode.accuracy. Padding costs less than counted.
     Allocates nothing on a GPU, and no weights on the host.
 
-    Raises UserError for a model without configuration or without such target_modules, a size or batch that cannot be
-    read, adapters that cannot be, and for a budget below the static part of every mode.
+    Raises UserError for a model without configuration or without such target_modules, a size, batch or count that is
+    none, adapters that cannot be, and for a budget below the static part of every mode.
     """
-    gpu = parse_size(gpu, "gpu") if isinstance(gpu, str) else gpu
-    host = parse_size(host, "host", or_none=True) if isinstance(host, str) else host
-    batch = parse_tokens(tokens if isinstance(tokens, str) else "x".join(map(str, tokens)), "tokens")
+    gpu, host = parse_size(gpu, "gpu"), parse_size(host, "host", or_none=True)
+    batch = parse_tokens("x".join(map(str, tokens)) if isinstance(tokens, (tuple, list)) else tokens, "tokens")
+    for name, value in {"lora_rank": lora_rank, "documents": 1 if documents is None else documents}.items():
+        require(is_whole(value), f"{name}={value!r} is no whole number")
+    require(isinstance(lora_dropout, Real), f"lora_dropout={lora_dropout!r} is no number")
     adapters = {} if target_modules is None else {"target_modules": target_modules}
     LoraArguments(lora_rank=lora_rank, lora_dropout=lora_dropout, **adapters)  # refuses what the scripts refuse
     if documents is not None and documents < batch[0]:
