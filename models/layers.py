@@ -1,5 +1,6 @@
 """A decoder layer as a whole: how its blocks are put together, and how gradient checkpointing keeps its input."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -201,13 +202,19 @@ class CheckpointBlock(Block):
                 "offload=True or a quantized layer_in would leave them without gradients; install transformers 5.24 or "
                 "newer, or train without gradient checkpointing"
             )
-        if not self._is_layers(function):
-            return self.keep_input(lambda x: function(x, *args), hidden_states, whole=False)
-        run, kwargs = self.layer.run_once, function.keywords
-        return self.keep_input(lambda x: run(x, *args, **kwargs), hidden_states, whole=True)
+        run = self._run_of(function)
+        whole = run is not None
+        return self.keep_input(lambda x: (run if whole else function)(x, *args), hidden_states, whole)
 
-    def _is_layers(self, function) -> bool:
-        """Whether a function is HF's for this layer's forward, in the releases in which that is wrapped."""
-        forward = getattr(type(self.module).forward, "__wrapped__", None)
-        known = isinstance(function, partial) and function.func is forward and function.args == (self.module,)
-        return known and self.layer is not None and self.layer.together
+    def _run_of(self, function) -> Callable | None:
+        """What runs the layer by itself in the place of a function that is HF's to do so; None for any other one.
+
+        HF gives the forward that it has wrapped, or before transformers 5.24 the call, whose hooks run again as well.
+        """
+        if not (isinstance(function, partial) and self.layer is not None and self.layer.together):
+            return None
+        called = function.func
+        if called is getattr(type(self.module).forward, "__wrapped__", None) and function.args == (self.module,):
+            return partial(self.layer.run_once, **function.keywords)
+        its = getattr(called, "__func__", None) is nn.Module.__call__ and called.__self__ is self.module
+        return function if its and not function.args else None
