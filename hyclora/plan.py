@@ -25,12 +25,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import torch
 
 from hyclora.models.config import HycloraConfig
-from hyclora.utils.args import ALL_LINEAR, LoraArguments
+from hyclora.utils.args import ALL_LINEAR, LoraArguments, require
 from hyclora.utils.errors import RunStopped, UserError, entry_point
 from hyclora.utils.planning.budget import Choice, below_static, choose
 from hyclora.utils.planning.fitting import STEP, Load, fits, longest, longest_of
@@ -43,7 +44,7 @@ from hyclora.utils.planning.recorded import times as recorded_times
 from hyclora.utils.planning.shape import BASES, Shape
 from hyclora.utils.planning.times import Batch, Time, fastest
 from hyclora.utils.planning.times_file import KeptTimes, check_place, device_name
-from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
+from hyclora.utils.planning.units import is_whole, parse_size, parse_tokens, say_size
 from hyclora.utils.results import table
 
 NOT_MEASURED = "--measure measures them on the GPU that is planned for"
@@ -174,11 +175,12 @@ def plan(
 ) -> Plan:  # fmt: skip
     """What a micro-step of a model with LoRA on its linear layers needs in each mode of today, and what fits.
 
-    model: a folder, a config.json, a name in benchmarks/shapes or a Transformers configuration of a decoder; gpu, host:
-    bytes, or as 24GiB; tokens: rows and tokens a row, or as 4x512; base: nf4 or bf16 weights; documents: how many the
-    rows are packed of in all, None for one a row; target_modules: names of the linear layers with adapters, None for
-    all of them. measure: the times of the modes that fit, on device (None: the GPU), with what is being measured to
-    tell (utils/planning/measuring.py); times: a file to keep them in, or without measure to read them from.
+    model: a folder, a config.json, a name in benchmarks/shapes or a Transformers configuration of a decoder; gpu,
+    host: bytes as a whole number, or as 24GiB; tokens: rows and tokens a row, or as 4x512; base: nf4 or bf16 weights;
+    documents: how many the rows are packed of in all, None for one a row; target_modules: names of the linear layers
+    with adapters, None for all of them. measure: the times of the modes that fit, on device (None: the GPU), with what
+    is being measured to tell (utils/planning/measuring.py); times: a file to keep them in, or without measure to read
+    them from.
 
     static = weights + 4 x 4 bytes a trained number (itself, gradient, Adam's two) + 24 or 32 bytes a channel of each
     quantizer + GEMM workspaces; dyn = largest sum of live tensors over the moments of a step (utils/planning/live.py);
@@ -187,18 +189,20 @@ def plan(
     which no allocator counts. The count of dyn alone has no margin: see Mode.accuracy. Padding costs less than counted.
     Allocates nothing on a GPU, and no weights on the host, unless it measures.
 
-    Raises UserError for a model without configuration or without such target_modules, a size or batch that cannot be
-    read, adapters that cannot be, for a budget below the static part of every mode, for measuring without a GPU, and
+    Raises UserError for a model without configuration or without such target_modules, a size, batch or count that is
+    none, adapters that cannot be, for a budget below the static part of every mode, for measuring without a GPU, and
     for a file that cannot be read or written, or has times of another GPU or other versions alone.
     """
     where, times = _device(device, measure), times and Path(times)
     if times and measure:
         check_place(times)
-    gpu = parse_size(gpu, "gpu") if isinstance(gpu, str) else gpu
-    host = parse_size(host, "host", or_none=True) if isinstance(host, str) else host
-    batch = parse_tokens(tokens if isinstance(tokens, str) else "x".join(map(str, tokens)), "tokens")
+    gpu, host = parse_size(gpu, "gpu"), parse_size(host, "host", or_none=True)
+    batch = parse_tokens("x".join(map(str, tokens)) if isinstance(tokens, (tuple, list)) else tokens, "tokens")
+    for name, value in {"lora_rank": lora_rank, "documents": 1 if documents is None else documents}.items():
+        require(is_whole(value), f"{name}={value!r} is no whole number")
+    require(isinstance(lora_dropout, Real), f"lora_dropout={lora_dropout!r} is no number")
     adapters = {"target_modules": [ALL_LINEAR] if target_modules is None else target_modules}
-    lora = LoraArguments(lora_rank=lora_rank, lora_dropout=lora_dropout, **adapters)
+    lora = LoraArguments(lora_rank=lora_rank, lora_dropout=lora_dropout, **adapters)  # refuses what the scripts refuse
     if documents is not None and documents < batch[0]:
         raise UserError(f"{documents} documents do not fill {batch[0]} rows: each row has one at least")
     if documents is not None and documents > batch[0] * batch[1]:

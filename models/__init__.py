@@ -15,4 +15,5 @@ sharding.py    what fully_shard (FSDP2) makes of modules               host_embe
 encoder_layer.py  a whole layer whose norms come after the residual      shifted.py  attention in shifted groups
 verify.py      gradients beside exact LoRA's                            verification.py  what was found of them
 finite.py      no step on gradients that are not finite                 origin.py   where these come from
+switches.py    what a backward has to find as it was
 """

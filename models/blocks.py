@@ -104,7 +104,7 @@ class Block:
         """Only training forwards with grad enabled and active, unmerged adapters are ours."""
         if self.reason is not None or not (self.module.training and self.step.trains):
             return False
-        return all([p.refresh(self.step.running) for p in self.projections])
+        return all([p.refresh(self.step.once) for p in self.projections])
 
     def keeper(self) -> Keeper:
         store = self.store if self.store is not None and self.store.active else None

@@ -233,9 +233,7 @@ class HycloraConfig:
 
         if self.memory_budget is None and self.largest_batch is not None:
             raise ValueError(f"largest_batch={self.largest_batch!r} has no effect without memory_budget: drop it")
-        if type(self.memory_budget) is int and self.memory_budget < 2**20:
-            raise ValueError(f"memory_budget={self.memory_budget} are bytes: write a unit, for instance 24GiB")
-        if self.memory_budget is not None and type(self.memory_budget) is not int:
+        if self.memory_budget is not None:
             parse_size(self.memory_budget, "memory_budget")
         if self.largest_batch is not None:
             parse_tokens(self.largest_batch, "largest_batch")

@@ -1,10 +1,9 @@
 """A decoder layer as a whole: how its blocks are put together, and how gradient checkpointing keeps its input."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from hyclora.models.binding import BoundForward
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.sharding import is_part, is_sharded
+from hyclora.models.switches import Switches
 from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Saver, Step
@@ -111,11 +111,13 @@ class CheckpointBlock(Block):
     HF calls it as it calls torch's, while gradient checkpointing is on; a trainer may switch that at any time, so
     bind() is called before every training forward. Keeps what CheckpointFunction does.
     own: whether the layer keeps its input without HF's checkpointing too; layer: its block, if it has one.
+    switches: what backward has to find as it was; a Watch drops it where modules are others.
     """
 
     span = UNITS_A_LAYER
     bound = None
     layer: WholeLayer | None = None
+    switches: Switches | None = None
 
     def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step, own: bool = False):
         super().__init__(module, name, savers, step)
@@ -141,18 +143,26 @@ class CheckpointBlock(Block):
 
         ValueError if backward would run what is set otherwise by then.
         """
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        whole, switches = self.module if whole else None, _switches(self.module)
+        if self.switches is None or self.step.running is None:  # outside of the decoder's forward nobody has looked
+            self.switches = Switches(self.module)
+        switches = self.switches
+        whole, before = self.module if whole else None, switches.read()
 
         def run_as_set(x):
-            if not self.step.passing and _switches(self.module) != switches:
-                raise ValueError(
-                    f"{self.name}: adapter, scaling or dropout were changed between a forward and its backward, which "
-                    "runs this layer again; run the backward first"
-                )
+            if not self.step.passing:
+                self._check_unchanged(switches.read() == before)
             return run(x)
 
-        return CheckpointFunction.apply(hidden_states, run_as_set, self.keeper(), whole, *parameters)
+        return CheckpointFunction.apply(hidden_states, run_as_set, self.keeper(), whole, *switches.trained())
+
+    def _check_unchanged(self, same: bool) -> None:
+        if same and self.step.patched:
+            return
+        what = "adapter, scaling, dropout or weights were changed" if self.step.patched else "the patch was taken off"
+        raise ValueError(
+            f"{self.name}: {what} between a forward and its backward, which runs this layer again; run the backward "
+            "first"
+        )
 
     @property
     def better(self) -> bool:
@@ -192,26 +202,19 @@ class CheckpointBlock(Block):
                 "offload=True or a quantized layer_in would leave them without gradients; install transformers 5.24 or "
                 "newer, or train without gradient checkpointing"
             )
-        if not self._is_layers(function):
-            return self.keep_input(lambda x: function(x, *args), hidden_states, whole=False)
-        run, kwargs = self.layer.run_once, function.keywords
-        return self.keep_input(lambda x: run(x, *args, **kwargs), hidden_states, whole=True)
+        run = self._run_of(function)
+        whole = run is not None
+        return self.keep_input(lambda x: (run if whole else function)(x, *args), hidden_states, whole)
 
-    def _is_layers(self, function) -> bool:
-        """Whether a function is HF's for this layer's forward, in the releases in which that is wrapped."""
-        forward = getattr(type(self.module).forward, "__wrapped__", None)
-        known = isinstance(function, partial) and function.func is forward and function.args == (self.module,)
-        return known and self.layer is not None and self.layer.together
+    def _run_of(self, function) -> Callable | None:
+        """What runs the layer by itself in the place of a function that is HF's to do so; None for any other one.
 
-
-def _switches(layer: nn.Module) -> list[tuple]:
-    """What is set of a layer's adapters, of copies that PEFT trains whole, and of dropout: to be compared."""
-    found = []
-    for module in layer.modules():
-        p = module.p if isinstance(module, nn.Dropout) else vars(module).get("attention_dropout", 0.0)
-        if p:
-            found.append((p if module.training else 0.0,))
-        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            merged, scaling = list(module.merged_adapters), dict(getattr(module, "scaling", {}))
-            found.append((list(module.active_adapters), module.disable_adapters, merged, scaling))
-    return found
+        HF gives the forward that it has wrapped, or before transformers 5.24 the call, whose hooks run again as well.
+        """
+        if not (isinstance(function, partial) and self.layer is not None and self.layer.together):
+            return None
+        called = function.func
+        if called is getattr(type(self.module).forward, "__wrapped__", None) and function.args == (self.module,):
+            return partial(self.layer.run_once, **function.keywords)
+        its = getattr(called, "__func__", None) is nn.Module.__call__ and called.__self__ is self.module
+        return function if its and not function.args else None

@@ -152,7 +152,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
         report.embeddings = f"{embedding.name}, {embedding.nbytes / 2**20:.1f} MiB"
     for block in blocks:
         block.bind()
-    patch.watch = Watch(family, decoder, blocks, report.not_patched)
+    patch.watch = Watch(family, decoder, blocks, checkpoints, report.not_patched)
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
@@ -199,6 +199,7 @@ def put_aside(patch: Patch):
             getattr(decoder, name).clear()
             getattr(decoder, name).update(value)
         setattr(decoder, PATCH, patch)
+        patch.step.patched = True
 
 
 def _take_off(patch: Patch) -> None:
@@ -208,6 +209,7 @@ def _take_off(patch: Patch) -> None:
     for hook in patch.hooks:
         hook.remove()
     delattr(patch.decoder, PATCH)
+    patch.step.patched = False
 
 
 def find_patch(model: nn.Module) -> Patch:

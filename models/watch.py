@@ -20,7 +20,7 @@ from hyclora.models import trust
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
 from hyclora.models.encoder_layer import EncoderLayerBlock
 from hyclora.models.families.family import Family
-from hyclora.models.layers import WholeLayer
+from hyclora.models.layers import CheckpointBlock, WholeLayer
 from hyclora.models.sharding import gathers, is_sharded
 
 AGAIN = "call remove_hyclora and apply it again"
@@ -39,11 +39,14 @@ class Watch:
     norm, the last one too, and each MLP; whole: and each layer a WholeLayer at work, none added, moved or taken away,
     with weights that stay where they are.
     told: where reasons found later are added. numbers: what blocks read of modules, beside tensors; drops: whether
-    attention drops.
+    attention drops. checkpoints: which list what is in their layers.
     """
 
-    def __init__(self, family: Family, decoder: nn.Module, blocks: list[Block], told: list[str]):
-        self.family, self.decoder, self.told = family, decoder, told
+    def __init__(
+        self, family: Family, decoder: nn.Module, blocks: list[Block], checkpoints: list[CheckpointBlock],
+        told: list[str],
+    ):  # fmt: skip
+        self.family, self.decoder, self.checkpoints, self.told = family, decoder, checkpoints, told
         self.layers = [block for block in blocks if isinstance(block, WholeLayer)]
         self.encoders = [layer for layer in self.layers if isinstance(layer, EncoderLayerBlock)]
         fed = [block for block in blocks if isinstance(block, (AttentionBlock, MlpBlock))]
@@ -86,6 +89,8 @@ class Watch:
             norm.reason = trust.why_not_norm(self.family, norm.module, norm.name)
         for layer in self.layers:
             layer.together = self._fits_together(layer)
+        for checkpoint in self.checkpoints:
+            checkpoint.switches = None
         modules = list(self._list())
         blocks = [block for half in self.halves for block in half] + self.last_norms
         at_work = {id(block.module) for block in blocks if block.reason is None and block.alone}

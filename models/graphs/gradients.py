@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,25 @@ def add_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 class Ticket:
-    """Lives until the backward of a replayed forward has run, or its graph is dropped."""
+    """Lives until the backward of a replayed forward has run, or its graph is dropped.
+
+    weights, adapted: tensors that a replay reads, and PEFT's layers that have an adapter, which must not be merged.
+    """
+
+    def __init__(self, weights: list[Tensor], adapted: list[nn.Module]):
+        self._weights, self._adapted = weights, adapted
+        self._versions = self._read()
+
+    def _read(self) -> list[int]:
+        return list(map(attrgetter("_version"), self._weights))
+
+    def check(self) -> None:
+        """ValueError if the backward would read other weights than the forward did."""
+        if self._read() != self._versions or any(map(attrgetter("merged_adapters"), self._adapted)):
+            raise ValueError(
+                "cuda_graphs: weights were changed between a forward and its backward, which would read them again; "
+                "run the backward first"
+            )
 
 
 class ReplayFunction(torch.autograd.Function):
@@ -176,6 +195,7 @@ class ReplayFunction(torch.autograd.Function):
                 "cuda_graphs: a second backward through the layers, whose activations the first one has used up; "
                 "retain_graph needs cuda_graphs=False"
             )
+        ctx.ticket.check()
         adds = _adds_all(ctx)
         take: Callable = _nothing_for
         hooked = _hooked(recording.gradients)  # since the forward, if there is no listener

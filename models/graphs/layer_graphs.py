@@ -136,7 +136,7 @@ class LayerGraphs(Pausable):
         self._latest, recording.asked = (self._kind[1], weights), asked
         self._passing = len(self.layers) > 1
         reached = (recording.anchor,) if self._listener is Listener.NOBODY else recording.gradients
-        return ReplayFunction.apply(hidden, recording, self.begin(), self.gradients, self._listener, *reached)
+        return ReplayFunction.apply(hidden, recording, self.begin(weights), self.gradients, self._listener, *reached)
 
     def _find(self, hidden: Tensor, args: tuple, kwargs: dict) -> tuple[Recording | None, list[Tensor], list[Tensor]]:
         """The recording to replay, if there is one, its inputs, and the weights that it reads; started if it can be."""
@@ -169,9 +169,9 @@ class LayerGraphs(Pausable):
         self._started = recording
         recording.start(inputs)
 
-    def begin(self) -> Ticket:
-        """A forward has been replayed: its activations are in the pool as long as the ticket lives."""
-        ticket = Ticket()
+    def begin(self, weights: list[Tensor]) -> Ticket:
+        """A forward of these weights has been replayed: its activations are in the pool as long as the ticket lives."""
+        ticket = Ticket(weights, [p.module for p in self.projections if p.has_adapter])
         self._pending = weakref.ref(ticket)
         return ticket
 

@@ -35,7 +35,7 @@ class Projection:
         self.module, self.name, self.owner, self.where = module, name, owner, where or name
         self.base = getattr(module, "base_layer", module)
         self.width = self.base.out_features
-        self._forward: int | None = None
+        self._once: object | None = None
         self.find_adapters()
         self.refresh()
 
@@ -44,17 +44,18 @@ class Projection:
         module = self.module
         self._adapters = None if module is self.base else (module.lora_A, module.lora_B, module.lora_dropout)
 
-    def refresh(self, forward: int | None = None) -> bool:
+    def refresh(self, once: object | None = None) -> bool:
         """Follow PEFT's switches; False while it has the adapter disabled or merged, or what we do not compute.
 
-        forward: number of the model's training forward; within one, what was read is not read again.
+        once: within what (Step.once); what was read within it already is not read again.
         """
-        if forward is not None and forward == self._forward:
+        if once is not None and once == self._once:
             return self._active
-        self._forward = forward
+        self._once = once
         module = self.module
         self.adapter, self.rank, self.scaling, self.dropout, self.drop = None, 0, 0.0, 0.0, None
         self._active = True
+        self._read = None, 0.0, 0.0
         if self._adapters is None:
             self._parameters = None, None, None, module.bias
             return True
@@ -69,14 +70,20 @@ class Projection:
             self.drop = dropouts[self.adapter]
             self.dropout = self.drop.p if isinstance(self.drop, nn.Dropout) and self.drop.training else 0.0
         self._parameters = *weights, self.base.bias
+        self._read = self.adapter, self.scaling, self.dropout
         plain = len(active) <= 1 and isinstance(self.scaling, (int, float))
-        self._active = plain and not (module.disable_adapters or module.merged)
+        self._active = plain and not (module.disable_adapters or module.merged_adapters)
         return self._active
 
-    def identify_weight(self) -> tuple[int, int] | None:
-        """What tells W from another one, and from itself once it has changed; None for a part of the first FSDP's."""
-        weight = self.base.weight
-        return (id(weight), weight._version) if isinstance(weight, nn.Parameter) else None
+    def switches(self) -> tuple:
+        """What refresh() has read, and what tells W from another one and from itself once it has changed.
+
+        Torch counts changes, but not PEFT's merging. Of a W that is no parameter, a part of the first FSDP's, nothing.
+        """
+        weight = self.base._parameters.get("weight")
+        merged = self._adapters is not None and bool(self.module.merged_adapters)
+        told = (id(weight), weight._version) if isinstance(weight, nn.Parameter) else ()
+        return self._read, merged, *told
 
     @property
     def has_adapter(self) -> bool:
@@ -154,11 +161,11 @@ class ProjectionGroup:
             # as read by the last forward, which may have been that of another adapter, a reference without gradients
             for p in self.projections:
                 p.refresh()
-        if switches[self.xa_name] != self._switches():
-            raise ValueError(
-                f"{self.projections[0].where}: adapter, scaling, dropout or base weight were changed between a forward "
-                "and its backward; run the backward first"
-            )
+            if switches[self.xa_name] != self._switches():
+                raise ValueError(
+                    f"{self.projections[0].where}: adapter, scaling, dropout or base weight were changed between a "
+                    "forward and its backward; run the backward first"
+                )
         parts = ("A", "B", "bias_B", "bias")
         return self.low_rank(tuple(keeper.exact(f"{p.name}_{part}") for p in self.projections for part in parts), dtype)
 
@@ -214,7 +221,7 @@ class ProjectionGroup:
 
     def _switches(self) -> list[tuple]:
         """What PEFT has set of all adapters, and which W there is: forward and backward must find them alike."""
-        return [(p.adapter, p.scaling, p.dropout, p.identify_weight()) for p in self.projections]
+        return [p.switches() for p in self.projections]
 
     def _bias(self, y: Tensor) -> Tensor | None:
         """The base layers' biases in y's dtype, as wide as y; None without any."""

@@ -36,7 +36,8 @@ class Step:
     passing: a layer runs that backward will run again, so its blocks run without a graph and nothing of theirs stays;
     holds_input: a layer's input is not to be written to; draws: of a layer that is run twice, where random state cannot
     be put back; whole: that layer's module, where it is all that runs (operators/checkpoint.py). recording: work is
-    recorded, not done.
+    recorded, not done. patched: the patch is on the model. once: within what PEFT's switches are read but once, None if
+    each time: a forward of the decoder, or the second run of a layer.
     """
 
     threshold: int
@@ -59,6 +60,8 @@ class Step:
     draws: Draws | None = field(default=None, repr=False)
     whole: object | None = field(default=None, repr=False)
     recording: bool = False
+    patched: bool = True
+    _again: object | None = field(default=None, repr=False)
 
     @property
     def calibrating(self) -> bool:
@@ -69,15 +72,20 @@ class Step:
         """Whether what runs now belongs to a forward that a backward comes to."""
         return torch.is_grad_enabled() or self.passing
 
+    @property
+    def once(self) -> object | None:
+        return self._again if self.running is None else self.running
+
     @contextmanager
     def layer(self, *, passing: bool, holds_input: bool, draws: Draws | None, whole: object | None):
         """One of the two runs of a layer, the first if passing."""
-        before = self.passing, self.holds_input, self.draws, self.whole
+        before = self.passing, self.holds_input, self.draws, self.whole, self._again
         self.passing, self.holds_input, self.draws, self.whole = passing, holds_input, draws, whole
+        self._again = None if passing else object()
         try:
             yield
         finally:
-            self.passing, self.holds_input, self.draws, self.whole = before
+            self.passing, self.holds_input, self.draws, self.whole, self._again = before
 
     def is_stock_attention(self, angles: tuple[Tensor, Tensor] | None) -> bool:
         """stock_attention of the forward that has these cos and sin; checkpointing runs it again after other ones."""

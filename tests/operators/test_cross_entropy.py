@@ -78,7 +78,7 @@ class Adapted(nn.Module):
         self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, vocab, bias=bias)})
         self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(dropout)})
         self.scaling, self.active_adapters = {"default": 1.7}, ["default"]
-        self.disable_adapters = self.merged = False
+        self.disable_adapters, self.merged_adapters = False, []
 
     def forward(self, x):
         low = self.lora_B["default"](self.lora_A["default"](self.lora_dropout["default"](x)))

@@ -143,7 +143,7 @@ def choose_for(model, config: HycloraConfig) -> Choice:
 def budget_of(config: HycloraConfig) -> int:
     """config.memory_budget in bytes; UserError for more than the card has."""
     given = config.memory_budget
-    budget = parse_size(given, "memory_budget") if isinstance(given, str) else given
+    budget = parse_size(given, "memory_budget")
     card = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else budget
     if budget > card:
         raise UserError(f"memory_budget={given} is more than the {say_size(card)} that the GPU has: lower it")

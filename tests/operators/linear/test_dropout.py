@@ -103,7 +103,7 @@ class Adapted(nn.Module):
         self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, n_out, bias=False)})
         self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(p) if p else nn.Identity()})
         self.scaling, self.active_adapters = {"default": 1.7}, ["default"]
-        self.disable_adapters = self.merged = False
+        self.disable_adapters, self.merged_adapters = False, []
 
     def forward(self, x):
         low = self.lora_B["default"](self.lora_A["default"](self.lora_dropout["default"](x)))

@@ -192,11 +192,23 @@ def test_a_budget_below_the_static_part():
         ({"target_modules": ["q_proj", "v_prj"]}, "target_modules: .* no linear layer named v_prj"),
         ({"target_modules": ["all-linear", "q_proj"]}, "all-linear stands for all names"),
         ({"tokens": (0, 512)}, "tokens: '0x512' is no batch"),
+        ({"tokens": 512}, "tokens: 512 is no batch"),
+        ({"tokens": (4.0, 512)}, "tokens: '4.0x512' is no batch"),
+        ({"tokens": (True, 512)}, "tokens: 'Truex512' is no batch"),
+        ({"gpu": -5}, "gpu: -5 is no size of memory"),
+        ({"gpu": float("nan")}, "gpu: nan is no size of memory"),
+        ({"host": -5}, "host: -5 is no size of memory"),
+        ({"host": True}, "host: True is no size of memory"),
+        ({"lora_rank": True}, "lora_rank=True is no whole number"),
+        ({"lora_rank": 1.5}, "lora_rank=1.5 is no whole number"),
+        ({"documents": float("nan")}, "documents=nan is no whole number"),
+        ({"documents": 4.5}, "documents=4.5 is no whole number"),
+        ({"lora_dropout": None}, "lora_dropout=None is no number"),
     ],
 )
 def test_what_no_run_could_be(options, said):
     with pytest.raises(UserError, match=said):
-        plan("llama-2-7b", "24GiB", "64GiB", **options)
+        plan("llama-2-7b", **{"gpu": "24GiB", "host": "64GiB"} | options)
 
 
 def test_all_linear_is_a_name_for_all_layers():

@@ -1,0 +1,49 @@
+"""What may be changed of a layer between its forward and a backward that runs it again.
+
+A walk through a layer's modules takes the host longer than to launch some of its kernels. So what is to be read is
+listed once, and found anew when modules were replaced (models/watch.py).
+"""
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from hyclora.models.sharding import is_sharded
+
+
+class Switches:
+    """What is set of a layer's adapters, of copies that PEFT trains whole, of dropout, and its weights.
+
+    Weights of a layer that is sharded come and go, and are not compared.
+    """
+
+    def __init__(self, layer: nn.Module):
+        modules = list(layer.modules())
+        self._layer = layer
+        self._adapted = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        self._drops = [(m, "p") for m in modules if isinstance(m, nn.Dropout)]
+        self._drops += [(m, "attention_dropout") for m in modules if "attention_dropout" in vars(m)]
+        named = ((m._parameters, name) for m in modules for name in m._parameters)
+        places = {id(held[name]): (held, name) for held, name in named}  # those that are shared once
+        self._places = None if any(map(is_sharded, modules)) else list(zip(*places.values(), strict=True))
+
+    def read(self) -> tuple:
+        """All of it, as it is now, to be compared."""
+        drops = [m.__dict__[name] if m.training else 0.0 for m, name in self._drops]
+        weights = [] if self._places is None else [(id(p), p._version) for p in self._parameters()]
+        return list(map(_adapter, self._adapted)), drops, weights
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters of the layer that may get a gradient."""
+        parameters = self._layer.parameters() if self._places is None else self._parameters()
+        return [p for p in parameters if p.requires_grad]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in map(dict.get, *self._places) if p is not None]
+
+
+def _adapter(module: nn.Module) -> tuple:
+    """Which adapters of one of PEFT's layers are merged and which are active, and how strongly; its properties cost."""
+    active, scaling = module._active_adapter, module.__dict__.get("scaling", {})
+    names = [active] if isinstance(active, str) else active
+    return module._disable_adapters, *module.merged_adapters, *[(name, scaling.get(name)) for name in names]
