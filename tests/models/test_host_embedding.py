@@ -87,9 +87,9 @@ def test_with_layers_that_keep_their_input():
     assert same(ours, theirs)
 
 
-def test_a_stream_is_looked_up_as_a_row(monkeypatch):
+def test_a_stream_is_looked_up_as_a_row(any_dtype, monkeypatch):
     model, seen = llama(), []
-    apply_hyclora(model, config(stream=True))
+    apply_hyclora(model, config(stream=True, cuda_graphs=False))
     forward = host_embedding.HostEmbedding.forward
     monkeypatch.setattr(
         host_embedding.HostEmbedding, "forward", lambda self, ids: (seen.append(ids.shape), forward(self, ids))[1]
