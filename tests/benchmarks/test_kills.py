@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from benchmarks import kills, report_kills
 from benchmarks.kills import EVALUATION, SAVING, STEP, Event, Point, points
@@ -32,6 +34,10 @@ def test_killed_in_each_phase_and_resumed_it_is_the_run_that_nobody_killed(kille
         assert line["differ"] == [] and line["resumed_from"] >= 2 and line.keys() >= REPORTED
 
 
+OLD_TRAINER = Version(transformers.__version__) < Version("5.24")
+
+
+@pytest.mark.skipif(OLD_TRAINER, reason="Trainer of transformers 5.17 loads no optimizer to the cpu:0 of two processes")
 def test_one_of_two_processes_is_killed(killed):
     (line,) = killed("--drivers", "run_gsm8k", "--kills", "1", "--processes", "2", "--seed", "1")
     assert line["differ"] == [] and line["resumed_from"] >= 2 and line["arguments"]["processes"] == 2
