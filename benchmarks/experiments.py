@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict | None] = {
     "intra_inter, auto 3.0": {"q_bit": "auto", "average_bits": 3.0},
     "intra_inter, 2 bit": {"q_bit": 2},
     "k wider, 2 bit": {"q_bit": 2, "slot_savers": {"k": "quant4"}},
+    "layer inputs, 4 bit": {"layers": "input4"},
     "intra_inter, 8 bit": {"q_bit": 8},
     **{f"intra, {bits} bit": {"layer_type": "intra", "q_bit": bits} for bits in (8, 4, 2)},
     **{
@@ -51,6 +52,7 @@ COMMON = {
     **{"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1},
     **{"save_strategy": "no", "disable_tqdm": True, "num_train_epochs": 1},
 }
+TESTED = 256  # rows of each arithmetic test, by generated answers
 GENERATION = {"greedy": True, "max_new_tokens": 256, "eval_batch_size": 440}
 
 
@@ -96,7 +98,7 @@ TASKS = {
     "arithmetic": Experiment(
         "run_multitask",
         {"data_name": "arithmetic", "data_dir": "{data}/arithmetic", "train_file": "{data}/gsm8k/train.jsonl"}
-        | {"per_device_train_batch_size": 16, "max_train_samples": 4800}
+        | {"per_device_train_batch_size": 16, "max_train_samples": 4800, "max_eval_samples": TESTED}
         | GENERATION,
         ["gsm8k/train.jsonl", *(f"arithmetic/{name}/test.json" for name in ("gsm8k", "SVAMP", "mawps", "AQuA"))],
     ),
