@@ -101,6 +101,8 @@ def read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     tokenizer.model_max_length = config.max_position_embeddings
+    for name in ("bos", "eos", "pad"):  # transformers 5.17 takes the first for the second, and leaves out the third
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_token_id")))
     return model, tokenizer
 
 

@@ -88,6 +88,7 @@ def test_a_gguf_file_becomes_a_checkpoint(run, tmp_path, monkeypatch):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.pad_token == "<|im_end|>"
     assert tokenizer.model_max_length == 128
     assert tokenizer("a  12  a").tokens() == ["a", "ĠĠ", "1", "2", "Ġ", "Ġa"]
     code, said = run()
