@@ -122,9 +122,20 @@ def test_a_file_that_is_not_there(kept, tmp_path):
     with pytest.raises(UserError, match="times.json has no times: --measure writes them"):
         kept.read()
     check_place(kept.file)
-    for place, said in ((tmp_path / "no" / "times.json", "cannot be written"), (tmp_path, "cannot be read")):
+    for place, said in ((tmp_path / "no" / "times.json", "cannot be written"), (tmp_path, "is no file: name one")):
         with pytest.raises(UserError, match=said):
             check_place(place)
+
+
+def test_versions_that_are_null_are_others(kept):
+    """As a file that was edited has them."""
+    there = json.dumps([entry(device=kept.device, versions={"torch": None})])
+    kept.file.write_text(there)
+    with pytest.raises(UserError, match="times of torch None, and here is"):
+        kept.read()
+    kept.file.write_text(there.replace("torch", "nothing"))
+    with pytest.raises(UserError, match="measure again"):
+        kept.read()
 
 
 def test_half_a_file_is_never_there(kept, monkeypatch):
