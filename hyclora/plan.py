@@ -236,6 +236,7 @@ def plan(
     timed = f"times are of {kept.device}, from some of the layers up to all{f'; they are in {times}' if times else ''}"
     if not known:
         missing = f"{times} has none of this model with such adapters and rows" if times else NOT_MEASURED
+        missing = "no mode fits, so none was measured" if measure else missing
         timed = f"times are unknown: {why or missing}"
     rows = [replace(row, time=known.get(row.mode.name, row.time)) for row in rows]
     if documents is not None:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,7 +92,8 @@ class KeptTimes:
     @cached_property
     def of(self) -> dict:
         """What tells them from others."""
-        sizes = {name: getattr(self.shape.config, name, None) for name in (*SIZES, "head_dim", "sliding_window")}
+        sizes = {name: getattr(self.shape.config, name, None) for name in (*SIZES, "head_dim", "attention_dropout")}
+        sizes["windows"] = {str(window): n for window, n in Counter(self.shape.windows).items()}  # of so many layers
         adapters = {name: getattr(self.lora, name) for name in ("lora_rank", "lora_dropout", "target_modules")}
         return sizes | {"base": self.shape.base} | adapters | vars(self.batch)
 

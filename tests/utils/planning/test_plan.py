@@ -97,6 +97,8 @@ def test_what_fits_is_measured_with_such_adapters_and_rows(few_modes):
     assert found.timed.startswith("times are of CPU ")
     roomy = plan("llama-3.2-1b", "16GiB", "1GiB", measure=True, device="cpu")
     assert [str(row.time) for row in roomy.rows] == ["50.0 ms", "unknown: out of memory"]
+    little = plan("llama-3.2-1b", "4GiB", "1GiB", (64, 4096), measure=True, device="cpu")
+    assert little.timed == "times are unknown: no mode fits, so none was measured" and len(few_modes) == 2
 
 
 def test_times_are_kept_in_a_file_and_read(few_modes, tmp_path, capsys):
