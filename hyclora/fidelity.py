@@ -31,7 +31,16 @@ from hyclora.utils.data.text import blocks, read_text, tokenize
 from hyclora.utils.data.tokens import Collator, tokenize_rows
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.heads import NEXT_TOKEN
-from hyclora.utils.loading import check_model, check_positions, find_base, load_base, load_model, load_tokenizer
+from hyclora.utils.loading import (
+    check_embeddings,
+    check_layers,
+    check_model,
+    check_positions,
+    find_base,
+    load_base,
+    load_model,
+    load_tokenizer,
+)
 
 
 @dataclass
@@ -102,6 +111,8 @@ def main(argv: list[str] | None = None) -> Verification:
     base = ModelArguments(folder.name, str(folder.parent), load_in_4bit=args.load_in_4bit)
     source = find_base(base, lora)
     check_model(source, NEXT_TOKEN, lora)
+    check_layers(source, NEXT_TOKEN, hyclora.config())
+    check_embeddings(source, NEXT_TOKEN, lora, hyclora.config())
     tokenizer = load_tokenizer(source)
     steps = 0 if args.adapters else args.exact_steps
     count = steps + hyclora.iteration_threshold + args.batches

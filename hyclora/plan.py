@@ -48,6 +48,7 @@ from hyclora.utils.planning.units import is_whole, parse_size, parse_tokens, say
 from hyclora.utils.results import table
 
 NOT_MEASURED = "--measure measures them on the GPU that is planned for"
+DEVICES = "cuda", "cpu"
 SAME_CARD = 1.05  # a card has a little less than its name says
 
 
@@ -193,8 +194,8 @@ def plan(
     none, adapters that cannot be, for a budget below the static part of every mode, for measuring without a GPU, and
     for a file that cannot be read or written, or has times of another GPU or other versions alone.
     """
-    where, times = _device(device, measure), times and Path(times)
-    if times and measure:
+    where, times = _device(device, measure), None if times is None else Path(times)
+    if times is not None and measure:
         check_place(times)
     gpu, host = parse_size(gpu, "gpu"), parse_size(host, "host", or_none=True)
     batch = parse_tokens("x".join(map(str, tokens)) if isinstance(tokens, (tuple, list)) else tokens, "tokens")
@@ -235,6 +236,7 @@ def plan(
     timed = f"times are of {kept.device}, from some of the layers up to all{f'; they are in {times}' if times else ''}"
     if not known:
         missing = f"{times} has none of this model with such adapters and rows" if times else NOT_MEASURED
+        missing = "no mode fits, so none was measured" if measure else missing
         timed = f"times are unknown: {why or missing}"
     rows = [replace(row, time=known.get(row.mode.name, row.time)) for row in rows]
     if documents is not None:
@@ -244,11 +246,12 @@ def plan(
 
 def _device(name: str | None, measure: bool) -> torch.device:
     """Where times are of; UserError where nothing can be measured."""
+    require(name in (None, *DEVICES), f"device={name!r} is none of {', '.join(DEVICES)}")
     there = torch.cuda.is_available()
     if not there and (name == "cuda" or measure and name is None):
         raise UserError(
-            "times are measured on a GPU, and there is none here: measure on the machine that trains, or drop "
-            "--measure (--device cpu tries it out)"
+            f"times are of a GPU, and there is none here: {'measure' if measure else 'plan'} on the machine that "
+            f"trains, or drop --{'measure (--device cpu tries it out)' if measure else 'device cuda'}"
         )
     return torch.device(name or ("cuda" if there else "cpu"))
 
@@ -303,7 +306,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--documents", type=int, help="documents that the rows are packed of, in all")
     parser.add_argument("--measure", action="store_true", help="times of a micro-step, on the GPU at hand")
     parser.add_argument("--times", metavar="FILE", help="JSON file that --measure writes times to, else to read from")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="to measure on (default: cuda; cpu tries it out)")
+    parser.add_argument("--device", choices=DEVICES, help="to measure on (default: cuda; cpu tries it out)")
     found = plan(**vars(parser.parse_args(argv)), tell=lambda line: print(line, file=sys.stderr, flush=True))
     print(found)
     if found.chosen is None:

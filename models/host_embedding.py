@@ -2,9 +2,11 @@
 
 In the module's place a parameter without rows stays where the weight was. So the model has its device and dtype as
 ever, and where that goes, and what becomes of its dtype, is what rows and the weight follow; module.weight and the
-state dict are the weight itself. The weight is not pinned: the GPU reads copies of its rows alone, and torch would
-round it up to a power of two.
+state dict are the weight itself, and a copy of the module alone is stock. The weight is not pinned: the GPU reads
+copies of its rows alone, and torch would round it up to a power of two.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from hyclora.models.sharding import is_sharded
 from hyclora.operators.savers import Step
 
 PIECE = 2**25  # bytes of rows that are pinned at a time
-WEIGHT = "weight"
+WEIGHT, REDUCE = "weight", "__reduce_ex__"  # the second is what copy and pickle ask an object for
 SETTING = "offload_embeddings=True"
 LEAVE_OUT = "leave it out of modules_to_save, target_modules and trainable_token_indices"
 
@@ -39,23 +41,28 @@ class HostEmbedding(Block):
         return 0 if weight is None else weight.numel() * weight.element_size()
 
     def bind(self) -> None:
-        weight = self.module.weight
+        super().bind()
+        self.hold()
+
+    def hold(self) -> None:
+        """Have the module's weight in host memory, and what holds its place in its stead."""
+        own, weight = vars(self.module), self.module.weight
         place = nn.Parameter(weight.data.new_empty(0, weight.shape[1]), requires_grad=False)
         weight.data = weight.data.cpu()
-        super().bind()
         self.module._parameters[WEIGHT] = place
-        self.module.__dict__[WEIGHT] = weight
         self.hooks = (
             self.module.register_state_dict_post_hook(save),
             self.module.register_load_state_dict_pre_hook(load),
         )
+        own[WEIGHT], own[REDUCE] = weight, partial(reduced, self.module, self.hooks)
 
     def unbind(self) -> None:
         """The same Parameter in its place again, on the device and in the dtype that the model has by now."""
         super().unbind()
         for hook in self.hooks:
             hook.remove()
-        weight, place = self.module.__dict__.pop(WEIGHT, None), self.module._parameters[WEIGHT]
+        vars(self.module).pop(REDUCE, None)
+        weight, place = vars(self.module).pop(WEIGHT, None), self.module._parameters[WEIGHT]
         if weight is not None:
             weight.data = weight.data.to(place.device, place.dtype)
             self.module._parameters[WEIGHT] = weight
@@ -92,6 +99,20 @@ class HostEmbedding(Block):
 def held(module: nn.Module) -> nn.Parameter | None:
     """The weight of a module that is in host memory, None without one."""
     return module.__dict__.get(WEIGHT)
+
+
+def reduced(module: nn.Module, hooks: tuple[torch.utils.hooks.RemovableHandle, ...], protocol: int) -> tuple:
+    """What copy and pickle make another module of: a stock one, which a copy of the whole model sends away again."""
+    make, kind, state, *rest = object.__reduce_ex__(module, protocol)
+    ours = {hook.id for hook in hooks}
+    state = {name: value for name, value in state.items() if name not in (WEIGHT, REDUCE)}
+    for name in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
+        state[name] = type(state[name])((key, hook) for key, hook in state[name].items() if key not in ours)
+    if (weight := held(module)) is not None:
+        place = module._parameters[WEIGHT]
+        given = nn.Parameter(weight.data.to(place.device, place.dtype), place.requires_grad)
+        state["_parameters"] = module._parameters | {WEIGHT: given}
+    return make, kind, state, *rest
 
 
 def save(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:

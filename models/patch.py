@@ -61,6 +61,8 @@ class Patch:
         for block in [*self.blocks, *self.checkpoints, self.embedding]:
             if block is not None and block.bound is not None:
                 block.bound.block = block
+        if self.embedding is not None:
+            self.embedding.hold()
 
     def use(self, store: Store | None) -> None:
         """Send the packed slots of all blocks to a store; None: they stay put."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +30,8 @@ FAMILIES = {
     "nf4": lambda: llama(base="nf4"),
     "roberta": lambda: roberta(task="classification"),
 }
+
+COPIES = copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))
 
 
 def lookup(model) -> nn.Embedding:
@@ -178,7 +181,7 @@ def test_evaluation_and_generation():
         assert torch.equal(model.generate(input_ids=ids.to(model.device), **settings), expected[1])
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_of_the_model_looks_up_by_itself(copied):
     model, batch = llama(), padded_batch()
     expected = steps(model, True, batch)
@@ -188,6 +191,33 @@ def test_a_copy_of_the_model_looks_up_by_itself(copied):
     remove_hyclora(twin)
     assert lookup(twin)._parameters["weight"].shape == (128, 96) and find_patch(model).embedding is not None
     assert same([gradients(model, batch)], expected[-1:])
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_of_the_embedding_is_stock(copied):
+    """As PEFT makes one to train it whole; before, what a copy had to train were no rows."""
+    model = llama()
+    value, parameter = lookup(model).weight.detach().clone(), lookup(model).weight
+    apply_hyclora(model, config())
+    twin = copied(lookup(model))
+    assert torch.equal(twin.weight, value) and twin.weight is next(twin.parameters()) is not parameter
+    assert not twin._state_dict_hooks and not twin._load_state_dict_pre_hooks and "weight" not in vars(twin)
+    twin.requires_grad_(True)(torch.tensor([3], device=DEVICE)).sum().backward()
+    assert twin.weight.grad[3].eq(1).all() and lookup(model).weight is parameter
+    assert copied(twin).weight.shape == value.shape
+
+
+def test_an_adapter_that_trains_embeddings_may_come_after_it_is_removed():
+    ours, theirs = llama(), llama()
+    apply_hyclora(ours, config())
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        model.add_adapter("whole", LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+        model.set_adapter("whole")
+    with pytest.raises(ValueError, match="embed_tokens was replaced since"):
+        ours(**padded_batch())
+    remove_hyclora(ours)
+    assert same([gradients(ours, padded_batch())], [gradients(theirs, padded_batch())])
 
 
 def test_a_state_dict_is_as_ever_and_is_loaded(tmp_path):

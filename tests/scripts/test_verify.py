@@ -115,6 +115,20 @@ def test_trained_adapters_are_verified(ask, drive, tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
+        (["--offload_embeddings", True, "--target_modules", "embed_tokens"], "embed_tokens is trained: drop it"),
+        (["--layers", "1*slots,9*input"], "is of 10 layers, and the model has"),
+    ],
+    ids=["embeddings", "layers"],
+)
+def test_what_the_model_cannot_do_is_told_before_it_is_loaded(ask, monkeypatch, options, said):
+    monkeypatch.setattr(fidelity, "load_model", None)
+    code, told = ask(*options)
+    assert code == 2 and said in told
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
         (["--model", ""], "say with --model which checkpoint folder"),
         (["--model", "nowhere"], "nowhere does not exist"),
         (["--data", "nowhere.txt"], "data nowhere.txt does not exist"),

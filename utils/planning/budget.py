@@ -98,6 +98,8 @@ def choose(shape: Shape, config: HycloraConfig, load: Load, gpu: int, host: int)
     given = {name: getattr(config, name) for name, free in FREE.items() if getattr(config, name) != free}
     others = candidates(replace(config, **FREE), load.checkpointing, shape.tied) if given else ()
     others = [(one, load.need(Savers(shape, one))) for one in others]
+    # where they are tied, embeddings on the device are nobody's choice
+    given = {name: value for name, value in given.items() if any(getattr(one, name) != value for one, _ in others)}
     below_static(min(sum(need.static.values()) for _, need in (*tried, *others)), gpu)
     fitting = [(one, need) for one, need in others if fits(need, gpu, host)]
     budget = f"{say_size(gpu)} of GPU memory and {say_size(host)} of host memory"

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,8 +43,10 @@ def versions() -> dict[str, str]:
 
 def entries(file: Path) -> list[dict]:
     """The content of a file, none if it is not there; UserError if it is no such file."""
-    if not file.exists():
+    if not os.path.exists(file):
         return []
+    if not file.is_file():
+        raise UserError(f"{file} is no file: name one, for --measure to write times to")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, list) or not all(map(_is_entry, found)):
@@ -89,7 +92,8 @@ class KeptTimes:
     @cached_property
     def of(self) -> dict:
         """What tells them from others."""
-        sizes = {name: getattr(self.shape.config, name, None) for name in (*SIZES, "head_dim", "sliding_window")}
+        sizes = {name: getattr(self.shape.config, name, None) for name in (*SIZES, "head_dim", "attention_dropout")}
+        sizes["windows"] = {str(window): n for window, n in Counter(self.shape.windows).items()}  # of so many layers
         adapters = {name: getattr(self.lora, name) for name in ("lora_rank", "lora_dropout", "target_modules")}
         return sizes | {"base": self.shape.base} | adapters | vars(self.batch)
 
@@ -113,7 +117,7 @@ class KeptTimes:
         current = [entry for entry in found_here if entry["versions"] == here]
         if not current:
             then = found_here[-1]["versions"]
-            name = next(name for name in [*PACKAGES, *then] if then.get(name) != here.get(name))
+            name = next(name for name in [*PACKAGES, *then] if then.get(name, "") != here.get(name, ""))
             raise UserError(
                 f"{self.file} has times of {name} {then.get(name, '(none)')}, and here is {here.get(name, 'none')}: "
                 "measure again, with --measure"

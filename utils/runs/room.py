@@ -63,9 +63,12 @@ def what_fits(source: str, values: dict, batch: tuple[int, int], gpu: int, host:
     Those with embeddings in host memory are told where no other fits, or the run has them there.
 
     source: where the base model lies; values: all settings of the run, which had no room: none that takes more is told.
-    Empty where nothing fits, and for what cannot be planned: another model, dtype or device, and training all weights.
+    Empty where nothing fits, and for what cannot be planned: another model, dtype or device, and training weights
+    beside adapters.
     """
-    if not values.get("use_lora", True) or not values["load_in_4bit"] and values["dtype"] == "float32":
+    if values.get("trainable_params") or not values.get("use_lora", True):
+        return []
+    if not values["load_in_4bit"] and values["dtype"] == "float32":
         return []
     base, targets = "nf4" if values["load_in_4bit"] else "bf16", values["target_modules"]
     try:

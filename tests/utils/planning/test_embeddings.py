@@ -64,6 +64,13 @@ def test_what_is_set_stays(shape):
         chosen(shape, 7.5 * GIB, offload_embeddings=False)
 
 
+def test_what_nobody_set_is_not_told_as_set():
+    """apply_hyclora has embeddings that cannot wait on the device."""
+    settings = {"q_bit": 8, "layers": "slots", "offload_embeddings": False}
+    with pytest.raises(UserError, match="^with q_bit=8, layers=slots as set, .* the nearest that fits is q_bit=4: "):
+        chosen(Shape(TIED), 11 * GIB, 0, Load.full(8, 4096), **settings)
+
+
 def test_host_memory_is_a_limit(shape):
     with pytest.raises(UserError, match="no plan fits"):
         chosen(shape, 7.6 * GIB, host=EMBEDDINGS - 1)

@@ -97,6 +97,8 @@ def test_what_fits_is_measured_with_such_adapters_and_rows(few_modes):
     assert found.timed.startswith("times are of CPU ")
     roomy = plan("llama-3.2-1b", "16GiB", "1GiB", measure=True, device="cpu")
     assert [str(row.time) for row in roomy.rows] == ["50.0 ms", "unknown: out of memory"]
+    little = plan("llama-3.2-1b", "4GiB", "1GiB", (64, 4096), measure=True, device="cpu")
+    assert little.timed == "times are unknown: no mode fits, so none was measured" and len(few_modes) == 2
 
 
 def test_times_are_kept_in_a_file_and_read(few_modes, tmp_path, capsys):
@@ -203,6 +205,7 @@ def test_a_budget_below_the_static_part():
         ({"lora_rank": 1.5}, "lora_rank=1.5 is no whole number"),
         ({"documents": float("nan")}, "documents=nan is no whole number"),
         ({"documents": 4.5}, "documents=4.5 is no whole number"),
+        ({"device": "cuda:1"}, "device='cuda:1' is none of cuda, cpu"),
         ({"lora_dropout": None}, "lora_dropout=None is no number"),
     ],
 )
@@ -224,7 +227,9 @@ def test_all_linear_is_a_name_for_all_layers():
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--tokens", "512"], "'512' is no batch"),
         (["llama-2-7b", "--gpu", "1GiB", "--host", "1GiB"], "is below the"),
         (["llama-2-7b", "--gpu", "24GiB"], "--host"),
-        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--measure"], "there is none here"),
+        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--measure"], "or drop --measure (--device cpu"),
+        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--device", "cuda"], "or drop --device cuda\n"),
+        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--times", ""], ". is no file: name one"),
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--times", "no.json"], "no.json has no times"),
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--lora_rank", "x"], "--lora_rank"),
     ],

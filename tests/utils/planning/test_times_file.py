@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from hyclora.utils.args import LoraArguments
 from hyclora.utils.errors import UserError
@@ -23,6 +24,11 @@ def shape():
 @pytest.fixture
 def kept(shape, tmp_path):
     return KeptTimes(shape, LoraArguments(), Batch(4, 512), torch.device("cpu"), tmp_path / "times.json")
+
+
+def small(**config) -> Shape:
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 64}
+    return Shape(Qwen2Config(**sizes | {"use_sliding_window": True, "sliding_window": 8} | config))
 
 
 def test_what_was_written_is_read(kept):
@@ -59,6 +65,13 @@ def test_weights_have_times_of_their_own(kept):
     kept.write(TIMES)
     assert replace(kept, shape=Shape("llama-3.2-1b", "bf16")).read() == {}
     assert replace(kept, shape=Shape("llama-2-7b")).read() == {}
+
+
+def test_attention_has_times_of_its_own(kept):
+    """Dropout of it is in the way of graphs, and more layers with a window have less to do."""
+    shapes = [small(max_window_layers=n, attention_dropout=p) for n, p in ((2, 0.0), (3, 0.0), (2, 0.1))]
+    replace(kept, shape=shapes[0]).write(TIMES)
+    assert [bool(replace(kept, shape=shape).read()) for shape in shapes] == [True, False, False]
 
 
 def test_modes_that_were_not_measured_again_stay(kept):
@@ -122,9 +135,20 @@ def test_a_file_that_is_not_there(kept, tmp_path):
     with pytest.raises(UserError, match="times.json has no times: --measure writes them"):
         kept.read()
     check_place(kept.file)
-    for place, said in ((tmp_path / "no" / "times.json", "cannot be written"), (tmp_path, "cannot be read")):
+    for place, said in ((tmp_path / "no" / "times.json", "cannot be written"), (tmp_path, "is no file: name one")):
         with pytest.raises(UserError, match=said):
             check_place(place)
+
+
+def test_versions_that_are_null_are_others(kept):
+    """As a file that was edited has them."""
+    there = json.dumps([entry(device=kept.device, versions={"torch": None})])
+    kept.file.write_text(there)
+    with pytest.raises(UserError, match="times of torch None, and here is"):
+        kept.read()
+    kept.file.write_text(there.replace("torch", "nothing"))
+    with pytest.raises(UserError, match="measure again"):
+        kept.read()
 
 
 def test_half_a_file_is_never_there(kept, monkeypatch):

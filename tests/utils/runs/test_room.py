@@ -51,6 +51,7 @@ def test_checkpointing_has_the_plain_loops_word(monkeypatch):
 def test_what_cannot_be_planned_has_no_settings(tmp_path):
     assert not told(HycloraConfig(), gpu=5) and not told(HycloraConfig(), use_lora=False)
     assert not told(HycloraConfig(), load_in_4bit=False, dtype="float32")
+    assert told(HycloraConfig(), trainable_params="") and not told(HycloraConfig(), trainable_params="norm,embed")
     assert not what_fits(str(tmp_path), VALUES | HycloraConfig().to_dict(), (1, 8), GIB, GIB)
     assert available(torch.device("cpu")) is None
 
