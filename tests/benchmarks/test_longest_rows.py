@@ -235,5 +235,5 @@ def test_counts_are_near_what_long_rows_took():
     for line in found:
         case, measured = Case(**line["arguments"]), line["measured"]
         counted = predict(case, case.layers)
-        assert -0.005 <= counted["dyn_mib"] / measured["dyn_mib"] - 1 <= 0.06
+        assert -0.005 <= counted["dyn_mib"] / measured["dyn_mib"] - 1 <= 0.07
         assert 0 <= counted["held_mib"] - measured["held_mib"] <= 4096

@@ -29,7 +29,8 @@ def test_static_and_host_memory(one):
 
 @pytest.mark.parametrize("one", [one for one in LINES if not one.earlier], ids=named)
 def test_live_memory_of_the_present_build(one):
-    assert -0.4 <= one.off("dyn") <= 0.5  # lines of when W of q, k, v was whole in backward have up to .4 % more
+    most = 2 if "layer inputs" in one.mode.name else 0.5
+    assert -0.4 <= one.off("dyn") <= most  # lines of when W of q, k, v was whole in backward have up to .4 % more
     assert one.off("held") >= 0  # the allowance for gaps is one
     assert one.off("static", "held") >= -1
 
@@ -41,7 +42,7 @@ def test_live_memory_of_earlier_builds_was_larger_or_near(one):
 
 def test_there_are_lines_of_every_measured_kind():
     present = {one.mode.name for one in LINES if not one.earlier}
-    assert len(present) == 6 and len(LINES) >= 25
+    assert len(present) == 7 and len(LINES) >= 25
 
 
 def test_a_modes_accuracy_is_what_the_result_files_say():
