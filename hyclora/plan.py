@@ -89,9 +89,10 @@ class Plan:
     """A row a mode, of those that fit the fastest chosen, or while times are unknown the least. str() is for a person.
 
     Where none does, rows of those follow that would fit with embeddings in host memory.
-    timed: where times are from, or why they are unknown. budget: what memory_budget would choose, None if nothing fits,
-    or for packed rows. peers: rows of other ways to train, for comparison; none is ever chosen, and there are none
-    where they are not counted (utils/planning/peers.py).
+    timed: where times are from, or why they are unknown. lost: why those that were measured are in no file, though they
+    should be. budget: what memory_budget would choose, None if nothing fits, or for packed rows. peers: rows of other
+    ways to train, for comparison; none is ever chosen, and there are none where they are not counted
+    (utils/planning/peers.py).
     """
 
     rows: list[Row]
@@ -99,6 +100,7 @@ class Plan:
     gpu: int
     host: int
     timed: str
+    lost: str = ""
     budget: Choice | None = None
     peers: list[Row] = field(default_factory=list)
 
@@ -228,20 +230,22 @@ def plan(
         rows = [replace(row, hosted=other.longest) for row, other in zip(rows, hosted, strict=True)]
     if not any(row.fits for row in rows):
         rows += [row for row in hosted if row.fits]
+    lost = ""
     if why := _other_card(gpu, where):
         known = {}
     elif measure and any(row.fits for row in rows):
         known = measure_modes(Bench(shape, lora, where), [row.mode for row in rows if row.fits], kept.batch, tell)
-        kept.write(known)
-    timed = f"times are of {kept.device}, from some of the layers up to all{f'; they are in {times}' if times else ''}"
+        lost = kept.write(known)
+    where_kept = f"; they are in {times}" if times and not lost else ""
+    timed = f"times are of {kept.device}, from some of the layers up to all{where_kept}"
     if not known:
         missing = f"{times} has none of this model with such adapters and rows" if times else NOT_MEASURED
         missing = "no mode fits, so none was measured" if measure else missing
         timed = f"times are unknown: {why or missing}"
     rows = [replace(row, time=known.get(row.mode.name, row.time)) for row in rows]
     if documents is not None:
-        return Plan(rows, batch, gpu, host, timed)
-    return Plan(rows, batch, gpu, host, timed, _budget(shape, batch, gpu, host), _peers(shape, batch, gpu, host))
+        return Plan(rows, batch, gpu, host, timed, lost)
+    return Plan(rows, batch, gpu, host, timed, lost, _budget(shape, batch, gpu, host), _peers(shape, batch, gpu, host))
 
 
 def _device(name: str | None, measure: bool) -> torch.device:
@@ -309,6 +313,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--device", choices=DEVICES, help="to measure on (default: cuda; cpu tries it out)")
     found = plan(**vars(parser.parse_args(argv)), tell=lambda line: print(line, file=sys.stderr, flush=True))
     print(found)
+    if found.lost:
+        raise RunStopped(found.lost)
     if found.chosen is None:
         raise RunStopped("no mode fits this batch: choose fewer or shorter rows, or a larger GPU")
 

@@ -125,10 +125,13 @@ class KeptTimes:
         ms = next((entry["ms"] for entry in current if entry["of"] == self.of), {})
         return {name: Time(why=one) if isinstance(one, str) else Time(one) for name, one in ms.items()}
 
-    def write(self, times: dict[str, Time]) -> None:
-        """Put times in the place of those of the same modes, device, versions and rows; others stay."""
+    def write(self, times: dict[str, Time]) -> str:
+        """Put times in the place of those of the same modes, device, versions and rows; others stay.
+
+        Why they are not there, "" if they are: a full disk is no reason not to tell what was measured.
+        """
         if self.file is None:
-            return
+            return ""
         key = {"device": self.device, "versions": versions(), "of": self.of}
         ms = {name: time.why if time.ms is None else round(time.ms, 3) for name, time in times.items()}
         others = []
@@ -137,4 +140,8 @@ class KeptTimes:
                 ms = entry["ms"] | ms
             else:
                 others.append(entry)
-        write_json(self.file, [*others, key | {"ms": ms}])
+        try:
+            write_json(self.file, [*others, key | {"ms": ms}])
+        except OSError as error:
+            return f"times could not be written to {self.file} ({error.strerror}): make room there or name another file"
+        return ""

@@ -16,6 +16,8 @@ def parse_size(text: str | int, name: str, or_none: bool = False) -> int:
     """
     if is_whole(text) and (text >= LEAST_BYTES or or_none and text == 0):
         return int(text)
+    if or_none and isinstance(text, str) and text.strip() == "0":
+        return 0
     if is_whole(text) and text >= 0:
         raise UserError(f"{name}={text} are bytes: write a unit, for instance 24GiB")
     number, unit = re.fullmatch(r"\s*([\d.]*)\s*(.*?)\s*", str(text), re.DOTALL).groups()

@@ -128,6 +128,16 @@ def test_times_are_kept_in_a_file_and_read(few_modes, tmp_path, capsys):
     assert len(few_modes) == 1
 
 
+def test_a_full_disk_is_told_after_what_was_measured(few_modes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    command = "llama-3.2-1b --gpu 16GiB --host 0 --device cpu --measure --times".split()
+    with pytest.raises(SystemExit) as exit:
+        main([*command, str(tmp_path / "t.json")])
+    said = capsys.readouterr()
+    assert exit.value.code == 1 and "t.json (No space left on device): make room there or name another file" in said.err
+    assert "fastest: " in said.out and "they are in" not in said.out
+
+
 def test_a_gpu_that_is_not_the_one_planned_for_is_not_measured(few_modes, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA Small")

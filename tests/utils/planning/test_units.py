@@ -37,6 +37,7 @@ def test_bytes():
 
 def test_there_may_be_none_of_it():
     assert parse_size("0GiB", "host", or_none=True) == parse_size(0, "host", or_none=True) == 0
+    assert parse_size("0", "host", or_none=True) == 0
     with pytest.raises(UserError, match="'' is not a number, of"):
         parse_size("GiB", "host", or_none=True)
 
