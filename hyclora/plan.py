@@ -14,10 +14,10 @@ need is counted beside them where weights are NF4 and all linear layers have ada
 chosen. All holds with PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
 
 Times of a micro-step (a forward and a backward) are unknown until they are measured: --measure runs a few layers of the
-shape with random weights on the GPU at hand, about a minute on a fast one and longer where kernels have to be compiled
-first, and tells what all layers would take. Long rows are measured at shorter ones, with what attention has to do taken
-into account. The fastest mode that fits is chosen then. --times FILE keeps the times, and without --measure they are
-read from it, on the same GPU with the same versions.
+shape with random weights on the GPU at hand, with some two seconds for each mode once kernels are compiled, and tells
+what all layers would take. Long rows are measured at shorter ones, with what attention has to do taken into account. The
+fastest mode that fits is chosen then. --times FILE keeps the times, and without --measure they are read from it, on the
+same GPU with the same versions.
 """
 
 import argparse

@@ -31,7 +31,7 @@ from hyclora.utils.profiling import MicroStep, random_batch
 
 SECONDS = 2.0  # that a mode may take, but for kernels that are compiled first: there are some thirty
 SHORT, FAR = 2048, 8  # tokens that are tried first; times as many are measured whatever they take
-# weights x tokens of the deeper model: on an H200 some 80 ms, beside which the host's 10 are hidden
+# weights x tokens of the deeper model: estimated at 80 ms on an H200, beside which the host's part is hidden
 BUSY = 8e12
 LEAST, PROBED = 2, (2, 4)  # layers: the last one runs unlike the others
 WARM_UP, TIMED = 4, 3  # micro-steps, and more of those that are timed where they are short
