@@ -15,9 +15,9 @@ chosen. All holds with PYTORCH_ALLOC_CONF=expandable_segments:True, which the sc
 
 Times of a micro-step (a forward and a backward) are unknown until they are measured: --measure runs a few layers of the
 shape with random weights on the GPU at hand, with some two seconds for each mode once kernels are compiled, and tells
-what all layers would take. Long rows are measured at shorter ones, with what attention has to do taken into account. The
-fastest mode that fits is chosen then. --times FILE keeps the times, and without --measure they are read from it, on the
-same GPU with the same versions.
+what all layers would take. Long rows are measured at shorter ones, with what attention has to do taken into account.
+The fastest mode that fits is chosen then. --times FILE keeps the times, and without --measure they are read from it, on
+the same GPU with the same versions.
 """
 
 import argparse
