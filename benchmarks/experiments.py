@@ -4,8 +4,8 @@
     python -m benchmarks.experiments --model ckpt/small-roberta --data data --tasks sst2 rte mrpc cola stsb
     python -m benchmarks.experiments --data data --jobs 2 -- --max_steps 3 --max_eval_samples 8   # tries it out
 
-The data folder has gsm8k/{train,test}.jsonl, wikitext-2/{train.txt.gz,test.txt}, arithmetic/NAME/test.json and
-glue/TASK/{train,dev}.tsv; what is not used may be missing. What follows -- goes to the drivers.
+The data folder has gsm8k/{train,test}.jsonl, wikitext-2/{train.txt.gz,test.txt}, arithmetic/NAME/test.json, longtext/
+with books and proofs, and glue/TASK/{train,dev}.tsv; what is not used may be missing. What follows -- goes to the drivers.
 
 Runs go side by side, the first of each task being those that tell most (FIRST). Each that ends appends a line to
 OUTPUT_DIR/experiments.jsonl, one that fails with its error; those that are there without an error are not run again, so
@@ -52,6 +52,8 @@ COMMON = {
     **{"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1},
     **{"save_strategy": "no", "disable_tqdm": True, "num_train_epochs": 1},
 }
+LONG_VARIANTS = [EXACT, *(f"intra_inter, {bits} bit" for bits in (4, 2)), "layer inputs, 4 bit"]
+LONG_EVALUATED = ("gutenberg/pg84.txt", "proof/hott-basics.tex")
 TESTED = 256  # rows of each arithmetic test, by generated answers
 GENERATION = {"greedy": True, "max_new_tokens": 256, "eval_batch_size": 440}
 
@@ -91,7 +93,7 @@ TASKS = {
     "wikitext2": Experiment(
         "run_wikitext2",
         {"data_name": "wikitext2", "data_dir": "{data}/wikitext-2", "eval_file": "test.txt", "seq_len": 1024}
-        | {"per_device_train_batch_size": 4, "max_train_samples": 1200, "eval_batch_size": 16},
+        | {"per_device_train_batch_size": 4, "max_train_samples": 1200, "eval_batch_size": 8},
         ["wikitext-2/train.txt.gz", "wikitext-2/test.txt"],
     ),
     # GSM8K's training questions are in none of the tests, unlike LLM-Adapters' training files
@@ -101,6 +103,15 @@ TASKS = {
         | {"per_device_train_batch_size": 16, "max_train_samples": 4800, "max_eval_samples": TESTED}
         | GENERATION,
         ["gsm8k/train.jsonl", *(f"arithmetic/{name}/test.json" for name in ("gsm8k", "SVAMP", "mawps", "AQuA"))],
+    ),
+    # a book and a chapter that are not trained on, by windows of a quarter of a row and of a whole one
+    "longtext": Experiment(
+        "run_longseq",
+        {"data_name": "text", "data_dir": "{data}/longtext", "eval_files": " ".join(LONG_EVALUATED)}
+        | {"seq_len": 8192, "eval_lengths": "2048 8192", "stride": 1024, "gradient_checkpointing": False}
+        | {"max_steps": 300, "per_device_train_batch_size": 1},
+        [f"longtext/{name}" for name in LONG_EVALUATED],
+        LONG_VARIANTS,
     ),
     "sst2": _glue("sst2", "SST-2"),
     "rte": _glue("rte", "RTE"),
@@ -216,11 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for (trial, *_), found in run_all(jobs, args.jobs, gpus, args.output_dir / "logs", begun + 60 * args.minutes):
             line = record(NAME, whole_line(trial, args, found), args.output_dir)
-            told = line.get("error") or "  ".join(
-                f"{name} {scores['after']:.4f}" for name, scores in line["metrics"].items()
-            )
             passed = f"{time.monotonic() - begun:5.0f} s"
-            print(f"{passed}  {trial.task:<11}{trial.variant:<30}seed {trial.seed}  {told}", flush=True)
+            print(f"{passed}  {trial.task:<11}{trial.variant:<30}seed {trial.seed}  {told(line)}", flush=True)
             failed, ended = failed + ("error" in found), ended + 1
     except KeyboardInterrupt:
         raise Interrupted("interrupted: the same command goes on where it stopped") from None
