@@ -4,8 +4,8 @@
     python -m benchmarks.experiments --model ckpt/small-roberta --data data --tasks sst2 rte mrpc cola stsb
     python -m benchmarks.experiments --data data --jobs 2 -- --max_steps 3 --max_eval_samples 8   # tries it out
 
-The data folder has gsm8k/{train,test}.jsonl, wikitext-2/{train.txt.gz,test.txt}, arithmetic/NAME/test.json, longtext/
-with books and proofs, and glue/TASK/{train,dev}.tsv; what is not used may be missing. What follows -- goes to the drivers.
+The data folder has gsm8k/{train,test}.jsonl, wikitext-2/{train.txt.gz,test.txt}, arithmetic/NAME/test.json, books and
+proofs in longtext/, and glue/TASK/{train,dev}.tsv; what is not used may be missing. Options after -- go to the drivers.
 
 Runs go side by side, the first of each task being those that tell most (FIRST). Each that ends appends a line to
 OUTPUT_DIR/experiments.jsonl, one that fails with its error; those that are there without an error are not run again, so

@@ -7,7 +7,7 @@ brackets it is in units of the standard deviation that exact LoRA has over seeds
 import statistics
 from dataclasses import dataclass
 
-from benchmarks.experiments import EXACT, TESTED, VARIANTS
+from benchmarks.experiments import EXACT, LONG_EVALUATED, TESTED, VARIANTS
 from benchmarks.record import RESULTS
 from benchmarks.rows import load
 from benchmarks.tables import remarks, source, table
@@ -40,6 +40,11 @@ LANGUAGE = [
 ]
 ARITHMETIC = [Column("arithmetic", name, f"{name}, %") for name in ("gsm8k", "SVAMP", "mawps", "AQuA")]
 ARITHMETIC.append(Column("arithmetic", "mean", "mean, %", compared=True))
+LONG = [
+    Column("longtext", f"perplexity_of_{name}_at_{length}_per_token", f"{title}, {length} tokens", ".3f", 1, compared)
+    for name, title in zip(LONG_EVALUATED, ("Frankenstein", "a chapter of the HoTT book"), strict=True)
+    for length, compared in ((2048, False), (8192, True))
+]
 GLUE = [
     Column("sst2", "accuracy", "SST-2, accuracy %"),
     Column("rte", "accuracy", "RTE, accuracy %"),
@@ -145,6 +150,11 @@ def experiments() -> str:
             "Arithmetic, trained on GSM8K's questions alone, which none of the tests shares, and judged by the first "
             f"{TESTED} rows of each:",
             ARITHMETIC,
+        ),
+        (
+            "Perplexity of a book and of mathematics after 300 rows of 8192 tokens of other books and proofs, none of "
+            "them PG-19's or proof-pile's own split, by sliding windows of two lengths:",
+            LONG,
         ),
         (
             "GLUE's development rows, by a RoBERTa pre-trained by `ckpt/pretrain_roberta.py` in minutes, so far below "
