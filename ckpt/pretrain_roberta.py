@@ -1,8 +1,8 @@
 """Pre-train a RoBERTa from scratch by masked language modelling on text, within a budget of minutes.
 
 The tokenizer is that of a folder with vocab.json and merges.txt (RoBERTa's, or any byte-level BPE with its special
-tokens); without `--tokenizer` a small one is trained on the text. Rows have 512 tokens, and every time that a row comes
-other tokens of it are masked.
+tokens); without `--tokenizer` a small one is trained on the text. Rows have 512 tokens, or fewer (`--row-tokens`: more
+of them a step, from which positions are learned sooner), and every time that a row comes other tokens of it are masked.
 
     python -m ckpt.pretrain_roberta --text wiki.train.txt.gz books/*.txt --tokenizer roberta-base --minutes 20
     python -m ckpt.pretrain_roberta --shape tiny --text wiki.train.txt.gz --minutes 5 --output ckpt/tiny-roberta
@@ -72,8 +72,10 @@ def _finished(tokenizer: RobertaTokenizer, source) -> RobertaTokenizer:
     return tokenizer
 
 
-def pack(documents: list[str], tokenizer: RobertaTokenizer, chunk: int = 10_000) -> torch.Tensor:
-    """Tokens of the documents with </s> between two of them, cut into rows <s> ... </s>: [rows, ROW_LENGTH], int32."""
+def pack(
+    documents: list[str], tokenizer: RobertaTokenizer, length: int = ROW_LENGTH, chunk: int = 10_000
+) -> torch.Tensor:
+    """Tokens of the documents with </s> between two of them, cut into rows <s> ... </s>: [rows, length], int32."""
     end, tokens = (tokenizer.eos_token_id,), []
     for start in range(0, len(documents), chunk):
         encoded = tokenizer.backend_tokenizer.encode_batch_fast(
@@ -81,7 +83,7 @@ def pack(documents: list[str], tokenizer: RobertaTokenizer, chunk: int = 10_000)
         )
         ids = itertools.chain.from_iterable(itertools.chain(encoding.ids, end) for encoding in encoded)
         tokens.append(np.fromiter(ids, dtype=np.int32))
-    tokens, inner = torch.from_numpy(np.concatenate(tokens)), ROW_LENGTH - 2
+    tokens, inner = torch.from_numpy(np.concatenate(tokens)), length - 2
     rows = len(tokens) // inner
     if rows <= HELD_OUT_ROWS:
         raise UserError(f"the text has {len(tokens)} tokens, and at least {(HELD_OUT_ROWS + 1) * inner} are needed")
@@ -131,6 +133,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt")
     parser.add_argument("--minutes", type=float, default=20.0, help="time to train for")
     parser.add_argument("--batch-tokens", type=int, default=32_768)
+    parser.add_argument("--row-tokens", type=int, default=ROW_LENGTH, help=f"of a row, at most {ROW_LENGTH}")
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -144,10 +147,12 @@ def main(argv: list[str] | None = None) -> None:
     for file in args.text:
         if not file.is_file():
             raise UserError(f"{file} does not exist: --text names files")
+    if not 2 < args.row_tokens <= ROW_LENGTH:
+        raise UserError(f"--row-tokens {args.row_tokens}: a row has 3 to {ROW_LENGTH} tokens")
     torch.manual_seed(args.seed)
     documents = list(itertools.chain.from_iterable(map(read_documents, args.text)))
     tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(documents, SMALL_VOCABULARY)
-    rows = pack(documents, tokenizer)
+    rows = pack(documents, tokenizer, args.row_tokens)
     rows = rows[torch.randperm(len(rows))]
     model, loss_of = build_model(SHAPES[args.shape], tokenizer).to(args.device), MaskedLoss(tokenizer)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {rows.numel() / 1e6:.1f} M tokens")

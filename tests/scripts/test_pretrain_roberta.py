@@ -52,7 +52,8 @@ def test_the_vocabulary_is_of_robertas_kind(tokenizer, documents, tmp_path):
 
 
 def test_rows_are_framed_and_documents_stay_in_their_order(tokenizer, documents):
-    rows = pack(documents, tokenizer)
+    rows, short = pack(documents, tokenizer), pack(documents, tokenizer, 128)
+    assert short.shape[1] == 128 and torch.equal(short[:5, 1:-1].flatten()[:510], rows[0, 1:-1])
     assert rows.shape[1] == ROW_LENGTH and set(rows[:, 0].tolist()) == {0} and set(rows[:, -1].tolist()) == {2}
     inner = rows[:, 1:-1].flatten()
     first = tokenizer(documents[0], add_special_tokens=False).input_ids
@@ -105,6 +106,7 @@ def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
     for options, named in (
         (["--text", tmp_path / "none.txt"], "none.txt does not exist"),
         (["--text", tmp_path / "short.txt"], "at least 33150 are needed"),
+        (["--text", tmp_path / "short.txt", "--row-tokens", 513], "a row has 3 to 512 tokens"),
         (["--text", tmp_path / "short.txt", "--tokenizer", bare], "merges.txt does not exist"),
         (["--text", tmp_path / "short.txt", "--tokenizer", incomplete], "incomplete has no token <unk>"),
     ):
