@@ -22,12 +22,12 @@ from pathlib import Path
 
 from benchmarks.jobs import Job
 from benchmarks.ranks import PARENT, end_rank_0, end_with_parent, rank, together
+from benchmarks.workers import NOT_DONE
 from hyclora.utils.errors import UserError, is_out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "RESULT "
 NOT_INSTALLED = "not installed"
-NOT_DONE = "not done after"
 OUT_OF_MEMORY = "out of memory"
 # as the scripts set it, for every peer alike (Unsloth does so itself)
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
@@ -42,13 +42,18 @@ def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None
     """Stock PEFT on a model with random weights; checkpointing: options of Hugging Face's, None for none."""
     import torch
 
-    from hyclora.utils.args import LoraArguments, ModelArguments
+    from hyclora.utils.args import LINEARS, LoraArguments, ModelArguments
     from hyclora.utils.loading import checkpoint_layers, load_model
 
     folder = job.folder.resolve()
     in_4bit = (base or job.base) == "nf4"
     arguments = ModelArguments(folder.name, str(folder.parent), load_in_4bit=in_4bit, random_weights=True)
-    adapters = LoraArguments(lora_rank=job.lora_rank, lora_alpha=job.lora_rank, lora_dropout=job.lora_dropout)
+    adapters = LoraArguments(
+        lora_rank=job.lora_rank,
+        lora_alpha=job.lora_rank,
+        lora_dropout=job.lora_dropout,
+        target_modules=job.target_modules or LINEARS,
+    )
     storage = torch.bfloat16 if job.parallel == "fsdp2" else torch.uint8
     model = load_model(arguments, adapters, str(folder), torch.device(job.device), seed=0, storage=storage)
     if checkpointing is not None:
@@ -104,7 +109,7 @@ def unsloth(job: Job, checkpointing: bool | str):
         lora_alpha=job.lora_rank,
         lora_dropout=job.lora_dropout,
         bias="none",
-        target_modules=LINEARS,
+        target_modules=job.target_modules or LINEARS,
         use_gradient_checkpointing=checkpointing,
         random_state=0,
     )

@@ -109,7 +109,8 @@ def examples_of(job: Job) -> tuple[list, str]:
     from hyclora.utils.data import alpaca, gsm8k
 
     if file := job.rows.get("alpaca"):
-        return alpaca.load_examples(DataArguments(data_name="alpaca", data_dir=file, max_eval_samples=0))[0], file
+        asked = {"max_train_samples": job.rows.get("first"), "max_eval_samples": 0}
+        return alpaca.load_examples(DataArguments(data_name="alpaca", data_dir=file, **asked))[0], file
     folder = job.rows["data_dir"]
     return gsm8k.examples_of(gsm8k.load_rows(DataArguments(data_name="gsm8k", data_dir=folder), "train")), folder
 

@@ -11,9 +11,12 @@ from pathlib import Path
 from benchmarks.record import RESULTS, read
 from benchmarks.seed_reports import DOWN, IN_WORDS, MEMORY, NONE, REPORTS, TECHNIQUES, TIME, UP, Report
 from benchmarks.tables import source, table
+from benchmarks.technique_peers import UNSLOTH
+from benchmarks.workers import NOT_DONE
 
 SIGN = {UP: "↑", DOWN: "↓", NONE: "–"}
 METHODS = {"all weights": (False, False), "LoRA": (True, False), "HyC-LoRA": (True, True)}
+COLUMNS = (*METHODS, UNSLOTH)
 # how far a number has to move for an arrow: a time differs from run to run
 COUNTED, TIMED = 0.01, 0.05
 ROWS = {
@@ -65,36 +68,69 @@ def latest(lines: list[dict]) -> list[dict]:
 
 
 def method_of(line: dict) -> str:
+    if peer := line["setting"].get("peer"):
+        return peer
     asked = line["setting"]["use_lora"], line["setting"]["use_hyclora"]
     return next(name for name, found in METHODS.items() if found == asked)
 
 
 def measured_table(lines: list[dict]) -> str:
-    """A row a combination of the other techniques, peak memory and time of each method; x: out of memory."""
+    """A row a combination of the other techniques, peak memory and time of each method; x: out of memory.
+
+    With trained weights the average loss of the training too.
+    """
     lines = latest(lines)
-    methods = [name for name in METHODS if any(method_of(line) == name for line in lines)]
+    methods = [name for name in COLUMNS if any(method_of(line) == name for line in lines)]
+    learns = not lines[0]["arguments"].get("random_weights", True)
+    titles = ["MiB", "s", *(["loss"] if learns else [])]
     cells: dict[tuple, dict[str, list[str]]] = {}
-    for line in lines:
+    for line in sorted(lines, key=techniques_of):
         key = tuple(line["setting"][name] for name in OFF_VALUES)
-        cells.setdefault(key, {})[method_of(line)] = columns(line)
+        cells.setdefault(key, {})[method_of(line)] = columns(line)[: len(titles)]
     rows = [
         [
             "off" if key[0] == 1 else str(key[0]),
             *key[1:],
-            *(cell for name in methods for cell in found.get(name, ["", ""])),
+            *(cell for name in methods for cell in found.get(name, [""] * len(titles))),
         ]
         for key, found in cells.items()
     ]
     head = ["accumulation", "checkpointing", "mixed precision"]
-    titles = [title for name in methods for title in (f"{name}, MiB", "s")]
-    return f"{table([*head, *titles], rows)}\n\n{source(lines, 'sweep=True bash run_alpaca.sh')}"
+    head += [f"{name}, {title}" if i == 0 else title for name in methods for i, title in enumerate(titles)]
+    return "\n\n".join([table(head, rows), source(lines, "sweep=True bash run_alpaca.sh"), *notes(lines)])
+
+
+def techniques_of(line: dict) -> tuple:
+    """Orders lines by what is on beside the method, off first."""
+    values = ((name, line["setting"][name]) for name in reversed(OFF_VALUES))
+    return tuple((value != OFF_VALUES[name], str(value)) for name, value in values)
 
 
 def columns(line: dict) -> list[str]:
-    """Peak memory and run time of a line."""
-    if "error" in line:
-        return ["x" if "out of memory" in line["error"] else line["error"].replace("|", "/"), ""]
-    return [f"{line['peak_mib']:.0f}", f"{line['seconds']:.1f}"]
+    """Peak memory, run time and loss of a line."""
+    error = line.get("error")
+    if error is None:
+        loss = line.get("average_loss")
+        return [f"{line['peak_mib']:.0f}", f"{line['seconds']:.1f}", "" if loss is None else f"{loss:.4f}"]
+    if error.startswith(NOT_DONE):
+        return ["", f"> {error.split()[-2]}", ""]
+    return ["x" if "out of memory" in error else error.replace("|", "/"), "", ""]
+
+
+def notes(lines: list[dict]) -> list[str]:
+    """What a reader of the numbers should know."""
+    found = []
+    if n := max(line.get("gpus", 1) for line in lines) - 1:
+        others = "another GPU" if n == 1 else f"{n} other GPUs"
+        found.append(f"*Measured while {others} of the host measured other combinations, which slows the host.*")
+    ours = [line["ms_median"] for line in lines if method_of(line) == UNSLOTH and "error" not in line]
+    if ours:
+        found.append(
+            f"*{UNSLOTH}, where checkpointing is on, has its own of all layers, in host memory. All seconds have what "
+            f"is compiled or recorded for the first rows in them; the median row took it {min(ours):.0f} to "
+            f"{max(ours):.0f} ms.*"
+        )
+    return found
 
 
 def is_on(line: dict, technique: str) -> bool:
@@ -109,14 +145,15 @@ def is_on(line: dict, technique: str) -> bool:
 
 def pairs(lines: list[dict], technique: str) -> list[tuple[dict, dict]]:
     """(without, with) of lines that have all other techniques alike; HyC-LoRA is against LoRA."""
-    by_key = {tuple(is_on(line, name) for name in OURS): line for line in lines if "error" not in line}
-    at = OURS.index(technique)
-    found = []
-    for key, line in by_key.items():
-        other = by_key.get((*key[:at], True, *key[at + 1 :]))
-        if not key[at] and other is not None:
-            found.append((line, other))
-    return found
+    names = [name.replace(" ", "_") for name in TECHNIQUES if name.replace(" ", "_") in OFF_VALUES]
+
+    def others(line: dict) -> tuple:
+        values = [line["setting"][name] for name in names if name != technique.replace(" ", "_")]
+        return *values, *(is_on(line, name) for name in ("LoRA", "HyC-LoRA") if name != technique)
+
+    measured = [line for line in lines if "error" not in line and method_of(line) in METHODS]
+    without = {others(line): line for line in measured if not is_on(line, technique)}
+    return [(without[others(line)], line) for line in measured if is_on(line, technique) and others(line) in without]
 
 
 def arrows_table(lines: list[dict]) -> str:

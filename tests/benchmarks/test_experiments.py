@@ -38,11 +38,13 @@ def jobs(tmp_path, monkeypatch):
     """What a driver that imports next to nothing finds with each of some words, by word."""
     (tmp_path / "fake_driver.py").write_text(FAKE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in (*workers.ENVIRONMENT, *workers.THREADS):  # which it sets, and are to be as before afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
-    def jobs(*words, n_workers=1, gpus=(None,), seconds=60):
+    def jobs(*words, n_workers=1, gpus=(None,), seconds=60, **more):
         asked = [(word, "fake_driver", [word]) for word in words]
-        return list(run_all(asked, n_workers, list(gpus), tmp_path / "logs", time.monotonic() + seconds))
+        return list(run_all(asked, n_workers, list(gpus), tmp_path / "logs", time.monotonic() + seconds, **more))
 
     return jobs
 
@@ -72,6 +74,19 @@ def test_runs_are_spread_over_gpus(jobs):
 def test_what_is_at_work_is_ended_in_time(jobs):
     """Which sleeps for an hour."""
     assert [job[0] for job, _ in jobs("a", "sleep", "b", seconds=6)] == ["a"]
+
+
+def test_each_in_a_process_of_its_own_on_its_gpu(jobs):
+    found = [result for _, result in jobs("a", "b", "c", "d", n_workers=2, gpus=("0", "1"), alone=True)]
+    assert len({result["process"] for result in found}) == 4 and {result["gpu"] for result in found} == {"0", "1"}
+    assert {result["threads"] for result in found} == {None}, "they have all cores"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_run_that_takes_too_long_is_ended_and_the_others_are_run(jobs, alone):
+    found = {job[0]: result for job, result in jobs("a", "sleep", "b", limit=4, alone=alone)}
+    assert found["sleep"] == {"error": "not done after 4 s"} and found["b"]["process"] != found["a"]["process"]
 
 
 @pytest.fixture
