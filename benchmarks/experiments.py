@@ -2,10 +2,12 @@
 
     python -m benchmarks.experiments --model ckpt/smollm2-135m --data data --output_dir exp_results_small --jobs 12
     python -m benchmarks.experiments --model ckpt/small-roberta --data data --tasks sst2 rte mrpc cola stsb
+    python -m benchmarks.experiments --model ckpt/smollm2-135m --data data --tasks alpaca --jobs 12
     python -m benchmarks.experiments --data data --jobs 2 -- --max_steps 3 --max_eval_samples 8   # tries it out
 
-The data folder has gsm8k/{train,test}.jsonl, wikitext-2/{train.txt.gz,test.txt}, arithmetic/NAME/test.json and
-glue/TASK/{train,dev}.tsv; what is not used may be missing. What follows -- goes to the drivers.
+The data folder has gsm8k/{train,test}.jsonl, wikitext-2/{train.txt.gz,test.txt}, arithmetic/NAME/test.json,
+alpaca/alpaca_small.json and glue/TASK/{train,dev}.tsv; what is not used may be missing. What follows -- goes to the
+drivers.
 
 Runs go side by side, the first of each task being those that tell most (FIRST). Each that ends appends a line to
 OUTPUT_DIR/experiments.jsonl, one that fails with its error; those that are there without an error are not run again, so
@@ -52,6 +54,8 @@ COMMON = {
     **{"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1},
     **{"save_strategy": "no", "disable_tqdm": True, "num_train_epochs": 1},
 }
+# of run_alpaca.py, whose loop has a learning rate that is constant
+PLAIN = {"learning_rate": 5e-4, "mixed_precision": "bf16", "num_train_epochs": 3, "save_steps": 0}
 TESTED = 256  # rows of each arithmetic test, by generated answers
 GENERATION = {"greedy": True, "max_new_tokens": 256, "eval_batch_size": 440}
 
@@ -61,6 +65,7 @@ class Experiment:
     """A driver and its options. files: what it reads of the data folder, written {data} in options.
 
     by_loss: variants that are judged by their loss alone, as generating answers takes two thirds of such a run.
+    common: what the driver's training shares with other tasks. later: options of all seeds but the first.
     """
 
     driver: str
@@ -68,6 +73,8 @@ class Experiment:
     files: list[str]
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     by_loss: tuple[str, ...] = ()
+    common: dict = field(default_factory=lambda: COMMON)
+    later: dict = field(default_factory=dict)
 
 
 def _glue(name: str, folder: str) -> Experiment:
@@ -102,6 +109,16 @@ TASKS = {
         | GENERATION,
         ["gsm8k/train.jsonl", *(f"arithmetic/{name}/test.json" for name in ("gsm8k", "SVAMP", "mawps", "AQuA"))],
     ),
+    # with the script's adapters, on q and v; what is written after the test prompts is told of one seed
+    "alpaca": Experiment(
+        "run_alpaca",
+        {"data_name": "alpaca", "data_dir": "{data}/alpaca/alpaca_small.json", "max_eval_samples": 200}
+        | {"per_device_train_batch_size": 8, "gradient_accumulation": 2, "max_train_samples": 1800, "max_steps": 300},
+        ["alpaca/alpaca_small.json"],
+        [EXACT, "intra_inter, 4 bit", "intra_inter, auto 3.0", "intra_inter, 2 bit"],
+        common=PLAIN,
+        later={"test_prompts": False},
+    ),
     "sst2": _glue("sst2", "SST-2"),
     "rte": _glue("rte", "RTE"),
     "mrpc": _glue("mrpc", "MRPC"),
@@ -128,14 +145,17 @@ class Trial:
         """The driver's options; those of `more` come last, and so count."""
         setting = VARIANTS[self.variant]
         name = f"{self.task}-{self.variant}-{self.seed}".replace(",", "").replace(" ", "_")
-        options = COMMON | TASKS[self.task].options | {"seed": self.seed, "run_name": name}
+        task = TASKS[self.task]
+        options = task.common | task.options | {"seed": self.seed, "run_name": name}
         options |= {
             "model_name": args.model.name,
             "model_dir": args.model.parent,
             "output_dir": args.output_dir / "runs",
         }
         options |= {"use_hyclora": False} if setting is None else setting
-        if self.variant in TASKS[self.task].by_loss:
+        if self.seed != args.seeds[0]:
+            options |= task.later
+        if self.variant in task.by_loss:
             options["max_new_tokens"] = 0
         # what a model can do untrained is the same for all
         options["evaluate_before"] = (self.variant, self.seed) == (EXACT, args.seeds[0])
@@ -159,10 +179,12 @@ def trials(args: argparse.Namespace) -> list[Trial]:
 def whole_line(trial: Trial, args: argparse.Namespace, found: dict) -> dict:
     """What is recorded of a run."""
     line = {**trial.key, "model": args.model.name, "setting": whole(VARIANTS[trial.variant])}
-    line |= {"arguments": {"driver": TASKS[trial.task].driver, **COMMON, **TASKS[trial.task].options}}
+    task = TASKS[trial.task]
+    line |= {"arguments": {"driver": task.driver, **task.common, **task.options}}
     if "error" in found:
         return line | {"error": found["error"]}
     kept = ("metrics", "final_loss", "kept_bits", "buffered_bytes", "train", "seconds")
+    kept += ("texts",) * ("texts" in found)
     losses = [[entry["step"], entry["loss"]] for entry in found["log_history"] if "loss" in entry]
     return line | {name: found[name] for name in kept} | {"jobs": args.jobs, "losses": losses}
 
@@ -216,11 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for (trial, *_), found in run_all(jobs, args.jobs, gpus, args.output_dir / "logs", begun + 60 * args.minutes):
             line = record(NAME, whole_line(trial, args, found), args.output_dir)
-            told = line.get("error") or "  ".join(
-                f"{name} {scores['after']:.4f}" for name, scores in line["metrics"].items()
-            )
             passed = f"{time.monotonic() - begun:5.0f} s"
-            print(f"{passed}  {trial.task:<11}{trial.variant:<30}seed {trial.seed}  {told}", flush=True)
+            print(f"{passed}  {trial.task:<11}{trial.variant:<30}seed {trial.seed}  {told(line)}", flush=True)
             failed, ended = failed + ("error" in found), ended + 1
     except KeyboardInterrupt:
         raise Interrupted("interrupted: the same command goes on where it stopped") from None

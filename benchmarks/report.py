@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import RESULTS
-from benchmarks.report_experiments import experiments
+from benchmarks.report_experiments import alpaca_texts, experiments
+from benchmarks.report_generation import generation
 from benchmarks.report_kills import faults, kills
 from benchmarks.report_longest_rows import longest_rows
 from benchmarks.report_plan import planned, planned_peers
@@ -332,6 +333,8 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "packed_rows": packed_rows,
         "scaling": scaling,
         "technique_grid": technique_grid,
+        "alpaca_texts": alpaca_texts,
+        "generation": generation,
         "buffered": buffered,
         "fidelity": fidelity,
         "finetune": finetune,

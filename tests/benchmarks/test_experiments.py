@@ -127,6 +127,21 @@ def test_options_of_a_run(data):
     assert options[options.index("--evaluate_before") + 1] == "True"
 
 
+def test_alpaca_in_the_plain_loop(data, tmp_path, monkeypatch):
+    """By its own settings; the test prompts are written after with the first seed alone."""
+    (data / "alpaca").mkdir()
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(6)]
+    (data / "alpaca" / "alpaca_small.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(experiments, "run_all", lambda jobs, *_: ((job, workers._run(*job[1:])[0]) for job in jobs))
+    options = command(data, "--tasks", "alpaca", "--seeds", "0", "1", "--variants", "intra_inter, 2 bit")
+    quick = ["--max_steps", "1", "--max_new_tokens", "2", "--use_cpu", "True", "--max_eval_samples", "2"]
+    experiments.main([*options, "--", *quick, "--iteration_threshold", "1", "--mixed_precision", "off"])
+    lines = [json.loads(line) for line in (data.parent / "out" / "experiments.jsonl").read_text().splitlines()]
+    assert [len(line["texts"]["after"]["texts"]) for line in lines if "texts" in line] == [4]
+    assert all(line["metrics"]["held-out_loss"]["after"] > 0 for line in lines) and len(lines) == 2
+    assert lines[0]["arguments"]["learning_rate"] == 5e-4 and "lr_scheduler_type" not in lines[0]["arguments"]
+
+
 def test_mistakes(data, capsys):
     for more, sentence in (
         (["--model", "nowhere"], "nowhere has no config.json: --model is a checkpoint folder"),
