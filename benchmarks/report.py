@@ -33,7 +33,7 @@ from benchmarks.rows import (
     presets_of,
 )
 from benchmarks.tables import SITTINGS, remarks, source, table
-from benchmarks.technique_tables import technique_grid
+from benchmarks.technique_tables import technique_grid, techniques
 from hyclora.models.config import BITS, PRESETS, SLOTS, HycloraConfig
 from hyclora.models.patch import FAMILIES
 
@@ -319,6 +319,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "kept": kept,
         "accuracy": accuracy,
         "experiments": experiments,
+        "techniques": techniques,
         "parameters": parameters,
         "slots": slots,
         "kills": kills,

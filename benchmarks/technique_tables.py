@@ -6,6 +6,7 @@ by, and the least and most of it.
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.record import RESULTS, read
@@ -14,6 +15,7 @@ from benchmarks.tables import source, table
 from benchmarks.technique_peers import UNSLOTH
 from benchmarks.workers import NOT_DONE
 
+FIGURES, SHAPE = RESULTS.parent.parent / "figures", "llama-2-7b"
 SIGN = {UP: "↑", DOWN: "↓", NONE: "–"}
 METHODS = {"all weights": (False, False), "LoRA": (True, False), "HyC-LoRA": (True, True)}
 COLUMNS = (*METHODS, UNSLOTH)
@@ -47,19 +49,55 @@ def report(lines: list[dict], picture: Path | None) -> str:
     )
 
 
-def technique_grid() -> str:
-    """All grids that were recorded on a GPU, by GPU and settings, and what the reports say."""
+@dataclass(frozen=True)
+class Recorded:
+    """A grid of benchmarks/results: the lines of one GPU and of the same settings."""
+
+    lines: list[dict]
+
+    @property
+    def asked(self) -> dict:
+        return self.lines[0]["arguments"]
+
+    @property
+    def base(self) -> str:
+        return "NF4" if self.asked["load_in_4bit"] else self.asked["dtype"]
+
+    @property
+    def picture(self) -> Path:
+        return FIGURES / f"techniques_{self.asked['model_name']}_{self.base}.png"
+
+    def tables(self, folder: str) -> list[str]:
+        """What it is, both tables, and the picture if there is one; folder: that of figures for the reader."""
+        said = f"{self.lines[0]['device']}, {self.asked['model_name']}, {self.base}, {self.asked['max_train_samples']}"
+        drawn = [f"![memory of every combination]({folder}/{self.picture.name})"] if self.picture.exists() else []
+        return [f"{said} rows:", measured_table(self.lines), arrows_table(self.lines), *drawn]
+
+
+def recorded() -> list[Recorded]:
     grids: dict[str, list[dict]] = {}
     for line in read(RESULTS / "technique_grid.jsonl"):
         grids.setdefault(json.dumps([line["device"], line["arguments"]]), []).append(line)
-    parts = []
-    for lines in grids.values():
-        asked = lines[0]["arguments"]
-        base = "NF4" if asked["load_in_4bit"] else asked["dtype"]
-        parts.append(f"{lines[0]['device']}, {asked['model_name']}, {base}, {asked['max_train_samples']} rows:")
-        parts += [measured_table(lines), arrows_table(lines)]
+    return [Recorded(lines) for lines in grids.values()]
+
+
+def draw_recorded() -> None:
+    """The picture of each."""
+    for grid in recorded():
+        draw(grid.lines, grid.picture)
+
+
+def technique_grid() -> str:
+    """All grids that were recorded on a GPU, by GPU and settings, and what the reports say."""
+    parts = [part for grid in recorded() for part in grid.tables("../figures")]
     said = "\n".join(f"- {text}" for text in contradictions())
     return "\n\n".join([*parts, f"Where the reports contradict themselves and each other:\n\n{said}"])
+
+
+def techniques() -> str:
+    """The grids of README's shape."""
+    parts = [part for grid in recorded() if grid.asked["model_name"] == SHAPE for part in grid.tables("figures")]
+    return "\n\n".join(parts) or "*Not measured on a GPU yet.*"
 
 
 def latest(lines: list[dict]) -> list[dict]:
