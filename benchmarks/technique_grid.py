@@ -204,6 +204,7 @@ def measured(found: dict) -> dict:
         "peak_mib": round((train["peak_bytes"] if on_gpu else counted_peak(taken)) / MIB, 2),
         **({"held_mib": round(train["held_bytes"] / MIB, 2)} if on_gpu else {"counted": True}),
         "seconds": round(train["seconds"], 2),
+        "row_ms": train["row_ms"],
         "average_loss": round(train["average_loss"], 4),
         "skipped_steps": train["skipped_steps"],
         "tokens": train["tokens"],
@@ -214,4 +215,4 @@ def measured(found: dict) -> dict:
 
 
 def told(found: dict) -> str:
-    return found.get("error") or f"{found['peak_mib']:.0f} MiB  {found['seconds']:.1f} s"
+    return found.get("error") or f"{found['peak_mib']:.0f} MiB  {found['seconds']:.1f} s  {found['row_ms']} ms a row"

@@ -15,7 +15,6 @@ from hyclora.utils.plain.arguments import OFF
 
 UNSLOTH = "Unsloth"
 CHECKPOINTS = "ckpt"  # where its random weights are written
-MEASURED = ("ms", "ms_median", "loss")
 
 
 def check(groups: tuple) -> None:
@@ -37,11 +36,12 @@ def job_of(groups: tuple, accumulation: int, checkpointing: str, n_rows: int) ->
     """What Unsloth is to be measured on, for a combination of a sweep that trains on so many rows."""
     model, data, lora, *_, training = groups
     folder, size = Path(model.model_dir, model.model_name).resolve(), training.per_device_train_batch_size
-    rows = {"alpaca": str(Path(data.data_dir).resolve()), "first": n_rows, "warm_up": 0, "accumulate": accumulation}
+    rows = {"alpaca": str(Path(data.data_dir).resolve()), "first": n_rows, "accumulate": accumulation}
     rows["tokenizer"] = str(Path(model.tokenizer_dir or folder).resolve())
     steps = n_rows // size
     if training.max_steps > 0:
         steps = min(steps, training.max_steps * accumulation)
+    rows["warm_up"] = steps // 2
     return Job(
         UNSLOTH if checkpointing == OFF else f"{UNSLOTH}, offloaded checkpointing",
         str(folder),
@@ -49,7 +49,7 @@ def job_of(groups: tuple, accumulation: int, checkpointing: str, n_rows: int) ->
         lora_rank=lora.lora_rank,
         batch_size=size,
         seq_len=data.seq_len,
-        steps=steps,
+        steps=steps - steps // 2,
         warm_up_seq_len=None,
         device=training.device.type,
         checkpoints=CHECKPOINTS,
@@ -64,15 +64,11 @@ def options(job: Job, timeout: float) -> list[str]:
     return [json.dumps(asdict(job)), str(timeout)]
 
 
-def measured(found: dict, steps: int) -> dict:
-    """What a grid's line keeps: peak_mib and held_mib in all, seconds of all rows, ms of single ones."""
+def measured(found: dict, batch_size: int) -> dict:
+    """What a grid's line keeps: peak_mib and held_mib in all, seconds of all rows, row_ms of the second half."""
     peak, held = (round(found["static_mib"] + found[name], 2) for name in ("dyn_mib", "held_mib"))
-    return {
-        "peak_mib": peak,
-        "held_mib": held,
-        "seconds": round(found["ms"] * steps / 1e3, 2),
-        **{name: found[name] for name in MEASURED},
-    }
+    row_ms = round(found["ms"] / batch_size, 2)
+    return {"peak_mib": peak, "held_mib": held, "seconds": found["seconds"], "row_ms": row_ms, "loss": found["loss"]}
 
 
 class Driver:
@@ -87,7 +83,7 @@ class Driver:
     def run(asked: tuple[Job, float], argv: list[str]) -> dict:
         job, timeout = asked
         found = run(job, timeout)
-        return found if "error" in found else measured(found, job.steps)
+        return found if "error" in found else measured(found, job.batch_size)
 
 
 DRIVER = Driver()

@@ -21,6 +21,10 @@ METHODS = {"all weights": (False, False), "LoRA": (True, False), "HyC-LoRA": (Tr
 COLUMNS = (*METHODS, UNSLOTH)
 # how far a number has to move for an arrow: a time differs from run to run
 COUNTED, TIMED = 0.01, 0.05
+LATE = (
+    "*s is of all rows, with what is compiled, calibrated and recorded for the first ones; ms a row, and the run time "
+    "of arrows, is the mean of the second half.*"
+)
 ROWS = {
     "parameters": "parameters",
     "activations": "activations kept",
@@ -120,7 +124,7 @@ def measured_table(lines: list[dict]) -> str:
     lines = latest(lines)
     methods = [name for name in COLUMNS if any(method_of(line) == name for line in lines)]
     learns = not lines[0]["arguments"].get("random_weights", True)
-    titles = ["MiB", "s", *(["loss"] if learns else [])]
+    titles = ["MiB", "s", "ms a row", *(["loss"] if learns else [])]
     cells: dict[tuple, dict[str, list[str]]] = {}
     for line in sorted(lines, key=techniques_of):
         key = tuple(line["setting"][name] for name in OFF_VALUES)
@@ -145,14 +149,15 @@ def techniques_of(line: dict) -> tuple:
 
 
 def columns(line: dict) -> list[str]:
-    """Peak memory, run time and loss of a line."""
+    """Peak memory, run time, time of a later row, and loss of a line."""
     error = line.get("error")
     if error is None:
         loss = line.get("average_loss")
-        return [f"{line['peak_mib']:.0f}", f"{line['seconds']:.1f}", "" if loss is None else f"{loss:.4f}"]
+        numbers = [f"{line['peak_mib']:.0f}", f"{line['seconds']:.1f}", f"{line['row_ms']:.0f}"]
+        return [*numbers, "" if loss is None else f"{loss:.4f}"]
     if error.startswith(NOT_DONE):
-        return ["", f"> {error.split()[-2]}", ""]
-    return ["x" if "out of memory" in error else error.replace("|", "/"), "", ""]
+        return ["", f"> {error.split()[-2]}", "", ""]
+    return ["x" if "out of memory" in error else error.replace("|", "/"), "", "", ""]
 
 
 def notes(lines: list[dict]) -> list[str]:
@@ -161,14 +166,9 @@ def notes(lines: list[dict]) -> list[str]:
     if n := max(line.get("gpus", 1) for line in lines) - 1:
         others = "another GPU" if n == 1 else f"{n} other GPUs"
         found.append(f"*Measured while {others} of the host measured other combinations, which slows the host.*")
-    ours = [line["ms_median"] for line in lines if method_of(line) == UNSLOTH and "error" not in line]
-    if ours:
-        found.append(
-            f"*{UNSLOTH}, where checkpointing is on, has its own of all layers, in host memory. All seconds have what "
-            f"is compiled or recorded for the first rows in them; the median row took it {min(ours):.0f} to "
-            f"{max(ours):.0f} ms.*"
-        )
-    return found
+    if any(method_of(line) == UNSLOTH and "error" not in line for line in lines):
+        found.append(f"*{UNSLOTH}, where checkpointing is on, has its own of all layers, in host memory.*")
+    return [LATE, *found]
 
 
 def is_on(line: dict, technique: str) -> bool:
@@ -195,9 +195,11 @@ def pairs(lines: list[dict], technique: str) -> list[tuple[dict, dict]]:
 
 
 def arrows_table(lines: list[dict]) -> str:
-    """A column a technique: arrow and factor of each resource over all pairs."""
+    """A column a technique: arrow and factor of each resource over all pairs; a sentence without any."""
     lines = latest(lines)
     compared = {name: found for name in OURS if (found := pairs(lines, name))}
+    if not compared:
+        return "*No two combinations that differ in one technique have been measured.*"
     rows = [
         [words, *(arrow([(a["mib"][name], b["mib"][name]) for a, b in found], COUNTED) for found in compared.values())]
         for name, words in ROWS.items()
@@ -205,7 +207,7 @@ def arrows_table(lines: list[dict]) -> str:
     for words, key, least in (
         ("FLOPs", "flops", COUNTED),
         ("peak memory", "peak_mib", COUNTED),
-        (TIME, "seconds", TIMED),
+        (TIME, "row_ms", TIMED),
     ):
         rows.append([words, *(arrow([(a[key], b[key]) for a, b in found], least) for found in compared.values())])
     titles = [f"{name} ({len(found)} pairs)" for name, found in compared.items()]

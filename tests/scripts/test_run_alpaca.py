@@ -63,6 +63,8 @@ def test_a_run_tells_and_keeps_everything(run):
     assert [entry["step"] for entry in found["log_history"]] == [2, 4, 6] and "step 4 of 6: loss " in said
     loss = found["metrics"]["held-out_loss"]
     assert loss["after"] < loss["before"] - 0.05
+    seconds, late = found["train"]["seconds"], found["train"]["row_ms"] / 1e3 * 6
+    assert 0 < late < seconds, "six of twelve rows are in the second half"
     assert f"average loss {found['train']['average_loss']:.4f}, " in said and " s of training" in said
     assert set(found["texts"]) == {"before", "after"}
     for time in ("before", "after"):
