@@ -7,6 +7,7 @@ Packages are imported as late as possible: Unsloth patches only what is imported
 """
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -80,16 +81,30 @@ def compiled(job: Job, budget: float):
     return torch.compile(lora(job, base="bf16"))
 
 
-def unsloth(job: Job, checkpointing: bool | str):
-    """Unsloth loads from disk only: from random weights that are written once, by a process of their own."""
+def random_weights(job: Job) -> Path:
+    """The job's shape as a checkpoint with random weights, which is written once, by a process of its own.
+
+    Others that want it meanwhile wait.
+    """
     folder = Path(job.checkpoints) / f"random-{job.folder.name}"
-    if not folder.is_dir():
-        write = [sys.executable, "-m", "benchmarks.random_checkpoint", str(job.folder.resolve()), str(folder.resolve())]
-        subprocess.run(write, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    config = json.loads((folder / "config.json").read_text())
-    # Past the longest position of the config Unsloth would stretch its rotary embedding.
-    config["max_position_embeddings"] = max(config["max_position_embeddings"], job.seq_len)
-    (folder / "config.json").write_text(json.dumps(config))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            words = [str(job.folder.resolve()), str(folder.resolve())]
+            write = [sys.executable, "-m", "benchmarks.random_checkpoint", *words]
+            subprocess.run(write, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        config = json.loads((folder / "config.json").read_text())
+        # Past the longest position of the config Unsloth would stretch its rotary embedding.
+        if config["max_position_embeddings"] < job.seq_len:
+            config["max_position_embeddings"] = job.seq_len
+            (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def unsloth(job: Job, checkpointing: bool | str):
+    """Unsloth loads from disk only."""
+    folder = random_weights(job)
     from unsloth import FastLanguageModel  # isort: skip
     import torch
 
