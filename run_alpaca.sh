@@ -18,6 +18,10 @@ seq_len=${seq_len:-512}
 # techniques; use_lora=False trains all weights, which HyC-LoRA is not for. With sweep=True all of them are on, so that
 # each is measured off and on.
 sweep=${sweep:-False}
+sweep_gpus=${sweep_gpus:-}                             # that measure side by side, a combination each
+sweep_timeout=${sweep_timeout:-}                       # seconds for a combination
+sweep_minutes=${sweep_minutes:-}                       # ends the sweep, which the same command goes on with
+sweep_peers=${sweep_peers:-}                           # True, with --dtype bfloat16: Unsloth on the same rows
 if [[ "$sweep" == True ]]; then
     gradient_checkpointing=${gradient_checkpointing:-2 of 3}
     mixed_precision=${mixed_precision:-bf16}
@@ -51,7 +55,8 @@ top_p=${top_p:-0.9}
 use_cache=${use_cache:-True}
 
 source "$root/utils/settings.sh"
-add_options sweep gradient_accumulation gradient_checkpointing mixed_precision use_lora lora_dropout
+add_options sweep sweep_gpus sweep_timeout sweep_minutes sweep_peers
+add_options gradient_accumulation gradient_checkpointing mixed_precision use_lora lora_dropout
 add_options load_in_4bit data_name data_dir seq_len max_train_samples
 add_options non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
 add_options max_new_tokens temperature top_p use_cache

@@ -6,7 +6,8 @@ peers.py              one way of fine-tuning, measured       cross_entropy.py   
 buffered.py           bytes kept by one layer                fidelity.py        how close gradients are to exact ones
 peak_memory.py        what is alive at the peak of a step    finetune.py        whether fine-tuning notices
 profile_step.py       where the time of a step goes          experiments.py     the paper's, on a small model
-technique_grid.py     run_alpaca.py's techniques, on and off
+technique_grid.py     run_alpaca.py's techniques, on and off technique_peers.py  and Unsloth on the same rows
+generation.py         writing with and without a cache
 scaling.py            one GPU and several of one host
 plan_check.py         what a plan predicts, and is so, of some sixty cases
 plan_times.py         the times that a plan measures on few layers, and all layers take
@@ -25,5 +26,5 @@ technique_tables.py   those of a grid                        seed_reports.py    
 report_kills.py       and of runs that were killed           report_plan.py     what hyclora.plan counts, and is so
 report_scaling.py     and of several GPUs                   report_longest_rows.py  and of the longest row a card
 report_plan_check.py  and how far off that is, by kind      report_plan_times.py  and of times
-tables.py             a table in Markdown
+report_generation.py  and of writing                        tables.py          a table in Markdown
 """

@@ -2,10 +2,12 @@
 
     python -m benchmarks.experiments --model ckpt/smollm2-135m --data data --output_dir exp_results_small --jobs 12
     python -m benchmarks.experiments --model ckpt/small-roberta --data data --tasks sst2 rte mrpc cola stsb
+    python -m benchmarks.experiments --model ckpt/smollm2-135m --data data --tasks alpaca --jobs 12
     python -m benchmarks.experiments --data data --jobs 2 -- --max_steps 3 --max_eval_samples 8   # tries it out
 
 The data folder has gsm8k/{train,test}.jsonl, wikitext-2/{train.txt.gz,test.txt}, arithmetic/NAME/test.json, books and
-proofs in longtext/, and glue/TASK/{train,dev}.tsv; what is not used may be missing. Options after -- go to the drivers.
+proofs in longtext/, alpaca/alpaca_small.json and glue/TASK/{train,dev}.tsv; what is not used may be missing. Options
+after -- go to the drivers.
 
 Runs go side by side, the first of each task being those that tell most (FIRST). Each that ends appends a line to
 OUTPUT_DIR/experiments.jsonl, one that fails with its error; those that are there without an error are not run again, so
@@ -54,6 +56,8 @@ COMMON = {
 }
 LONG_VARIANTS = [EXACT, *(f"intra_inter, {bits} bit" for bits in (4, 2)), "layer inputs, 4 bit"]
 LONG_EVALUATED = ("gutenberg/pg84.txt", "proof/hott-basics.tex")
+# of run_alpaca.py, whose loop has a learning rate that is constant
+PLAIN = {"learning_rate": 5e-4, "mixed_precision": "bf16", "num_train_epochs": 3, "save_steps": 0}
 TESTED = 256  # rows of each arithmetic test, by generated answers
 GENERATION = {"greedy": True, "max_new_tokens": 256, "eval_batch_size": 440}
 
@@ -63,6 +67,7 @@ class Experiment:
     """A driver and its options. files: what it reads of the data folder, written {data} in options.
 
     by_loss: variants that are judged by their loss alone, as generating answers takes two thirds of such a run.
+    common: what the driver's training shares with other tasks. later: options of all seeds but the first.
     """
 
     driver: str
@@ -70,6 +75,8 @@ class Experiment:
     files: list[str]
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     by_loss: tuple[str, ...] = ()
+    common: dict = field(default_factory=lambda: COMMON)
+    later: dict = field(default_factory=dict)
 
 
 def _glue(name: str, folder: str) -> Experiment:
@@ -113,6 +120,16 @@ TASKS = {
         [f"longtext/{name}" for name in LONG_EVALUATED],
         LONG_VARIANTS,
     ),
+    # with the script's adapters, on q and v; what is written after the test prompts is told of one seed
+    "alpaca": Experiment(
+        "run_alpaca",
+        {"data_name": "alpaca", "data_dir": "{data}/alpaca/alpaca_small.json", "max_eval_samples": 200}
+        | {"per_device_train_batch_size": 8, "gradient_accumulation": 2, "max_train_samples": 1800, "max_steps": 300},
+        ["alpaca/alpaca_small.json"],
+        [EXACT, "intra_inter, 4 bit", "intra_inter, auto 3.0", "intra_inter, 2 bit"],
+        common=PLAIN,
+        later={"test_prompts": False},
+    ),
     "sst2": _glue("sst2", "SST-2"),
     "rte": _glue("rte", "RTE"),
     "mrpc": _glue("mrpc", "MRPC"),
@@ -139,14 +156,17 @@ class Trial:
         """The driver's options; those of `more` come last, and so count."""
         setting = VARIANTS[self.variant]
         name = f"{self.task}-{self.variant}-{self.seed}".replace(",", "").replace(" ", "_")
-        options = COMMON | TASKS[self.task].options | {"seed": self.seed, "run_name": name}
+        task = TASKS[self.task]
+        options = task.common | task.options | {"seed": self.seed, "run_name": name}
         options |= {
             "model_name": args.model.name,
             "model_dir": args.model.parent,
             "output_dir": args.output_dir / "runs",
         }
         options |= {"use_hyclora": False} if setting is None else setting
-        if self.variant in TASKS[self.task].by_loss:
+        if self.seed != args.seeds[0]:
+            options |= task.later
+        if self.variant in task.by_loss:
             options["max_new_tokens"] = 0
         # what a model can do untrained is the same for all
         options["evaluate_before"] = (self.variant, self.seed) == (EXACT, args.seeds[0])
@@ -170,10 +190,12 @@ def trials(args: argparse.Namespace) -> list[Trial]:
 def whole_line(trial: Trial, args: argparse.Namespace, found: dict) -> dict:
     """What is recorded of a run."""
     line = {**trial.key, "model": args.model.name, "setting": whole(VARIANTS[trial.variant])}
-    line |= {"arguments": {"driver": TASKS[trial.task].driver, **COMMON, **TASKS[trial.task].options}}
+    task = TASKS[trial.task]
+    line |= {"arguments": {"driver": task.driver, **task.common, **task.options}}
     if "error" in found:
         return line | {"error": found["error"]}
     kept = ("metrics", "final_loss", "kept_bits", "buffered_bytes", "train", "seconds")
+    kept += ("texts",) * ("texts" in found)
     losses = [[entry["step"], entry["loss"]] for entry in found["log_history"] if "loss" in entry]
     return line | {name: found[name] for name in kept} | {"jobs": args.jobs, "losses": losses}
 

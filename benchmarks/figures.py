@@ -9,6 +9,7 @@ from benchmarks.record import RESULTS
 from benchmarks.report_experiments import BEFORE, LANGUAGE, lines_of, scores_of, spread
 from benchmarks.report_plan_check import SIZES, checks
 from benchmarks.rows import CELL, describe_batch, describe_device, describe_model, load, load_7b, memory_cells, name_of
+from benchmarks.technique_tables import draw_recorded
 from hyclora.models.config import SLOTS
 
 matplotlib.use("Agg")
@@ -32,6 +33,7 @@ def draw() -> None:
             drawn.tight_layout()
             drawn.savefig(FIGURES / f"{figure.__name__}.png", dpi=130, metadata={"Software": None})
             plt.close(drawn)
+    draw_recorded()
 
 
 def kept():

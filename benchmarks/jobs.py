@@ -16,6 +16,7 @@ class Job:
 
     setting: a key of PEERS, or arguments of HycloraConfig; rows: real ones (real_rows.py, packed_rows.py). gpus: data
     parallel, with batch_size rows each; parallel: ddp, or fsdp2, by which they share the weights.
+    target_modules: of LoRA, None for all seven linears.
     """
 
     setting: str | dict
@@ -32,6 +33,7 @@ class Job:
     rows: dict | None = None
     gpus: int = 1
     parallel: str = "ddp"
+    target_modules: list[str] | None = None
 
     @property
     def folder(self) -> Path:
@@ -45,7 +47,7 @@ class Job:
         found = {name: value for name, value in asdict(self).items() if name not in ("setting", "checkpoints")}
         found["rows"] = self.rows and {name: _name(value) for name, value in self.rows.items()}
         # lines from before there were such options are of jobs without
-        since = {"lora_dropout": 0, "rows": None, "gpus": 1, "parallel": "ddp"}
+        since = {"lora_dropout": 0, "rows": None, "gpus": 1, "parallel": "ddp", "target_modules": None}
         return {name: value for name, value in found.items() if name not in since or value != since[name]}
 
 

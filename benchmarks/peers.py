@@ -7,6 +7,7 @@ Packages are imported as late as possible: Unsloth patches only what is imported
 """
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -22,12 +23,12 @@ from pathlib import Path
 
 from benchmarks.jobs import Job
 from benchmarks.ranks import PARENT, end_rank_0, end_with_parent, rank, together
+from benchmarks.workers import NOT_DONE
 from hyclora.utils.errors import UserError, is_out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "RESULT "
 NOT_INSTALLED = "not installed"
-NOT_DONE = "not done after"
 OUT_OF_MEMORY = "out of memory"
 # as the scripts set it, for every peer alike (Unsloth does so itself)
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
@@ -42,13 +43,18 @@ def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None
     """Stock PEFT on a model with random weights; checkpointing: options of Hugging Face's, None for none."""
     import torch
 
-    from hyclora.utils.args import LoraArguments, ModelArguments
+    from hyclora.utils.args import LINEARS, LoraArguments, ModelArguments
     from hyclora.utils.loading import checkpoint_layers, load_model
 
     folder = job.folder.resolve()
     in_4bit = (base or job.base) == "nf4"
     arguments = ModelArguments(folder.name, str(folder.parent), load_in_4bit=in_4bit, random_weights=True)
-    adapters = LoraArguments(lora_rank=job.lora_rank, lora_alpha=job.lora_rank, lora_dropout=job.lora_dropout)
+    adapters = LoraArguments(
+        lora_rank=job.lora_rank,
+        lora_alpha=job.lora_rank,
+        lora_dropout=job.lora_dropout,
+        target_modules=job.target_modules or LINEARS,
+    )
     storage = torch.bfloat16 if job.parallel == "fsdp2" else torch.uint8
     model = load_model(arguments, adapters, str(folder), torch.device(job.device), seed=0, storage=storage)
     if checkpointing is not None:
@@ -75,16 +81,30 @@ def compiled(job: Job, budget: float):
     return torch.compile(lora(job, base="bf16"))
 
 
-def unsloth(job: Job, checkpointing: bool | str):
-    """Unsloth loads from disk only: from random weights that are written once, by a process of their own."""
+def random_weights(job: Job) -> Path:
+    """The job's shape as a checkpoint with random weights, which is written once, by a process of its own.
+
+    Others that want it meanwhile wait.
+    """
     folder = Path(job.checkpoints) / f"random-{job.folder.name}"
-    if not folder.is_dir():
-        write = [sys.executable, "-m", "benchmarks.random_checkpoint", str(job.folder.resolve()), str(folder.resolve())]
-        subprocess.run(write, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    config = json.loads((folder / "config.json").read_text())
-    # Past the longest position of the config Unsloth would stretch its rotary embedding.
-    config["max_position_embeddings"] = max(config["max_position_embeddings"], job.seq_len)
-    (folder / "config.json").write_text(json.dumps(config))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            words = [str(job.folder.resolve()), str(folder.resolve())]
+            write = [sys.executable, "-m", "benchmarks.random_checkpoint", *words]
+            subprocess.run(write, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        config = json.loads((folder / "config.json").read_text())
+        # Past the longest position of the config Unsloth would stretch its rotary embedding.
+        if config["max_position_embeddings"] < job.seq_len:
+            config["max_position_embeddings"] = job.seq_len
+            (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def unsloth(job: Job, checkpointing: bool | str):
+    """Unsloth loads from disk only."""
+    folder = random_weights(job)
     from unsloth import FastLanguageModel  # isort: skip
     import torch
 
@@ -104,7 +124,7 @@ def unsloth(job: Job, checkpointing: bool | str):
         lora_alpha=job.lora_rank,
         lora_dropout=job.lora_dropout,
         bias="none",
-        target_modules=LINEARS,
+        target_modules=job.target_modules or LINEARS,
         use_gradient_checkpointing=checkpointing,
         random_state=0,
     )

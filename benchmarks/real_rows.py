@@ -8,11 +8,12 @@
 Random weights of a shape in NF4, LoRA on all seven linears, rows of GSM8K (or, with --alpaca, instructions in Alpaca's
 format) in one shuffled order for all settings, cut at the cell's length, widths a multiple of 8, a step of AdamW every
 4 micro-steps. One process a setting. first_100_s: from the first micro-step on, calibration and recordings included,
-compiled kernels not if they were run before; times of a micro-step after --warm_up of them. dyn and held: the peak of
-the whole run, as graphs are seen by the allocator while they are recorded alone, over static: the model and at the end
-its gradients and Adam's state. Real tokens are those that are no padding. Lines are kept and continued as those of
-memory_throughput. With --gpus N each of N processes has rows of its own (DistributedDataParallel; gradients are added
-up over micro-steps before they are exchanged): times and memory are those of the first process, tokens those of all.
+compiled kernels not if they were run before; seconds: of all of them; times of a micro-step after --warm_up of them.
+dyn and held: the peak of the whole run, as graphs are seen by the allocator while they are recorded alone, over static:
+the model and at the end its gradients and Adam's state. Real tokens are those that are no padding. Lines are kept and
+continued as those of memory_throughput. With --gpus N each of N processes has rows of its own (DistributedDataParallel;
+gradients are added up over micro-steps before they are exchanged): times and memory are those of the first process,
+tokens those of all.
 """
 
 import argparse
@@ -88,6 +89,7 @@ class Meter:
             **({"ms_median": round(1e3 * statistics.median(timed), 1)} if self.settled else {}),
             "real_tokens_per_second": round(sum(real) / sum(timed)),
             "real_tokens": round(statistics.mean(real)),
+            "seconds": round(sum(self.times[: self.total]), 2),
             **self.found,
         }
 
@@ -109,7 +111,8 @@ def examples_of(job: Job) -> tuple[list, str]:
     from hyclora.utils.data import alpaca, gsm8k
 
     if file := job.rows.get("alpaca"):
-        return alpaca.load_examples(DataArguments(data_name="alpaca", data_dir=file, max_eval_samples=0))[0], file
+        asked = {"max_train_samples": job.rows.get("first"), "max_eval_samples": 0}
+        return alpaca.load_examples(DataArguments(data_name="alpaca", data_dir=file, **asked))[0], file
     folder = job.rows["data_dir"]
     return gsm8k.examples_of(gsm8k.load_rows(DataArguments(data_name="gsm8k", data_dir=folder), "train")), folder
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import RESULTS
-from benchmarks.report_experiments import experiments
+from benchmarks.report_experiments import alpaca_texts, experiments
+from benchmarks.report_generation import generation
 from benchmarks.report_kills import faults, kills
 from benchmarks.report_longest_rows import longest_rows
 from benchmarks.report_plan import planned, planned_peers
@@ -32,7 +33,7 @@ from benchmarks.rows import (
     presets_of,
 )
 from benchmarks.tables import SITTINGS, remarks, source, table
-from benchmarks.technique_tables import technique_grid
+from benchmarks.technique_tables import technique_grid, techniques
 from hyclora.models.config import BITS, PRESETS, SLOTS, HycloraConfig
 from hyclora.models.patch import FAMILIES
 
@@ -318,6 +319,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "kept": kept,
         "accuracy": accuracy,
         "experiments": experiments,
+        "techniques": techniques,
         "parameters": parameters,
         "slots": slots,
         "kills": kills,
@@ -332,6 +334,8 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "packed_rows": packed_rows,
         "scaling": scaling,
         "technique_grid": technique_grid,
+        "alpaca_texts": alpaca_texts,
+        "generation": generation,
         "buffered": buffered,
         "fidelity": fidelity,
         "finetune": finetune,

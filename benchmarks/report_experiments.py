@@ -4,6 +4,8 @@ A difference is the mean over seeds of what the same seed gives with exact LoRA,
 brackets it is in units of the standard deviation that exact LoRA has over seeds.
 """
 
+import html
+import re
 import statistics
 from dataclasses import dataclass
 
@@ -45,6 +47,7 @@ LONG = [
     for name, title in zip(LONG_EVALUATED, ("Frankenstein", "a chapter of the HoTT book"), strict=True)
     for length, compared in ((2048, False), (8192, True))
 ]
+ALPACA = [Column("alpaca", "held-out_loss", "Alpaca held-out loss", ".4f", 1, compared=True)]
 GLUE = [
     Column("sst2", "accuracy", "SST-2, accuracy %"),
     Column("rte", "accuracy", "RTE, accuracy %"),
@@ -157,6 +160,11 @@ def experiments() -> str:
             LONG,
         ),
         (
+            "Alpaca's instructions in the plain loop of `run_alpaca.py`, LoRA on q and v, judged by the responses of "
+            "rows that were held out; benchmarks/README.md has what is written after the test prompts:",
+            ALPACA,
+        ),
+        (
             "GLUE's development rows, by a RoBERTa pre-trained by `ckpt/pretrain_roberta.py` in minutes, so far below "
             "the published one:",
             GLUE,
@@ -169,3 +177,27 @@ def experiments() -> str:
     if parts:
         parts.insert(1, NOTE)
     return "\n\n".join(parts)
+
+
+def alpaca_texts() -> str:
+    """What was written after the test prompts before training, and after it by each variant; "" without lines."""
+    lines = [line for line in lines_of(ALPACA) if "texts" in line]
+    lines.sort(key=lambda line: list(VARIANTS).index(line["variant"]))
+    cells: dict[str, dict[str, str]] = {}
+    for line in lines:
+        for when, name in (("before", BEFORE), ("after", line["variant"])):
+            for row in line["texts"][when]["texts"]:
+                cells.setdefault(row["prompt"], {}).setdefault(name, row["text"])
+    if not cells:
+        return ""
+    names = list(dict.fromkeys([BEFORE, *(line["variant"] for line in lines)]))
+    rows = [[in_cell(prompt), *(in_cell(found.get(name, "")) for name in names)] for prompt, found in cells.items()]
+    said = source(lines, "python -m benchmarks.experiments --tasks alpaca")
+    head = [f"what {lines[0]['model']} writes after", *names]
+    return f"{table(head, rows)}\n\n{said}"
+
+
+def in_cell(text: str) -> str:
+    """A text of any kind in a cell of a table."""
+    escaped = html.escape(text.strip(), quote=False).replace("|", "&#124;")
+    return re.sub(r"([\\`*_\[\]~])", r"\\\1", escaped).replace("\n", "<br>")

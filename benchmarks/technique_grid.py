@@ -3,12 +3,14 @@
     sweep=True bash run_alpaca.sh
     sweep=True model_dir=benchmarks/shapes model_name=llama-2-7b random_weights=True \\
         tokenizer_dir=../shared/tokenizers/llama2 data_name=alpaca data_dir=rows.json bash run_alpaca.sh
+    ... bash run_alpaca.sh --sweep_gpus 2 --sweep_minutes 9                   # two combinations at a time, for so long
+    ... bash run_alpaca.sh --dtype bfloat16 --sweep_peers True                # and Unsloth on the same rows
 
-What the settings of the run have on is measured off and on: accumulation x checkpointing x precision x (all weights,
-LoRA, LoRA with HyC-LoRA). A JSON line each is appended to technique_grid.jsonl in output_dir; a combination that runs
-out of memory or fails is a line with the cause. What this commit has measured on this device with the same settings is
-not measured again, so that an interrupted grid goes on where it stopped. technique_grid.md has the tables and .png the
-picture, made of these lines (benchmarks/technique_tables.py).
+What the settings of the run have on is measured off and on: accumulation x checkpointing x precision x (LoRA with
+HyC-LoRA, LoRA, all weights). A JSON line each is appended to technique_grid.jsonl in output_dir; a combination that
+runs out of memory or time, or fails, is a line with the cause. What this commit has measured on this device with the
+same settings is not measured again, so that an interrupted grid goes on where it stopped. technique_grid.md has the
+tables and .png the picture, made of these lines (benchmarks/technique_tables.py).
 """
 
 import importlib.util
@@ -16,61 +18,70 @@ import itertools
 import json
 import re
 import signal
-import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
+
+from benchmarks import technique_peers
 from benchmarks.record import read, record
 from benchmarks.technique_tables import report
+from benchmarks.workers import NOT_DONE, run_all
 from hyclora.utils import results
-from hyclora.utils.args import ROOT
 from hyclora.utils.disk import check_output
 from hyclora.utils.driver import Driver
-from hyclora.utils.errors import Interrupted, RunStopped, is_out_of_memory
+from hyclora.utils.errors import Interrupted, RunStopped, UserError, is_out_of_memory
 from hyclora.utils.plain.arguments import OFF
 from hyclora.utils.plain.breakdown import counted_peak
 from hyclora.utils.profiling import MIB
 from hyclora.utils.runs.identity import identity
 
 NAME = "technique_grid"
-KILLED = -signal.SIGKILL
+KILLED = f"exit code {-signal.SIGKILL}"
 # of a combination alone: no evaluation, no texts, nothing saved
-BARE = {"sweep": False, "max_eval_samples": 0, "test_prompts": False, "save_steps": 0}
+BARE = {"sweep": False, "sweep_peers": False, "max_eval_samples": 0, "test_prompts": False, "save_steps": 0}
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Which techniques are on, and how."""
+    """Which techniques are on, and how. peer: whose model it is, if not this project's."""
 
     gradient_accumulation: int
     gradient_checkpointing: str
     mixed_precision: str
     use_lora: bool
     use_hyclora: bool
+    peer: str = ""
 
     @property
     def name(self) -> str:
-        method = "hyclora" if self.use_hyclora else "lora" if self.use_lora else "full"
+        method = self.peer or ("hyclora" if self.use_hyclora else "lora" if self.use_lora else "full")
         words = (self.gradient_accumulation, self.gradient_checkpointing, self.mixed_precision, method)
         return "-".join(re.sub(r"\W+", "", str(word)) for word in words)
 
 
 def combinations(groups: tuple) -> list[Combination]:
     """Those of a run's settings; what they have off stays off, NF4 weights are not trained, and 16-bit ones need LoRA
-    and a computation in 16 bit.
+    and a computation in 16 bit. The order: of HyC-LoRA, LoRA, peers, all weights; of each with most techniques first.
+    Peers compute in 16 bit and accumulate as set, which changes neither memory nor time of a row.
     """
     values = {name: value for group in groups for name, value in vars(group).items()}
     floats = values["dtype"] == "float32"
-    methods = [(False, False)] if floats and not values["load_in_4bit"] else []
-    methods += [(True, False)] * values["use_lora"] + [(True, True)] * values["use_hyclora"]
+    methods = [(True, True, "")] * values["use_hyclora"] + [(True, False, "")] * values["use_lora"]
+    methods += [(True, False, technique_peers.UNSLOTH)] * values["sweep_peers"]
+    methods += [(False, False, "")] * (floats and not values["load_in_4bit"])
     axes = (
-        (1, values["gradient_accumulation"]),
-        (OFF, values["gradient_checkpointing"]),
-        (OFF, values["mixed_precision"]) if floats else (values["mixed_precision"],),
-        methods,
+        (values["mixed_precision"], OFF) if floats else (values["mixed_precision"],),
+        (values["gradient_checkpointing"], OFF),
+        (values["gradient_accumulation"], 1),
     )
-    found = (Combination(*one, *method) for *one, method in itertools.product(*axes))
+    found = (
+        Combination(accumulation, checkpointing, precision, *method)
+        for method, precision, checkpointing, accumulation in itertools.product(methods, *axes)
+        if not method[-1] or (precision != OFF and accumulation == values["gradient_accumulation"])
+    )
     return list(dict.fromkeys(found))  # an axis that is off has one value twice
 
 
@@ -84,70 +95,103 @@ def arguments_of(groups: tuple) -> dict:
 def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     """Measure what no line answers, and write the report of all lines of these settings.
 
-    Interrupted by Ctrl-C, RunStopped if a combination failed for another reason than memory: the lines are kept.
+    Interrupted by Ctrl-C, RunStopped if a combination failed for another reason than memory or time, or if
+    sweep_minutes did not do for all of them: the lines are kept. UserError for a mistake of all combinations.
     """
-    driver.read(groups, tell=lambda line: None)  # its mistakes would be those of every combination
-    folder = Path(groups[-1].output_dir)
+    begun, training = time.monotonic(), groups[-1]
+    check(groups)
+    *_, task = driver.read(groups, tell=lambda line: None)  # its mistakes would be those of every combination
+    folder = Path(training.output_dir).resolve()
     check_output(folder)
     options, common = list(sys.argv[1:] if argv is None else argv), arguments_of(groups)
     now, file = results.environment(), folder / f"{NAME}.jsonl"
-    grid, lines = combinations(groups), []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends as well
+    grid, before = combinations(groups), read(file)
+    lines = {one: answer(before, one, common, now, training.sweep_timeout) for one in grid}
+    jobs = [(one, *job(one, groups, options, folder, len(task.train))) for one in grid if lines[one] is None]
+    print(f"{len(grid)} combinations, {len(grid) - len(jobs)} measured already", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes that measure end as well
+    n = training.sweep_gpus
+    gpus = [str(i) for i in range(n)] if n > 1 else [None]
+    until = begun + 60 * (training.sweep_minutes or float("inf"))
+    (folder / "grid").mkdir(exist_ok=True)
     try:
-        for number, one in enumerate(grid, 1):
-            print(f"{number} of {len(grid)}  {one.name:<24}", end="", flush=True)
-            line = answer(read(file), one, common, now)
-            if line is not None:
-                print("measured already")
-            else:
-                found = run(one, options, folder / "grid")
-                line = record(NAME, {"setting": asdict(one), **found, "arguments": common}, folder)
-                print(told(found), flush=True)
-            lines.append(line)
+        for (one, *_), found in run_all(jobs, n, gpus, folder / "grid", until, training.sweep_timeout, alone=True):
+            line = {"setting": asdict(one), **kept(found), "arguments": common} | ({"gpus": n} if n > 1 else {})
+            lines[one] = record(NAME, line, folder)
+            print(f"{time.monotonic() - begun:5.0f} s  {one.name:<24}{told(lines[one])}", flush=True)
     except KeyboardInterrupt:
         raise Interrupted("interrupted: the same command goes on where it stopped") from None
-    drawn = importlib.util.find_spec("matplotlib") is not None
-    text = report(lines, folder / f"{NAME}.png" if drawn else None)
-    (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
-    print(f"{text}\n\nlines: {file}, tables: {folder / NAME}.md", "picture: pip install matplotlib" * (not drawn))
-    failed = [line for line in lines if "error" in line and not is_out_of_memory(RuntimeError(line["error"]))]
+    conclude([line for line in lines.values() if line is not None], len(grid), folder)
+
+
+def check(groups: tuple) -> None:
+    """UserError if there are too few GPUs, or peers cannot be measured."""
+    training = groups[-1]
+    if training.sweep_gpus > 1 and torch.cuda.device_count() < training.sweep_gpus:
+        raise UserError(f"sweep_gpus {training.sweep_gpus}, and there are {torch.cuda.device_count()}: lower it")
+    if training.sweep_peers:
+        technique_peers.check(groups)
+
+
+def conclude(lines: list[dict], asked: int, folder: Path) -> None:
+    """Write the report of the lines; RunStopped if some failed, or are fewer than were asked for."""
+    if lines:
+        drawn = importlib.util.find_spec("matplotlib") is not None
+        text = report(lines, folder / f"{NAME}.png" if drawn else None)
+        (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
+        print(f"{text}\n\nlines: {folder / NAME}.jsonl, tables: {folder / NAME}.md")
+        if not drawn:
+            print("picture: pip install matplotlib")
+    failed = [line for line in lines if "error" in line and not is_answer(line)]
     if failed:
-        raise RunStopped(f"{len(failed)} of {len(grid)} combinations failed, the last one: {failed[-1]['error']}")
+        raise RunStopped(f"{len(failed)} of {asked} combinations failed, the last one: {failed[-1]['error']}")
+    if len(lines) < asked:
+        raise RunStopped(f"{asked - len(lines)} of {asked} combinations are left: the same command goes on")
 
 
-def answer(lines: list[dict], one: Combination, common: dict, now: dict) -> dict | None:
-    """The line of this commit, device and settings that has the combination; a failure is tried again."""
+def is_answer(line: dict) -> bool:
+    """Whether a line has numbers, or says that memory or time ran out."""
+    error = line.get("error")
+    return error is None or error.startswith(NOT_DONE) or is_out_of_memory(RuntimeError(error))
+
+
+def answer(lines: list[dict], one: Combination, common: dict, now: dict, timeout: float) -> dict | None:
+    """The line of this commit, device and settings that has the combination.
+
+    A failure is tried again, and what was not done in time if there is more of it now.
+    """
     found = (
         line
         for line in reversed(lines)
         if (line["commit"], line["device"]) == (now["commit"], now["device"])
         and line["setting"] == asdict(one)
         and line["arguments"] == common
-        and is_out_of_memory(RuntimeError(line.get("error", "out of memory")))
+        and is_answer(line)
+        and not (line.get("error", "").startswith(NOT_DONE) and timeout > float(line["error"].split()[-2]))
     )
     return next(found, None)
 
 
-def run(one: Combination, options: list[str], folder: Path) -> dict:
-    """What a run of the driver with these options and the combination finds; {"error": its cause} if it fails."""
-    folder.mkdir(exist_ok=True)
-    settings = {**asdict(one), **BARE, "run_name": one.name, "output_dir": str(folder)}
-    command = [
-        sys.executable,
-        str(ROOT / "run_alpaca.py"),
-        *options,
-    ]  # of an option that comes twice the last one counts
-    command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    before = set(folder.glob(f"{one.name}-*.json"))
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode == KILLED:
+def job(one: Combination, groups: tuple, options: list[str], folder: Path, n_rows: int) -> tuple[str, list[str]]:
+    """The driver that measures a combination, and its options; those of `options` that come again do not count."""
+    if one.peer:
+        asked = technique_peers.job_of(groups, one.gradient_accumulation, one.gradient_checkpointing, n_rows)
+        return "benchmarks.technique_peers", technique_peers.options(asked, groups[-1].sweep_timeout)
+    techniques = {name: value for name, value in asdict(one).items() if name != "peer"}
+    settings = {**techniques, **BARE, "run_name": one.name, "output_dir": str(folder / "grid")}
+    return "run_alpaca", [*options, *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
+
+
+def kept(found: dict) -> dict:
+    """What a line keeps of what a worker found: numbers, or the cause of a failure in a few words."""
+    error = found.get("error")
+    if error is None:
+        return measured(found) if "breakdown" in found else found
+    if KILLED in error:
         return {"error": "out of memory: the process was killed, probably as the host had none left"}
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        out = next((line for line in said if is_out_of_memory(RuntimeError(line))), None)
-        return {"error": "out of memory" if out else said[-1].removeprefix("error: ")}
-    (file,) = set(folder.glob(f"{one.name}-*.json")) - before
-    return measured(json.loads(file.read_text(encoding="utf-8")))
+    if is_out_of_memory(RuntimeError(error)):
+        return {"error": "out of memory"}
+    return {"error": " ".join(error.split())[:300]}
 
 
 def measured(found: dict) -> dict:
@@ -161,6 +205,7 @@ def measured(found: dict) -> dict:
         "peak_mib": round((train["peak_bytes"] if on_gpu else counted_peak(taken)) / MIB, 2),
         **({"held_mib": round(train["held_bytes"] / MIB, 2)} if on_gpu else {"counted": True}),
         "seconds": round(train["seconds"], 2),
+        "row_ms": train["row_ms"],
         "average_loss": round(train["average_loss"], 4),
         "skipped_steps": train["skipped_steps"],
         "tokens": train["tokens"],
@@ -171,4 +216,4 @@ def measured(found: dict) -> dict:
 
 
 def told(found: dict) -> str:
-    return found.get("error") or f"{found['peak_mib']:.0f} MiB  {found['seconds']:.1f} s"
+    return found.get("error") or f"{found['peak_mib']:.0f} MiB  {found['seconds']:.1f} s  {found['row_ms']} ms a row"

@@ -6,16 +6,25 @@ by, and the least and most of it.
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.record import RESULTS, read
 from benchmarks.seed_reports import DOWN, IN_WORDS, MEMORY, NONE, REPORTS, TECHNIQUES, TIME, UP, Report
 from benchmarks.tables import source, table
+from benchmarks.technique_peers import UNSLOTH
+from benchmarks.workers import NOT_DONE
 
+FIGURES, SHAPE = RESULTS.parent.parent / "figures", "llama-2-7b"
 SIGN = {UP: "↑", DOWN: "↓", NONE: "–"}
 METHODS = {"all weights": (False, False), "LoRA": (True, False), "HyC-LoRA": (True, True)}
+COLUMNS = (*METHODS, UNSLOTH)
 # how far a number has to move for an arrow: a time differs from run to run
 COUNTED, TIMED = 0.01, 0.05
+LATE = (
+    "*s is of all rows, with what is compiled, calibrated and recorded for the first ones; ms a row, and the run time "
+    "of arrows, is the mean of the second half.*"
+)
 ROWS = {
     "parameters": "parameters",
     "activations": "activations kept",
@@ -44,19 +53,55 @@ def report(lines: list[dict], picture: Path | None) -> str:
     )
 
 
-def technique_grid() -> str:
-    """All grids that were recorded on a GPU, by GPU and settings, and what the reports say."""
+@dataclass(frozen=True)
+class Recorded:
+    """A grid of benchmarks/results: the lines of one GPU and of the same settings."""
+
+    lines: list[dict]
+
+    @property
+    def asked(self) -> dict:
+        return self.lines[0]["arguments"]
+
+    @property
+    def base(self) -> str:
+        return "NF4" if self.asked["load_in_4bit"] else self.asked["dtype"]
+
+    @property
+    def picture(self) -> Path:
+        return FIGURES / f"techniques_{self.asked['model_name']}_{self.base}.png"
+
+    def tables(self, folder: str) -> list[str]:
+        """What it is, both tables, and the picture if there is one; folder: that of figures for the reader."""
+        said = f"{self.lines[0]['device']}, {self.asked['model_name']}, {self.base}, {self.asked['max_train_samples']}"
+        drawn = [f"![memory of every combination]({folder}/{self.picture.name})"] if self.picture.exists() else []
+        return [f"{said} rows:", measured_table(self.lines), arrows_table(self.lines), *drawn]
+
+
+def recorded() -> list[Recorded]:
     grids: dict[str, list[dict]] = {}
     for line in read(RESULTS / "technique_grid.jsonl"):
         grids.setdefault(json.dumps([line["device"], line["arguments"]]), []).append(line)
-    parts = []
-    for lines in grids.values():
-        asked = lines[0]["arguments"]
-        base = "NF4" if asked["load_in_4bit"] else asked["dtype"]
-        parts.append(f"{lines[0]['device']}, {asked['model_name']}, {base}, {asked['max_train_samples']} rows:")
-        parts += [measured_table(lines), arrows_table(lines)]
+    return [Recorded(lines) for lines in grids.values()]
+
+
+def draw_recorded() -> None:
+    """The picture of each."""
+    for grid in recorded():
+        draw(grid.lines, grid.picture)
+
+
+def technique_grid() -> str:
+    """All grids that were recorded on a GPU, by GPU and settings, and what the reports say."""
+    parts = [part for grid in recorded() for part in grid.tables("../figures")]
     said = "\n".join(f"- {text}" for text in contradictions())
     return "\n\n".join([*parts, f"Where the reports contradict themselves and each other:\n\n{said}"])
+
+
+def techniques() -> str:
+    """The grids of README's shape."""
+    parts = [part for grid in recorded() if grid.asked["model_name"] == SHAPE for part in grid.tables("figures")]
+    return "\n\n".join(parts) or "*Not measured on a GPU yet.*"
 
 
 def latest(lines: list[dict]) -> list[dict]:
@@ -65,36 +110,65 @@ def latest(lines: list[dict]) -> list[dict]:
 
 
 def method_of(line: dict) -> str:
+    if peer := line["setting"].get("peer"):
+        return peer
     asked = line["setting"]["use_lora"], line["setting"]["use_hyclora"]
     return next(name for name, found in METHODS.items() if found == asked)
 
 
 def measured_table(lines: list[dict]) -> str:
-    """A row a combination of the other techniques, peak memory and time of each method; x: out of memory."""
+    """A row a combination of the other techniques, peak memory and time of each method; x: out of memory.
+
+    With trained weights the average loss of the training too.
+    """
     lines = latest(lines)
-    methods = [name for name in METHODS if any(method_of(line) == name for line in lines)]
+    methods = [name for name in COLUMNS if any(method_of(line) == name for line in lines)]
+    learns = not lines[0]["arguments"].get("random_weights", True)
+    titles = ["MiB", "s", "ms a row", *(["loss"] if learns else [])]
     cells: dict[tuple, dict[str, list[str]]] = {}
-    for line in lines:
+    for line in sorted(lines, key=techniques_of):
         key = tuple(line["setting"][name] for name in OFF_VALUES)
-        cells.setdefault(key, {})[method_of(line)] = columns(line)
+        cells.setdefault(key, {})[method_of(line)] = columns(line)[: len(titles)]
     rows = [
         [
             "off" if key[0] == 1 else str(key[0]),
             *key[1:],
-            *(cell for name in methods for cell in found.get(name, ["", ""])),
+            *(cell for name in methods for cell in found.get(name, [""] * len(titles))),
         ]
         for key, found in cells.items()
     ]
     head = ["accumulation", "checkpointing", "mixed precision"]
-    titles = [title for name in methods for title in (f"{name}, MiB", "s")]
-    return f"{table([*head, *titles], rows)}\n\n{source(lines, 'sweep=True bash run_alpaca.sh')}"
+    head += [f"{name}, {title}" if i == 0 else title for name in methods for i, title in enumerate(titles)]
+    return "\n\n".join([table(head, rows), source(lines, "sweep=True bash run_alpaca.sh"), *notes(lines)])
+
+
+def techniques_of(line: dict) -> tuple:
+    """Orders lines by what is on beside the method, off first."""
+    values = ((name, line["setting"][name]) for name in reversed(OFF_VALUES))
+    return tuple((value != OFF_VALUES[name], str(value)) for name, value in values)
 
 
 def columns(line: dict) -> list[str]:
-    """Peak memory and run time of a line."""
-    if "error" in line:
-        return ["x" if "out of memory" in line["error"] else line["error"].replace("|", "/"), ""]
-    return [f"{line['peak_mib']:.0f}", f"{line['seconds']:.1f}"]
+    """Peak memory, run time, time of a later row, and loss of a line."""
+    error = line.get("error")
+    if error is None:
+        loss = line.get("average_loss")
+        numbers = [f"{line['peak_mib']:.0f}", f"{line['seconds']:.1f}", f"{line['row_ms']:.0f}"]
+        return [*numbers, "" if loss is None else f"{loss:.4f}"]
+    if error.startswith(NOT_DONE):
+        return ["", f"> {error.split()[-2]}", "", ""]
+    return ["x" if "out of memory" in error else error.replace("|", "/"), "", "", ""]
+
+
+def notes(lines: list[dict]) -> list[str]:
+    """What a reader of the numbers should know."""
+    found = []
+    if n := max(line.get("gpus", 1) for line in lines) - 1:
+        others = "another GPU" if n == 1 else f"{n} other GPUs"
+        found.append(f"*Measured while {others} of the host measured other combinations, which slows the host.*")
+    if any(method_of(line) == UNSLOTH and "error" not in line for line in lines):
+        found.append(f"*{UNSLOTH}, where checkpointing is on, has its own of all layers, in host memory.*")
+    return [LATE, *found]
 
 
 def is_on(line: dict, technique: str) -> bool:
@@ -109,20 +183,23 @@ def is_on(line: dict, technique: str) -> bool:
 
 def pairs(lines: list[dict], technique: str) -> list[tuple[dict, dict]]:
     """(without, with) of lines that have all other techniques alike; HyC-LoRA is against LoRA."""
-    by_key = {tuple(is_on(line, name) for name in OURS): line for line in lines if "error" not in line}
-    at = OURS.index(technique)
-    found = []
-    for key, line in by_key.items():
-        other = by_key.get((*key[:at], True, *key[at + 1 :]))
-        if not key[at] and other is not None:
-            found.append((line, other))
-    return found
+    names = [name.replace(" ", "_") for name in TECHNIQUES if name.replace(" ", "_") in OFF_VALUES]
+
+    def others(line: dict) -> tuple:
+        values = [line["setting"][name] for name in names if name != technique.replace(" ", "_")]
+        return *values, *(is_on(line, name) for name in ("LoRA", "HyC-LoRA") if name != technique)
+
+    measured = [line for line in lines if "error" not in line and method_of(line) in METHODS]
+    without = {others(line): line for line in measured if not is_on(line, technique)}
+    return [(without[others(line)], line) for line in measured if is_on(line, technique) and others(line) in without]
 
 
 def arrows_table(lines: list[dict]) -> str:
-    """A column a technique: arrow and factor of each resource over all pairs."""
+    """A column a technique: arrow and factor of each resource over all pairs; a sentence without any."""
     lines = latest(lines)
     compared = {name: found for name in OURS if (found := pairs(lines, name))}
+    if not compared:
+        return "*No two combinations that differ in one technique have been measured.*"
     rows = [
         [words, *(arrow([(a["mib"][name], b["mib"][name]) for a, b in found], COUNTED) for found in compared.values())]
         for name, words in ROWS.items()
@@ -130,7 +207,7 @@ def arrows_table(lines: list[dict]) -> str:
     for words, key, least in (
         ("FLOPs", "flops", COUNTED),
         ("peak memory", "peak_mib", COUNTED),
-        (TIME, "seconds", TIMED),
+        (TIME, "row_ms", TIMED),
     ):
         rows.append([words, *(arrow([(a[key], b[key]) for a, b in found], least) for found in compared.values())])
     titles = [f"{name} ({len(found)} pairs)" for name, found in compared.items()]

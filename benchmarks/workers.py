@@ -1,4 +1,8 @@
-"""Many small runs side by side: each worker is a process that imports and compiles once, and does one run at a time."""
+"""Runs side by side: each worker is a process that imports once, and does one run at a time.
+
+Many small ones share a worker, which compiles once too. Where each is to be in a process of its own, the next process
+imports while the one before it is at work.
+"""
 
 import contextlib
 import gc
@@ -15,24 +19,25 @@ from pathlib import Path
 
 from hyclora.utils.errors import RunStopped, UserError
 
-# A run has few threads' worth of work on the host, and there are many runs.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "RAYON_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-}
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+# A small run has few threads' worth of work on the host, and there are many of them.
+THREADS = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+NOT_DONE = "not done after"
 
 
 class Worker:
-    """A process that runs drivers one after the other; what they print is in `log`. gpu: the one that it sees."""
+    """A process that runs drivers one after the other; what they print is in `log`. gpu: the one that it sees.
 
-    def __init__(self, log: Path, gpu: str | None):
+    first: a driver that it imports at once.
+    """
+
+    def __init__(self, log: Path, gpu: str | None, first: str | None = None):
         self.log = log
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(theirs, log, gpu), daemon=True)
-        self.process.start()
+        self.process = spawn.Process(target=_serve, args=(theirs, log, first), daemon=True)
+        with _seeing(gpu):  # what is imported may look for GPUs already
+            self.process.start()
         theirs.close()
 
     def begin(self, driver: str, argv: list[str]) -> None:
@@ -60,51 +65,93 @@ class Worker:
         self.process.join()
 
 
-def run_all(jobs: list[tuple], n_workers: int, gpus: list[str | None], logs: Path, until: float) -> Iterator[tuple]:
+@contextlib.contextmanager
+def _seeing(gpu: str | None):
+    """Processes that are started in this context see one GPU, by its number; None: as ever."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    if gpu is not None:
+        os.environ[name] = gpu
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        elif gpu is not None:
+            del os.environ[name]
+
+
+def run_all(
+    jobs: list[tuple],
+    n_workers: int,
+    gpus: list[str | None],
+    logs: Path,
+    until: float,
+    limit: float = float("inf"),
+    alone: bool = False,
+) -> Iterator[tuple]:
     """(job, what it found) of jobs as they end; a job is (anything, a driver's module, its options).
 
     Begun in their order, n_workers at a time, spread over gpus. A failure ends its worker alone, as it may have broken
     the GPU's state. At `until`, a time of time.monotonic(), those at work are ended, and no more are begun.
+
+    limit: seconds that a job has. alone: each in a process of its own, of which one more a worker waits ready;
+    they have as many threads as they like.
     """
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT if alone else ENVIRONMENT | THREADS).items():
         os.environ.setdefault(name, value)
     logs.mkdir(parents=True, exist_ok=True)
     waiting, free = deque(jobs), deque(range(n_workers))
     workers: dict[int, Worker] = {}
-    busy: dict[connection.Connection, tuple[int, tuple]] = {}
+    ready: dict[int, Worker] = {}
+    busy: dict[connection.Connection, tuple[int, tuple, float]] = {}
+
+    def started(number: int) -> Worker:
+        first = waiting[0][1] if alone and waiting else None
+        return Worker(logs / f"worker{number}.txt", gpus[number % len(gpus)], first)
+
     try:
         while (waiting or busy) and time.monotonic() < until:
             while waiting and free:
                 number, job = free.popleft(), waiting.popleft()
                 if number not in workers:
-                    workers[number] = Worker(logs / f"worker{number}.txt", gpus[number % len(gpus)])
+                    workers[number] = ready.pop(number, None) or started(number)
                 workers[number].begin(*job[1:])
-                busy[workers[number].pipe] = number, job
-            left = None if until == float("inf") else max(until - time.monotonic(), 0)
-            for pipe in connection.wait(list(busy), left):
-                number, job = busy.pop(pipe)
-                found, usable = workers[number].result()
-                if not usable:
-                    broken = workers.pop(number)
-                    broken.end(at_once=True)
-                    broken.join(0.0)
+                busy[workers[number].pipe] = number, job, time.monotonic() + limit
+                if alone and waiting:
+                    ready[number] = started(number)
+            ends = min(until, *(end for *_, end in busy.values()))
+            left = None if ends == float("inf") else max(ends - time.monotonic(), 0)
+            answered = connection.wait(list(busy), left)
+            late = [pipe for pipe, (*_, end) in busy.items() if pipe not in answered and time.monotonic() >= end]
+            for pipe in [*answered, *late]:
+                number, job, _ = busy.pop(pipe)
+                found, usable = ({"error": f"{NOT_DONE} {limit:g} s"}, False)
+                if pipe not in late:
+                    found, usable = workers[number].result()
+                if alone or not usable:
+                    ended = workers.pop(number)
+                    ended.end(at_once=True)
+                    ended.join(0.0)
                 free.append(number)
                 yield job, found
     finally:
-        at_work = {number for number, _ in busy.values()}
+        at_work = {number for number, *_ in busy.values()}
         for number, worker in workers.items():
             worker.end(at_once=number in at_work)
-        for worker in workers.values():
+        for worker in ready.values():
+            worker.end(at_once=True)
+        for worker in [*workers.values(), *ready.values()]:
             worker.join(10.0)
 
 
-def _serve(pipe: connection.Connection, log: Path, gpu: str | None) -> None:
+def _serve(pipe: connection.Connection, log: Path, first: str | None) -> None:
     """Run what comes through the pipe, until it is closed or something has failed."""
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if first is not None:
+        importlib.import_module(first)
     usable = True
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while usable:

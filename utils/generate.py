@@ -61,24 +61,56 @@ def next_token(logits: Tensor, decoding: Decoding, generator: torch.Generator | 
     return int(token[torch.multinomial(probability.cpu(), 1, generator=generator).item()])
 
 
+def next_tokens(logits: Tensor, decoding: Decoding, generators: list[torch.Generator]) -> list[int]:
+    """A token for each row of logits [rows, vocabulary]."""
+    if decoding.temperature == 0:
+        return logits.argmax(-1).tolist()  # one wait for the GPU
+    return [next_token(row, decoding, generator) for row, generator in zip(logits, generators, strict=True)]
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, ids: list[int], decoding: Decoding, use_cache: bool = True, eos_token_id: int | None = None
 ) -> tuple[list[int], int]:
     """The new tokens after `ids`, up to the eos token (left out), and the bytes of the cache at the end."""
-    generator = torch.Generator().manual_seed(decoding.seed)
-    tokens, cache, name = list(ids), None, _name_of_cache(model)
+    (tokens,), size = generate_rows(model, [ids], decoding, use_cache, eos_token_id)
+    return tokens, size
+
+
+@torch.no_grad()
+def generate_rows(
+    model: PreTrainedModel,
+    rows: list[list[int]],
+    decoding: Decoding,
+    use_cache: bool = True,
+    eos_token_id: int | None = None,
+) -> tuple[list[list[int]], int]:
+    """`generate` for several rows at once: the new tokens of each, and the bytes of the cache at the end.
+
+    Shorter rows are filled up on the left, masked, so that all end at the same place. A row that has ended is computed
+    until all have.
+    """
+    generators = [torch.Generator().manual_seed(decoding.seed) for _ in rows]
+    width, new = max(map(len, rows)), [[] for _ in rows]
+    tokens = torch.tensor([[ids[0]] * (width - len(ids)) + ids for ids in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=model.device)
+    cache, name, ended = None, _name_of_cache(model), [False] * len(rows)
     with undisturbed(model, train=False):
-        while len(tokens) < len(ids) + decoding.max_new_tokens:
-            unseen = tokens if cache is None else tokens[-1:]
-            inputs = torch.tensor([unseen], device=model.device)
-            output = model(input_ids=inputs, use_cache=use_cache, logits_to_keep=1, **{name: cache})
+        for _ in range(decoding.max_new_tokens):
+            unseen = slice(None) if cache is None else slice(-1, None)
+            where = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(0)[:, unseen]}
+            inputs = {"input_ids": tokens[:, unseen], **(where if len(rows) > 1 else {})}
+            output = model(**inputs, use_cache=use_cache, logits_to_keep=1, **{name: cache})
             cache = getattr(output, name) if use_cache else None
-            token = next_token(output.logits[0, -1], decoding, generator)
-            if token == eos_token_id:
+            chosen = next_tokens(output.logits[:, -1], decoding, generators)
+            ended = [end or token == eos_token_id for end, token in zip(ended, chosen, strict=True)]
+            if all(ended):
                 break
-            tokens.append(token)
-    return tokens[len(ids) :], 0 if cache is None else cache_bytes(cache)
+            for row, token, end in zip(new, chosen, ended, strict=True):
+                row += [token] * (not end)
+            tokens = torch.cat([tokens, torch.tensor(chosen, device=model.device)[:, None]], 1)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+    return new, 0 if cache is None else cache_bytes(cache)
 
 
 def _name_of_cache(model: PreTrainedModel) -> str:
@@ -109,26 +141,40 @@ def sample(
 
 
 def compare_cache(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> dict:
+    """`compare_rows` of one row."""
+    return compare_rows(model, [prompt], max_new_tokens)
+
+
+def compare_rows(model: PreTrainedModel, rows: list[list[int]], max_new_tokens: int) -> dict:
     """Greedy tokens with and without a cache: how many there are and are alike, seconds and memory of both.
 
-    peak_mib: of the GPU over what was there before; None on a CPU.
+    peak_mib: of the GPU over what was there before, held_mib: what the allocator had more; None on a CPU.
     """
     decoding, found, tokens = Decoding(max_new_tokens), {}, {}
-    generate(model, prompt, Decoding(1))  # what a first forward takes is not to be timed
+    generate_rows(model, rows, Decoding(1))  # what a first forward takes is not to be timed
     for name, use_cache in (("with", True), ("without", False)):
-        before = _reset_peak(model)
+        before = _reset_peaks(model)
         start = time.perf_counter()
-        tokens[name], size = generate(model, prompt, decoding, use_cache)
+        written, size = generate_rows(model, rows, decoding, use_cache)
         seconds = time.perf_counter() - start  # the last token was read, so the GPU has ended
-        peak = None if before is None else round((torch.cuda.max_memory_allocated() - before) / MIB, 2)
-        found[name] = {"seconds": round(seconds, 3), "cache_mib": round(size / MIB, 3), "peak_mib": peak}
+        tokens[name] = [token for row in written for token in row]
+        found[name] = {"seconds": round(seconds, 3), "cache_mib": round(size / MIB, 3), **_peaks(before)}
     alike = sum(a == b for a, b in zip(tokens["with"], tokens["without"], strict=True))
     return {"tokens": len(tokens["with"]), "alike": alike, **found}
 
 
-def _reset_peak(model: PreTrainedModel) -> int | None:
+def _reset_peaks(model: PreTrainedModel) -> tuple[int, int] | None:
     if model.device.type != "cuda":
         return None
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def _peaks(before: tuple[int, int] | None) -> dict[str, float | None]:
+    if before is None:
+        return {"peak_mib": None, "held_mib": None}
+    now = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    peak, held = (round((b - a) / MIB, 2) for a, b in zip(before, now, strict=True))
+    return {"peak_mib": peak, "held_mib": held}

@@ -92,7 +92,7 @@ class LayerGraphs(Pausable):
     def able(self) -> bool:
         """Whether the layers can be replayed as they are, as far as it shows before they are called."""
         whole = self.active and self.patch.watch.whole and not (self.patch.watch.drops or self.patch.watch.is_hooked())
-        return whole and not getattr(self.layers[0].module, "gradient_checkpointing", False)
+        return whole and not any(getattr(layer.module, "gradient_checkpointing", False) for layer in self.layers)
 
     def foresee(self, asked: Foretold | None, decoder: nn.Module, ids: Tensor | None) -> None:
         """Start the forward of token ids before Hugging Face's code comes to the first layer: the GPU waits for it.

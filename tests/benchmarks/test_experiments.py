@@ -38,11 +38,13 @@ def jobs(tmp_path, monkeypatch):
     """What a driver that imports next to nothing finds with each of some words, by word."""
     (tmp_path / "fake_driver.py").write_text(FAKE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in (*workers.ENVIRONMENT, *workers.THREADS):  # which it sets, and are to be as before afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
-    def jobs(*words, n_workers=1, gpus=(None,), seconds=60):
+    def jobs(*words, n_workers=1, gpus=(None,), seconds=60, **more):
         asked = [(word, "fake_driver", [word]) for word in words]
-        return list(run_all(asked, n_workers, list(gpus), tmp_path / "logs", time.monotonic() + seconds))
+        return list(run_all(asked, n_workers, list(gpus), tmp_path / "logs", time.monotonic() + seconds, **more))
 
     return jobs
 
@@ -72,6 +74,19 @@ def test_runs_are_spread_over_gpus(jobs):
 def test_what_is_at_work_is_ended_in_time(jobs):
     """Which sleeps for an hour."""
     assert [job[0] for job, _ in jobs("a", "sleep", "b", seconds=6)] == ["a"]
+
+
+def test_each_in_a_process_of_its_own_on_its_gpu(jobs):
+    found = [result for _, result in jobs("a", "b", "c", "d", n_workers=2, gpus=("0", "1"), alone=True)]
+    assert len({result["process"] for result in found}) == 4 and {result["gpu"] for result in found} == {"0", "1"}
+    assert {result["threads"] for result in found} == {None}, "they have all cores"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_run_that_takes_too_long_is_ended_and_the_others_are_run(jobs, alone):
+    found = {job[0]: result for job, result in jobs("a", "sleep", "b", limit=4, alone=alone)}
+    assert found["sleep"] == {"error": "not done after 4 s"} and found["b"]["process"] != found["a"]["process"]
 
 
 @pytest.fixture
@@ -110,6 +125,21 @@ def test_options_of_a_run(data):
     options = exact.argv(args)
     assert options[options.index("--use_hyclora") + 1] == "False" and "--q_bit" not in options
     assert options[options.index("--evaluate_before") + 1] == "True"
+
+
+def test_alpaca_in_the_plain_loop(data, tmp_path, monkeypatch):
+    """By its own settings; the test prompts are written after with the first seed alone."""
+    (data / "alpaca").mkdir()
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(6)]
+    (data / "alpaca" / "alpaca_small.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(experiments, "run_all", lambda jobs, *_: ((job, workers._run(*job[1:])[0]) for job in jobs))
+    options = command(data, "--tasks", "alpaca", "--seeds", "0", "1", "--variants", "intra_inter, 2 bit")
+    quick = ["--max_steps", "1", "--max_new_tokens", "2", "--use_cpu", "True", "--max_eval_samples", "2"]
+    experiments.main([*options, "--", *quick, "--iteration_threshold", "1", "--mixed_precision", "off"])
+    lines = [json.loads(line) for line in (data.parent / "out" / "experiments.jsonl").read_text().splitlines()]
+    assert [len(line["texts"]["after"]["texts"]) for line in lines if "texts" in line] == [4]
+    assert all(line["metrics"]["held-out_loss"]["after"] > 0 for line in lines) and len(lines) == 2
+    assert lines[0]["arguments"]["learning_rate"] == 5e-4 and "lr_scheduler_type" not in lines[0]["arguments"]
 
 
 def test_mistakes(data, capsys):

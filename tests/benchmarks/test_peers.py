@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +174,23 @@ def test_settings_stand_for_lists():
     assert memory_throughput.settings('["peers", {"q_bit": 2}]') == [*PEERS, {"q_bit": 2}]
     assert len({rows.name_of(setting) for setting in memory_throughput.OURS}) == len(memory_throughput.OURS)
     assert memory_throughput.cell("1x131072") == (1, 131072)
+
+
+def test_random_weights_are_written_once(job, tmp_path, monkeypatch):
+    """Of two jobs that begin together on two GPUs one writes them, the other waits."""
+    written = []
+
+    def write(command, **_):
+        written.append(command)
+        time.sleep(0.1)
+        random_checkpoint.main(command[3:])
+
+    monkeypatch.setattr(peers.subprocess, "run", write)
+    long = replace(job, seq_len=8192, checkpoints=str(tmp_path / "new"))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(peers.random_weights, [long, long])
+    assert first == second and len(written) == 1
+    assert json.loads((first / "config.json").read_text())["max_position_embeddings"] == 8192
 
 
 def test_random_checkpoint(tiny_llama_folder, tmp_path):

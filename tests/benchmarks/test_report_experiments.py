@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import figures, rows
 from benchmarks.experiments import VARIANTS
-from benchmarks.report_experiments import ARITHMETIC, LANGUAGE, experiments, one_table
+from benchmarks.report_experiments import ALPACA, ARITHMETIC, LANGUAGE, alpaca_texts, experiments, one_table
 
 EXACT, TWO = "exact LoRA", "intra_inter, 2 bit"
 
@@ -82,3 +82,18 @@ def test_nothing_is_shown_of_what_was_not_run(write):
     assert one_table(ARITHMETIC) == "" and "GLUE" not in experiments()
     (axes,) = figures.loss_bits().axes
     assert axes.get_ylabel() == "GSM8K answer loss" and len(axes.containers) == 1
+
+
+def test_what_was_written_after_the_prompts(write):
+    def texts(after: str) -> dict:
+        found = {"before": "so | so", "after": after}
+        return {when: {"texts": [{"prompt": "I\nam", "text": text}]} for when, text in found.items()}
+
+    write()
+    assert alpaca_texts() == ""
+    alpaca = {"task": "alpaca", "metrics": {"held-out_loss": {"before": 2.0, "after": 1.5}}}
+    write(line(TWO, 0, 1.5, **alpaca, texts=texts("<b>")), line(EXACT, 0, 1.5, **alpaca, texts=texts("a_b")))
+    head, _, row = cells(alpaca_texts())
+    assert head == ["what smollm2-135m writes after", "not trained", EXACT, TWO]
+    assert row == ["I<br>am", "so &#124; so", "a\\_b", "&lt;b&gt;"]
+    assert cells(one_table(ALPACA))[2][2] == "2.0000" and "Alpaca's instructions" in experiments()

@@ -1,24 +1,29 @@
 """The grid of techniques: which combinations there are, what a line is, arrows and tables, and the reports' own."""
 
+import importlib
 import json
-import subprocess
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import technique_grid, technique_tables
+from benchmarks import technique_grid, technique_peers, technique_tables
+from benchmarks.peers import build
+from benchmarks.real_rows import Training
 from benchmarks.seed_reports import REPORTS
-from benchmarks.technique_grid import Combination, answer, arguments_of, combinations
+from benchmarks.technique_grid import Combination, answer, arguments_of, combinations, kept
+from hyclora.utils.errors import UserError
 from run_alpaca import DRIVER
 
 ALL_ON = ["--gradient_checkpointing", "2 of 3", "--mixed_precision", "bf16"]
 NOW = {"commit": "abc", "device": "a GPU"}
+HERE = Combination(1, "off", "off", True, False)
 VERSIONS = {"versions": dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")}
 
 
 def line(accumulation=1, checkpointing="off", precision="off", lora=True, hyclora=False, **values) -> dict:
     setting = vars(Combination(accumulation, checkpointing, precision, lora, hyclora))
     mib = {"parameters": 10, "activations": 8, "weight_copies": 0, "gradients": 1, "optimizer_state": 2}
+    values.setdefault("row_ms", values.get("seconds", 5.0) * 10)
     found = {"peak_mib": 20, "seconds": 5.0, "flops": 100, "mib": mib | values.pop("mib", {})} | values
     return {"setting": dict(setting), "arguments": {"model_name": "m"}, **NOW, **VERSIONS, **found}
 
@@ -51,30 +56,120 @@ def test_nf4_weights_are_not_trained():
 
 
 def test_a_line_answers_for_its_settings_commit_and_device():
-    one, common = Combination(1, "off", "off", True, False), {"model_name": "m"}
-    assert answer([line()], one, common, NOW)
-    assert answer([{**line(), "error": "out of memory"}], one, common, NOW), "it would run out of memory again"
+    one, common = HERE, {"model_name": "m"}
+    assert answer([line()], one, common, NOW, 60)
+    assert answer([{**line(), "error": "out of memory"}], one, common, NOW, 60), "it would run out of memory again"
     for other in ({**line(), "error": "ValueError"}, {**line(), "commit": "def"}, line(accumulation=8)):
-        assert not answer([other], one, common, NOW)
-    assert not answer([line()], one, {"model_name": "n"}, NOW)
+        assert not answer([other], one, common, NOW, 60)
+    assert not answer([line()], one, {"model_name": "n"}, NOW, 60)
     techniques = {"gradient_accumulation", "gradient_checkpointing", "mixed_precision", "use_lora", "use_hyclora"}
     shared = [arguments_of(DRIVER.parse(options)) for options in ([], ALL_ON, ["--learning_rate", "1"])]
     assert shared[0] == shared[1] != shared[2] and not techniques & shared[0].keys()
 
 
 @pytest.mark.parametrize(
-    "code, said, error",
+    "told, error, answers",
     [
-        (1, "loading\nerror: out of memory; no checkpoint was written; start again: x\n", "out of memory"),
-        (1, "torch.OutOfMemoryError: CUDA out of memory. Tried\n", "out of memory"),
-        (-9, "", "out of memory: the process was killed"),
-        (2, "warning\nerror: learning_rate must be a positive number, not -1\n", "learning_rate must be"),
+        ("RunStopped: out of memory; no checkpoint was written; start again: x", "out of memory", True),
+        ("OutOfMemoryError: CUDA out of memory. Tried\nto allocate", "out of memory", True),
+        ("the process died (exit code -9), its output is in w.txt", "out of memory: the process was killed", True),
+        ("not done after 60 s", "not done after 60 s", True),
+        ("UserError: learning_rate must be\na positive number", "UserError: learning_rate must be a positive", False),
     ],
 )
-def test_a_failure_is_its_cause(code, said, error, tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=code, stderr=said))
-    found = technique_grid.run(Combination(1, "off", "off", True, False), [], tmp_path / "grid")
+def test_a_failure_is_its_cause(told, error, answers):
+    found = kept({"error": told})
     assert found.keys() == {"error"} and found["error"].startswith(error)
+    assert bool(answer([line(**found)], HERE, {"model_name": "m"}, NOW, 60)) == answers
+    assert not answer([line(**found)], HERE, {"model_name": "m"}, NOW, 61) or "60" not in told, "there is more time now"
+
+
+def test_what_tells_most_comes_first():
+    methods = [(one.use_hyclora, one.use_lora) for one in combinations(DRIVER.parse(ALL_ON))]
+    assert methods == [(True, True)] * 8 + [(False, True)] * 8 + [(False, False)] * 8
+    first = combinations(DRIVER.parse(ALL_ON))[0]
+    assert first == Combination(8, "2 of 3", "bf16", True, True)
+
+
+@pytest.fixture
+def peers(tiny_llama_folder, tmp_path):
+    """Options of a sweep with Unsloth, of two rows."""
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return (
+        [*ALL_ON, "--dtype", "bfloat16", "--sweep_peers", "True", "--target_modules", "q_proj", "--max_train_samples"]
+        + ["2", "--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]
+        + ["--data_name", "alpaca", "--data_dir", str(tmp_path / "rows.json"), "--use_cpu", "True"]
+    )
+
+
+def test_unsloth_is_measured_on_the_same_rows(peers, tiny_llama_folder, tmp_path, monkeypatch):
+    groups = DRIVER.parse(peers)
+    found = [one for one in combinations(groups) if one.peer]
+    assert [one.name for one in found] == ["8-2of3-bf16-Unsloth", "8-off-bf16-Unsloth"]
+    assert [one.peer for one in combinations(groups)].index("Unsloth") == 8, "after ours, before all weights"
+    module, (text, timeout) = technique_grid.job(found[0], groups, [], tmp_path, 2)
+    job, seconds = (driver := importlib.import_module(module).DRIVER).parse([text, timeout])
+    assert (job.setting, job.base) == ("Unsloth, offloaded checkpointing", "bf16")
+    assert (job.target_modules, job.rows["warm_up"], job.steps) == (["q_proj"], 1, 1)
+    training = Training(replace(job, setting="PEFT LoRA"), build(replace(job, setting="PEFT LoRA")), FreshMeter())
+    asked = DRIVER.read(groups, lambda text: None)[2].train
+    theirs = sorted(batch["input_ids"][batch["attention_mask"].bool()].tolist() for batch in training.batches)
+    assert theirs == sorted(row["input_ids"] for row in asked)
+    told = {"ms": 10.0, "seconds": 3.0, "static_mib": 7, "dyn_mib": 3.5, "held_mib": 4, "loss": 1.0, "width": 8}
+    monkeypatch.setattr(technique_peers, "run", lambda job, seconds: told)
+    line = driver.run((job, seconds), [])
+    assert (line["peak_mib"], line["held_mib"], line["seconds"], line["row_ms"]) == (10.5, 11, 3.0, 10.0)
+    monkeypatch.setattr(technique_peers, "run", lambda job, seconds: {"error": "not installed"})
+    assert driver.run((job, seconds), []) == {"error": "not installed"}
+
+
+class FreshMeter:
+    def start(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--dtype", "float32"], "its frozen weights are bfloat16 or NF4: set dtype=bfloat16"),
+        (["--mixed_precision", "fp16", "--dtype", "float32"], "it computes in bfloat16"),
+        (["--num_train_epochs", "2"], "it takes each row once"),
+        (["--data_name", "demo", "--data_dir", ""], "it reads rows of a file"),
+        (["--sweep_gpus", "99"], "sweep_gpus 99, and there are "),
+    ],
+)
+def test_what_a_sweep_cannot_do_is_refused(peers, more, named):
+    with pytest.raises(UserError, match=named):
+        technique_grid.check(DRIVER.parse([*peers, *more]))
+
+
+def test_unsloth_has_a_column_and_no_arrows():
+    ours = [line(lora=True, precision="bf16", seconds=4.0), line(hyclora=True, precision="bf16", gpus=2)]
+    unsloth = line(precision="bf16", peak_mib=15, seconds=6.0, row_ms=30.0)
+    unsloth["setting"]["peer"] = "Unsloth"
+    text = technique_tables.measured_table([*ours, unsloth])
+    assert "LoRA, MiB | s | ms a row | HyC-LoRA, MiB | s | ms a row | Unsloth, MiB | s | ms a row |" in text
+    assert "| off | off | bf16 | 20 | 4.0 | 40 | 20 | 5.0 | 50 | 15 | 6.0 | 30 |" in text
+    assert "while another GPU of the host" in text and "Unsloth, where checkpointing is on, has its own" in text
+    assert technique_tables.arrows_table([*ours, unsloth]) == technique_tables.arrows_table(ours)
+
+
+def test_a_grid_of_two_precisions_compares_each_with_float32():
+    lines = [line(precision=name, seconds=s) for name, s in (("off", 4.0), ("fp16", 2.0), ("bf16", 8.0))]
+    rows = technique_tables.arrows_table(lines).splitlines()
+    assert "mixed precision (2 pairs)" in rows[0] and rows[-1] == "| run time | – 1.00x (0.50 to 2.00) |"
+
+
+def test_nothing_to_compare_is_said():
+    assert technique_tables.arrows_table([line(), line(hyclora=True, error="x")]).startswith("*No two combinations")
+
+
+def test_losses_of_trained_weights_and_what_was_not_done_in_time():
+    lines = [line(average_loss=1.25), line(hyclora=True, error="not done after 60 s")]
+    for one in lines:
+        one["arguments"] = {"model_name": "m", "random_weights": False}
+    assert "| off | off | off | 20 | 5.0 | 50 | 1.2500 |  | > 60 |  |  |" in technique_tables.measured_table(lines)
 
 
 def test_arrows_have_the_factor_of_all_pairs():
@@ -97,7 +192,10 @@ def test_arrows_have_the_factor_of_all_pairs():
 def test_memory_that_ran_out_is_an_x(tmp_path):
     lines = [line(lora=False, error="out of memory"), line(), line(hyclora=True, peak_mib=7)]
     text = technique_tables.report(lines, tmp_path / "grid.png")
-    assert "| off | off | off | x |  | 20 | 5.0 | 7 | 5.0 |" in text and (tmp_path / "grid.png").stat().st_size > 1000
+    assert (
+        "| off | off | off | x |  |  | 20 | 5.0 | 50 | 7 | 5.0 | 50 |" in text
+        and (tmp_path / "grid.png").stat().st_size > 1000
+    )
     assert technique_tables.measured_table([*lines, line(peak_mib=21)]).count("| 21 |") == 1, "the last line counts"
 
 

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 
 import run_alpaca
 from benchmarks import technique_grid
+from benchmarks.workers import _run
 from hyclora.utils import driver
-from tests.helpers.commands import IN_PROCESS
 from tests.helpers.drivers import run_script
 
 ROWS = [
@@ -63,6 +63,8 @@ def test_a_run_tells_and_keeps_everything(run):
     assert [entry["step"] for entry in found["log_history"]] == [2, 4, 6] and "step 4 of 6: loss " in said
     loss = found["metrics"]["held-out_loss"]
     assert loss["after"] < loss["before"] - 0.05
+    seconds, late = found["train"]["seconds"], found["train"]["row_ms"] / 1e3 * 6
+    assert 0 < late < seconds, "six of twelve rows are in the second half"
     assert f"average loss {found['train']['average_loss']:.4f}, " in said and " s of training" in said
     assert set(found["texts"]) == {"before", "after"}
     for time in ("before", "after"):
@@ -164,15 +166,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_or_is_skipped(run, monkeypatch, 
 
 
 def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):
-    """LoRA off and on, by the commands that would be processes of their own; the second time nothing is measured."""
-    monkeypatch.setattr(technique_grid, "subprocess", IN_PROCESS)
+    """LoRA on and off, by the runs that would be processes of their own; the second time nothing is measured."""
+    monkeypatch.setattr(technique_grid, "run_all", lambda jobs, *_, **__: ((job, _run(*job[1:])[0]) for job in jobs))
     more = ["--sweep", "True", "--use_hyclora", "False", "--gradient_accumulation", "1", "--max_steps", "2"]
     _, _, said, code = run(*more)
     assert code == 0, said
     folder = tmp_path / "runs"
     lines = [json.loads(line) for line in (folder / "technique_grid.jsonl").read_text().splitlines()]
-    assert [line["setting"]["use_lora"] for line in lines] == [False, True]
-    full, lora = (line["mib"] for line in lines)
+    assert [line["setting"]["use_lora"] for line in lines] == [True, False]
+    lora, full = (line["mib"] for line in lines)
     assert full["gradients"] == full["parameters"] > 10 * lora["gradients"] > 0
     text = (folder / "technique_grid.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| gradients"))
@@ -181,14 +183,25 @@ def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):
     assert (folder / "technique_grid.png").stat().st_size > 1000
     assert not list(folder.glob("grid/*/*.safetensors")), "a combination saves nothing"
     _, _, said, code = run(*more)
-    assert code == 0 and said.count("measured already") == 2
+    assert code == 0 and "2 combinations, 2 measured already" in said
+
+
+def test_a_grid_in_processes_of_their_own_ends_in_time_and_goes_on(run, tmp_path):
+    """Six steps of a combination are not done in a second, nor all in a blink; the report has what there is."""
+    more = ["--sweep", "True", "--use_hyclora", "False", "--gradient_accumulation", "1"]
+    _, _, said, code = run(*more, "--sweep_minutes", "1e-6")
+    assert code == 1 and "2 of 2 combinations are left: the same command goes on" in said
+    _, _, said, code = run(*more, "--sweep_timeout", "1")
+    assert code == 0 and said.count("not done after 1 s") == 2 and "> 1 |" in said
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "technique_grid.jsonl").read_text().splitlines()]
+    assert [line["error"] for line in lines] == ["not done after 1 s"] * 2
 
 
 @pytest.fixture
 def refused(run, tmp_path, monkeypatch):
     """What it says to mistaken options, after checking that nothing was loaded or written."""
     monkeypatch.setattr(driver, "load_model", lambda *args: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(technique_grid, "run", lambda *args: pytest.fail("a combination was measured"))
+    monkeypatch.setattr(technique_grid, "run_all", lambda *_, **__: pytest.fail("combinations were measured"))
 
     def refused(*more):
         _, _, said, code = run(*more)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.utils.data.alpaca import TEST_PROMPTS
-from hyclora.utils.generate import Decoding, compare_cache, generate, next_token, sample
+from hyclora.utils.generate import Decoding, compare_cache, generate, generate_rows, next_token, sample
 from run_alpaca import DRIVER
 
 LOGITS = torch.tensor([0.1, 0.5, 0.05, 0.35]).log()
@@ -74,6 +74,17 @@ def test_it_ends_at_eos_and_draws_the_same_from_a_seed(model):
     assert generate(model, PROMPT, Decoding(8), eos_token_id=tokens[3])[0] == tokens[: tokens.index(tokens[3])]
     drawn = [generate(model, PROMPT, Decoding(8, 2.0, 1.0, seed))[0] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_together_write_what_each_does_alone(model, use_cache):
+    """Of other lengths, one of which ends before the others, drawn and greedy."""
+    rows = [PROMPT, PROMPT[:2], [7, 8, 9]]
+    eos = generate(model, rows[1], Decoding(9))[0][4]
+    for decoding in (Decoding(9), Decoding(9, 2.0, 0.9)):
+        alone = [generate(model, ids, decoding, use_cache, eos)[0] for ids in rows]
+        assert generate_rows(model, rows, decoding, use_cache, eos)[0] == alone
+    assert len({len(tokens) for tokens in [generate(model, ids, Decoding(9), use_cache, eos)[0] for ids in rows]}) > 1
 
 
 def test_a_patched_model_writes_the_same_and_stays_in_training(tiny_llama_folder, model):

@@ -20,7 +20,26 @@ class OptionalLoraArguments(LoraArguments):
 
 
 @dataclass
-class PlainArguments:
+class SweepArguments:
+    """The grid of techniques that is measured instead of a run (benchmarks/technique_grid.py)."""
+
+    sweep: bool = option(
+        False, "Measure every combination of the techniques that are on, each off and on, in processes of their own."
+    )
+    sweep_gpus: int = option(1, "Of a sweep: GPUs that measure at the same time, a combination each.")
+    sweep_timeout: float = option(900, "Of a sweep: seconds for one combination, loading included.")
+    sweep_minutes: float | None = option(None, "End a sweep after so long; the same command goes on.")
+    sweep_peers: bool = option(False, "Beside ours measure Unsloth on the same rows, where LoRA is on 16-bit weights.")
+
+    def __post_init__(self):
+        require(self.sweep_gpus >= 1, f"sweep_gpus must be at least 1, not {self.sweep_gpus}")
+        for name in ("sweep_timeout", "sweep_minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be positive, not {value}")
+
+
+@dataclass
+class PlainArguments(SweepArguments):
     _argument_group_name = "training"
     # what results and runs ask of the Trainer's arguments, and what is no choice here
     CORE: ClassVar[tuple[str, ...]] = (
@@ -61,11 +80,9 @@ class PlainArguments:
     output_dir: str = option(str(ROOT / "exp_results"), "Folder for logs, results and checkpoints of all runs.")
     run_name: str | None = option(None, "Begins the names of the run's files; default: model, data and method.")
     resume_from_checkpoint: str | None = option(None, "True, or the folder of a checkpoint or run to go on with.")
-    sweep: bool = option(
-        False, "Measure every combination of the techniques that are on, each off and on, in processes of their own."
-    )
 
     def __post_init__(self):
+        super().__post_init__()
         left_out = self.leave_out  # refuses what it cannot read
         require(left_out != 1, "gradient_checkpointing 0 of 1 checkpoints no layer: write off")
         require(

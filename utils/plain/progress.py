@@ -30,6 +30,7 @@ class Progress:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         self.start = time.perf_counter()
+        self.late_since, self.late_rows = self.start if steps == 1 else None, 0  # a single step is all there is
 
     def state_dict(self) -> dict:
         """What a checkpoint needs beside `state`."""
@@ -58,6 +59,19 @@ class Progress:
             self.state.log_history.append({"step": self.state.global_step, "loss": mean})
             print(f"step {self.state.global_step} of {self.state.max_steps}: loss {mean:.4f}", flush=True)
             self.untold.clear()
+        self._count_late(sum(len(batch["input_ids"]) for batch in batches))
+
+    def _count_late(self, rows: int) -> None:
+        """Rows after the middle of the training, when all that is compiled or recorded for the first ones is there."""
+        if self.late_since is not None:
+            self.late_rows += rows
+        elif self.state.global_step == self.state.max_steps // 2:
+            self._wait()
+            self.late_since = time.perf_counter()
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
     @property
     def ended(self) -> bool:
@@ -76,8 +90,7 @@ class Progress:
     def settle(self) -> dict:
         """The totals up to now."""
         self._read()
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        self._wait()
         self.totals["seconds"] += time.perf_counter() - self.start
         peaks = {
             "peak_bytes": torch.cuda.max_memory_allocated() if self.on_gpu else 0,
@@ -92,17 +105,24 @@ class Progress:
     def paused(self):
         """Time that is not of training."""
         self.settle()
+        begun = time.perf_counter()
         yield
         self.start = time.perf_counter()
+        if self.late_since is not None:
+            self.late_since += self.start - begun
 
     def is_due(self, save_steps: int) -> bool:
         """Whether a checkpoint is to be written after this step: every so many, and after the last one."""
         return save_steps > 0 and (self.ended or self.state.global_step % save_steps == 0)
 
     def result(self) -> dict:
-        """The totals as results have them; average_loss: of a response token over the whole training."""
+        """The totals as results have them; average_loss: of a response token over the whole training, row_ms: of a row
+        in its second half, None if that was not of this session.
+        """
         totals = self.settle()
+        late = self.late_rows and round(1e3 * (self.start - self.late_since) / self.late_rows, 2)
         return totals | {
+            "row_ms": late or None,
             "masked_batches": 0,
             "tokens_per_second": round(totals["tokens"] / totals["seconds"], 1),
             "average_loss": totals["loss_sum"] / totals["targets"] if totals["targets"] else math.nan,

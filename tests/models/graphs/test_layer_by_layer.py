@@ -5,6 +5,7 @@ import torch
 
 from hyclora import apply_hyclora, remove_hyclora
 from hyclora.models.graphs import layer_graphs
+from hyclora.utils.loading import checkpoint_layers
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
 from tests.helpers.replaying import CALIBRATION, batches, config, graphed, replayed, train
@@ -33,6 +34,15 @@ def test_layers_run_by_themselves_where_a_graph_cannot(recorded):
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, logits)
+
+
+def test_one_layer_that_is_checkpointed_is_enough(recorded):
+    """A stream must not be filled up for recordings that cannot be."""
+    model, graphs, batch = recorded
+    assert graphs.able
+    checkpoint_layers(model, leave_out=2)
+    assert not graphs.layers[0].module.gradient_checkpointing
+    assert not graphs.able and not replayed(model, graphs, batch)
 
 
 def test_saved_tensors_that_somebody_packs(recorded):
