@@ -35,6 +35,8 @@ def widened(widths: dict[str, int], wider: dict[str, int], q_bit: int, packed_bi
     packed_bits(width, bits, group): what a token of a slot costs, scales included.
     """
     wider = {slot: bits for slot, bits in wider.items() if slot in widths}
+    if not wider:
+        return {}, {}
     groups = {slot: group for slot, group in PAYING.items() if slot in widths}
 
     def more(slot: str, bits: int = q_bit, group: int = GROUP) -> float:
@@ -43,7 +45,7 @@ def widened(widths: dict[str, int], wider: dict[str, int], q_bit: int, packed_bi
 
     saved = -sum(more(slot, group=group) for slot, group in groups.items())
     is_paid = sum(more(slot, bits=bits) for slot, bits in wider.items()) <= saved
-    return (wider, groups) if wider and is_paid else ({}, {})
+    return (wider, groups) if is_paid else ({}, {})
 
 
 def allocate_bits(
