@@ -9,7 +9,7 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from benchmarks.experiments import EXACT, LONG_EVALUATED, TESTED, VARIANTS
+from benchmarks.experiments import EARLIER, EXACT, LONG_EVALUATED, TASKS, TESTED, VARIANTS
 from benchmarks.record import RESULTS
 from benchmarks.rows import load
 from benchmarks.tables import remarks, source, table
@@ -131,6 +131,9 @@ def one_table(columns: list[Column]) -> str:
         fewer = f" ({n_seeds} of them)" if 0 < n_seeds < seeds else ""
         rows.append([name + fewer, kept_bits(lines, name), *found])
     parts = [table(head, rows), source(lines, "python -m benchmarks.experiments"), *failures(lines)]
+    earlier = [n for n in names if n in EARLIER and not any(n in TASKS[column.task].variants for column in columns)]
+    if earlier:
+        parts.append(f"*From before `q_bit=2` had a k that heads share in 4 bit: {'; '.join(earlier)}.*")
     return "\n\n".join([*parts, *remarks([(line["variant"], line) for line in lines])])
 
 

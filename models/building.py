@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from hyclora.models import trust
-from hyclora.models.bits import allocate_bits
+from hyclora.models.bits import WIDER, allocate_bits, widened
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock, PostNormBlock
 from hyclora.models.config import AGAIN, KEPT, SLOTS, HycloraConfig
 from hyclora.models.encoder_layer import EncoderLayerBlock
 from hyclora.models.families.family import Family
 from hyclora.models.layers import LayerBlock
 from hyclora.operators.linear.lora import Projection
+from hyclora.operators.packing.codebook import GROUP
 from hyclora.operators.savers import ChannelQuant, Derived, Saver, Step, make_saver
 
 # Halves of a layer, by block kind: the attributes of Family that name a norm and what it feeds, or follows
@@ -58,6 +59,7 @@ class Builder:
         self.halves = [(i, half) for i in range(len(self.layers)) for half in HALVES if (i, half) not in self.stock]
         self.kept = self.config.kept(len(self.layers))
         self.bits = self._bits()
+        self.groups = self._widen()
 
     def is_again(self, index: int) -> bool:
         """Whether a layer keeps its input alone, and is run again in backward."""
@@ -129,12 +131,13 @@ class Builder:
         return [*blocks, LayerBlock(layer, self.names[id(layer)], step, tuple(blocks), first=index == 0)]
 
     def _saver(self, index: int, half: str, slot: str, gauged: bool = False) -> Saver:
-        config = self.config
-        name = self._saver_name(index, slot, self.bits.get((index, half, slot), 8))
+        config, key = self.config, (index, half, slot)
+        name = self._saver_name(index, slot, self.bits.get(key, 8))
         options = {
             "scale_rule": config.scale_rule,
             "outlier_ratio": config.layernorm_outlier_ratio if SLOTS[slot].block in RESIDUAL else 0.0,
             "softmax_outlier_ratio": config.softmax_outlier_ratio,
+            "group": self.groups.get(key, GROUP),
         }
         if name == "derived" and self._crosses_layers(slot):
             return Derived(own=make_saver("quant8", **options))  # of one layer at a time, when it is run again
@@ -174,3 +177,22 @@ class Builder:
 
             return allocate_bits(sizes, config.average_bits, packed_bits)
         return dict.fromkeys(sizes, config.q_bit)
+
+    def _widen(self) -> dict[tuple, int]:
+        """Channels of a group of those slots that pay for wider ones, keyed like self.bits, where the latter change.
+
+        It is the same whatever slot_savers says, which changes the slots alone that it names.
+        """
+        config, groups = self.config, {}
+        wider = {slot: b for slot, b in WIDER.get(config.q_bit, {}).items() if config.not_named(slot, 2) == "quant2"}
+
+        def packed_bits(width: int, bits: int, group: int) -> float:
+            return ChannelQuant(bits, config.scale_rule, 0.0, group).bits(width)
+
+        for i in dict.fromkeys(i for i, _ in self.halves if not self.is_again(i)):
+            halves = (slot_widths(self.family, self.layers[i], half) for j, half in self.halves if j == i)
+            widths = {slot: n for found in halves for slot, n in found.items()}
+            more, paying = widened(widths, wider, config.q_bit, packed_bits)
+            self.bits |= {(i, SLOTS[slot].block, slot): bits for slot, bits in more.items()}
+            groups |= {(i, SLOTS[slot].block, slot): group for slot, group in paying.items()}
+        return groups

@@ -281,8 +281,10 @@ class HycloraConfig:
 
     def saver_name(self, slot: str, bits: int, again: bool = False) -> str:
         """The saver of a slot whose quantizer, if it has one, uses `bits`; again: of a layer that is run again."""
-        if slot in self.slot_savers:
-            return self.slot_savers[slot]
+        return self.slot_savers[slot] if slot in self.slot_savers else self.not_named(slot, bits, again)
+
+    def not_named(self, slot: str, bits: int, again: bool = False) -> str:
+        """The saver of a slot that slot_savers does not name."""
         policy = self.policy
         if slot == "lse" and self.attention == "eager":
             return "recompute"

@@ -291,7 +291,7 @@ def _fidelity(slot: str, savers: list[Saver], gradients: list[Gradient]) -> Slot
     now = [saver.bits(width) for saver, width in zip(savers, widths, strict=True)]
     others = {
         f"quant{bits}": [
-            ChannelQuant(bits, saver.scale_rule, saver.outlier_ratio).bits(width)
+            ChannelQuant(bits, saver.scale_rule, saver.outlier_ratio, saver.book.group).bits(width)
             for saver, width in zip(savers, widths, strict=True)
         ]
         for bits in BETTER

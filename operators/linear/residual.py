@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hyclora.operators import reference
 from hyclora.operators.dispatch import cdiv, device_guard, rank_block, use_triton
+from hyclora.operators.packing.codebook import GROUP
 from hyclora.operators.packing.fused_tiles import (
     ROWS_A_WARP,
     add_lora,
@@ -16,7 +17,6 @@ from hyclora.operators.packing.fused_tiles import (
     tile_rows,
 )
 
-GROUP = 64
 BLOCK_ROWS = 64
 LARGEST_RANK = 128  # all of it is in shared memory
 
@@ -24,18 +24,17 @@ LARGEST_RANK = 128  # all of it is in shared memory
 @triton.jit(do_not_specialize=["n_rows"])
 def _add_residual_kernel(
     y_ptr, xa_ptr, b_ptr, residual_ptr, out_ptr, n_rows, n_cols, stride_xa, stride_b,
-    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0)
-    first, row, live = tile_rows(n_rows, GROUP, BLOCK_ROWS)
+    tile = tl.program_id(0)
+    first, row, live = tile_rows(n_rows, BLOCK_ROWS)
     last = (n_rows - first - 1).to(tl.int32)
-    col, inside = tile_columns(group, n_cols, GROUP, WHOLE, BLOCK_ROWS)
+    col, inside = tile_columns(tile, n_cols, WHOLE, BLOCK_ROWS)
     y = load_strips(y_ptr + first * n_cols, row, col, n_cols, inside, BLOCK_ROWS)
     residual = load_strips(residual_ptr + first * n_cols, row, col, n_cols, inside, BLOCK_ROWS)
     y = add_lora(
-        y, xa_ptr + first * stride_xa, b_ptr, group, last, n_cols, stride_xa, stride_b, 1, GROUP, WHOLE, RANK,
-        RANK_BLOCK,
-    )  # fmt: skip
+        y, xa_ptr + first * stride_xa, b_ptr, tile, last, n_cols, stride_xa, stride_b, 1, WHOLE, RANK, RANK_BLOCK
+    )
     store_strips(out_ptr + first * n_cols, y + residual, row, col, n_cols, live, inside)
 
 
@@ -67,7 +66,7 @@ def add_residual(y: Tensor, xa: Tensor | None, B: Tensor | None, residual: Tenso
     with device_guard(y):
         _add_residual_kernel[(cdiv(n_cols, GROUP), cdiv(n_rows, BLOCK_ROWS))](
             y, xa, B, residual, into, n_rows, n_cols, xa.stride(0), B.stride(0), RANK=rank,
-            RANK_BLOCK=rank_block(rank), GROUP=GROUP, WHOLE=n_cols % GROUP == 0,
-            BLOCK_ROWS=BLOCK_ROWS, num_warps=BLOCK_ROWS // ROWS_A_WARP,
+            RANK_BLOCK=rank_block(rank), WHOLE=n_cols % GROUP == 0, BLOCK_ROWS=BLOCK_ROWS,
+            num_warps=BLOCK_ROWS // ROWS_A_WARP,
         )  # fmt: skip
     return into

@@ -19,6 +19,7 @@ from hyclora.operators.packing.fused_tiles import (
     load_strips,
     pack_tile,
     prepare_slots,
+    range_of_others,
     rounded,
     shared_constants,
     store_strips,
@@ -38,17 +39,21 @@ def _fused_gelu_fwd_kernel(
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0)
-    first, row, live = tile_rows(n_rows, GROUP, BLOCK_ROWS)
+    tile = tl.program_id(0)
+    first, row, live = tile_rows(n_rows, BLOCK_ROWS)
     last = (n_rows - first - 1).to(tl.int32)
-    col, inside = tile_columns(group, n_cols, GROUP, WHOLE, BLOCK_ROWS)
-    up = load_strips(y_ptr + first * stride_y, row, col, stride_y, inside, BLOCK_ROWS)
+    col, inside = tile_columns(tile, n_cols, WHOLE, BLOCK_ROWS)
+    y_ptr += first * stride_y
+    low, high = range_of_others(
+        y_ptr, mean_ptr, std_ptr, row, tile, n_cols, stride_y, GROUPED, GROUP, WHOLE, BLOCK_ROWS
+    )
+    up = load_strips(y_ptr, row, col, stride_y, inside, BLOCK_ROWS)
     pack_tile(
-        up, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, group, n_cols, n_groups,
-        BITS, STEP, CENTRE, GROUPED, GROUP, WHOLE,
+        up, codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, live, tile, n_cols, n_groups,
+        BITS, STEP, CENTRE, GROUPED, GROUP, WHOLE, low, high,
     )  # fmt: skip
     up = add_lora(
-        up, xa_ptr + first * stride_rank, b_ptr, group, last, n_cols, stride_rank, stride_rank, 1, GROUP, WHOLE, RANK,
+        up, xa_ptr + first * stride_rank, b_ptr, tile, last, n_cols, stride_rank, stride_rank, 1, WHOLE, RANK,
         RANK_BLOCK,
     )  # fmt: skip
     # the unfused path rounds up to its dtype before
@@ -64,22 +69,22 @@ def _fused_gelu_bwd_kernel(
     RANK: tl.constexpr, DOWN_RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0)
-    first, row, live = tile_rows(n_rows, GROUP, BLOCK_ROWS)
+    tile = tl.program_id(0)
+    first, row, live = tile_rows(n_rows, BLOCK_ROWS)
     last = (n_rows - first - 1).to(tl.int32)
-    col, inside = tile_columns(group, n_cols, GROUP, WHOLE, BLOCK_ROWS)
+    col, inside = tile_columns(tile, n_cols, WHOLE, BLOCK_ROWS)
     up = unpack_tile(
-        codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, n_cols, n_groups,
+        codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, tile, n_cols, n_groups,
         BITS, STEP, CENTRE, GROUPED, GROUP, WHOLE, BLOCK_ROWS,
     )  # fmt: skip
     up = add_lora(
-        up, xa_ptr + first * stride_rank, b_ptr, group, last, n_cols, stride_rank, stride_rank, 1, GROUP, WHOLE, RANK,
+        up, xa_ptr + first * stride_rank, b_ptr, tile, last, n_cols, stride_rank, stride_rank, 1, WHOLE, RANK,
         RANK_BLOCK,
     )  # fmt: skip
     dhidden = load_strips(dhidden_ptr + first * n_cols, row, col, n_cols, inside, BLOCK_ROWS)
     dhidden = add_lora(
-        dhidden, g_ptr + first * stride_g, down_ptr, group, last, n_cols, stride_g, 1, n_cols,
-        GROUP, WHOLE, DOWN_RANK, DOWN_BLOCK,
+        dhidden, g_ptr + first * stride_g, down_ptr, tile, last, n_cols, stride_g, 1, n_cols,
+        WHOLE, DOWN_RANK, DOWN_BLOCK,
     )  # fmt: skip
     dup, hidden = gelu_grad_tile(dhidden, up)
     store_strips(dy_ptr + first * stride_dy, dup, row, col, stride_dy, live, inside)
@@ -91,9 +96,9 @@ def _launch(spec, up: PackedSlot, low_rank: LowRank | None, keeper: Keeper, n_ro
     rank = spec.gate_up.projections[0].rank
     xa, B = (up.mean, up.mean) if low_rank is None else (keeper.exact(spec.gate_up.xa_name), low_rank.B)
     constants = up.constants("") | shared_constants([up], [rank]) | {"RANK": rank, "BLOCK_ROWS": BLOCK_ROWS}
-    constants["WHOLE"] = up.mean.numel() % constants["GROUP"] == 0
+    constants |= {"GROUP": up.book.group, "WHOLE": up.is_whole}
     constants["num_warps"] = BLOCK_ROWS // ROWS_A_WARP
-    return (up.n_groups, cdiv(n_rows, BLOCK_ROWS)), xa, B, constants
+    return (up.n_tiles, cdiv(n_rows, BLOCK_ROWS)), xa, B, constants
 
 
 def fused_gelu_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> Tensor:

@@ -20,6 +20,7 @@ from hyclora.operators.packing.fused_tiles import (
     load_strips,
     pack_tile,
     prepare_slots,
+    range_of_others,
     rounded,
     shared_constants,
     store_strips,
@@ -45,28 +46,34 @@ def _fused_mlp_fwd_kernel(
     GROUPED: tl.constexpr, GROUP: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0)
-    first, row, live = tile_rows(n_rows, GROUP, BLOCK_ROWS)
+    tile = tl.program_id(0)
+    first, row, live = tile_rows(n_rows, BLOCK_ROWS)
     last = (n_rows - first - 1).to(tl.int32)
-    col, inside = tile_columns(group, n_cols, GROUP, WHOLE, BLOCK_ROWS)
+    col, inside = tile_columns(tile, n_cols, WHOLE, BLOCK_ROWS)
     y_ptr += first * stride_y
     xa_ptr += first * stride_rank
+    gate_low, gate_high = range_of_others(
+        y_ptr, gate_mean_ptr, gate_std_ptr, row, tile, n_cols, stride_y, GROUPED, GROUP, WHOLE, BLOCK_ROWS
+    )
+    up_low, up_high = range_of_others(
+        y_ptr + n_cols, up_mean_ptr, up_std_ptr, row, tile, n_cols, stride_y, GROUPED, GROUP, WHOLE, BLOCK_ROWS
+    )
     gate = load_strips(y_ptr, row, col, stride_y, inside, BLOCK_ROWS)
     up = load_strips(y_ptr + n_cols, row, col, stride_y, inside, BLOCK_ROWS)
     pack_tile(
-        gate, gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, live, group, n_cols,
-        n_groups, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, WHOLE,
+        gate, gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, live, tile, n_cols,
+        n_groups, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, WHOLE, gate_low, gate_high,
     )  # fmt: skip
     pack_tile(
-        up, up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, live, group, n_cols,
-        n_groups, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP, WHOLE,
+        up, up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, live, tile, n_cols,
+        n_groups, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP, WHOLE, up_low, up_high,
     )  # fmt: skip
     gate = add_lora(
-        gate, xa_ptr, b_ptr, group, last, n_cols, stride_rank, stride_rank, 1, GROUP, WHOLE, GATE_RANK, RANK_BLOCK,
+        gate, xa_ptr, b_ptr, tile, last, n_cols, stride_rank, stride_rank, 1, WHOLE, GATE_RANK, RANK_BLOCK,
     )  # fmt: skip
     up = add_lora(
-        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, group, last, n_cols, stride_rank,
-        stride_rank, 1, GROUP, WHOLE, UP_RANK, RANK_BLOCK,
+        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, tile, last, n_cols, stride_rank,
+        stride_rank, 1, WHOLE, UP_RANK, RANK_BLOCK,
     )  # fmt: skip
     # the unfused path rounds gate and up to their dtype before the product
     hidden = silu_mul_tile(rounded(gate, hidden_ptr), rounded(up, hidden_ptr))
@@ -85,30 +92,30 @@ def _fused_mlp_bwd_kernel(
     DOWN_RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr,
     RANK_BLOCK: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0)
-    first, row, live = tile_rows(n_rows, GROUP, BLOCK_ROWS)
+    tile = tl.program_id(0)
+    first, row, live = tile_rows(n_rows, BLOCK_ROWS)
     last = (n_rows - first - 1).to(tl.int32)
-    col, inside = tile_columns(group, n_cols, GROUP, WHOLE, BLOCK_ROWS)
+    col, inside = tile_columns(tile, n_cols, WHOLE, BLOCK_ROWS)
     xa_ptr += first * stride_rank
     gate = unpack_tile(
-        gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, group, n_cols,
+        gate_codes_ptr, gate_scale_ptr, gate_mean_ptr, gate_std_ptr, first, row, tile, n_cols,
         n_groups, GATE_BITS, GATE_STEP, GATE_CENTRE, GROUPED, GROUP, WHOLE, BLOCK_ROWS,
     )  # fmt: skip
     up = unpack_tile(
-        up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, group, n_cols,
+        up_codes_ptr, up_scale_ptr, up_mean_ptr, up_std_ptr, first, row, tile, n_cols,
         n_groups, UP_BITS, UP_STEP, UP_CENTRE, GROUPED, GROUP, WHOLE, BLOCK_ROWS,
     )  # fmt: skip
     gate = add_lora(
-        gate, xa_ptr, b_ptr, group, last, n_cols, stride_rank, stride_rank, 1, GROUP, WHOLE, GATE_RANK, RANK_BLOCK,
+        gate, xa_ptr, b_ptr, tile, last, n_cols, stride_rank, stride_rank, 1, WHOLE, GATE_RANK, RANK_BLOCK,
     )  # fmt: skip
     up = add_lora(
-        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, group, last, n_cols, stride_rank,
-        stride_rank, 1, GROUP, WHOLE, UP_RANK, RANK_BLOCK,
+        up, xa_ptr + GATE_RANK, b_ptr + n_cols * stride_rank + GATE_RANK, tile, last, n_cols, stride_rank,
+        stride_rank, 1, WHOLE, UP_RANK, RANK_BLOCK,
     )  # fmt: skip
     dhidden = load_strips(dhidden_ptr + first * n_cols, row, col, n_cols, inside, BLOCK_ROWS)
     dhidden = add_lora(
-        dhidden, g_ptr + first * stride_g, down_ptr, group, last, n_cols, stride_g, 1, n_cols,
-        GROUP, WHOLE, DOWN_RANK, DOWN_BLOCK,
+        dhidden, g_ptr + first * stride_g, down_ptr, tile, last, n_cols, stride_g, 1, n_cols,
+        WHOLE, DOWN_RANK, DOWN_BLOCK,
     )  # fmt: skip
     dgate, dup, hidden = silu_mul_grad_tile(dhidden, gate, up)
     dy_ptr += first * stride_dy
@@ -123,16 +130,18 @@ def _launch(spec, gate: PackedSlot, up: PackedSlot, low_rank: LowRank | None, ke
     xa, B = (gate.mean, gate.mean) if low_rank is None else (keeper.exact(spec.gate_up.xa_name), low_rank.B)
     constants = gate.constants("GATE_") | up.constants("UP_") | shared_constants([gate, up], ranks)
     constants |= {"GATE_RANK": ranks[0], "UP_RANK": ranks[1], "BLOCK_ROWS": BLOCK_ROWS}
-    constants["WHOLE"] = gate.mean.numel() % constants["GROUP"] == 0
+    constants |= {"GROUP": gate.book.group, "WHOLE": gate.is_whole}
     constants["num_warps"] = BLOCK_ROWS // ROWS_A_WARP
-    grid = (gate.n_groups, cdiv(n_rows, BLOCK_ROWS))
+    grid = (gate.n_tiles, cdiv(n_rows, BLOCK_ROWS))
     return grid, xa, B, constants
 
 
 def fits(savers: dict, activation: Activation) -> bool:
-    """Whether an activation's kernels take these savers: its inputs quantized, act and hidden recomputed."""
-    quantized = all(hasattr(savers[name], "book") for name in activation.slots)
-    return quantized and not any(savers[name].stored for name in ("act", "hidden") if name in savers)
+    """Whether an activation's kernels take these savers: inputs quantized in groups of one size, others recomputed."""
+    books = [getattr(savers[name], "book", None) for name in activation.slots]
+    if None in books or len({book.group for book in books}) > 1:
+        return False
+    return not any(savers[name].stored for name in ("act", "hidden") if name in savers)
 
 
 def fused_mlp_fwd(spec, y: Tensor, low_rank: LowRank | None, keeper: Keeper) -> Tensor:

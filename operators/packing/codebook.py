@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GROUP = 64
+GROUP = 64  # channels of a group, if nothing else is said; other sizes are this times a power of two
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """What the fused kernels share: the place of a tile, its LoRA part, packing and restoring it, and a slot as arguments.
 
-A tile is R rows of one group, fp32 [R, 1, W, 8]: words of the group, channels of a word. In memory it is S strips of 32
-channels, stacked to [S R, 32], R being 16 rows a warp. Compilers then give a thread of either form, and of tl.dot's
+A tile is R rows of TILE channels, fp32 [R, 1, W, 8]: words of the tile, channels of a word. In memory it is S strips of
+32 channels, stacked to [S R, 32], R being 16 rows a warp. Compilers then give a thread of either form, and of tl.dot's
 result with its rows and columns in the order of add_lora, the same numbers: 8 neighbouring channels of each strip, of 2
-rows. So nothing is exchanged but the range of a group, among 4 threads.
+rows. So nothing is exchanged but the range of a tile, among 4 threads.
+
+A group is one tile or several. A program that packs looks at the range of its group's other tiles first: a thread that
+had a whole group would have twice the numbers, for which there are no registers.
 """
 
 from dataclasses import dataclass
@@ -15,12 +18,13 @@ from torch import Tensor
 
 from hyclora.operators import dispatch
 from hyclora.operators.dispatch import rank_block
-from hyclora.operators.packing.codebook import Codebook
+from hyclora.operators.packing.codebook import GROUP, Codebook
 from hyclora.operators.packing.layout import carve, packed_shapes
-from hyclora.operators.packing.quantize import dequantize_tile, quantize_tile
+from hyclora.operators.packing.quantize import dequantize_tile, normalised, quantize_tile
 
 INTERPRETING = tl.constexpr(dispatch.INTERPRETING)
 ROWS_A_WARP = 16
+TILE = tl.constexpr(GROUP)  # channels of a tile
 
 
 @triton.jit
@@ -30,19 +34,19 @@ def operand(x):
 
 
 @triton.jit
-def tile_rows(n_rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def tile_rows(n_rows, ROWS: tl.constexpr):
     """First row (int64) of a program's tile, and [S R] rows from there on and which exist; others repeat the last."""
     first = tl.program_id(1).to(tl.int64) * ROWS
     last = (n_rows - first - 1).to(tl.int32)
-    row = tl.arange(0, GROUP // 32 * ROWS) % ROWS
+    row = tl.arange(0, TILE // 32 * ROWS) % ROWS
     return first, tl.minimum(row, last), row <= last
 
 
 @triton.jit
-def tile_columns(group, n_cols, GROUP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr):
-    """Channels [S R, 32] of a group, and which exist: all if n_cols is WHOLE groups, which saves the masks."""
-    strip = tl.arange(0, GROUP // 32 * ROWS) // ROWS
-    col = group * GROUP + strip[:, None] * 32 + tl.arange(0, 32)[None, :]
+def tile_columns(tile, n_cols, WHOLE: tl.constexpr, ROWS: tl.constexpr):
+    """Channels [S R, 32] of a tile, and which exist: all if n_cols is WHOLE groups, which saves the masks."""
+    strip = tl.arange(0, TILE // 32 * ROWS) // ROWS
+    col = tile * TILE + strip[:, None] * 32 + tl.arange(0, 32)[None, :]
     return col, (col < n_cols) | WHOLE
 
 
@@ -76,12 +80,12 @@ def store_strips(x_ptr, x, row, col, stride_row, live, inside):
 
 
 @triton.jit
-def load_statistics(ptr, group, n_cols, GROUP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr):
+def load_statistics(ptr, tile, n_cols, WHOLE: tl.constexpr, ROWS: tl.constexpr):
     """A vector over channels as a tile, each thread with what it needs of it, read once for its 2 rows."""
-    S: tl.constexpr = GROUP // 32
+    S: tl.constexpr = TILE // 32
     strip, place = tl.arange(0, S * (ROWS // 2)) // (ROWS // 2), tl.arange(0, 16)
     # 4 channels are the most that a load takes, and 8 are neighbours in a thread
-    col = group * GROUP + strip[:, None] * 32 + (place // 4 * 8 + place % 4)[None, :]
+    col = tile * TILE + strip[:, None] * 32 + (place // 4 * 8 + place % 4)[None, :]
     low = tl.load(ptr + col, mask=(col < n_cols) | WHOLE, other=0.0)
     high = tl.load(ptr + (col + 4), mask=(col + 4 < n_cols) | WHOLE, other=0.0)
     x = tl.permute(tl.reshape(tl.join(low, high), (S, ROWS // 2, 4, 4, 2)), (1, 0, 2, 4, 3))
@@ -105,18 +109,18 @@ def rounded(x, ptr):
 
 @triton.jit
 def add_lora(
-    x, xa_ptr, b_ptr, group, last, n_cols, stride_xa, stride_b, stride_rank,
-    GROUP: tl.constexpr, WHOLE: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    x, xa_ptr, b_ptr, tile, last, n_cols, stride_xa, stride_b, stride_rank,
+    WHOLE: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x + xa B^T in fp32; xa [T, R] of row stride stride_xa, B [N, R] of strides stride_b, stride_rank."""
     if RANK > 0:
         ROWS: tl.constexpr = x.shape[0]
-        S: tl.constexpr = GROUP // 32
+        S: tl.constexpr = TILE // 32
         WARPS: tl.constexpr = ROWS // 16
-        place, n, rank = tl.arange(0, ROWS), tl.arange(0, GROUP), tl.arange(0, RANK_BLOCK)
+        place, n, rank = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, RANK_BLOCK)
         # a thread of the product has pairs of columns in steps of 8, and rows in steps of 8
         row = tl.minimum(place // 8 % 2 * (ROWS // 2) + place // 16 * 8 + place % 8, last)
-        col = group * GROUP + n // 32 * 32 + n // 2 % 4 * 8 + n // 8 % 4 * 2 + n % 2
+        col = tile * TILE + n // 32 * 32 + n // 2 % 4 * 8 + n // 8 % 4 * 2 + n % 2
         # loaded as [rank, row]: a tile of the same shape as load_statistics' would change its layout
         xa = tl.load(
             xa_ptr + (row[None, :] * stride_xa + rank[:, None]), mask=(rank < RANK)[:, None] & (row >= 0)[None, :],
@@ -128,7 +132,7 @@ def add_lora(
         )  # fmt: skip
         xa, b = operand(xa), operand(b)
         x = tl.permute(tl.reshape(x, (2, WARPS, 8, S, 4, 4, 2)), (1, 0, 2, 3, 5, 4, 6))
-        x = tl.dot(tl.trans(xa), b, tl.reshape(x, (ROWS, GROUP)), input_precision="ieee")
+        x = tl.dot(tl.trans(xa), b, tl.reshape(x, (ROWS, TILE)), input_precision="ieee")
         x = tl.permute(tl.reshape(x, (WARPS, 2, 8, S, 4, 4, 2)), (1, 0, 2, 3, 5, 4, 6))
         x = tl.reshape(x, (ROWS, 1, S * 4, 8))
     return x
@@ -136,13 +140,14 @@ def add_lora(
 
 @triton.jit
 def packed_place(
-    codes_ptr, scale_ptr, first, row, group, n_groups, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr
+    codes_ptr, scale_ptr, first, row, tile, n_groups, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr
 ):
     """Pointers to a tile's words (3 bit: their first bytes; 8 bit: bytes [S R, 32]) and their scales, both [S R, 4]."""
-    W: tl.constexpr = GROUP // 8
+    W: tl.constexpr = TILE // 8
+    n_tiles = n_groups * (GROUP // TILE)
     first_word = tl.arange(0, row.shape[0]) // ROWS * 4
-    index = (row[:, None] * n_groups + group) * W + first_word[:, None]
-    codes_ptr += first * n_groups * (W * BITS)
+    index = (row[:, None] * n_tiles + tile) * W + first_word[:, None]
+    codes_ptr += first * n_tiles * (W * BITS)
     if BITS == 8:
         # a thread takes 8 bytes, as many as it has codes
         place = tl.multiple_of(codes_ptr + (index * 8 + tl.arange(0, 32)[None, :]), (8, 8))
@@ -153,21 +158,45 @@ def packed_place(
         pointer: tl.constexpr = tl.pointer_type(tl.int32 if BITS == 4 else tl.int16)
         place = tl.multiple_of(codes_ptr.to(pointer, bitcast=True) + (index + tl.arange(0, 4)[None, :]), (1, 1))
     scale_ptr = scale_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + first * n_groups
+    group = tile // (GROUP // TILE)
     return place, scale_ptr + (row[:, None] * n_groups + group + tl.zeros([1, 4], tl.int32))
 
 
 @triton.jit
-def pack_tile(
-    x, codes_ptr, scale_ptr, mean_ptr, inv_std_ptr, first, row, live, group, n_cols, n_groups,
-    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
-    WHOLE: tl.constexpr,
+def range_of_others(
+    x_ptr, mean_ptr, inv_std_ptr, row, tile, n_cols, stride_row,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantize a tile into the packed layout of operators/packing/quantize.py."""
+    """Least and largest normalised number [R, 1] of a tile's group without the tile itself, and 0: all if it is alone.
+
+    Programs of one group run side by side, so what they read of each other comes from the cache.
+    """
+    low, high = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
+    TILES: tl.constexpr = GROUP // TILE
+    if GROUPED:
+        for i in tl.static_range(1, TILES):
+            other = tile // TILES * TILES + (tile + i) % TILES
+            col, inside = tile_columns(other, n_cols, WHOLE, ROWS)
+            mean = load_statistics(mean_ptr, other, n_cols, WHOLE, ROWS)
+            inv_std = load_statistics(inv_std_ptr, other, n_cols, WHOLE, ROWS)
+            t = normalised(load_strips(x_ptr, row, col, stride_row, inside, ROWS), mean, inv_std)
+            low = tl.minimum(low, tl.min(tl.min(t, axis=3), axis=2))
+            high = tl.maximum(high, tl.max(tl.max(t, axis=3), axis=2))
+    return low, high
+
+
+@triton.jit
+def pack_tile(
+    x, codes_ptr, scale_ptr, mean_ptr, inv_std_ptr, first, row, live, tile, n_cols, n_groups,
+    BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
+    WHOLE: tl.constexpr, low=0.0, high=0.0,
+):  # fmt: skip
+    """Quantize a tile into the packed layout of operators/packing/quantize.py; low, high: range_of_others."""
     ROWS: tl.constexpr = x.shape[0]
-    mean = load_statistics(mean_ptr, group, n_cols, GROUP, WHOLE, ROWS)
-    inv_std = load_statistics(inv_std_ptr, group, n_cols, GROUP, WHOLE, ROWS)
-    code, scale = quantize_tile(x, mean, inv_std, BITS, STEP, CENTRE, GROUPED)
-    place, scale_place = packed_place(codes_ptr, scale_ptr, first, row, group, n_groups, BITS, GROUP, ROWS)
+    mean = load_statistics(mean_ptr, tile, n_cols, WHOLE, ROWS)
+    inv_std = load_statistics(inv_std_ptr, tile, n_cols, WHOLE, ROWS)
+    code, scale = quantize_tile(x, mean, inv_std, BITS, STEP, CENTRE, GROUPED, low, high)
+    place, scale_place = packed_place(codes_ptr, scale_ptr, first, row, tile, n_groups, BITS, GROUP, ROWS)
     live = live[:, None]
     if BITS == 8:
         tl.store(place, to_strips(code).to(tl.uint8), mask=live)
@@ -180,31 +209,31 @@ def pack_tile(
         else:
             tl.store(place, words.to(place.dtype.element_ty), mask=live)
     if GROUPED:
-        # every thread of a group has its scale: the first stores it
-        scale = to_strips(tl.broadcast_to(scale[:, :, None, None], (ROWS, 1, GROUP // 8, 1))).to(tl.int16)
-        one = (tl.arange(0, row.shape[0]) < ROWS)[:, None] & (tl.arange(0, 4) == 0)[None, :]
+        # every thread of a group has its scale: the first of its first tile stores it
+        scale = to_strips(tl.broadcast_to(scale[:, :, None, None], (ROWS, 1, TILE // 8, 1))).to(tl.int16)
+        one = (tl.arange(0, row.shape[0]) < ROWS)[:, None] & (tl.arange(0, 4) + tile % (GROUP // TILE) == 0)[None, :]
         tl.store(scale_place, scale, mask=live & one)
 
 
 @triton.jit
 def unpack_tile(
-    codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, group, n_cols, n_groups,
+    codes_ptr, scale_ptr, mean_ptr, std_ptr, first, row, tile, n_cols, n_groups,
     BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The tile that pack_tile packed."""
-    place, scale_place = packed_place(codes_ptr, scale_ptr, first, row, group, n_groups, BITS, GROUP, ROWS)
+    place, scale_place = packed_place(codes_ptr, scale_ptr, first, row, tile, n_groups, BITS, GROUP, ROWS)
     code = tl.load(place).to(tl.int32)
     if BITS == 3:
         code |= (tl.load(place + 1).to(tl.int32) << 8) | (tl.load(place + 2).to(tl.int32) << 16)
     code = from_strips(code, ROWS)
     if BITS < 8:
         code = (code >> (tl.arange(0, 8)[None, None, None, :] * BITS)) & ((1 << BITS) - 1)
-    scale = tl.zeros([ROWS, 1, GROUP // 8], tl.int32)
+    scale = tl.zeros([ROWS, 1, TILE // 8], tl.int32)
     if GROUPED:
-        scale = tl.reshape(from_strips(tl.load(scale_place), ROWS), (ROWS, 1, GROUP // 8)).to(tl.int32)
-    mean = load_statistics(mean_ptr, group, n_cols, GROUP, WHOLE, ROWS)
-    std = load_statistics(std_ptr, group, n_cols, GROUP, WHOLE, ROWS)
+        scale = tl.reshape(from_strips(tl.load(scale_place), ROWS), (ROWS, 1, TILE // 8)).to(tl.int32)
+    mean = load_statistics(mean_ptr, tile, n_cols, WHOLE, ROWS)
+    std = load_statistics(std_ptr, tile, n_cols, WHOLE, ROWS)
     return dequantize_tile(code, scale, mean, std, BITS, STEP, CENTRE, GROUPED)
 
 
@@ -235,11 +264,20 @@ class PackedSlot:
     def n_groups(self) -> int:
         return self.codes.shape[1]
 
+    @property
+    def n_tiles(self) -> int:
+        return self.n_groups * (self.book.group // GROUP)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all channels of its groups exist."""
+        return self.mean.numel() % self.book.group == 0
+
     def arguments(self) -> tuple[Tensor, ...]:
         return self.codes, self.scale, self.mean, self.spread
 
     def constants(self, prefix: str) -> dict:
-        """BITS, STEP and CENTRE of this slot; GROUPED and GROUP are one for all slots of a kernel."""
+        """BITS, STEP and CENTRE of this slot; the rest of the book is one for all slots of a kernel."""
         return {f"{prefix}BITS": self.book.bits, f"{prefix}STEP": self.book.step, f"{prefix}CENTRE": self.book.centre}
 
 
@@ -260,9 +298,4 @@ def prepare_slots(names: str | tuple[str, ...], columns: list[slice], y: Tensor,
 
 def shared_constants(slots: list[PackedSlot], ranks: list[int]) -> dict:
     """Constants that all slots of a kernel have in common."""
-    book = slots[0].book
-    return {
-        "GROUPED": book.grouped,
-        "GROUP": book.group,
-        "RANK_BLOCK": rank_block(max(ranks)),
-    }
+    return {"GROUPED": slots[0].book.grouped, "RANK_BLOCK": rank_block(max(ranks))}

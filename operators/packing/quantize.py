@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyclora.operators import reference
 from hyclora.operators.dispatch import as_rows, cdiv, device_guard, next_power_of_2, use_triton
-from hyclora.operators.packing.codebook import Codebook, book_constants
+from hyclora.operators.packing.codebook import GROUP, Codebook, book_constants
 from hyclora.operators.packing.layout import carve, packed_shapes
 
 SCALE_ZERO = tl.constexpr(reference.SCALE_ZERO)
@@ -25,7 +25,7 @@ INTEGERS, INTEGERS_BITS = tl.constexpr(2.0**23), tl.constexpr(0x4B000000)
 ONE_BITS = tl.constexpr(0x3F800000)
 # half a range by this, to the 8th power, has the exponent byte as its own exponent
 RANGE_TO_POWER = tl.constexpr(0.5 * 2 ** (1.5 / 8))
-# the fastest of those tried on an H200 and an H100
+# the fastest of those tried on an H200 and an H100, in groups of GROUP channels
 PACK_TILE = {"ROWS": 4, "BLOCK_GROUPS": 16, "num_warps": 2}
 UNPACK_TILE = {"ROWS": 8, "BLOCK_GROUPS": 4, "num_warps": 1}
 ROWS_A_PROGRAM = 4
@@ -73,20 +73,27 @@ def round_to_code(t, LAST: tl.constexpr):
 
 
 @triton.jit
+def normalised(x, mean, inv_std):
+    """Not x * inv_std - mean * inv_std, which cancels where a channel hardly varies."""
+    return (x - mean) * inv_std
+
+
+@triton.jit
 def quantize_tile(
-    x, mean, inv_std, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr
-):
+    x, mean, inv_std, BITS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr, GROUPED: tl.constexpr,
+    low=0.0, high=0.0,
+):  # fmt: skip
     """x fp32 [R, N, W, 8] and its channel statistics to codes int32 [R, N, W, 8] and scale int32 [R, N] of a group.
 
-    x, mean and inv_std must be 0 where there is no channel. scale is both bytes, the exponent the lower one.
+    x, mean and inv_std must be 0 where there is no channel. scale is both bytes, the exponent the lower one. low, high:
+    what the range of a group has to include, 0 and what of it is not in x.
     """
     LAST: tl.constexpr = (1 << BITS) - 1
-    # not x * inv_std - mean * inv_std, which cancels where a channel hardly varies
-    t = (x - mean) * inv_std
+    t = normalised(x, mean, inv_std)
     scale = tl.zeros([x.shape[0], x.shape[1]], tl.int32)
     if GROUPED:
-        low = tl.minimum(tl.min(tl.min(t, axis=3), axis=2), 0.0)
-        high = tl.maximum(tl.max(tl.max(t, axis=3), axis=2), 0.0)
+        low = tl.minimum(tl.min(tl.min(t, axis=3), axis=2), low)
+        high = tl.maximum(tl.max(tl.max(t, axis=3), axis=2), high)
         # floor(8 log2) is the exponent of the 8th power; where a float's exponent ends the byte ends as well
         power = (high - low) * RANGE_TO_POWER
         power *= power
@@ -333,6 +340,11 @@ def _dequantize_rows_kernel(
         tl.store(x_ptr + row * n_cols + outlier, kept.to(x_ptr.dtype.element_ty), mask=kept_mask)
 
 
+def _tile(tile: dict, book: Codebook) -> dict:
+    """A tile of as many channels in this book's groups."""
+    return tile | {"BLOCK_GROUPS": max(1, tile["BLOCK_GROUPS"] * GROUP // book.group)}
+
+
 def _grid(n_rows: int, n_groups: int, tile: dict) -> tuple[int]:
     return (cdiv(n_rows, tile["ROWS"]) * cdiv(n_groups, tile["BLOCK_GROUPS"]),)
 
@@ -344,11 +356,11 @@ def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[
     x = as_rows(x)
     n_rows, n_cols = x.shape
     codes, scale = carve(packed_shapes(n_rows, n_cols, book), x.device)
-    n_groups = codes.shape[1]
+    n_groups, tile = codes.shape[1], _tile(PACK_TILE, book)
     with device_guard(x):
-        _quantize_kernel[_grid(n_rows, n_groups, PACK_TILE)](
+        _quantize_kernel[_grid(n_rows, n_groups, tile)](
             x, mean, inv_std, codes, scale, n_rows, n_cols, n_groups, x.stride(0),
-            **book_constants(book), **PACK_TILE,
+            **book_constants(book), **tile,
         )  # fmt: skip
     return codes, scale
 
@@ -358,11 +370,12 @@ def dequantize(codes: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Co
     if not use_triton(codes):
         return reference.dequantize(codes, scale, mean, std, book, dtype)
     n_rows, n_groups = codes.shape[:2]
+    tile = _tile(UNPACK_TILE, book)
     x = torch.empty(n_rows, mean.numel(), dtype=dtype, device=codes.device)
     with device_guard(codes):
-        _dequantize_kernel[_grid(n_rows, n_groups, UNPACK_TILE)](
+        _dequantize_kernel[_grid(n_rows, n_groups, tile)](
             codes, scale, mean, std, x, n_rows, mean.numel(), n_groups,
-            **book_constants(book), **UNPACK_TILE,
+            **book_constants(book), **tile,
         )  # fmt: skip
     return x
 

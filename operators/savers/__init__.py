@@ -8,6 +8,7 @@ measure.py        what calibration sees of tokens
 Where the packed bytes wait, if not on the GPU, is operators/store.
 """
 
+from hyclora.operators.packing.codebook import GROUP
 from hyclora.operators.savers.base import Derived, Keeper, Recompute, Saver, Source, Step
 from hyclora.operators.savers.channel_quant import ChannelQuant
 from hyclora.operators.savers.exact import Exact
@@ -22,12 +23,16 @@ __all__ = [
 
 
 def make_saver(
-    name: str, *, scale_rule: str, outlier_ratio: float, softmax_outlier_ratio: float, gauged: bool = False
-) -> Saver:
-    """Saver of a name: exact, sparse, derived, recompute, or quant2 / quant3 / quant4 / quant8, gauged if so."""
+    name: str, *, scale_rule: str, outlier_ratio: float, softmax_outlier_ratio: float, group: int = GROUP,
+    gauged: bool = False,
+) -> Saver:  # fmt: skip
+    """Saver of a name: exact, sparse, derived, recompute, or quant2 / quant3 / quant4 / quant8, gauged if so.
+
+    group: channels of a quantizer's group.
+    """
     if name.startswith("quant"):
         kind = GaugedQuant if gauged and scale_rule != "paper" else ChannelQuant
-        return kind(int(name.removeprefix("quant")), scale_rule, outlier_ratio)
+        return kind(int(name.removeprefix("quant")), scale_rule, outlier_ratio, group)
     if name == "sparse":
         return Sparse(softmax_outlier_ratio)
     return {"exact": Exact, "derived": Derived, "recompute": Recompute}[name]()

@@ -8,11 +8,12 @@ more than coarser steps elsewhere. The channels of largest energy are kept exact
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hyclora.operators.packing.codebook import CODEBOOKS
+from hyclora.operators.packing.codebook import CODEBOOKS, GROUP
 from hyclora.operators.packing.quantize import dequantize, dequantize_rows, quantize
 from hyclora.operators.savers.base import Step, StoringSaver
 from hyclora.operators.savers.measure import measure
@@ -21,20 +22,20 @@ LAST_STEP = "last_step"
 
 
 class ChannelQuant(StoringSaver):
-    """x [T, C] as codes of b bits, group scales, and ceil(outlier_ratio * C) exact channels.
+    """x [T, C] as codes of b bits, scales of groups of G channels, and ceil(outlier_ratio * C) exact channels.
 
     scale_rule channel_group: mean, std over all calibration tokens (padding skipped). paper: mean 0, "std" is the
     published scale (max - min) / (2^b - 1), averaged over the calibration steps. Source: paper section 4.1, seeds.
-    Keeps 8 b bytes a group of 64 channels for codes, 2 for its scale (paper: none), 2 for an exact channel, of each
-    token; and for itself, once, 12 bytes a channel (20 with exact channels), and 12 more while it calibrates and where
-    rest() has put them.
+    Keeps G b / 8 bytes a group for codes, 2 for its scale (paper: none), 2 for an exact channel, of each token; and for
+    itself, once, 12 bytes a channel (20 with exact channels), and 12 more while it calibrates and where rest() has put
+    them. G is 64 or that times a power of two; the last group is kept whole.
     RuntimeError to pack before any calibration.
     """
 
     n_state = 3
 
-    def __init__(self, bits: int, scale_rule: str, outlier_ratio: float):
-        self.book = CODEBOOKS[scale_rule][bits]
+    def __init__(self, bits: int, scale_rule: str, outlier_ratio: float, group: int = GROUP):
+        self.book = replace(CODEBOOKS[scale_rule][bits], group=group)
         self.scale_rule = scale_rule
         self.outlier_ratio = outlier_ratio
         self.statistics: dict[str, Tensor] = {}
@@ -44,7 +45,9 @@ class ChannelQuant(StoringSaver):
         self._last_step = -1  # a layer may be called before the model ever was
 
     def __str__(self) -> str:
-        return f"{self.book.bits} bit" + (f" (exact channels {self.outlier_ratio:g})" if self.outlier_ratio else "")
+        said = [f"groups of {self.book.group}"] if self.book.group != GROUP else []
+        said += [f"exact channels {self.outlier_ratio:g}"] if self.outlier_ratio else []
+        return f"{self.book.bits} bit" + (f" ({', '.join(said)})" if said else "")
 
     @property
     def n_outliers(self) -> int:

@@ -19,8 +19,8 @@ class GaugedQuant(ChannelQuant):
     and stays on their device. scale_rule=paper has no scales. Takes 5 bytes a token for a moment when asked.
     """
 
-    def __init__(self, bits: int, scale_rule: str, outlier_ratio: float):
-        super().__init__(bits, scale_rule, outlier_ratio)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.forget()
 
     def forget(self) -> None:

@@ -5,6 +5,9 @@ python -m tests.helpers.compile_kernels    # prints the names of the kernels
 Host functions run on CPU tensors; each launch is compiled for sm_90 with the types it was given, and not run.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -16,7 +19,7 @@ from hyclora.operators.attention import attention, fused_qkv, rope, softmax
 from hyclora.operators.linear import dropout, low_rank, low_rank_grad, nf4, residual
 from hyclora.operators.mlp import activation, fused_gelu, fused_mlp
 from hyclora.operators.packing import quantize
-from hyclora.operators.packing.codebook import CODEBOOKS
+from hyclora.operators.packing.codebook import CODEBOOKS, GROUP
 from hyclora.operators.savers import ChannelQuant, Step, measure
 from tests.operators.attention.test_fused_qkv import BATCH
 from tests.operators.attention.test_fused_qkv import prepare as prepare_qkv
@@ -98,8 +101,8 @@ def elementwise():
     nf4.dequantize_4bit(weight, torch.empty(64, 64, dtype=BF16))
 
 
-def quantizers(rule, bits):
-    x, book = rand(32, 300), CODEBOOKS[rule][bits]
+def quantizers(rule, bits, group=GROUP):
+    x, book = rand(32, 300), replace(CODEBOOKS[rule][bits], group=group)
     mean, std = torch.zeros(300), torch.ones(300)
     quantize.dequantize(*quantize.quantize(x, mean, std, book), mean, std, book, BF16)
 
@@ -129,15 +132,15 @@ def norms(bits):
     quantizer.unpack(quantizer.pack(x, step), x.shape, BF16, weight)
 
 
-def gelu(bits):
-    spec, frozen, adapters, keeper = prepare_gelu(32, 256, bits, 8, BF16)
+def gelu(bits, group=GROUP):
+    spec, frozen, adapters, keeper = prepare_gelu(32, 256, bits, 8, BF16, group=group)
     kept = keeper()
     fused_gelu.fused_gelu_fwd(spec, frozen, adapters, kept)
     fused_gelu.fused_gelu_bwd(spec, rand(32, 256), (rand(32, 16), rand(16, 256)), adapters, kept)
 
 
-def mlp(bits):
-    spec, frozen, adapters, keeper = prepare_mlp(32, 256, bits, 8, BF16)
+def mlp(bits, group=GROUP):
+    spec, frozen, adapters, keeper = prepare_mlp(32, 256, bits, 8, BF16, group=group)
     kept = keeper()
     fused_mlp.fused_mlp_fwd(spec, frozen, adapters, kept)
     fused_mlp.fused_mlp_bwd(spec, rand(32, 256), (rand(32, 16), rand(16, 256)), adapters, kept)
@@ -173,6 +176,8 @@ def main():
         quantizers("channel_group", bits)
         mlp(bits)
         gelu(bits)
+    for kernels in (partial(quantizers, "channel_group"), mlp, gelu):
+        kernels(2, group=2 * GROUP)
     quantizers("paper", 4)
     layer_norms(0.0)
     layer_norms(0.1)

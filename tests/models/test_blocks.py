@@ -362,6 +362,20 @@ def test_fused_layers_are_the_unfused_ones(family, kernels):
     assert abs(loss - fused_loss) < 1e-5 and largest_error(fused, plain) < 0.05
 
 
+def test_fused_layers_in_groups_of_two_tiles_are_the_unfused_ones(kernels):
+    """At 2 bit, where gate and up pay for k: the packed bytes are the same, so gradients are but for rounding."""
+    found = []
+    for layer_type in ("intra_inter", "intra_inter_full_fuse"):
+        sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "intermediate_size": 1024}
+        model, batch = llama(num_hidden_layers=1, **sizes), padded_batch(rows=2, width=6)
+        report = apply_hyclora(model, rows(layer_type=layer_type, q_bit=2, iteration_threshold=1))
+        assert report.savers["gate"] == ["2 bit (groups of 128)"] and report.single_kernels == []
+        gradients(model, batch)
+        found.append(gradients(model, batch))
+    (loss, plain), (fused_loss, fused) = found
+    assert abs(loss - fused_loss) < 1e-5 and largest_error(fused, plain) < 0.05
+
+
 @pytest.mark.parametrize("savers", [None, {"up": "exact"}, {"hidden": "quant8"}], ids=["lora bias", "up", "hidden"])
 def test_what_the_fused_kernels_do_not_take_goes_the_other_way(kernels, monkeypatch, savers):
     """A bias on lora_B, gate or up exact, hidden kept: as intra_inter, but for what fused norms round otherwise."""

@@ -136,6 +136,59 @@ def test_slot_savers_override_single_slots():
     model(**padded_batch()).loss.backward()
 
 
+SHARED = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
+WIDE_K = {"k": "4 bit", "gate": "2 bit (groups of 128)", "up": "2 bit (groups of 128)"}
+PLAIN = dict.fromkeys(WIDE_K, "2 bit")
+
+
+def kept(sizes: dict, **config) -> tuple[dict, dict]:
+    """How the slots of WIDE_K are kept in each layer, and bits a token of all slots."""
+    report = apply_hyclora(
+        llama(**SHARED | {"intermediate_size": 1024} | sizes), HycloraConfig(**{"q_bit": 2} | config)
+    )
+    return {slot: report.savers[slot] for slot in WIDE_K}, report.slot_bits
+
+
+@pytest.mark.parametrize(
+    "sizes, config, expected",
+    [
+        ({}, {}, WIDE_K),
+        ({}, {"layer_type": "intra"}, WIDE_K),
+        # 4 groups of 128 save 64 bits in gate and up each, as many as k takes more
+        ({"intermediate_size": 512}, {}, WIDE_K),
+        ({"intermediate_size": 500}, {}, WIDE_K),
+        ({"intermediate_size": 448}, {}, PLAIN),  # the last group is half empty
+        ({"intermediate_size": 256}, {}, PLAIN),
+        ({"num_key_value_heads": 4}, {}, PLAIN),
+        ({}, {"scale_rule": "paper", "layer_type": "intra_inter"}, PLAIN),
+        ({}, {"q_bit": 4}, dict.fromkeys(PLAIN, "4 bit")),
+        ({}, {"slot_savers": {"lse": "exact"}}, PLAIN | {"k": "8 bit"}),
+        ({}, {"slot_savers": {"gate": "quant4"}}, WIDE_K | {"gate": "4 bit (groups of 128)"}),
+        ({}, {"slot_savers": {"up": "exact"}}, WIDE_K | {"up": "exact"}),
+        ({}, {"slot_savers": {"k": "quant3"}}, WIDE_K | {"k": "3 bit"}),
+        ({}, {"layer_type": "baseline"}, dict.fromkeys(PLAIN, "exact")),
+    ],
+    ids=str,
+)
+def test_k_is_wider_where_groups_of_gate_and_up_pay_for_it(sizes, config, expected):
+    """slot_savers changes the slots alone that it names."""
+    assert kept(sizes, **config)[0] == {slot: [name] * 2 for slot, name in expected.items()}
+
+
+@pytest.mark.parametrize("width", [512, 500, 1024, 1100, 2000])
+def test_a_wider_k_takes_no_bits_more(width):
+    """Than 2 bit in groups of 64 would, which is 16 bits of scales for each."""
+    savers, bits = kept({"intermediate_size": width})
+    assert savers["k"] == ["4 bit"] * 2
+    plain = {"gate": -(-width // 64) * 144, "up": -(-width // 64) * 144, "k": 144}
+    assert sum(bits[slot] for slot in plain) <= 2 * sum(plain.values())
+
+
+def test_layers_that_keep_their_input_have_no_wider_k():
+    savers, _ = kept({"num_hidden_layers": 3}, layers="1*slots,input4")
+    assert savers == {slot: [name] for slot, name in WIDE_K.items()}
+
+
 @pytest.mark.parametrize("average", [2.3, 2.5, 3.0, 3.7, 5.0, 8.0])
 def test_auto_bits_stay_within_the_average(average):
     """Scales and exact channels are in the average; a larger budget never takes a bit away."""

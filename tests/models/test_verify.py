@@ -85,6 +85,18 @@ def test_prices_are_those_of_the_savers(config, saver, more):
         assert gate.better[saver] == pytest.approx(more)
 
 
+def test_prices_of_slots_whose_groups_pay_for_a_wider_k():
+    """Each is what slot_savers then takes: the other slots stay as they are."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64, "intermediate_size": 512}
+    model = patched(config={"q_bit": 2}, **sizes)
+    found = {slot.slot: slot for slot in verify(model, batches()).slots}
+    before = apply_again(model, {"q_bit": 2}).slot_bits
+    for name in ("k", "gate"):
+        saver, price = next(iter(found[name].better.items()))
+        after = apply_again(model, {"q_bit": 2, "slot_savers": {name: saver}}).slot_bits
+        assert sum(after.values()) - sum(before.values()) == pytest.approx(8 * price)
+
+
 def apply_again(model, config):
     remove_hyclora(model)
     return apply_hyclora(model, HycloraConfig(iteration_threshold=CALIBRATION, **config))

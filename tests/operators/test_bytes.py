@@ -5,6 +5,7 @@ T tokens of C channels in bfloat16, two bytes an element, unless a row says othe
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -61,10 +62,10 @@ def up(n: int, multiple: int = 16) -> int:
     return -(-n // multiple) * multiple
 
 
-def packed(t: int, c: int, bits: int, exact: int = 0, grouped: bool = True) -> int:
+def packed(t: int, c: int, bits: int, exact: int = 0, grouped: bool = True, group: int = 64) -> int:
     """Codes, scales and exact channels, each at a multiple of 16 bytes."""
-    groups = -(-c // 64)
-    return up(t * groups * 8 * bits) + up(t * groups * 2 * grouped) + up(t * exact * 2)
+    groups = -(-c // group)
+    return up(t * groups * group // 8 * bits) + up(t * groups * 2 * grouped) + up(t * exact * 2)
 
 
 def saver(c: int, bits: int, ratio: float = 0.0) -> tuple[ChannelQuant, Step]:
@@ -85,9 +86,10 @@ def tensors(value) -> list[Tensor]:
     return [t for v in values for t in tensors(v)]
 
 
-def quantizing(rule: str, bits: int, function):
+def quantizing(rule: str, bits: int, function, group: int = 64):
     """Rows of a packed slot and what function makes of it."""
-    book, (mean, std) = CODEBOOKS[rule][bits], (lambda c: x(c, dtype=torch.float32),) * 2
+    book = replace(CODEBOOKS[rule][bits], group=group)
+    mean, std = (lambda c: x(c, dtype=torch.float32),) * 2
 
     def call(t, c):
         channels = mean(c), std(c)
@@ -128,8 +130,8 @@ def stacked(t, c):
     return stack_adapters, [(x(4, c), x(t, 4)), None, (x(8, c), x(t, 8))], [1.0, 1.0, 2.0], [t, t, t], BF16
 
 
-def mlp(t, c, backward=False):
-    spec, frozen, adapters, keeper = prepare_mlp(t, c, 4, 8, BF16)
+def mlp(t, c, backward=False, group=64):
+    spec, frozen, adapters, keeper = prepare_mlp(t, c, 4, 8, BF16, group=group)
     slots = keeper()
     fused_mlp_fwd(spec, frozen, adapters, slots)
     if backward:
@@ -162,6 +164,9 @@ def nf4(t, c):
 TOKENS = BATCH * SEQ_LEN
 MADE = {
     "quantize": (quantizing("channel_group", 3, quantize), lambda t, c: packed(t, c, 3)),
+    "quantize, groups of 128": (
+        quantizing("channel_group", 2, quantize, 128), lambda t, c: packed(t, c, 2, group=128)
+    ),
     "quantize, published": (quantizing("paper", 8, quantize), lambda t, c: packed(t, c, 8, grouped=False)),
     "dequantize": (quantizing("channel_group", 2, dequantize), lambda t, c: 2 * t * c),
     "dequantize_rows": (quantizing("channel_group", 4, dequantize_rows), lambda t, c: 2 * t * c),
@@ -175,6 +180,9 @@ MADE = {
     "silu_mul_fwd": (lambda t, c: (silu_mul_fwd, x(t, c), x(t, c)), lambda t, c: 2 * t * c),
     "silu_mul_bwd": (lambda t, c: (silu_mul_bwd, x(t, c), x(t, c), x(t, c)), lambda t, c: 2 * t * 3 * c),
     "fused_mlp_fwd": (mlp, lambda t, c: 2 * t * c + 2 * packed(t, c, 4)),
+    "fused_mlp_fwd, groups of 128": (
+        partial(mlp, group=128), lambda t, c: 2 * t * c + 2 * packed(t, c, 4, group=128)
+    ),
     "fused_mlp_bwd": (lambda t, c: mlp(t, c, backward=True), lambda t, c: 2 * t * 2 * c),
     "fused_qkv_fwd": (
         qkv, lambda t, c: packed(TOKENS, 128 * heads(c), 4) + packed(TOKENS, 128, 3) + packed(TOKENS, 128, 8)
@@ -267,7 +275,7 @@ class Layer:
         c, f, n, n_kv, d = size
         shape = {"hidden_size": c, "intermediate_size": f, "num_attention_heads": n, "num_key_value_heads": n_kv}
         self.model, self.size = llama({"r": 8}, num_hidden_layers=1, head_dim=d, **shape).cpu(), size
-        apply_hyclora(self.model, HycloraConfig(iteration_threshold=1, q_bit=BITS, **config))
+        apply_hyclora(self.model, HycloraConfig(iteration_threshold=1, **{"q_bit": BITS} | config))
         self.step, self.blocks = find_patch(self.model).step, find_patch(self.model).blocks
         self.step.index = 1
         for name in NORMS:
@@ -325,6 +333,22 @@ def test_kept_by_blocks(layer_type, size):
             given = layer.given(name, t)
             expected = 4 * t * (exact + RANKS[name]) + sum(packed(t, width, BITS) for width in widths)
             assert kept(partial(layer.run, name, *given), *layer.known(given)) == expected
+
+
+def test_kept_by_blocks_whose_groups_pay_for_k():
+    """At 2 bit: k in 4, gate and up in groups of 128, and the layer keeps what it did, or less."""
+    c, f, n, n_kv, d = size = (256, 1024, 4, 1, 64)
+    layer, t = Layer(size, layer_type="intra_inter_full_fuse", q_bit=2), 40
+    parts = {
+        "self_attn": packed(t, n * d, 2) + packed(t, n_kv * d, 4) + packed(t, n_kv * d, 2),
+        "mlp": 2 * packed(t, f, 2, group=128),
+    }
+    for name, expected in parts.items():
+        given = layer.given(name, t)
+        found = kept(partial(layer.run, name, *given), *layer.known(given))
+        assert found == 4 * t * RANKS[name] + expected
+    before = packed(t, n * d, 2) + 2 * packed(t, n_kv * d, 2) + 2 * packed(t, f, 2)
+    assert sum(parts.values()) <= before
 
 
 # a token's elements beside what is kept: in forward, in backward. The MLP's backward has g of both groups as well;

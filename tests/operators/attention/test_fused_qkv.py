@@ -129,5 +129,6 @@ def test_what_the_kernel_cannot_take():
     assert fits(128, quantized) and fits(256, quantized)
     assert not fits(64, quantized) and not fits(96, quantized) and not fits(384, quantized)
     assert not fits(128, quantized | {"k": Exact()})
+    assert not fits(128, quantized | {"k": ChannelQuant(4, "channel_group", 0.0, group=128)})
     assert fits(64, quantized, rotary=False) and not fits(64, quantized | {"k": Exact()}, rotary=False)
     assert fits(128, quantized, norms=True) and not fits(256, quantized, norms=True)

@@ -6,45 +6,47 @@ import torch
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
 from hyclora.operators.mlp import fused_mlp, mlp
 from hyclora.operators.mlp.mlp import MlpSpec
+from hyclora.operators.packing.codebook import GROUP
 from hyclora.operators.reference import padded_rank
 from hyclora.operators.savers import ChannelQuant, Keeper, Recompute, Step
 from tests.helpers.kernel_checks import DEVICE, HALF, ROUNDING, rand, relative_error
 from tests.helpers.small_models import llama
 
 SHAPES = [(1, 40), (70, 64), (9, 200)]  # 70 rows are more than a tile has
+# in groups of two tiles: the second does not exist, all are whole, the last is not, or does not exist
+SPARE = [(1, 40), (70, 128), (9, 200), (5, 136)]
 
 
-def prepare(n_rows, n_cols, bits, rank, dtype, targets=("gate_proj", "up_proj")):
+def prepare(n_rows, n_cols, bits, rank, dtype, targets=("gate_proj", "up_proj"), group=GROUP):
     """A spec, the frozen paths of gate and up, and keepers that hold the low-rank parts."""
     lora = {"target_modules": [*targets, "down_proj"], "r": rank}
     layer = llama(lora, intermediate_size=n_cols).get_base_model().model.layers[0].mlp
-    group = ProjectionGroup([Projection(layer.gate_proj, "gate_proj"), Projection(layer.up_proj, "up_proj")])
-    spec = MlpSpec(group, None, compensate=True, fused=True)
+    pair = ProjectionGroup([Projection(layer.gate_proj, "gate_proj"), Projection(layer.up_proj, "up_proj")])
+    spec = MlpSpec(pair, None, compensate=True, fused=True)
     frozen = torch.cat([rand(n_rows, n_cols, dtype=dtype, seed=i) * 2 + i for i in range(2)], dim=1)
-    savers = {"gate": ChannelQuant(bits, "channel_group", 0.0), "up": ChannelQuant(4, "channel_group", 0.0)}
+    savers = {name: ChannelQuant(b, "channel_group", 0.0, group) for name, b in (("gate", bits), ("up", 4))}
     savers |= {"act": Recompute(), "hidden": Recompute()}
     step = Step(threshold=1, index=1)
 
     def keeper():
         k = Keeper(savers, step)
-        if group.needs_input:
-            k.keep_exact(
-                group.xa_name, rand(n_rows, padded_rank(sum(p.rank for p in group.projections)), dtype=dtype, seed=5)
-            )
+        if pair.needs_input:
+            rank = padded_rank(sum(p.rank for p in pair.projections))
+            k.keep_exact(pair.xa_name, rand(n_rows, rank, dtype=dtype, seed=5))
         return k
 
-    for p in group.projections:
+    for p in pair.projections:
         if p.has_adapter:
             torch.nn.init.normal_(p.parameters()[1], std=0.1)
-    return spec, frozen, group.low_rank(group.parameters(), dtype), keeper
+    return spec, frozen, pair.low_rank(pair.parameters(), dtype), keeper
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, group", [*((s, GROUP) for s in SHAPES), *((s, 2 * GROUP) for s in SPARE)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_fused_equals_unfused(kernels, shape, bits, dtype):
+def test_fused_equals_unfused(kernels, shape, group, bits, dtype):
     """Packed bytes bit for bit; hidden, dgate, dup within the rounding of dtype, in all pairings of directions."""
-    spec, frozen, low_rank, keeper = prepare(*shape, bits, 8, dtype)
+    spec, frozen, low_rank, keeper = prepare(*shape, bits, 8, dtype, group=group)
     fused_keeper = keeper()
     hidden = fused_mlp.fused_mlp_fwd(spec, frozen.clone(), low_rank, fused_keeper)
     plain_keeper = keeper()

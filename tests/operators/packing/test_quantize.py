@@ -1,5 +1,7 @@
 """Packing, code books, and the quantize kernels against operators/reference.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from tests.helpers.kernel_checks import DEVICE, DTYPES, rand, relative_error, st
 
 BITS = [2, 3, 4, 8]
 SHAPES = [(1, 1), (7, 63), (33, 64), (19, 200), (65, 301)]
+GROUPS = [64, 128, 512]
 
 
 def statistics(x, book):
@@ -77,9 +80,10 @@ def test_group_scales_follow_the_token(bits):
 @pytest.mark.parametrize("rule", CODEBOOKS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels_match_reference(kernels, rule, bits, shape):
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernels_match_reference(kernels, rule, bits, shape, group):
     """Codes and scales are the reference's but for ties of rounding; restored values likewise."""
-    book = CODEBOOKS[rule][bits]
+    book = replace(CODEBOOKS[rule][bits], group=group)
     x = activations(*shape)
     mean, std = statistics(x, book)
     codes, scale = quantize(strided(x), mean, 1 / std, book)
@@ -94,15 +98,16 @@ def test_kernels_match_reference(kernels, rule, bits, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_kernels_every_dtype(kernels, dtype, bits):
+@pytest.mark.parametrize("group", GROUPS[:2])
+def test_kernels_every_dtype(kernels, dtype, bits, group):
     """Half-precision inputs round-trip with the error of the code book, not more."""
-    book = CODEBOOKS["channel_group"][bits]
+    book = replace(CODEBOOKS["channel_group"][bits], group=group)
     x = activations(130, 150, dtype)
     mean, std = statistics(x, book)
     restored = dequantize(*quantize(x, mean, 1 / std, book), mean, std, book, dtype)
     assert restored.dtype == dtype and restored.shape == x.shape
     noise = ((restored.float() - x.float()) / std).square().mean() / ((x.float() - mean) / std).square().mean()
-    assert noise < {2: 0.16, 3: 0.045, 4: 0.013, 8: 1e-4}[bits]
+    assert noise < {2: 0.16, 3: 0.045, 4: 0.013, 8: 1e-4}[bits] * (1 if group == 64 else 1.25)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -140,12 +140,23 @@ def test_calibration_state_round_trip():
         Exact().load_state_dict({"count": torch.ones(1)})
 
 
+def test_calibration_is_the_same_for_groups_of_any_size():
+    """Statistics are of channels: a checkpoint of one size goes on with another."""
+    x, wide = rand(40, 200), ChannelQuant(2, "channel_group", 0.0, group=128)
+    narrow = quant(bits=4)
+    narrow.pack(x, Step(1, 1))
+    wide.load_state_dict(narrow.state_dict())
+    assert torch.equal(wide.mean, narrow.mean) and torch.equal(wide.std, narrow.std)
+    step = Step(threshold=0, index=2)
+    assert relative_error(round_trip(wide, x, step), x) < 0.5
+
+
 @pytest.mark.parametrize("n_cols", [1, 40, 200, 40000])
 @pytest.mark.parametrize("name", [name for name in SAVERS if name not in ("derived", "recompute")])
-@pytest.mark.parametrize("rule", ["channel_group", "paper"])
-def test_bits_are_what_is_packed(name, rule, n_cols):
+@pytest.mark.parametrize("rule, group", [("channel_group", 64), ("channel_group", 128), ("paper", 64)])
+def test_bits_are_what_is_packed(name, rule, group, n_cols):
     """Saver.bits, scales and exact channels included, is the size of the packed tensors that are the slot's own."""
-    saver = make_saver(name, scale_rule=rule, outlier_ratio=0.05, softmax_outlier_ratio=0.05)
+    saver = make_saver(name, scale_rule=rule, outlier_ratio=0.05, softmax_outlier_ratio=0.05, group=group)
     packed = saver.pack(rand(3, n_cols, dtype=torch.bfloat16), Step(1, 1))
     assert 8 * sum(t.nbytes for t in packed[: len(packed) - saver.n_state]) == 3 * saver.bits(n_cols)
 
