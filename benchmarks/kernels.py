@@ -11,6 +11,7 @@ and end weigh more in short ones. One JSON line a kernel.
 import argparse
 import statistics
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ from hyclora.operators.linear.low_rank_grad import low_rank_grads
 from hyclora.operators.linear.nf4 import bnb, dequantize_4bit
 from hyclora.operators.linear.residual import add_residual
 from hyclora.operators.mlp.activation import gelu_bwd, gelu_fwd, silu_mul_bwd, silu_mul_fwd
+from hyclora.operators.mlp.fused_mlp import fused_mlp_bwd, fused_mlp_fwd
 from hyclora.operators.norm import rms_norm_bwd, rms_norm_fwd, rms_norm_pack, rms_norm_unpack_bwd
-from hyclora.operators.packing.codebook import CODEBOOKS
+from hyclora.operators.packing.codebook import CODEBOOKS, GROUP
 from hyclora.operators.packing.quantize import dequantize, quantize
-from hyclora.operators.savers import ChannelQuant, Step
+from hyclora.operators.savers import ChannelQuant, Keeper, Step
 from hyclora.utils.errors import UserError, entry_point
 
 RANK = 16
@@ -57,6 +59,32 @@ def copy_ms(nbytes: int) -> float:
     """Milliseconds of a copy that reads and writes nbytes in all."""
     source = torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda")
     return gpu_ms(source.clone)
+
+
+def fused_mlp(y: Tensor, xa: Tensor, B: Tensor, dhidden: Tensor, group: int) -> tuple[Callable, Callable, int, int]:
+    """The kernel between gate, up and down at 2 bit: forward, forward and backward, and the bytes of each."""
+    n_rows, ffn = dhidden.shape
+    projections = SimpleNamespace(
+        projections=[SimpleNamespace(rank=RANK)] * 2, columns=[slice(ffn), slice(ffn, 2 * ffn)], xa_name="xa",
+        buffer=lambda n_rows, low_rank, like: like.new_empty(n_rows, 2 * ffn),
+    )  # fmt: skip
+    spec, adapters, step = SimpleNamespace(gate_up=projections), SimpleNamespace(B=B), Step(threshold=1, index=1)
+    savers = {name: ChannelQuant(2, "channel_group", 0.0, group) for name in ("gate", "up")}
+
+    def forward() -> Keeper:
+        keeper = Keeper(savers, step)
+        keeper.keep_exact("xa", xa)
+        fused_mlp_fwd(spec, y, adapters, keeper)
+        return keeper
+
+    def both():
+        fused_mlp_bwd(spec, dhidden, None, adapters, forward())
+
+    forward()
+    step.index = 2
+    packed = sum(n_rows * saver.bits(ffn) / 8 for saver in savers.values())
+    moved = int(size(y, dhidden) + packed)
+    return forward, both, moved, int(moved + packed + size(dhidden, y, dhidden))
 
 
 def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tuple[Callable, int]]:
@@ -147,6 +175,10 @@ def operators(n_rows: int, hidden: int, ffn: int, head_dim: int) -> dict[str, tu
             return dequantize(codes, scale, mean, std, book, torch.bfloat16)
 
         found |= {f"quantize {bits} bit": (pack, moved), f"dequantize {bits} bit": (unpack, moved)}
+    for group in (GROUP, 2 * GROUP):
+        forward, both, moved, moved_by_both = fused_mlp(dy_wide, xa, B, dhidden, group)
+        told = f"fused MLP 2 bit, groups of {group}"
+        found |= {f"{told}: forward": (forward, moved), f"{told}: both ways": (both, moved_by_both)}
     return found
 
 

@@ -8,7 +8,7 @@ attn_in and mlp_in are half of their sum; act, hidden and attn_out were not meas
 Starting from 2 bit, the upgrade that saves most error per added bit is taken until the budget is used.
 
 WIDER: where heads share a k, it decides (benchmarks/NOTES.md, Quantizers), and has few channels. Its bits are taken
-from the scales of slots that do not notice, by larger groups: in layers where these free as many bits as it takes, so
+from the scales of slots that notice it least, by larger groups: in layers where these free as many bits as it takes, so
 that no layer keeps more for it. They do not where each head has its own k, nor where a last group would be half empty.
 """
 

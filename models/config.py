@@ -129,7 +129,9 @@ class HycloraConfig:
 
     layer_type: str = _option("intra_inter_full_fuse", f"Compression strategy: {', '.join(POLICIES)}.")
     q_bit: int | str | None = _option(
-        None, "Bits of a quantized slot: 2, 3, 4, 8, or auto (chosen a slot within average_bits)."
+        None,
+        "Bits of a quantized slot: 2 (k has 4 where larger groups of gate and up pay for it), 3, 4, 8, or auto (chosen "
+        "a slot within average_bits).",
     )
     average_bits: float = _option(3.0, "With q_bit=auto: average bits per kept element, scales included.")
     iteration_threshold: int = _option(

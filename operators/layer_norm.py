@@ -14,12 +14,12 @@ from hyclora.operators.first_order import first_order
 from hyclora.operators.linear.dropout import draw_seed, dropout_tile
 from hyclora.operators.packing.codebook import book_constants
 from hyclora.operators.packing.layout import carve, packed_shapes
+from hyclora.operators.packing.programs import row_constants
 from hyclora.operators.packing.quantize import (
     dequantize_tile,
     load_channels,
     load_packed,
     quantize_tile,
-    row_constants,
     store_packed,
 )
 from hyclora.operators.savers import ChannelQuant, Keeper

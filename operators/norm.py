@@ -10,13 +10,13 @@ from hyclora.operators.dispatch import as_output, as_rows, cdiv, device_guard, n
 from hyclora.operators.first_order import first_order
 from hyclora.operators.packing.codebook import book_constants
 from hyclora.operators.packing.layout import carve, packed_shapes
+from hyclora.operators.packing.programs import row_constants
 from hyclora.operators.packing.quantize import (
     ROWS_A_PROGRAM,
     dequantize_tile,
     load_channels,
     load_words,
     quantize_tile,
-    row_constants,
     store_packed,
     store_tile,
     to_float,

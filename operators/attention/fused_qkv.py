@@ -4,7 +4,8 @@ Forward reads the frozen paths [q, k, v] once, packs them, and leaves the rotate
 backward restores the same from the packed slots. A program takes a tile (64 channels) of one half of a head and the
 tile of the other half that RoPE mixes it with, so half a head must be whole tiles, and a single one where a head is
 normalized; other heads take the unfused path. Without RoPE a program takes any tile of a slot, in a kernel of its own.
-Groups are tiles here. The packed bytes are those of operators/packing/quantize.py.
+Groups are tiles here: a program writes over what others would look at. The packed bytes are those of
+operators/packing/quantize.py.
 """
 
 import torch

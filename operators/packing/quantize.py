@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hyclora.operators import reference
-from hyclora.operators.dispatch import as_rows, cdiv, device_guard, next_power_of_2, use_triton
-from hyclora.operators.packing.codebook import GROUP, Codebook, book_constants
+from hyclora.operators.dispatch import as_rows, cdiv, device_guard, use_triton
+from hyclora.operators.packing.codebook import Codebook, book_constants
 from hyclora.operators.packing.layout import carve, packed_shapes
+from hyclora.operators.packing.programs import PACK_TILE, UNPACK_TILE, grid_of, row_constants, tile_of
 
 SCALE_ZERO = tl.constexpr(reference.SCALE_ZERO)
 LOG_SCALE_STEPS = tl.constexpr(reference.LOG_SCALE_STEPS)
@@ -25,9 +26,6 @@ INTEGERS, INTEGERS_BITS = tl.constexpr(2.0**23), tl.constexpr(0x4B000000)
 ONE_BITS = tl.constexpr(0x3F800000)
 # half a range by this, to the 8th power, has the exponent byte as its own exponent
 RANGE_TO_POWER = tl.constexpr(0.5 * 2 ** (1.5 / 8))
-# the fastest of those tried on an H200 and an H100, in groups of GROUP channels
-PACK_TILE = {"ROWS": 4, "BLOCK_GROUPS": 16, "num_warps": 2}
-UNPACK_TILE = {"ROWS": 8, "BLOCK_GROUPS": 4, "num_warps": 1}
 ROWS_A_PROGRAM = 4
 
 
@@ -340,15 +338,6 @@ def _dequantize_rows_kernel(
         tl.store(x_ptr + row * n_cols + outlier, kept.to(x_ptr.dtype.element_ty), mask=kept_mask)
 
 
-def _tile(tile: dict, book: Codebook) -> dict:
-    """A tile of as many channels in this book's groups."""
-    return tile | {"BLOCK_GROUPS": max(1, tile["BLOCK_GROUPS"] * GROUP // book.group)}
-
-
-def _grid(n_rows: int, n_groups: int, tile: dict) -> tuple[int]:
-    return (cdiv(n_rows, tile["ROWS"]) * cdiv(n_groups, tile["BLOCK_GROUPS"]),)
-
-
 def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
     """reference.quantize on any device: x [T, C] to codes and scale (packed_shapes), all that it allocates on a GPU."""
     if not use_triton(x):
@@ -356,9 +345,9 @@ def quantize(x: Tensor, mean: Tensor, inv_std: Tensor, book: Codebook) -> tuple[
     x = as_rows(x)
     n_rows, n_cols = x.shape
     codes, scale = carve(packed_shapes(n_rows, n_cols, book), x.device)
-    n_groups, tile = codes.shape[1], _tile(PACK_TILE, book)
+    n_groups, tile = codes.shape[1], tile_of(PACK_TILE, book)
     with device_guard(x):
-        _quantize_kernel[_grid(n_rows, n_groups, tile)](
+        _quantize_kernel[grid_of(n_rows, n_groups, tile)](
             x, mean, inv_std, codes, scale, n_rows, n_cols, n_groups, x.stride(0),
             **book_constants(book), **tile,
         )  # fmt: skip
@@ -370,10 +359,10 @@ def dequantize(codes: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: Co
     if not use_triton(codes):
         return reference.dequantize(codes, scale, mean, std, book, dtype)
     n_rows, n_groups = codes.shape[:2]
-    tile = _tile(UNPACK_TILE, book)
+    tile = tile_of(UNPACK_TILE, book)
     x = torch.empty(n_rows, mean.numel(), dtype=dtype, device=codes.device)
     with device_guard(codes):
-        _dequantize_kernel[_grid(n_rows, n_groups, tile)](
+        _dequantize_kernel[grid_of(n_rows, n_groups, tile)](
             codes, scale, mean, std, x, n_rows, mean.numel(), n_groups,
             **book_constants(book), **tile,
         )  # fmt: skip
@@ -401,13 +390,3 @@ def dequantize_rows(
             **book_constants(book), **row_constants(n_groups, book, kept.shape[1]),
         )  # fmt: skip
     return x
-
-
-def row_constants(n_groups: int, book: Codebook, n_outliers: int) -> dict:
-    """Tile of a kernel whose programs take whole rows."""
-    block = next_power_of_2(n_groups)
-    return {
-        "BLOCK_GROUPS": block,
-        "BLOCK_OUTLIERS": next_power_of_2(max(n_outliers, 1)),
-        "num_warps": min(16, max(1, block * book.group // 256)),
-    }

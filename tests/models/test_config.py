@@ -1,14 +1,21 @@
 """HycloraConfig, the slot table, and bits within an average."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
-from hyclora.models.bits import allocate_bits
+from hyclora.models.bits import PAYING, allocate_bits, widened
+from hyclora.models.building import slot_widths
 from hyclora.models.config import POLICIES, PRESETS, SLOTS
+from hyclora.models.families import FAMILIES
 from hyclora.models.patch import find_patch
+from hyclora.operators.savers import ChannelQuant
 from hyclora.utils.args import LINEARS
+from hyclora.utils.planning.shape import SHAPES
 from tests.helpers.small_models import gradients, llama, padded_batch
 
 BAD = {
@@ -182,6 +189,27 @@ def test_a_wider_k_takes_no_bits_more(width):
     assert savers["k"] == ["4 bit"] * 2
     plain = {"gate": -(-width // 64) * 144, "up": -(-width // 64) * 144, "k": 144}
     assert sum(bits[slot] for slot in plain) <= 2 * sum(plain.values())
+
+
+@pytest.mark.parametrize(
+    "name, is_wider",
+    [
+        *((name, True) for name in ("llama-2-70b", "llama-3-8b", "llama-3.2-1b", "mistral-7b", "qwen2.5-7b")),
+        ("qwen3-8b", True),
+        *((name, False) for name in ("llama-2-7b", "llama-2-13b")),  # each head has its own k
+    ],
+)
+def test_groups_pay_for_k_in_models_whose_heads_share_it(name, is_wider):
+    config = LlamaConfig(**json.loads((SHAPES / name / "config.json").read_text()))
+    with torch.device("meta"):
+        layer = LlamaForCausalLM(config).model.layers[0]
+    halves = (slot_widths(FAMILIES["llama"], layer, half) for half in ("attention", "mlp"))
+    widths = {slot: width for half in halves for slot, width in half.items()}
+
+    def packed_bits(width, bits, group):
+        return ChannelQuant(bits, "channel_group", 0.0, group).bits(width)
+
+    assert widened(widths, {"k": 4}, 2, packed_bits) == (({"k": 4}, PAYING) if is_wider else ({}, {}))
 
 
 def test_layers_that_keep_their_input_have_no_wider_k():
