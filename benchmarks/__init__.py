@@ -14,10 +14,11 @@ plan_times.py         the times that a plan measures on few layers, and all laye
 longest_rows.py       tokens of one row that fit a card of so many GiB
 kills.py              runs that are killed and resumed, against one that was not
 faults.py             runs that break in other ways, and go on
+steady.py             memory over thousands of steps
 
 jobs.py               what a measurement is of               record.py          a line of a result file
 ranks.py              a process a GPU                        rows.py            what the result files say
-workers.py            many small runs side by side
+workers.py            many small runs side by side           repeatable.py      runs that can be compared bit by bit
 random_checkpoint.py  a checkpoint of a shape
 report.py             README's tables                        figures.py         figures/*.png
 paper_tables.py       the paper's tables, of anyone's runs
@@ -26,5 +27,6 @@ technique_tables.py   those of a grid                        seed_reports.py    
 report_kills.py       and of runs that were killed           report_plan.py     what hyclora.plan counts, and is so
 report_scaling.py     and of several GPUs                   report_longest_rows.py  and of the longest row a card
 report_plan_check.py  and how far off that is, by kind      report_plan_times.py  and of times
-report_generation.py  and of writing                        tables.py          a table in Markdown
+report_generation.py  and of writing                        report_steady.py   and of memory over many steps
+tables.py             a table in Markdown
 """

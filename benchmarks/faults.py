@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.kills import COMMON, options_of, outcome, prepare
+from benchmarks.kills import COMMON, options_of, outcome
 from benchmarks.record import RESULTS, record
+from benchmarks.repeatable import EXACT_OPTIONS, Processes, prepare, settle
 from hyclora.utils.args import ROOT
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import UserError, entry_point
@@ -96,15 +97,15 @@ FAULTS = {
 }
 
 
-def run(context, argv: list[str], log: Path, fault: str | None = None) -> int:
+def run(start: Processes, argv: list[str], log: Path, fault: str | None = None) -> int:
     """The exit code of a run in a process of its own, broken by a fault."""
-    process = context.Process(target=_serve, args=(argv, log, fault))
-    process.start()
+    (process,), _ = start.start(argv, log, fault)
     process.join()
     return process.exitcode
 
 
-def _serve(argv: list[str], log: Path, fault: str | None) -> None:
+def _serve(pipe, environment: dict[str, str], argv: list[str], log: Path, fault: str | None) -> None:
+    settle(environment)
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -126,13 +127,13 @@ def _break(owner: type, fault: Fault) -> None:
     setattr(owner, fault.where, broken)
 
 
-def try_out(context, name: str, options: list[str], work: Path, expected: dict) -> dict:
+def try_out(start: Processes, name: str, options: list[str], work: Path, expected: dict) -> dict:
     """What became of a run with a fault, and of going on with it."""
     from hyclora.utils.runs.checkpoints import newest_whole, state_of
 
     fault, folder, log = FAULTS[name], work / name.replace(" ", "-"), work / f"{name.replace(' ', '-')}.txt"
     argv = [*options, *fault.options, "--output_dir", str(folder)]
-    code = run(context, argv, log, name)
+    code = run(start, argv, log, name)
     said = log.read_text(encoding="utf-8")
     line = {"exit_code": code, "sentences": said.count("error: "), "traceback": "Traceback" in said}
     if not fault.ends:
@@ -142,7 +143,7 @@ def try_out(context, name: str, options: list[str], work: Path, expected: dict) 
         fault.damage(newest_whole(run_folder)[0])
     checkpoint, torn = newest_whole(run_folder)
     line |= {"resumed_from": state_of(checkpoint).global_step if checkpoint else 0, "torn": len(torn)}
-    if code := run(context, [*argv, "--resume_from_checkpoint", "True"], log):
+    if code := run(start, [*argv, "--resume_from_checkpoint", "True"], log):
         return line | {"error": f"exit code {code}: {log.read_text(encoding='utf-8').splitlines()[-1]}"}
     found = outcome(folder)
     return line | {"differ": [name for name in expected if found[name] != expected[name]]}
@@ -164,14 +165,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     check_output(args.output_dir)
-    context, device = prepare([DRIVER])
+    context, device, gpus = prepare([DRIVER])
+    start = Processes(context, _serve, gpus=gpus)
     work = Path(tempfile.mkdtemp(prefix="faults-"))
-    options = options_of(DRIVER, args.model)
-    if run(context, [*options, "--output_dir", str(work / "unbroken")], work / "unbroken.txt"):
+    options = [*options_of(DRIVER, args.model), *(EXACT_OPTIONS if gpus else ())]
+    if run(start, [*options, "--output_dir", str(work / "unbroken")], work / "unbroken.txt"):
         raise UserError(f"{DRIVER} fails without being broken, see {work / 'unbroken.txt'}")
     expected = outcome(work / "unbroken")
     for name in args.faults:
-        line = try_out(context, name, options, work, expected)
+        line = try_out(start, name, options, work, expected)
         asked = {"device": device, "options": COMMON.split()}
         record(
             NAME,

@@ -192,6 +192,11 @@ def measure(job: Job) -> dict:
         from benchmarks.packed_rows import measure_packed  # after a peer's own imports
 
         found = measure_packed(job, model, patch)
+    elif job.rows.get("steady"):
+        model = build(job)
+        from benchmarks.steady import measure_steady
+
+        found = measure_steady(job, model)
     elif job.rows.get("scaling"):
         model = build(job)
         from benchmarks.scaling import measure_scaling

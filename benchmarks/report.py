@@ -21,6 +21,7 @@ from benchmarks.report_plan_check import every_case, of_kinds
 from benchmarks.report_plan_times import plan_times
 from benchmarks.report_real_rows import packed_rows, real_rows
 from benchmarks.report_scaling import scaling
+from benchmarks.report_steady import steady
 from benchmarks.rows import (
     LSE_KEPT,
     describe_batch,
@@ -333,6 +334,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "plan_times": plan_times,
         "packed_rows": packed_rows,
         "scaling": scaling,
+        "steady": steady,
         "technique_grid": technique_grid,
         "alpaca_texts": alpaca_texts,
         "generation": generation,

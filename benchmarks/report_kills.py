@@ -6,6 +6,7 @@ from benchmarks.rows import load
 from benchmarks.tables import source, table
 
 HEAD = ["died in", "kills", "calibration was under way", "torn checkpoints passed over", "resumed runs bit-equal"]
+BY_DEFAULT = "*By default: graphs and attention as ever, whose backward adds in any order on a GPU.*"
 
 
 def kills() -> str:
@@ -13,19 +14,40 @@ def kills() -> str:
 
     Bit-equal: every loss, the scores, the predictions and the file of adapters. Calibration: as of the checkpoint.
     """
-    lines, places = load("kills", "device", "model", "driver", "kill", "processes"), defaultdict(list)
+    lines, places = load("kills", "device", "model", "driver", "kill", "processes", "exact"), defaultdict(list)
     for line in lines:
-        n = line.get("arguments", {}).get("processes", 1)
-        places[line["device"], line["driver"] + ".py", f" of {n} processes" if n > 1 else "", line["killed_in"]].append(
-            line
-        )
+        asked = line.get("arguments", {})
+        several = f" of {asked['processes']} processes" if asked.get("processes", 1) > 1 else ""
+        how = {True: ", deterministic", False: ", by default"}.get(asked.get("exact"), "")
+        places[line["device"] + how, line["driver"] + ".py", several, line["killed_in"]].append(line)
     rows = []
     for (device, driver, several, place), found in sorted(places.items()):
-        equal = sum("error" not in line and not line["differ"] for line in found)
         calibrating, torn = (sum(line[key] or 0 for line in found) for key in ("calibrating", "torn"))
-        cells = [str(len(found)), str(calibrating), str(torn), f"{equal} of {len(found)}"]
+        cells = [str(len(found)), str(calibrating), str(torn), equal(found)]
         rows.append([f"{device}, `{driver}`{several}, {place}", *cells])
-    return table(HEAD, rows) + "\n\n" + source(lines, "python -m benchmarks.kills") if rows else ""
+    notes = [BY_DEFAULT] if any(", by default" in device for device, *_ in places) else []
+    notes += costs(lines)
+    return "\n\n".join([table(HEAD, rows), source(lines, "python -m benchmarks.kills"), *notes]) if rows else ""
+
+
+def equal(lines: list[dict]) -> str:
+    """How many resumed runs were, or were as near to unbroken ones as these are to each other, and how near that is."""
+    told = f"{sum('error' not in line and not line['differ'] for line in lines)} of {len(lines)}"
+    near = [line for line in lines if "apart" in line]
+    if not near:
+        return told
+    apart, own = (max(line[key] for line in near) for key in ("apart", "spread"))
+    return f"{told} within twice the spread: adapters {apart:.1e} apart, unbroken ones {own:.1e}"
+
+
+def costs(lines: list[dict]) -> list[str]:
+    """What a micro-batch takes with deterministic algorithms, and by default."""
+    times = {(line["device"], line["driver"]): line for line in lines if "default_ms" in line}
+    return [
+        f"*{device}, `{driver}.py`: {line['ms']:.0f} ms a micro-batch of these runs side by side where they are "
+        f"deterministic, {line['default_ms']:.0f} by default.*"
+        for (device, driver), line in times.items()
+    ]
 
 
 BROKEN = ["what happens", "exit code", "told", "goes on from step", "then all is as if nothing had happened"]

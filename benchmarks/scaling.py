@@ -55,10 +55,10 @@ def mean_losses(losses: list, every: int) -> list[float]:
     return [round(loss, 6) for loss in means.tolist()]
 
 
-def host_mib() -> float:
-    """The most that this process has had of the host's memory, pinned memory and libraries included."""
+def host_mib(which: str = "VmHWM") -> float:
+    """This process' host memory, pinned memory and libraries included: the most that it has had, or VmRSS, it has."""
     status = Path("/proc/self/status").read_text()
-    return round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024, 1)
+    return round(int(re.search(rf"{which}:\s*(\d+) kB", status)[1]) / 1024, 1)
 
 
 def communication_ms(training: Training) -> float:

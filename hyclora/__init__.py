@@ -9,8 +9,11 @@ memory, the longest row that fits, and with --measure what is fastest (python -m
 """
 
 import logging
+import time
 from importlib import import_module
 from pathlib import Path
+
+BEGUN = time.perf_counter()  # before a command of this package imports torch and others
 
 # PEFT imports bitsandbytes, which warns on every CPU machine that an optional kernel package is missing
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -5,9 +5,11 @@
 
 Rows are read as run_gsm8k.sh reads your own, .txt as run_wikitext2.sh does; demo are generated word problems. Adapters
 are those of a folder, or new ones, which are trained exactly for some steps: where lora_B is still 0, the gradient of
-lora_A is 0 too, and tells nothing. The settings of HyC-LoRA and of LoRA are those of the drivers.
+lora_A is 0 too, and tells nothing. The settings of HyC-LoRA and of LoRA are those of the drivers. The last line says
+how long it took, and what took it: on a small model mostly what is imported.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hyclora import Verification, apply_hyclora, verify
+from hyclora import BEGUN, Verification, apply_hyclora, verify
 from hyclora.utils.args import (
     DataArguments,
     HycloraArguments,
@@ -102,8 +104,30 @@ def read(args: FidelityArguments, tokenizer, count: int) -> list[dict]:
     return tokenize_rows(examples, tokenizer, args.seq_len).rows
 
 
+class Clock:
+    """Seconds since it was begun, and what took them."""
+
+    def __init__(self, begun: float):
+        self.begun = self.last = begun
+        self.parts: list[str] = []
+
+    def lap(self, name: str) -> None:
+        """What came since the last lap had this name."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.parts.append(f"{name} {now - self.last:.1f}")
+        self.last = now
+
+    def __str__(self) -> str:
+        return f"verify: {self.last - self.begun:.1f} s: {', '.join(self.parts)}"
+
+
 @entry_point
 def main(argv: list[str] | None = None) -> Verification:
+    clock = Clock(BEGUN if argv is None else time.perf_counter())
+    if argv is None:
+        clock.lap("imports")
     args, lora, hyclora = parse_arguments(argv, GROUPS, {"verify": True})
     require(hyclora.use_hyclora, "there is nothing to verify with use_hyclora=False: drop it")
     require(not hyclora.has_budget, "memory_budget does not count exact LoRA, which is verified against: drop it")
@@ -130,11 +154,14 @@ def main(argv: list[str] | None = None) -> Verification:
         model = PeftModel.from_pretrained(load_base(base, source, device), args.adapters, is_trainable=True)
     else:
         model = load_model(base, lora, source, device, args.seed)
+    clock.lap("rows and model")
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         train_exactly(model.train(), batches[:steps])
+        clock.lap(f"{steps} exact steps")
         apply_hyclora(model, hyclora.config())
         found = verify(model, batches[steps:])
-    print(found)
+        clock.lap("gradients")
+    print(found, clock, sep="\n")
     found.check(hyclora.verify_threshold)
     return found
 

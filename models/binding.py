@@ -7,7 +7,10 @@ them (patch.py); a copy of one module, say of a layer, has none, and is stock.
 import inspect
 from types import CellType, MethodType
 
+import torch
 from torch import nn
+
+from hyclora.operators.savers.base import taken_off
 
 BOUND = "_hyclora_forward"
 REPLICATE = "_replicate_for_data_parallel"  # what torch.nn.parallel.replicate calls
@@ -19,17 +22,31 @@ class BoundForward:
 
     To others it is the bound method that was there: it has its signature, and a __func__ that takes the module, which
     Accelerate wraps and binds again. Whatever is put around it stays when the block goes, and calls the former forward.
+    left: the name of a block that went, until the forward runs again; None behind that.
     """
 
-    __slots__ = ("module", "former", "block", "__weakref__")  # without a __dict__, functools.wraps copies no reference
+    __slots__ = (
+        "module",
+        "former",
+        "block",
+        "left",
+        "__weakref__",
+    )  # without a __dict__, functools.wraps copies no reference
     __name__ = "forward"
 
     def __init__(self, module: nn.Module, former, block=None):
         self.module, self.former, self.block = module, former, block
+        self.left: str | None = None
 
     def __call__(self, *args, **kwargs):
         block = self.block
-        return self.run_stock(*args, **kwargs) if block is None else block.forward(*args, **kwargs)
+        if block is not None:
+            return block.forward(*args, **kwargs)
+        if self.left is not None:
+            if torch._C._current_graph_task_id() != -1:  # in a backward what ran before runs again
+                raise taken_off(self.left)
+            self.left = None
+        return self.run_stock(*args, **kwargs)
 
     def run_stock(self, *args, **kwargs):
         if self.former is not None:
@@ -50,6 +67,7 @@ class BoundForward:
 
     def __setstate__(self, state):
         self.module, self.former = state
+        self.left = None
         self.block = getattr(self, "block", None)  # the Patch may have come first
 
     def replicate(self) -> nn.Module:
@@ -92,7 +110,7 @@ def bind(module: nn.Module, block) -> BoundForward:
         bound = BoundForward(module, module.__dict__.get("forward"))
         setattr(module, BOUND, bound)
         module.forward = bound
-    bound.block = block
+    bound.block, bound.left = block, None
     setattr(module, REPLICATE, bound.replicate)
     return bound
 
@@ -100,7 +118,8 @@ def bind(module: nn.Module, block) -> BoundForward:
 def unbind(bound: BoundForward) -> None:
     """Give a module its former forward back; what was put around it since stays, without the block inside."""
     own = bound.module.__dict__
-    bound.block = None
+    if bound.block is not None:
+        bound.block, bound.left = None, bound.block.name
     own.pop(REPLICATE, None)
     if _is_ours(own.get("forward")):
         del own["forward"], own[BOUND]

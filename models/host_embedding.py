@@ -3,7 +3,8 @@
 In the module's place a parameter without rows stays where the weight was. So the model has its device and dtype as
 ever, and where that goes, and what becomes of its dtype, is what rows and the weight follow; module.weight and the
 state dict are the weight itself, and a copy of the module alone is stock. The weight is not pinned: the GPU reads
-copies of its rows alone, and torch would round it up to a power of two.
+copies of its rows alone, and torch would round it up to a power of two. What would take the weight to the device, or a
+part of it (tying, fully_shard), is refused.
 """
 
 from functools import partial
@@ -14,24 +15,39 @@ from torch import Tensor, nn
 from hyclora.models import trust
 from hyclora.models.binding import BOUND
 from hyclora.models.blocks import Block
-from hyclora.models.sharding import is_sharded
+from hyclora.models.sharding import DTensor, is_sharded
 from hyclora.operators.savers import Step
 
 PIECE = 2**25  # bytes of rows that are pinned at a time
-WEIGHT, REDUCE = "weight", "__reduce_ex__"  # the second is what copy and pickle ask an object for
+WEIGHT, PARAMETERS, REDUCE = "weight", "_parameters", "__reduce_ex__"  # the last is what copy and pickle ask for
 SETTING = "offload_embeddings=True"
+NOT_SHARDED = "is in host memory, and fully_shard needs it on the device; shard without that setting"
 LEAVE_OUT = "leave it out of modules_to_save, target_modules and trainable_token_indices"
+
+
+class Parameters(dict):
+    """A module's, none of which fully_shard may put a part of in its place: it would look for that in module.weight."""
+
+    def __init__(self, name: str, parameters: dict):
+        super().__init__(parameters)
+        self.name = name
+
+    def __setitem__(self, key: str, value) -> None:
+        if isinstance(value, DTensor):
+            raise ValueError(f"{SETTING}: {self.name} {NOT_SHARDED}")
+        super().__setitem__(key, value)
 
 
 class HostEmbedding(Block):
     """The block of an embedding, in training and out of it: ids [...] give rows [..., C] of a frozen weight [V, C].
 
     Bits are those of torch's own lookup. A forward waits for the device that has the ids. On the host it takes the
-    weight's bytes, and some pieces; on the device what is returned.
+    weight's bytes, and some pieces; on the device what is returned. model: the transformers model that it is in.
     """
 
-    def __init__(self, module: nn.Module, name: str, step: Step):
+    def __init__(self, module: nn.Module, name: str, step: Step, model: nn.Module):
         super().__init__(module, name, {}, step)
+        self.model = model
         self.hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
 
     @property
@@ -49,7 +65,7 @@ class HostEmbedding(Block):
         own, weight = vars(self.module), self.module.weight
         place = nn.Parameter(weight.data.new_empty(0, weight.shape[1]), requires_grad=False)
         weight.data = weight.data.cpu()
-        self.module._parameters[WEIGHT] = place
+        own[PARAMETERS] = Parameters(self.name, own[PARAMETERS] | {WEIGHT: place})
         self.hooks = (
             self.module.register_state_dict_post_hook(save),
             self.module.register_load_state_dict_pre_hook(load),
@@ -63,14 +79,14 @@ class HostEmbedding(Block):
             hook.remove()
         vars(self.module).pop(REDUCE, None)
         weight, place = vars(self.module).pop(WEIGHT, None), self.module._parameters[WEIGHT]
+        vars(self.module)[PARAMETERS] = {**self.module._parameters}
         if weight is not None:
-            weight.data = weight.data.to(place.device, place.dtype)
-            self.module._parameters[WEIGHT] = weight
+            self.module._parameters[WEIGHT] = moved(weight, place)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, place = self._weight(), self.module._parameters[WEIGHT]
         if is_sharded(self.module):
-            raise ValueError(f"{SETTING}: {self.name} was sharded by fully_shard since; shard without that setting")
+            raise ValueError(f"{SETTING}: {self.name} {NOT_SHARDED}")
         if torch.is_grad_enabled() and (weight.requires_grad or place.requires_grad):
             raise ValueError(f"{SETTING} is for frozen embeddings, and {self.name} is trained now: drop that setting")
         ids, (_, width) = input.flatten().cpu(), weight.shape
@@ -82,8 +98,13 @@ class HostEmbedding(Block):
         return rows.view(*input.shape, width)
 
     def check(self, decoder: nn.Module) -> None:
-        """ValueError if a decoder has other embeddings by now."""
-        self._weight(decoder.get_input_embeddings())
+        """ValueError if a decoder has other embeddings by now, or the head has their weight."""
+        weight, head = self._weight(decoder.get_input_embeddings()), self.model.get_output_embeddings()
+        if getattr(head, WEIGHT, None) is weight:  # of a head with adapters too
+            raise ValueError(
+                f"{SETTING}: {self.name} was tied to the head since, which needs it on the device: tie weights before "
+                "apply_hyclora, without that setting"
+            )
 
     def _weight(self, module: nn.Module | None = None) -> nn.Parameter:
         """The weight in host memory; ValueError if it was replaced, or the module by this one."""
@@ -101,6 +122,14 @@ def held(module: nn.Module) -> nn.Parameter | None:
     return module.__dict__.get(WEIGHT)
 
 
+def moved(weight: nn.Parameter, place: nn.Parameter) -> nn.Parameter:
+    """The same Parameter where the model is by now; without memory (meta) it takes another one."""
+    if place.is_meta:
+        return nn.Parameter(weight.to(place.device, place.dtype), weight.requires_grad)
+    weight.data = weight.data.to(place.device, place.dtype)
+    return weight
+
+
 def reduced(module: nn.Module, hooks: tuple[torch.utils.hooks.RemovableHandle, ...], protocol: int) -> tuple:
     """What copy and pickle make another module of: a stock one, which a copy of the whole model sends away again."""
     make, kind, state, *rest = object.__reduce_ex__(module, protocol)
@@ -111,7 +140,7 @@ def reduced(module: nn.Module, hooks: tuple[torch.utils.hooks.RemovableHandle, .
     if (weight := held(module)) is not None:
         place = module._parameters[WEIGHT]
         given = nn.Parameter(weight.data.to(place.device, place.dtype), place.requires_grad)
-        state["_parameters"] = module._parameters | {WEIGHT: given}
+        state[PARAMETERS] = {**module._parameters, WEIGHT: given}
     return make, kind, state, *rest
 
 

@@ -15,6 +15,7 @@ from hyclora.models.switches import Switches
 from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
 from hyclora.operators.savers import Exact, Saver, Step
+from hyclora.operators.savers.base import taken_off
 from hyclora.operators.store import UNITS_A_LAYER
 
 # on the output of a layer that nobody else looks at: the next layer may overwrite it
@@ -107,9 +108,9 @@ OPTIONS = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_st
 class CheckpointBlock(Block):
     """Keeps a decoder layer's input: in place of its slots where config.layers says so, and for gradient checkpointing.
 
-    There it takes the place of torch's where it can keep the input better: with a store, or if layer_in is not exact.
-    HF calls it as it calls torch's, while gradient checkpointing is on; a trainer may switch that at any time, so
-    bind() is called before every training forward. Keeps what CheckpointFunction does.
+    There it takes the place of torch's where it can keep the input better: with a store, or if layer_in is not exact;
+    where it cannot, torch's runs inside. HF calls it as it calls torch's, while gradient checkpointing is on; a trainer
+    may switch that at any time, so bind() is called before every training forward. Keeps what CheckpointFunction does.
     own: whether the layer keeps its input without HF's checkpointing too; layer: its block, if it has one.
     switches: what backward has to find as it was; a Watch drops it where modules are others.
     """
@@ -125,8 +126,8 @@ class CheckpointBlock(Block):
 
     @property
     def used(self) -> bool:
-        """Whether it has any work."""
-        return self.own or self.bound is not None
+        """Whether it keeps anything."""
+        return self.own or self.better and self.bound is not None
 
     def applies(self, *args, cache=None, past_key_values=None, **kwargs) -> bool:
         """A training forward that HF does not checkpoint already, and that may be run again.
@@ -156,13 +157,13 @@ class CheckpointBlock(Block):
         return CheckpointFunction.apply(hidden_states, run_as_set, self.keeper(), whole, *switches.trained())
 
     def _check_unchanged(self, same: bool) -> None:
-        if same and self.step.patched:
-            return
-        what = "adapter, scaling, dropout or weights were changed" if self.step.patched else "the patch was taken off"
-        raise ValueError(
-            f"{self.name}: {what} between a forward and its backward, which runs this layer again; run the backward "
-            "first"
-        )
+        if not self.step.patched:
+            raise taken_off(self.name)
+        if not same:
+            raise ValueError(
+                f"{self.name}: adapter, scaling, dropout or weights were changed between a forward and its backward, "
+                "which runs this layer again; run the backward first"
+            )
 
     @property
     def better(self) -> bool:
@@ -173,10 +174,11 @@ class CheckpointBlock(Block):
         if not getattr(self.module, "gradient_checkpointing", False):
             return
         installed = getattr(self.module, "_gradient_checkpointing_func", None)
-        if self.better and (self.bound is None or installed is not self.bound):
+        if self.bound is None or installed is not self.bound:
             if isinstance(installed, BoundForward):  # a copied layer's, which has no block any more
                 installed = installed.former
-            self._check(installed)
+            if self.better:
+                self._check(installed)
             self.module._gradient_checkpointing_func = self.bound = BoundForward(self.module, installed, self)
 
     def _check(self, installed) -> None:
@@ -194,6 +196,8 @@ class CheckpointBlock(Block):
             self.module._gradient_checkpointing_func = self.bound.former
 
     def forward(self, function, hidden_states, *args):
+        if not self.better:
+            return self.bound.run_stock(self._guarded(function), hidden_states, *args)
         if not torch.is_grad_enabled() or self.step.whole is self.module:  # it is in one of its runs
             return function(hidden_states, *args)
         if any(is_part(module, p) for module in self.module.modules() for p in module.parameters(recurse=False)):
@@ -205,6 +209,16 @@ class CheckpointBlock(Block):
         run = self._run_of(function)
         whole = run is not None
         return self.keep_input(lambda x: (run if whole else function)(x, *args), hidden_states, whole)
+
+    def _guarded(self, function) -> Callable:
+        """A function that torch's checkpointing may not run again for another model than it ran for."""
+
+        def run(*args):
+            if not self.step.patched:
+                raise taken_off(self.name)
+            return function(*args)
+
+        return run
 
     def _run_of(self, function) -> Callable | None:
         """What runs the layer by itself in the place of a function that is HF's to do so; None for any other one.

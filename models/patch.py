@@ -128,7 +128,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     head_name = None if head is None else f"{head.name}.{family.head}"
     lookup, embedding = decoder.get_input_embeddings(), None
     if config.offload_embeddings:
-        embedding = host_embedding.HostEmbedding(lookup, names[id(lookup)], step)
+        embedding = host_embedding.HostEmbedding(lookup, names[id(lookup)], step, _base(model))
     not_patched = _others(model, family, decoder, [*layers, *([lookup] if embedding else [])]) + reasons
     no_graphs = _why_no_graphs(config, layers, blocks) if config.cuda_graphs == "auto" else None
     known = is_known(family, _base(model), decoder)

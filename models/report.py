@@ -174,6 +174,15 @@ def tell_of_new_calibration(lost: str | None, adapted: list) -> None:
         )
 
 
+def tell_of_one_unit() -> None:
+    """Warn if fully_shard has all layers in one unit, as HF's Trainer has PEFT models: then no memory is shared."""
+    logger.warning(
+        "HyC-LoRA: the layers are sharded as one unit, so the weights of all of them are gathered at once, and each "
+        "process has the memory for all. Give fully_shard each decoder layer before the model, or before the trainer "
+        "has it"
+    )
+
+
 def tell_of_checkpointing(layers: list[nn.Module]) -> None:
     """Warn if gradient checkpointing is on, as in TRL by default: what a block packs then lives for one layer only.
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 if torch.distributed.is_available():
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 else:
-    FSDPModule = DTensor = ()
+    FSDPModule = FullyShardedDataParallel = DTensor = ()
 
 MANAGED = "_is_fsdp_managed_module"  # torch tells its compiler so of all that is in a sharded module
 HOOKS = "torch.distributed.fsdp._fully_shard"
@@ -27,6 +27,12 @@ def is_sharded(module: nn.Module) -> bool:
 def is_unit(module: nn.Module) -> bool:
     """Whether fully_shard was given this very module: its hooks are what gathers its weights."""
     return isinstance(module, FSDPModule)
+
+
+def is_one_unit(decoder: nn.Module, layers: list[nn.Module]) -> bool:
+    """Whether layers are sharded, but none by itself: so that the weights of all are gathered at once."""
+    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in decoder.modules())
+    return all(map(is_sharded, layers)) and not wrapped and not any(map(is_unit, layers))
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

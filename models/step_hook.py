@@ -18,10 +18,11 @@ from hyclora.models.report import (
     tell_of_larger_batch,
     tell_of_late_trainer,
     tell_of_new_calibration,
+    tell_of_one_unit,
     tell_of_sharding,
     tell_of_unused_input,
 )
-from hyclora.models.sharding import is_sharded
+from hyclora.models.sharding import is_one_unit, is_sharded
 from hyclora.models.stream import Stream
 from hyclora.models.trust import GLOBAL_HOOKS, is_stock, is_watched, look
 
@@ -90,6 +91,8 @@ class StepHook:
             self.told = True
             if self.patch.graphs is not None and any(map(is_sharded, decoder.modules())):
                 tell_of_sharding()
+            if is_one_unit(decoder, [c.module for c in self.patch.checkpoints]):
+                tell_of_one_unit()
             if any(reads_labelled_positions(block.module) for block in self.patch.blocks):
                 tell_of_late_trainer()
             tell_of_checkpointing([c.module for c in self.patch.checkpoints if not (c.better or c.own)])

@@ -116,6 +116,14 @@ class Step:
         return self.token_mask.reshape(-1).bool()
 
 
+def taken_off(name: str) -> ValueError:
+    """What is to be said where a backward runs again what a patch ran that has been removed since."""
+    return ValueError(
+        f"{name}: the patch was taken off between a forward and its backward, which runs this layer again; run the "
+        "backward first"
+    )
+
+
 class Saver:
     """How one slot is kept; this class by itself keeps nothing, 0 bytes a token."""
 
@@ -282,12 +290,18 @@ class Keeper:
             self._tensors[i] = None
         ctx.save_for_backward(*self._tensors, *([ticket(self._homes)] if self._homes else []))
         ctx.slot_layout, ctx.slot_parts, ctx.has_ticket = self._layout, self._parts, bool(self._homes)
+        ctx.kept_in = self.step
 
     @staticmethod
     def load(ctx) -> "Keeper":
-        """The slots that forward saved on ctx."""
+        """The slots that forward saved on ctx; ValueError if torch's checkpointing can make them no more."""
         keeper = Keeper({}, None)
-        keeper._layout, keeper._tensors = dict(ctx.slot_layout), list(ctx.saved_tensors)
+        try:
+            keeper._layout, keeper._tensors = dict(ctx.slot_layout), list(ctx.saved_tensors)
+        except RuntimeError as error:
+            if ctx.kept_in is None or ctx.kept_in.patched:
+                raise
+            raise taken_off("gradient checkpointing") from error
         keeper._parts = {index: dict(layout) for index, layout in ctx.slot_parts.items()}
         # or autograd holds them until the block's backward is over; not if the graph is retained
         ctx.maybe_clear_saved_tensors()

@@ -1,12 +1,15 @@
 """Runs that are killed with SIGKILL and resumed are, bit by bit, the run that was not; what differs is found."""
 
 import json
+import os
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import save
 
-from benchmarks import kills, report_kills
+from benchmarks import kills, repeatable, report_kills
 from benchmarks.kills import EVALUATION, SAVING, STEP, Event, Point, points
 from tests.helpers.forked import forked
 
@@ -41,6 +44,61 @@ OLD_TRAINER = Version(transformers.__version__) < Version("5.24")
 def test_one_of_two_processes_is_killed(killed):
     (line,) = killed("--drivers", "run_gsm8k", "--kills", "1", "--processes", "2", "--seed", "1")
     assert line["differ"] == [] and line["resumed_from"] >= 2 and line["arguments"]["processes"] == 2
+
+
+@pytest.mark.parametrize("exact", ["True", "False"])
+def test_as_on_gpus(killed, monkeypatch, exact):
+    """Of which the runs see one each, in turns: deterministic, or beside the spread of runs that nobody killed."""
+    monkeypatch.setattr(kills, "UNBROKEN", 2)
+    options = ["--drivers", "run_gsm8k", "--kills", "1", "--exact", exact]
+    context = _NoGpu(repeatable.prepare(["run_gsm8k"])[0])
+    monkeypatch.setattr(kills, "prepare", lambda *_: (context, "cuda", ("4", "7")))
+    (line,) = killed(*options)
+    assert line["differ"] == [] and line["arguments"]["exact"] is (exact == "True") and line["ms"] > 0
+    assert ("default_ms" in line) is (exact == "True") and (line.get("spread") == 0) is (exact == "False")
+    environments = [environment for _, environment, *_ in context.given]
+    assert {environment["CUDA_VISIBLE_DEVICES"] for environment in environments} == {"4", "7"}
+    assert any(repeatable.EXACT in environment for environment in environments) is (exact == "True")
+
+
+class _NoGpu:
+    """A context that says what its processes are given."""
+
+    def __init__(self, context):
+        self.context, self.given = context, []
+
+    def Pipe(self, **options):
+        return self.context.Pipe(**options)
+
+    def Process(self, target, args):
+        self.given.append(args)
+        return self.context.Process(target=target, args=args)
+
+
+def test_processes_of_several_gpus():
+    """As many as a run has; no two runs have a port."""
+    start = repeatable.Processes(None, None, 2, ("0", "1", "2", "3", "4"))
+    seen = [start._environments() for _ in range(3)]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one, _ in seen] == ["0,1", "2,3", "0,1"]
+    assert [(one["LOCAL_RANK"], two["LOCAL_RANK"]) for one, two in seen] == [("0", "1")] * 3
+    assert len({one["MASTER_PORT"] for one, _ in seen}) == 3
+
+
+def test_an_environment_is_given_for_a_while(monkeypatch):
+    monkeypatch.setenv("THERE", "before")
+    with repeatable.given({"THERE": "now", "NEW": "1"}):
+        assert (os.environ["THERE"], os.environ["NEW"]) == ("now", "1")
+    assert os.environ["THERE"] == "before" and "NEW" not in os.environ
+
+
+def test_distance_of_adapters():
+    a, b = save({"x": torch.tensor([3.0, 4.0])}), save({"x": torch.tensor([3.0, 4.5])})
+    assert repeatable.distance(b, a) == pytest.approx(0.1) and repeatable.distance(a, a) == 0
+    assert repeatable.distance(a, save({"y": torch.ones(2)})) == float("inf")
+    unbroken = kills.Unbroken([], [], [{"adapters": a}, {"adapters": b}])
+    assert unbroken.compare({"adapters": save({"x": torch.tensor([3.0, 4.2])})})["differ"] == []
+    far = unbroken.compare({"adapters": save({"x": torch.tensor([3.0, 9.0])})})
+    assert far["differ"] == ["adapters"] and far["apart"] > 2 * far["spread"] > 0
 
 
 def test_points_lie_behind_the_first_whole_checkpoint():
@@ -83,7 +141,13 @@ def test_the_table_counts_what_was_not_equal(monkeypatch):
         kept | {"error": "exit code 1"},
         kept | {"killed_in": STEP, "torn": 0},
     ]
+    of_gpu = {"device": "X1", "ms": 20.4, "default_ms": 10.0, "arguments": {"exact": True}}
+    lines += [kept | of_gpu, kept | {"device": "X1", "apart": 1e-3, "spread": 2e-3, "arguments": {"exact": False}}]
     monkeypatch.setattr(report_kills, "load", lambda *_: [common | line for line in lines])
+    told = report_kills.kills()
+    assert "| X1, deterministic, `run_gsm8k.py`, saving | 1 | 1 | 1 | 1 of 1 |" in told
+    assert "1 of 1 within twice the spread: adapters 1.0e-03 apart, unbroken ones 2.0e-03 |" in told
+    assert "20 ms a micro-batch of these runs side by side where they are deterministic, 10 by default.*" in told
     assert report_kills.kills().splitlines()[2:4] == [
         "| CPU, `run_gsm8k.py`, saving | 3 | 3 | 3 | 1 of 3 |",
         "| CPU, `run_gsm8k.py`, step | 1 | 1 | 0 | 1 of 1 |",

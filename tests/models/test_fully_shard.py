@@ -157,6 +157,18 @@ def test_ways_to_shard(exact, way, shapes):
     assert (shapes[0] == (1, real)) == (way == "stream" and DEVICE == "cpu")
 
 
+@pytest.mark.parametrize("way", ["the model", "layers too"])
+def test_layers_that_are_all_gathered_at_once_are_told_of(one_process, caplog, way):
+    """As HF's Trainer has accelerate shard PEFT's models."""
+    model = llama()
+    apply_hyclora(model, CONFIGS["exact"])
+    shard(model) if way == "layers too" else fully_shard(model)
+    train(model, [padded_batch()] * 2)
+    assert caplog.text.count("the layers are sharded as one unit, so the weights of all of them are gathered") == (
+        way == "the model"
+    )
+
+
 def test_whole_weights_go_when_a_patched_model_is_sharded(one_process):
     model = llama()
     apply_hyclora(model, CONFIGS["exact"])
@@ -194,17 +206,21 @@ def test_gradient_checkpointing(exact, way):
 
 @pytest.mark.parametrize("base", ["float32", "nf4 as bfloat16"])
 @pytest.mark.parametrize("mixed", [None, "bf16"])
-def test_as_accelerate_shards(one_process, base, mixed):
-    """And so HF's Trainer and TRL's; accelerate asks for a GPU, so without one its function is called by itself."""
+@pytest.mark.parametrize("sent", [False, True], ids=["each loads", "the first one sends"])
+def test_as_accelerate_shards(one_process, base, mixed, sent):
+    """It asks for a GPU, so without one its function is called by itself; sent: weights are those of one process."""
     model, stock = llama(base=base), llama(base=base)
     apply_hyclora(model, CONFIGS["exact"])
     exact = train(stock, [padded_batch()])[0]
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=sent
     )
     plugin.set_mixed_precision(mixed) if mixed else None
     accelerator = SimpleNamespace(
-        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=mixed or "no", is_main_process=True, device=DEVICE
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision=mixed or "no",
+        is_main_process=True,
+        device=torch.device(DEVICE),
     )
     fsdp2_prepare_model(accelerator, model)
     assert isinstance(model.get_base_model().lm_head, FSDPModule)

@@ -345,39 +345,6 @@ def test_two_models_with_one_embedding():
         apply_hyclora(model, config())
 
 
-def assign(module: nn.Module, weight: torch.Tensor) -> None:
-    module.weight = nn.Parameter(weight.to(DEVICE), requires_grad=False)
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda model: lookup(model).requires_grad_(True), "embed_tokens is trained now"),
-        (lambda model: lookup(model).weight.requires_grad_(True), "embed_tokens is trained now"),
-        (lambda model: vars(lookup(model)).update({MANAGED: True}), "was sharded by fully_shard since"),
-        (lambda model: model.set_input_embeddings(nn.Embedding(128, 96)), "embed_tokens was replaced since"),
-        (lambda model: assign(lookup(model), torch.zeros(128, 96)), "embed_tokens was replaced since"),
-    ],
-    ids=["the module", "the weight", "sharded", "another module", "another weight"],
-)
-def test_what_is_done_to_it_later_is_noticed(change, said):
-    model, batch = llama(), padded_batch()
-    apply_hyclora(model, config())
-    change(model)
-    with pytest.raises(ValueError, match=said):
-        model(**batch)
-
-
-def test_resized_embeddings_stay_in_host_memory():
-    """Transformers gives the same module more rows."""
-    model, ids = llama(), torch.tensor([[127, 128, 129]], device=DEVICE)
-    apply_hyclora(model, config())
-    model.resize_token_embeddings(130)
-    assert model(input_ids=ids, labels=ids).loss.isfinite() and lookup(model).weight.device.type == "cpu"
-    remove_hyclora(model)
-    assert lookup(model)._parameters["weight"].shape == (130, 96)
-
-
 def test_a_budget_leaves_embeddings_that_cannot_wait_where_they_are(monkeypatch):
     """It may choose for others."""
     seen = []

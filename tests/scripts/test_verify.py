@@ -1,6 +1,7 @@
 """verify=True in a driver, and `python -m hyclora.fidelity`."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -96,6 +97,7 @@ def ask(tiny_llama_folder, capsys):
 def test_a_checkpoint_is_verified_on_rows_of_each_kind(ask, tmp_path):
     found, said = ask("--q_bit", 2)
     assert 0.7 < found.summary.cosine < 0.99 and not any(g.note for g in found.gradients) and str(found) in said
+    assert re.search(r"\nverify: [\d.]+ s: rows and model [\d.]+, 2 exact steps [\d.]+, gradients [\d.]+\n", said)
     rows = [{"prompt": f"{i} + 1 =", "response": f" {i + 1}"} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "text.txt").write_text("a sea of words and of fish " * 200)
