@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import RESULTS
-from benchmarks.report_experiments import alpaca_texts, experiments
+from benchmarks.report_experiments import alpaca_texts, experiments, other_experiments
 from benchmarks.report_generation import generation
 from benchmarks.report_kills import faults, kills
 from benchmarks.report_longest_rows import longest_rows
@@ -308,6 +308,7 @@ def kernels() -> str:
     return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.kernels")
 
 
+NOTHING = "*Not measured yet.*"
 PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {
         "real_rows": real_rows,
@@ -340,6 +341,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "generation": generation,
         "buffered": buffered,
         "fidelity": fidelity,
+        "other_experiments": other_experiments,
         "finetune": finetune,
         "kernels": kernels,
     },
@@ -351,7 +353,7 @@ def render(file: Path) -> str:
     text = file.read_text(encoding="utf-8")
     for name, make in PARTS[file].items():
         before, after = text.split(f"<!-- {name} -->\n")[0], text.split(f"<!-- end {name} -->")[1]
-        text = f"{before}<!-- {name} -->\n{make()}\n<!-- end {name} -->{after}"
+        text = f"{before}<!-- {name} -->\n{make() or NOTHING}\n<!-- end {name} -->{after}"
     return text
 
 

@@ -7,10 +7,10 @@ HEAD = ["tokens alike", "s with", "s without", "times as fast", "cache MiB", "pe
 
 
 def generation() -> str:
-    """A row a model, dtype and number of rows, of lines from a GPU; a sentence without lines."""
+    """A row a model, dtype and number of rows, of lines from a GPU; "" without any."""
     lines = on_gpus(load("generation", "model", "dtype", "rows", "new"))
     if not lines:
-        return "*Not measured on a GPU yet.*"
+        return ""
     rows = []
     for line in lines:
         kept, again = line["with"], line["without"]

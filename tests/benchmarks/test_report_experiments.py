@@ -6,7 +6,16 @@ import pytest
 
 from benchmarks import figures, rows
 from benchmarks.experiments import VARIANTS
-from benchmarks.report_experiments import ALPACA, ARITHMETIC, GLUE, LANGUAGE, alpaca_texts, experiments, one_table
+from benchmarks.report_experiments import (
+    ALPACA,
+    ARITHMETIC,
+    GLUE,
+    LANGUAGE,
+    alpaca_texts,
+    experiments,
+    one_table,
+    other_experiments,
+)
 
 EXACT, TWO = "exact LoRA", "intra_inter, 2 bit"
 
@@ -85,9 +94,9 @@ def test_lines_of_a_cpu_give_way_to_those_of_a_gpu(write):
 
 def test_nothing_is_shown_of_what_was_not_run(write):
     write()
-    assert experiments() == "" and figures.loss_bits() is None
+    assert experiments() == other_experiments() == "" and figures.loss_bits() is None
     write(line(EXACT, 0, 0.70), line(TWO, 0, 0.71))
-    assert one_table(ARITHMETIC) == "" and "GLUE" not in experiments()
+    assert one_table(ARITHMETIC) == "" and "GLUE" not in experiments() + other_experiments()
     (axes,) = figures.loss_bits().axes
     assert axes.get_ylabel() == "GSM8K answer loss" and len(axes.containers) == 1
 
@@ -104,4 +113,4 @@ def test_what_was_written_after_the_prompts(write):
     head, _, row = cells(alpaca_texts())
     assert head == ["what smollm2-135m writes after", "not trained", EXACT, TWO]
     assert row == ["I<br>am", "so &#124; so", "a\\_b", "&lt;b&gt;"]
-    assert cells(one_table(ALPACA))[2][2] == "2.0000" and "Alpaca's instructions" in experiments()
+    assert cells(one_table(ALPACA))[2][2] == "2.0000" and "Alpaca's instructions" in other_experiments()
