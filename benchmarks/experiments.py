@@ -33,12 +33,14 @@ from hyclora.utils.errors import Interrupted, RunStopped, UserError, entry_point
 
 NAME = "experiments"
 EXACT = "exact LoRA"
+SHARED = "k from groups, 2 bit"  # what q_bit=2 is where heads share a k
 # the arguments of HycloraConfig of each; None is stock PEFT
 VARIANTS: dict[str, dict | None] = {
     EXACT: None,
     "intra_inter, 4 bit": {"q_bit": 4},
     "intra_inter, auto 3.0": {"q_bit": "auto", "average_bits": 3.0},
-    "k from groups, 2 bit": {"q_bit": 2},
+    "intra_inter, auto 4.27": {"q_bit": "auto", "average_bits": 4.27},  # the bytes of 4 bit
+    SHARED: {"q_bit": 2},
     "intra_inter, 2 bit": {"q_bit": 2},
     "k wider, 2 bit": {"q_bit": 2, "slot_savers": {"k": "quant4"}},
     "layer inputs, 4 bit": {"layers": "input4"},
@@ -51,13 +53,12 @@ VARIANTS: dict[str, dict | None] = {
 }
 # names of language models' lines from before q_bit=2 had a k that heads share in 4 bit: told still, and run no more
 EARLIER = ["intra_inter, 2 bit", "k wider, 2 bit", "intra, 2 bit"]
-FIRST = list(VARIANTS)[:5]
+FIRST = [EXACT, "intra_inter, 4 bit", "intra_inter, auto 3.0", SHARED, "intra_inter, 2 bit"]
 GLUE_VARIANTS = [EXACT, "intra_inter, 4 bit", "intra_inter, 2 bit", *(f"published quantizer, {b} bit" for b in (4, 2))]
 COMMON = {
     **{"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1},
     **{"save_strategy": "no", "disable_tqdm": True, "num_train_epochs": 1},
 }
-SHARED = "k from groups, 2 bit"  # what q_bit=2 is where heads share a k
 LONG_VARIANTS = [EXACT, "intra_inter, 4 bit", SHARED, "layer inputs, 4 bit"]
 LONG_EVALUATED = ("gutenberg/pg84.txt", "proof/hott-basics.tex")
 # of run_alpaca.py, whose loop has a learning rate that is constant
