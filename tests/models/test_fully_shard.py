@@ -159,7 +159,7 @@ def test_ways_to_shard(exact, way, shapes):
 
 @pytest.mark.parametrize("way", ["the model", "layers too"])
 def test_layers_that_are_all_gathered_at_once_are_told_of(one_process, caplog, way):
-    """As HF's Trainer has accelerate shard PEFT's models."""
+    """As accelerate has it that is given PEFT's fsdp_auto_wrap_policy."""
     model = llama()
     apply_hyclora(model, CONFIGS["exact"])
     shard(model) if way == "layers too" else fully_shard(model)
