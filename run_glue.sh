@@ -33,9 +33,10 @@ load_in_4bit=${load_in_4bit:-False}
 evaluate_before=${evaluate_before:-True}
 
 num_gpus=${num_gpus:-}  # of this machine, one process each
+parallel=${parallel:-}  # ddp: each has all weights; fsdp2: they share them
 
 source "$root/utils/settings.sh"
 options+=(--gradient_accumulation_steps "$gradient_accu_steps")
 add_options load_in_4bit data_name data_dir seq_len target_modules
-add_options num_gpus non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
+add_options num_gpus parallel non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
 start run_glue.py "$@"

@@ -49,10 +49,11 @@ exact=$([[ "${use_hyclora:-}" == False || "${layer_type:-}" == baseline ]] && ec
 slot_savers=${slot_savers-$([[ "$exact" == True || -n "${layers:-}" ]] || echo '{"layer_in": "quant8"}')}
 
 num_gpus=${num_gpus:-}  # of this machine, one process each
+parallel=${parallel:-}  # ddp: each has all weights; fsdp2: they share them
 
 source "$root/utils/settings.sh"
 options+=(--gradient_accumulation_steps "$gradient_accu_steps")
-add_options num_gpus non_finite load_in_4bit data_name data_dir eval_files seq_len group_size rope_scaling
+add_options num_gpus parallel non_finite load_in_4bit data_name data_dir eval_files seq_len group_size rope_scaling
 add_options trainable_params slot_savers
 add_options eval_lengths stride seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
 start run_longseq.py "$@"

@@ -40,9 +40,10 @@ else
 fi
 
 num_gpus=${num_gpus:-}  # of this machine, one process each
+parallel=${parallel:-}  # ddp: each has all weights; fsdp2: they share them
 
 source "$root/utils/settings.sh"
 options+=(--gradient_accumulation_steps "$gradient_accu_steps")
-add_options num_gpus non_finite load_in_4bit data_name data_dir train_file tests drop_seen seq_len
+add_options num_gpus parallel non_finite load_in_4bit data_name data_dir train_file tests drop_seen seq_len
 add_options seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before greedy max_new_tokens
 start run_multitask.py "$@"

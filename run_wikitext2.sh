@@ -37,9 +37,10 @@ else
 fi
 
 num_gpus=${num_gpus:-}  # of this machine, one process each
+parallel=${parallel:-}  # ddp: each has all weights; fsdp2: they share them
 
 source "$root/utils/settings.sh"
 options+=(--gradient_accumulation_steps "$gradient_accu_steps")
 add_options load_in_4bit data_name data_dir eval_file seq_len stride
-add_options num_gpus non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
+add_options num_gpus parallel non_finite seed learning_rate num_train_epochs per_device_train_batch_size evaluate_before
 start run_wikitext2.py "$@"

@@ -175,11 +175,11 @@ def tell_of_new_calibration(lost: str | None, adapted: list) -> None:
 
 
 def tell_of_one_unit() -> None:
-    """Warn if fully_shard has all layers in one unit, as HF's Trainer has PEFT models: then no memory is shared."""
+    """Warn if fully_shard has all layers in one unit, as by PEFT's wrap policy: then no memory is shared."""
     logger.warning(
         "HyC-LoRA: the layers are sharded as one unit, so the weights of all of them are gathered at once, and each "
-        "process has the memory for all. Give fully_shard each decoder layer before the model, or before the trainer "
-        "has it"
+        "process has the memory for all. Give fully_shard each decoder layer before the model; accelerate does, by its "
+        "transformer_based_wrap, but not by PEFT's fsdp_auto_wrap_policy"
     )
 
 

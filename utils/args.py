@@ -27,6 +27,7 @@ from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import NEEDS, in_effect
 from hyclora.utils.runs.launch import check_processes
 from hyclora.utils.runs.script import SCRIPT, check_environment
+from hyclora.utils.sharded import ask_for_sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -182,10 +183,6 @@ def _trainer_default(name: str, value, choices=()):
     return option(value, transformers.TrainingArguments.__dataclass_fields__[name].metadata["help"], choices)
 
 
-# What splits weights among processes, by the Trainer's option, and the variable by which accelerate launch asks for it
-SPLIT = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
-
-
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's arguments with the paper's settings for GSM8K as defaults."""
@@ -214,15 +211,10 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_nan_inf_filter: bool = _trainer_default("logging_nan_inf_filter", False)
     non_finite: Literal["stop", "skip"] = non_finite_option()
     num_gpus: int = option(1, "Processes on this machine, one a GPU (of several machines: torchrun, without this).")
+    parallel: Literal["ddp", "fsdp2"] = option("ddp", "Each process has all weights, or they share them (fsdp2).")
 
     def __post_init__(self):
-        for name, variable in SPLIT.items():
-            asked = os.environ.get(variable, "false").lower() not in ("false", "0", "")
-            require(
-                not (getattr(self, name) or asked),
-                f"{name}: the scripts save and resume adapters that every process has whole; drop it and start one "
-                "process a GPU with torchrun, or train a model larger than a card by fully_shard in a loop of your own",
-            )
+        ask_for_sharding(self)
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
         # Without a GPU, and without being told so, the Trainer takes each process of several for the only one.

@@ -55,6 +55,22 @@ CONFLICTS = (
         "mixed_precision=off computes in float32, and dtype={dtype} has the weights in 16 bit: "
         "set dtype=float32, or mixed_precision=bf16",
     ),
+    *(
+        (
+            {"parallel": ("fsdp2",), name: refused},
+            f"parallel=fsdp2 leaves each process a part of the weights, and {why}",
+        )
+        for name, refused, why in (
+            ("offload_embeddings", (True,), "offload_embeddings=True needs the whole table: drop one of both"),
+            (
+                "lora_init_type",
+                ("pissa",),
+                "lora_init_type=pissa is saved by whole ones: choose another, or parallel=ddp",
+            ),
+            ("verify", (True,), "verify compares whole gradients: verify in a run with parallel=ddp"),
+            ("save_only_model", (True,), "save_only_model=True leaves out what resumes them: drop one of both"),
+        )
+    ),
 )
 # What the GPU alone can do.
 NEED_GPU = ("offload", "cuda_graphs", "memory_budget")

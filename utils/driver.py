@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hyclora import apply_hyclora, remove_hyclora, verify
+from hyclora.models.sharding import is_unit
 from hyclora.utils import results
 from hyclora.utils.args import (
     ROOT,
@@ -27,6 +28,7 @@ from hyclora.utils.args import (
 from hyclora.utils.data.tokens import Collator
 from hyclora.utils.disk import check_output, checkpoint_bytes
 from hyclora.utils.errors import UserError, entry_point
+from hyclora.utils.heads import Head
 from hyclora.utils.loading import (
     check_embeddings,
     check_layers,
@@ -46,6 +48,7 @@ from hyclora.utils.runs.card import save_trained, write_card
 from hyclora.utils.runs.identity import digest_of
 from hyclora.utils.runs.launch import is_launched, launch
 from hyclora.utils.runs.run import Run, begin
+from hyclora.utils.sharded import STORAGE, rest_gathered, shard, trained_of
 from hyclora.utils.tasks import Task
 from hyclora.utils.trainer import HycloraTrainer
 from hyclora.utils.within_budget import settle
@@ -216,6 +219,10 @@ def _load(task: Task, training: TrainingArguments) -> Load:
     if getattr(training, "leave_out", None):
         raise UserError(f"memory_budget cannot count gradient_checkpointing={checkpointing!r}: set off, or all")
     lengths, multiple = [len(row["input_ids"]) for row in task.train], Collator.multiple if task.collate is None else 1
+    if getattr(training, "parallel", "ddp") != "ddp":
+        raise UserError(
+            "memory_budget counts a whole model on each GPU, and parallel=fsdp2 shares it: drop one of both"
+        )
     options = {"checkpointing": checkpointing not in (False, "off"), "processes": training.world_size}
     return Load.of(lengths, training.per_device_train_batch_size, multiple, **options)
 
@@ -231,17 +238,20 @@ def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> dict | None:
         results.print_settings(groups[:-1], core)
         print(*decided, task.summary, sep="\n")
         clock = results.Clock()
-        model = load_model(model_args, lora_args, source, training.device, training.seed, task.head)
+        model = _load_model(model_args, lora_args, source, training, task.head)
         clock.lap("load")
         initial = keep_initial_adapters(model, run.folder / "initial_adapters")
         if training.save_steps:
             check_output(run.folder, needed=checkpoint_bytes(model, training.save_total_limit))
         scores, texts = {}, {}
         if task.write is not None:
-            texts["before"] = results.once(run.folder / "texts_before.json", vars(eval_args), lambda: task.write(model))
+            with rest_gathered(model):
+                file = run.folder / "texts_before.json"
+                texts["before"] = results.once(file, vars(eval_args), lambda: task.write(model))
             clock.lap("write before")
         if eval_args.evaluate_before and task.test:
-            scores["before"] = _evaluate_once(task, model, run, eval_args)
+            with rest_gathered(model):
+                scores["before"] = _evaluate_once(task, model, run, eval_args)
             print(*map(": ".join, results.line_by_line(task.shown(scores)).items()), sep="\n")
             clock.lap("evaluate before")
         kept_bits = None
@@ -252,19 +262,25 @@ def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> dict | None:
             print(report)
 
         fitted = driver.fit(Fitting(model, task, run, training, hyclora_args, tokenizer, clock))
+        trained = trained_of(model)  # from all processes
+        if training.save_steps and training.should_save:
+            save_trained(model, run.folder, initial, trained)
+            tokenizer.save_pretrained(run.folder)
+        if not (training.should_save or is_unit(model)):
+            return None
+        predictions = []
+        with rest_gathered(model):
+            if task.test:
+                scores["after"], predictions = task.evaluate(model)
+                clock.lap("evaluate after")
+            if task.write is not None:
+                texts["after"] = task.write(model)
+                clock.lap("write after")
         if not training.should_save:
             return None
-        if training.save_steps:
-            save_trained(model, run.folder, initial)
-            tokenizer.save_pretrained(run.folder)
-        if task.test:
-            scores["after"], predictions = task.evaluate(model)
-            clock.lap("evaluate after")
-            if predictions:
-                results.write_json(run.folder / "predictions.json", predictions)
-        if task.write is not None:
-            texts["after"] = task.write(model)
-            clock.lap("write after")
+        if predictions:
+            results.write_json(run.folder / "predictions.json", predictions)
+        if texts:
             print(results.texts_of(texts))
 
         found = {
@@ -290,6 +306,25 @@ def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> dict | None:
         kept = f", {'adapters' if lora_args.use_lora else 'weights'}: {run.folder}" if training.save_steps else ""
         print(f"results: {run.folder}.json, log: {run.folder}.log{kept}")
         return found
+
+
+def _load_model(
+    model: ModelArguments, lora: LoraArguments, source: str, training: TrainingArguments, head: Head
+) -> PeftModel | PreTrainedModel:
+    """The model with its adapters on the device of the training, or of it what this process has by parallel=fsdp2.
+
+    Weights to be shared wait in host memory, so that no GPU has all of them; but NF4 is made on the GPU.
+    """
+    device, seed = training.device, training.seed
+    if getattr(training, "parallel", "ddp") == "ddp":
+        return load_model(model, lora, source, device, seed, head)
+    waiting = device if model.load_in_4bit else torch.device("cpu")
+    if device.type == "cuda" and model.dtype == "auto":
+        model = replace(model, dtype="bfloat16")
+    shared = load_model(model, lora, source, waiting, seed, head, storage=STORAGE)
+    shard(shared, device)
+    print(f"weights: shared by {training.world_size} processes (FSDP2), each layer by itself")
+    return shared
 
 
 def _evaluate_once(task: Task, model, run: Run, evaluation: EvalArguments) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hyclora.models.config import HycloraConfig
 from hyclora.models.patch import patch_of
+from hyclora.models.sharding import local
 
 MIB = 2**20
 AFTER_CALIBRATION = 2  # forwards: a kind of input is recorded as CUDA graphs the second time that it comes
@@ -57,13 +58,15 @@ def buffered(model: nn.Module, batch: dict[str, Tensor], kind_of: Callable[[Tens
     store has on the device when the forward ends does. Random state, gradients and training mode are left as they were.
     """
     resident = [*model.parameters(), *model.buffers(), *batch.values()]
-    known = {tensor.untyped_storage().data_ptr() for tensor in resident}
+    known = {local(tensor).untyped_storage().data_ptr() for tensor in resident}
     # Holding the storages keeps their addresses from being given to a later tensor.
     kept: dict[int, tuple[str, torch.UntypedStorage]] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known and storage.data_ptr() not in kept:
+        # that of a weight which was gathered is not known, and lives for its layer only
+        of_weight = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+        if not of_weight and storage.data_ptr() not in known and storage.data_ptr() not in kept:
             kept[storage.data_ptr()] = kind_of(tensor.detach()), storage
         # an operator that holds its own output in a hook's result would never be freed
         return tensor if tensor.grad_fn is None else tensor.detach()

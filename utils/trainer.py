@@ -16,12 +16,14 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hyclora.models.finite import NonFiniteCallback
+from hyclora.models.sharding import is_unit
 from hyclora.models.state import load_calibration, save_calibration
 from hyclora.utils.errors import Interrupted, UserError
 from hyclora.utils.profiling import pinned_bytes
 from hyclora.utils.runs.card import tidy
 from hyclora.utils.runs.checkpoints import prune, seal, state_of
 from hyclora.utils.runs.room import telling
+from hyclora.utils.sharded import take_cpu_too, trained_of
 
 
 class StopOnSignal(TrainerCallback):
@@ -134,11 +136,20 @@ class HycloraTrainer(Trainer):
         for callback in (self.progress, self.stop_on_signal, self.non_finite):
             self.add_callback(callback)
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        take_cpu_too(self)
+
     def create_optimizer(self, *args, **kwargs):
         with _making("optimizer", "--optim and --optim_args"):
-            return super().create_optimizer(*args, **kwargs)
+            optimizer = super().create_optimizer(*args, **kwargs)
+        self._trained = [list(group["params"]) for group in self.optimizer.param_groups]
+        return optimizer
 
     def create_scheduler(self, *args, **kwargs):
+        # accelerate knows sharded weights by their address, and parts without an element have none of their own
+        for group, params in zip(self.optimizer.param_groups, self._trained, strict=True):
+            group["params"] = params
         with _making("schedule", "--lr_scheduler_type and --lr_scheduler_kwargs"):
             return super().create_scheduler(*args, **kwargs)
 
@@ -162,8 +173,11 @@ class HycloraTrainer(Trainer):
         return loss
 
     def save_model(self, output_dir=None, _internal_call=False):
-        super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir
+        if is_unit(self.model):  # whose frozen weights would be gathered too
+            self._save(folder, trained_of(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             tidy(Path(folder))
         if self.compressed and self.args.should_save:
@@ -209,4 +223,5 @@ class HycloraTrainer(Trainer):
         """The model as the training left it, ready to be evaluated as if it had just ended."""
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
-        self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        if not is_unit(self.model):
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)

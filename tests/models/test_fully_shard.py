@@ -26,7 +26,7 @@ from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal, offloaded
 from tests.helpers.ranks import run_ranks
 from tests.helpers.replaying import CALIBRATION, batches, graphed
-from tests.helpers.small_models import gradients, is_late, largest_error, llama, padded_batch
+from tests.helpers.small_models import gradients, is_late, largest_error, llama, padded_batch, roberta
 
 N_STEPS = CALIBRATION + 2
 CONFIGS = {
@@ -159,7 +159,7 @@ def test_ways_to_shard(exact, way, shapes):
 
 @pytest.mark.parametrize("way", ["the model", "layers too"])
 def test_layers_that_are_all_gathered_at_once_are_told_of(one_process, caplog, way):
-    """As HF's Trainer has accelerate shard PEFT's models."""
+    """As accelerate has it that is given PEFT's fsdp_auto_wrap_policy."""
     model = llama()
     apply_hyclora(model, CONFIGS["exact"])
     shard(model) if way == "layers too" else fully_shard(model)
@@ -167,6 +167,21 @@ def test_layers_that_are_all_gathered_at_once_are_told_of(one_process, caplog, w
     assert caplog.text.count("the layers are sharded as one unit, so the weights of all of them are gathered") == (
         way == "the model"
     )
+
+
+@pytest.mark.parametrize("sharded_first", [False, True])
+def test_an_encoder(one_process, sharded_first):
+    """Half of whose layers is in no module but the layer itself."""
+    model = roberta()
+    (stock,) = train(model, [padded_batch()])
+    if not sharded_first:
+        apply_hyclora(model, CONFIGS["exact"])
+    for layer in model.get_base_model().roberta.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    if sharded_first:
+        apply_hyclora(model, CONFIGS["exact"])
+    assert largest_error(train(model, [padded_batch()])[0], stock) < 1e-5
 
 
 def test_whole_weights_go_when_a_patched_model_is_sharded(one_process):

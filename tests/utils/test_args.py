@@ -9,6 +9,8 @@ from hyclora.utils.args import HycloraArguments, Parser, TrainingArguments
 from hyclora.utils.errors import UserError
 from run_gsm8k import DRIVER
 
+SHARED = ("--parallel", "fsdp2", "--num_gpus", "2", "--use_cpu", "True")
+
 
 def parse(*argv):
     return dict(zip([group.__name__ for group in DRIVER.groups], DRIVER.parse(list(argv)), strict=True))
@@ -104,8 +106,13 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--num_train_epochs", "-1"], "num_train_epochs must be a positive number"),
         (["--max_steps", "0"], "max_steps must be at least 1"),
         (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_strategy must be no"),
-        (["--fsdp", "True"], "fsdp: the scripts save and resume adapters that every process has whole; drop it"),
-        (["--deepspeed", "zero3.json"], "deepspeed: the scripts save and resume adapters"),
+        (["--fsdp", "True"], "fsdp: the scripts share weights by parallel=fsdp2 and in no other way; drop it"),
+        (["--deepspeed", "zero3.json"], "deepspeed: the scripts share weights by parallel=fsdp2"),
+        (["--parallel", "fsdp2"], "parallel=fsdp2 shares the weights among processes, and this is one: set num_gpus"),
+        ([*SHARED, "--verify", "True"], "verify compares whole gradients: verify in a run with parallel=ddp"),
+        ([*SHARED, "--offload_embeddings", "True"], "offload_embeddings=True needs the whole table"),
+        ([*SHARED, "--lora_init_type", "pissa"], "lora_init_type=pissa is saved by whole ones"),
+        ([*SHARED, "--save_only_model", "True"], "save_only_model=True leaves out what resumes them"),
         (["--offload", "True", "--use_cpu", "True"], "offload=True needs a GPU"),
         (["--cuda_graphs", "True", "--use_cpu", "True"], "cuda_graphs=True needs a GPU"),
     ],

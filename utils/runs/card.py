@@ -68,12 +68,17 @@ def tidy(folder: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def save_trained(model: PeftModel | PreTrainedModel, folder: Path, initial: Path | None = None) -> None:
-    """Write the trained adapters, or all weights if all were trained; initial: see `keep_initial_adapters`."""
+def save_trained(
+    model: PeftModel | PreTrainedModel, folder: Path, initial: Path | None = None, trained: dict | None = None
+) -> None:
+    """Write the trained adapters, or all weights if all were trained.
+
+    initial: see `keep_initial_adapters`; trained: of a sharded model, see `trained_of`.
+    """
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder, max_shard_size="1TB")  # one file, which a checkpoint is restored from
         return
-    model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
+    model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial, state_dict=trained)
     if initial is not None:
         _add_whole_modules(model, folder / WEIGHTS)
     tidy(folder)

@@ -17,7 +17,7 @@ from hyclora.utils.results import SETTINGS, write_json
 SUMS = "checksums.json"
 STATE = "trainer_state.json"
 ADAPTERS, ALL_WEIGHTS = "adapter_model.safetensors", "model.safetensors"
-_NEEDED = ("optimizer.pt", STATE)
+OPTIMIZER, SHARDED = "optimizer.pt", ("optimizer.bin", "pytorch_model_fsdp.bin")  # of DDP, and of FSDP2
 _CHUNK = 2**22
 
 
@@ -44,7 +44,8 @@ def fault_of(folder: Path) -> str | None:
     except (ValueError, TypeError):
         return f"{SUMS} is broken"
     weights = ALL_WEIGHTS if ALL_WEIGHTS in sums else ADAPTERS
-    for name in (weights, *_NEEDED, *sums):
+    resumed = SHARDED if SHARDED[0] in sums else (OPTIMIZER,)
+    for name in (weights, STATE, *resumed, *sums):
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _digest(folder / name) != sums.get(name):

@@ -94,6 +94,7 @@ FREE = {
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
     *("ddp_backend", "ddp_timeout", "num_gpus"),
+    "parallel",  # of which the Trainer's fsdp tells
     *("verify", "verify_threshold", "non_finite"),
     *("memory_budget", "plan"),
     *LAUNCH,
