@@ -99,6 +99,16 @@ def test_distance_of_adapters():
     assert unbroken.compare({"adapters": save({"x": torch.tensor([3.0, 4.2])})})["differ"] == []
     far = unbroken.compare({"adapters": save({"x": torch.tensor([3.0, 9.0])})})
     assert far["differ"] == ["adapters"] and far["apart"] > 2 * far["spread"] > 0
+    assert unbroken.compare({"adapters": save({"x": torch.tensor([3.0, torch.nan])})})["differ"] == ["adapters"]
+
+
+def test_a_spread_is_for_gpus(tiny_llama_folder, tmp_path, capsys, monkeypatch):
+    """Runs on a CPU would be compared bit by bit all the same."""
+    monkeypatch.setattr(kills, "prepare", lambda *_: (None, "cpu", ()))
+    monkeypatch.setattr(kills, "leave_alone", lambda *_: pytest.fail("begun"))
+    with pytest.raises(SystemExit) as ended:
+        kills.main(["--model", str(tiny_llama_folder), "--output_dir", str(tmp_path), "--exact", "False"])
+    assert ended.value.code == 2 and "on a CPU all are exact: drop it" in capsys.readouterr().err
 
 
 def test_points_lie_behind_the_first_whole_checkpoint():
