@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from benchmarks.experiments import EARLIER, EXACT, LONG_EVALUATED, TASKS, TESTED, VARIANTS
 from benchmarks.record import RESULTS
 from benchmarks.rows import load
-from benchmarks.tables import remarks, source, table
+from benchmarks.tables import NOT_YET, remarks, source, table
 
 BEFORE = "not trained"
 PICTURE = RESULTS.parent.parent / "figures" / "loss_bits.png"
@@ -183,7 +183,7 @@ def experiments() -> str:
 
 
 def alpaca_texts() -> str:
-    """What was written after the test prompts before training, and after it by each variant; "" without lines."""
+    """What was written after the test prompts before training, and by each variant after it; or that nothing was."""
     lines = [line for line in lines_of(ALPACA) if "texts" in line]
     lines.sort(key=lambda line: list(VARIANTS).index(line["variant"]))
     cells: dict[str, dict[str, str]] = {}
@@ -192,7 +192,7 @@ def alpaca_texts() -> str:
             for row in line["texts"][when]["texts"]:
                 cells.setdefault(row["prompt"], {}).setdefault(name, row["text"])
     if not cells:
-        return ""
+        return NOT_YET
     names = list(dict.fromkeys([BEFORE, *(line["variant"] for line in lines)]))
     rows = [[in_cell(prompt), *(in_cell(found.get(name, "")) for name in names)] for prompt, found in cells.items()]
     said = source(lines, "python -m benchmarks.experiments --tasks alpaca")

@@ -1,7 +1,7 @@
 """The table of what keeping keys and values is worth while a model writes."""
 
 from benchmarks.rows import load, on_gpus
-from benchmarks.tables import source, table
+from benchmarks.tables import NOT_YET, source, table
 
 HEAD = ["tokens alike", "s with", "s without", "times as fast", "cache MiB", "peak MiB with", "without"]
 
@@ -10,7 +10,7 @@ def generation() -> str:
     """A row a model, dtype and number of rows, of lines from a GPU; a sentence without lines."""
     lines = on_gpus(load("generation", "model", "dtype", "rows", "new"))
     if not lines:
-        return "*Not measured on a GPU yet.*"
+        return NOT_YET
     rows = []
     for line in lines:
         kept, again = line["with"], line["without"]

@@ -1,15 +1,20 @@
 """The table of memory over many steps."""
 
 from benchmarks.rows import CELL, describe_device, describe_model, load, named
-from benchmarks.tables import source, table
+from benchmarks.tables import NOT_YET, source, table
 
 HEAD = ["allocated MiB", "held MiB", "tensors alive", "MiB of them", "host RSS MiB"]
 KEYS = ("allocated_mib", "held_mib", "tensors", "tensor_mib", "rss_mib")
 
 
 def steady() -> str:
-    """A row a device, model, kind of rows and setting: first sample, last one, and the largest if that is more."""
+    """A row a device, model, kind of rows and setting: first sample, last one, and the largest if that is more.
+
+    A sentence without lines.
+    """
     lines = load("steady", *CELL, "rows")
+    if not lines:
+        return NOT_YET
     rows = []
     for line in lines:
         cell = tuple((line["arguments"] | line)[key] for key in CELL)
@@ -21,9 +26,7 @@ def steady() -> str:
         samples = line["samples"]
         steps = f"{samples[0]['step']} to {samples[-1]['step']}"
         rows.append([name, steps, *(course([s[key] for s in samples if key in s]) for key in KEYS)])
-    return (
-        table(["memory", "steps", *HEAD], rows) + "\n\n" + source(lines, "python -m benchmarks.steady") if rows else ""
-    )
+    return table(["memory", "steps", *HEAD], rows) + "\n\n" + source(lines, "python -m benchmarks.steady")
 
 
 def course(numbers: list[float]) -> str:

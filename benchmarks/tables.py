@@ -3,6 +3,8 @@
 # of rows that are not of one run
 SITTINGS = "*Commits differ where rows were measured in other sittings, on other cards of this kind.*"
 
+NOT_YET = "*Not measured on a GPU yet.*"
+
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]

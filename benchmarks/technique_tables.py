@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.record import RESULTS, read
 from benchmarks.seed_reports import DOWN, IN_WORDS, MEMORY, NONE, REPORTS, TECHNIQUES, TIME, UP, Report
-from benchmarks.tables import source, table
+from benchmarks.tables import NOT_YET, source, table
 from benchmarks.technique_peers import UNSLOTH
 from benchmarks.workers import NOT_DONE
 
@@ -101,7 +101,7 @@ def technique_grid() -> str:
 def techniques() -> str:
     """The grids of README's shape."""
     parts = [part for grid in recorded() if grid.asked["model_name"] == SHAPE for part in grid.tables("figures")]
-    return "\n\n".join(parts) or "*Not measured on a GPU yet.*"
+    return "\n\n".join(parts) or NOT_YET
 
 
 def latest(lines: list[dict]) -> list[dict]:

@@ -167,7 +167,9 @@ def why_not_half(
         called = getattr(nn.functional, function)
         if not (isinstance(called, BuiltinFunctionType) or is_known(called)):
             return f"{name}: torch.nn.functional.{function} was replaced by another one"
-    if unit := next((name for m, name in ((norm, norm_name), (module, name)) if is_unit(m)), None):
+    is_layer = half == "mlp" and family.mlp_kind == family.layer_kind  # as in encoders
+    parts = ((norm, norm_name), *(() if is_layer else ((module, name),)))
+    if unit := next((name for part, name in parts if is_unit(part)), None):
         return f"{unit}: fully_shard was given a part of a layer; give it whole layers"
     why_not, kind = {
         "attention": (_why_not_attention, family.attention_kind),

@@ -50,12 +50,13 @@ def test_a_line_a_kind_of_rows(tiny_llama_folder, tmp_path, monkeypatch, capsys)
         "seconds": 1.0,
         "samples": [{"step": 8 * i, "rss_mib": 500.0 + (i == 2) * 9, "tensors": 7} for i in (1, 2, 3)],
     }
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    assert "Not measured" in report_steady.steady()
     monkeypatch.setattr("benchmarks.memory_throughput.run", lambda job, timeout: found)
     fixed = ["--shape", str(tiny_llama_folder), "--device", "cpu", "--base", "bf16", "--output_dir", str(tmp_path)]
     steady.main([*fixed, "--steps", "24", "--every", "8"])
     lines = [json.loads(line) for line in (tmp_path / "steady.jsonl").read_text().splitlines()]
     assert [line["arguments"]["rows"]["steady"] for line in lines] == list(steady.KINDS)
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
     told = report_steady.steady().splitlines()
     assert "padded rows" in told[2] and told[2].endswith("| 8 to 24 |  |  | 7 to 7 |  | 500 to 500, most 509 |")
     with pytest.raises(SystemExit):
