@@ -31,7 +31,7 @@ def killed(tiny_llama_folder, tmp_path, monkeypatch):
 
 
 def test_killed_in_each_phase_and_resumed_it_is_the_run_that_nobody_killed(killed):
-    found = killed("--drivers", "run_gsm8k", "--kills", "3")
+    found = sorted(killed("--drivers", "run_gsm8k", "--kills", "3"), key=lambda line: line["kill"])
     assert [line["phase"] for line in found] == [STEP, SAVING, EVALUATION]
     for line in found:
         assert line["differ"] == [] and line["resumed_from"] >= 2 and line.keys() >= REPORTED
