@@ -33,7 +33,7 @@ def test_memory_that_grows_is_seen(job, monkeypatch):
     backward = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: held.append(torch.ones(2**18)) or backward(loss))
     first, *_, last = peers.measure(job("whole", "PEFT LoRA"))["samples"]
-    assert last["tensors"] - first["tensors"] >= 16 and last["tensor_mib"] - first["tensor_mib"] >= 16
+    assert last["tensors"] - first["tensors"] >= 16 and last["tensor_mib"] - first["tensor_mib"] > 15.9
 
 
 def test_rows_are_of_other_lengths_each_time(job):
@@ -55,6 +55,7 @@ def test_a_line_a_kind_of_rows(tiny_llama_folder, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("benchmarks.memory_throughput.run", lambda job, timeout: found)
     fixed = ["--shape", str(tiny_llama_folder), "--device", "cpu", "--base", "bf16", "--output_dir", str(tmp_path)]
     steady.main([*fixed, "--steps", "24", "--every", "8"])
+    assert "seconds 1.0\n" in capsys.readouterr().out, "samples are for the file"
     lines = [json.loads(line) for line in (tmp_path / "steady.jsonl").read_text().splitlines()]
     assert [line["arguments"]["rows"]["steady"] for line in lines] == list(steady.KINDS)
     told = report_steady.steady().splitlines()
