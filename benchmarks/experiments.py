@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.jobs import number
 from benchmarks.record import read, record
 from benchmarks.rows import whole
-from benchmarks.workers import run_all
+from benchmarks.workers import require_gpus, run_all, visible_gpus
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import Interrupted, RunStopped, UserError, entry_point
 
@@ -232,6 +232,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in dict.fromkeys(name for task in args.tasks for name in TASKS[task].files):
         if not (args.data / name).is_file():
             raise UserError(f"{args.data / name} does not exist: --data is a folder with {name}")
+    if args.gpus:
+        require_gpus("--gpus", args.gpus)
     return args
 
 
@@ -249,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     # so that the workers end as well
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     jobs = [(trial, TASKS[trial.task].driver, trial.argv(args)) for trial in left]
-    gpus = [str(i) for i in range(args.gpus)] or [None]
+    gpus = visible_gpus(args.gpus) if args.gpus else [None]
     failed, ended = 0, 0
     try:
         for (trial, *_), found in run_all(jobs, args.jobs, gpus, args.output_dir / "logs", begun + 60 * args.minutes):

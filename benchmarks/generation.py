@@ -18,6 +18,7 @@ from benchmarks.jobs import number
 from benchmarks.record import RESULTS, record
 from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.data.alpaca import TEST_PROMPTS
+from hyclora.utils.disk import check_output
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.generate import compare_rows
 from hyclora.utils.loading import find_base, load_base, load_tokenizer
@@ -42,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    check_output(args.output_dir)
     settings = ModelArguments(args.model.name, str(args.model.parent), dtype=args.dtype)
     source = find_base(settings, LoraArguments())
     tokenizer = load_tokenizer(source)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.record import RESULTS
+from benchmarks.workers import require_gpus
 from hyclora.utils.errors import UserError
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -105,8 +106,8 @@ def make_job(
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this measures GPU memory and time: it needs a GPU (or --device cpu)")
-    if args.device == "cuda" and torch.cuda.device_count() < gpus:
-        raise UserError(f"--gpus {gpus}, and there are {torch.cuda.device_count()}: lower --gpus")
+    if args.device == "cuda":
+        require_gpus("--gpus", gpus)
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora_dropout {args.lora_dropout} does not lie in [0, 1)")
     names = ("base", "lora_rank", "lora_dropout", "steps", "warm_up_seq_len", "device", "checkpoints")

@@ -96,7 +96,8 @@ def sweep(name: str, jobs: list[Job], args: argparse.Namespace) -> None:
                 continue
             found = run(job, args.timeout)
             record(name, {"setting": whole(job.setting), **found, "arguments": job.arguments}, args.output_dir)
-            print("  ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+            told = (f"{key} {value}" for key, value in found.items() if not isinstance(value, list))
+            print("  ".join(told), flush=True)
     except KeyboardInterrupt:
         raise Interrupted("interrupted: the same command goes on where it stopped") from None
 

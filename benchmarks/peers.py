@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.jobs import Job
 from benchmarks.ranks import PARENT, end_rank_0, end_with_parent, rank, together
-from benchmarks.workers import NOT_DONE
+from benchmarks.workers import NOT_DONE, visible_gpus
 from hyclora.utils.errors import UserError, is_out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,8 +225,7 @@ def missing(job: Job) -> str | None:
 
 def gpus_of(job: Job) -> str:
     """The GPUs that the job may see: the first ones. With more than its own the Trainer would take all of them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(job.gpus)))
-    return ",".join(visible.split(",")[: job.gpus])
+    return ",".join(visible_gpus(job.gpus))
 
 
 def command(text: str) -> list[str]:

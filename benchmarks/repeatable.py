@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 
 from benchmarks.ranks import environment_of, free_port
-from benchmarks.workers import ENVIRONMENT
+from benchmarks.workers import ENVIRONMENT, visible_gpus
 from hyclora.utils.errors import UserError
 
 EXACT = "HYCLORA_EXACT"  # in the environment of a run that is to be exact on a GPU
@@ -104,8 +104,7 @@ def prepare(drivers: list[str], processes: int = 1) -> tuple[BaseContext, str, t
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(drivers)
         return context, "cpu", ()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = tuple(visible.split(","))
+    gpus = tuple(visible_gpus(torch.cuda.device_count()))
     if len(gpus) < processes:
         raise UserError(f"--processes {processes}, a GPU each, and there are {len(gpus)}: lower --processes")
     return multiprocessing.get_context("spawn"), "cuda", gpus

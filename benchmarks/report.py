@@ -308,7 +308,7 @@ def kernels() -> str:
     return table(head, rows) + "\n\n" + source(lines, "python -m benchmarks.kernels")
 
 
-NOTHING = "*Not measured yet.*"
+NOTHING = "*Not measured on a GPU yet.*"
 PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {
         "real_rows": real_rows,

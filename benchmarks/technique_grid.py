@@ -23,16 +23,15 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
-
 from benchmarks import technique_peers
 from benchmarks.record import read, record
 from benchmarks.technique_tables import report
-from benchmarks.workers import NOT_DONE, run_all
+from benchmarks.workers import NOT_DONE, require_gpus, run_all, visible_gpus
 from hyclora.utils import results
+from hyclora.utils.args import require
 from hyclora.utils.disk import check_output
 from hyclora.utils.driver import Driver
-from hyclora.utils.errors import Interrupted, RunStopped, UserError, is_out_of_memory
+from hyclora.utils.errors import Interrupted, RunStopped, is_out_of_memory
 from hyclora.utils.plain.arguments import OFF
 from hyclora.utils.plain.breakdown import counted_peak
 from hyclora.utils.profiling import MIB
@@ -111,7 +110,7 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     print(f"{len(grid)} combinations, {len(grid) - len(jobs)} measured already", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes that measure end as well
     n = training.sweep_gpus
-    gpus = [str(i) for i in range(n)] if n > 1 else [None]
+    gpus = visible_gpus(n) if n > 1 else [None]
     until = begun + 60 * (training.sweep_minutes or float("inf"))
     (folder / "grid").mkdir(exist_ok=True)
     try:
@@ -127,8 +126,9 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
 def check(groups: tuple) -> None:
     """UserError if there are too few GPUs, or peers cannot be measured."""
     training = groups[-1]
-    if training.sweep_gpus > 1 and torch.cuda.device_count() < training.sweep_gpus:
-        raise UserError(f"sweep_gpus {training.sweep_gpus}, and there are {torch.cuda.device_count()}: lower it")
+    if training.sweep_gpus > 1:
+        require(not training.use_cpu, f"sweep_gpus {training.sweep_gpus} with use_cpu=True: drop one of them")
+        require_gpus("sweep_gpus", training.sweep_gpus)
     if training.sweep_peers:
         technique_peers.check(groups)
 

@@ -65,9 +65,23 @@ class Worker:
         self.process.join()
 
 
+def require_gpus(option: str, n: int) -> None:
+    """UserError if an option asks for more GPUs than there are."""
+    import torch
+
+    if torch.cuda.device_count() < n:
+        raise UserError(f"{option} {n}, and there are {torch.cuda.device_count()}: lower it")
+
+
+def visible_gpus(n: int) -> list[str]:
+    """The first n of those that this process sees, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n)))
+    return visible.split(",")[:n]
+
+
 @contextlib.contextmanager
 def _seeing(gpu: str | None):
-    """Processes that are started in this context see one GPU, by its number; None: as ever."""
+    """Processes that are started in this context see one GPU, by its name; None: as ever."""
     name = "CUDA_VISIBLE_DEVICES"
     before = os.environ.get(name)
     if gpu is not None:
@@ -131,8 +145,8 @@ def run_all(
                     found, usable = workers[number].result()
                 if alone or not usable:
                     ended = workers.pop(number)
-                    ended.end(at_once=True)
-                    ended.join(0.0)
+                    ended.end(at_once=pipe in late)
+                    ended.join(10.0)
                 free.append(number)
                 yield job, found
     finally:

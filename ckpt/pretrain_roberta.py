@@ -21,6 +21,7 @@ from transformers import DataCollatorForLanguageModeling, RobertaConfig, Roberta
 
 from ckpt.make_tiny_llama import HELD_OUT_ROWS, held_out_loss, read_documents, save, train
 from hyclora.utils.data.tokens import IGNORED
+from hyclora.utils.disk import check_output
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.tokenizer import unspaced_mask
 
@@ -149,10 +150,15 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{file} does not exist: --text names files")
     if not 2 < args.row_tokens <= ROW_LENGTH:
         raise UserError(f"--row-tokens {args.row_tokens}: a row has 3 to {ROW_LENGTH} tokens")
+    if args.batch_tokens < args.row_tokens:
+        raise UserError(f"--batch-tokens {args.batch_tokens}: fewer than a row has, --row-tokens {args.row_tokens}")
+    if not args.minutes > 0:
+        raise UserError(f"--minutes {args.minutes}: it has to be positive")
     torch.manual_seed(args.seed)
     documents = list(itertools.chain.from_iterable(map(read_documents, args.text)))
     tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(documents, SMALL_VOCABULARY)
     rows = pack(documents, tokenizer, args.row_tokens)
+    check_output(args.output)
     rows = rows[torch.randperm(len(rows))]
     model, loss_of = build_model(SHAPES[args.shape], tokenizer).to(args.device), MaskedLoss(tokenizer)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {rows.numel() / 1e6:.1f} M tokens")

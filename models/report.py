@@ -174,6 +174,15 @@ def tell_of_new_calibration(lost: str | None, adapted: list) -> None:
         )
 
 
+def tell_of_other_savers(path, slots: set[str]) -> None:
+    """Warn if a run goes on with slots kept otherwise than in what it goes on from."""
+    if slots:
+        logger.warning(
+            f"HyC-LoRA: {path} is of a version in which {', '.join(sorted(slots))} were kept otherwise with the same "
+            "settings: what goes on from it will not be what it had been without the stop"
+        )
+
+
 def tell_of_one_unit() -> None:
     """Warn if fully_shard has all layers in one unit, as by PEFT's wrap policy: then no memory is shared."""
     logger.warning(

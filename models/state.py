@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 from hyclora.models.config import HycloraConfig
 from hyclora.models.patch import find_patch
+from hyclora.models.report import tell_of_other_savers
 
 FILE_NAME = "hyclora_calibration.safetensors"
 FORMAT = "2"
-PROGRESS = "calibration"
+PROGRESS, KEPT = "calibration", "kept"
 # where packed bytes and embeddings wait, how kernels are launched, whether padding is computed: statistics are of real
 # tokens
 LAUNCH = ("offload", "offload_embeddings", "cuda_graphs", "stream")
@@ -30,6 +31,7 @@ def save_calibration(model: PeftModel, folder: str | Path) -> Path:
     numbers, progress = patch.calibration.state_dict()
     tensors |= {f"{PROGRESS}.{name}": t for name, t in progress.items()}
     metadata = {"format": FORMAT, PROGRESS: numbers, "config": json.dumps(patch.config.to_dict())}
+    metadata[KEPT] = json.dumps({key: str(saver) for key, saver in _savers(patch)})
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -45,7 +47,7 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
     """Restore what save_calibration wrote, read on the CPU, to follow the activations when they come.
 
     ValueError if the model is not patched, or the file is missing, torn, or of another setting or model; then nothing
-    has changed.
+    has changed. It is told if another version kept slots otherwise with the same settings.
     """
     patch = find_patch(model)
     path = Path(folder) / FILE_NAME
@@ -73,6 +75,16 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
     patch.calibration.load_state_dict(metadata[PROGRESS], _under(PROGRESS, tensors))
     if patch.graphs is not None:
         patch.graphs.clear()
+    tell_of_other_savers(path, _kept_otherwise(patch, metadata))
+
+
+def _kept_otherwise(patch, metadata: dict) -> set[str]:
+    """The slots that were kept in another way when the metadata were written."""
+    now = {key: str(saver) for key, saver in _savers(patch)}
+    # versions that did not write it had groups of one size
+    older = {key: how for key, how in now.items() if "groups of" not in how}
+    before = json.loads(metadata[KEPT]) if KEPT in metadata else older
+    return {key.rpartition(".")[2] for key, how in now.items() if before.get(key) != how}
 
 
 def _under(key: str, tensors: dict) -> dict:

@@ -5,14 +5,16 @@ import os
 import time
 
 import pytest
+import torch
 
 from benchmarks import experiments, workers
-from benchmarks.workers import run_all
+from benchmarks.workers import require_gpus, run_all, visible_gpus
 from hyclora.utils.args import ROOT
+from hyclora.utils.errors import UserError
 from run_gsm8k import DRIVER
 
 FAKE = """
-import os, time
+import multiprocessing.util, os, pathlib, time
 from types import SimpleNamespace
 from hyclora.utils.errors import UserError
 
@@ -24,6 +26,8 @@ def run(groups, argv):
         raise UserError("wrong option")
     if what == "fail":
         raise RuntimeError("broken")
+    if what.startswith("/"):
+        multiprocessing.util.Finalize(None, pathlib.Path(what).touch, exitpriority=1)
     if what == "sleep":
         time.sleep(3600)
     names = {"gpu": "CUDA_VISIBLE_DEVICES", "threads": "OMP_NUM_THREADS"}
@@ -81,6 +85,37 @@ def test_each_in_a_process_of_its_own_on_its_gpu(jobs):
     assert len({result["process"] for result in found}) == 4 and {result["gpu"] for result in found} == {"0", "1"}
     assert {result["threads"] for result in found} == {None}, "they have all cores"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_process_that_is_done_ends_by_itself(jobs, alone, tmp_path):
+    """What it has of the system, such as tqdm's semaphore, is given back, and nothing warns of it."""
+    places = [tmp_path / name for name in ("a", "b")]
+    jobs(*map(str, places), alone=alone)
+    assert all(place.exists() for place in places)
+
+
+@pytest.mark.parametrize(
+    "visible, n, seen", [(None, 2, "0 1"), ("3,1,2", 2, "3 1"), ("", 2, "0 1"), ("GPU-5", 1, "GPU-5")]
+)
+def test_gpus_are_of_those_that_the_command_sees(visible, n, seen, monkeypatch):
+    """Others belong to somebody else."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+    assert visible_gpus(n) == seen.split()
+    require_gpus("--gpus", n)
+    with pytest.raises(UserError, match=f"--gpus {n + 1}, and there are {n}: lower it"):
+        require_gpus("--gpus", n + 1)
+
+
+def test_too_few_gpus_for_experiments_are_refused(data, tiny_llama_folder, tmp_path, monkeypatch):
+    """Runs that see no GPU would be on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    options = ["--model", tiny_llama_folder, "--data", data, "--tasks", "gsm8k", "--gpus", "2"]
+    with pytest.raises(UserError, match="--gpus 2, and there are 1: lower it"):
+        experiments.parse([*map(str, options), "--output_dir", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("alone", [False, True])

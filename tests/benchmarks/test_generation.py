@@ -36,6 +36,16 @@ def test_the_table_has_lines_of_a_gpu(lines, tmp_path, monkeypatch):
     )
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tiny_llama_folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        generation.main(
+            ["--model", str(tiny_llama_folder), "--device", "cpu", "--output_dir", str(tmp_path / "file"), "--new", "2"]
+        )
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "file cannot be written" in said.err and "tokens alike" not in said.out
+
+
 def test_a_gpu_is_needed(tiny_llama_folder, capsys, monkeypatch):
     monkeypatch.setattr(generation.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:

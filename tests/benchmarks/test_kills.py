@@ -31,7 +31,7 @@ def killed(tiny_llama_folder, tmp_path, monkeypatch):
 
 
 def test_killed_in_each_phase_and_resumed_it_is_the_run_that_nobody_killed(killed):
-    found = killed("--drivers", "run_gsm8k", "--kills", "3")
+    found = sorted(killed("--drivers", "run_gsm8k", "--kills", "3"), key=lambda line: line["kill"])
     assert [line["phase"] for line in found] == [STEP, SAVING, EVALUATION]
     for line in found:
         assert line["differ"] == [] and line["resumed_from"] >= 2 and line.keys() >= REPORTED
@@ -99,6 +99,16 @@ def test_distance_of_adapters():
     assert unbroken.compare({"adapters": save({"x": torch.tensor([3.0, 4.2])})})["differ"] == []
     far = unbroken.compare({"adapters": save({"x": torch.tensor([3.0, 9.0])})})
     assert far["differ"] == ["adapters"] and far["apart"] > 2 * far["spread"] > 0
+    assert unbroken.compare({"adapters": save({"x": torch.tensor([3.0, torch.nan])})})["differ"] == ["adapters"]
+
+
+def test_a_spread_is_for_gpus(tiny_llama_folder, tmp_path, capsys, monkeypatch):
+    """Runs on a CPU would be compared bit by bit all the same."""
+    monkeypatch.setattr(kills, "prepare", lambda *_: (None, "cpu", ()))
+    monkeypatch.setattr(kills, "leave_alone", lambda *_: pytest.fail("begun"))
+    with pytest.raises(SystemExit) as ended:
+        kills.main(["--model", str(tiny_llama_folder), "--output_dir", str(tmp_path), "--exact", "False"])
+    assert ended.value.code == 2 and "on a CPU all are exact: drop it" in capsys.readouterr().err
 
 
 def test_points_lie_behind_the_first_whole_checkpoint():

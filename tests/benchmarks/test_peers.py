@@ -203,7 +203,9 @@ def test_shapes_are_configurations():
 
     sizes = {folder.name: AutoConfig.from_pretrained(folder).hidden_size for folder in SHAPES.iterdir()}
     llamas = {"llama-2-7b": 4096, "llama-2-13b": 5120, "llama-3-8b": 4096, "mistral-7b": 4096}
-    assert sizes == llamas | {"llama-3.2-1b": 2048, "qwen2.5-7b": 3584, "qwen3-8b": 4096, "llama-2-70b": 8192}
+    assert sizes == llamas | {"llama-3.2-1b": 2048, "qwen2.5-7b": 3584, "qwen3-8b": 4096, "llama-2-70b": 8192} | {
+        "smollm2-135m": 576
+    }
 
 
 def test_a_setting_has_one_name():

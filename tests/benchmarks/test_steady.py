@@ -33,7 +33,7 @@ def test_memory_that_grows_is_seen(job, monkeypatch):
     backward = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: held.append(torch.ones(2**18)) or backward(loss))
     first, *_, last = peers.measure(job("whole", "PEFT LoRA"))["samples"]
-    assert last["tensors"] - first["tensors"] >= 16 and last["tensor_mib"] - first["tensor_mib"] >= 16
+    assert last["tensors"] - first["tensors"] >= 16 and last["tensor_mib"] - first["tensor_mib"] > 15.9
 
 
 def test_rows_are_of_other_lengths_each_time(job):
@@ -50,12 +50,14 @@ def test_a_line_a_kind_of_rows(tiny_llama_folder, tmp_path, monkeypatch, capsys)
         "seconds": 1.0,
         "samples": [{"step": 8 * i, "rss_mib": 500.0 + (i == 2) * 9, "tensors": 7} for i in (1, 2, 3)],
     }
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    assert report_steady.steady() == ""
     monkeypatch.setattr("benchmarks.memory_throughput.run", lambda job, timeout: found)
     fixed = ["--shape", str(tiny_llama_folder), "--device", "cpu", "--base", "bf16", "--output_dir", str(tmp_path)]
     steady.main([*fixed, "--steps", "24", "--every", "8"])
+    assert "seconds 1.0\n" in capsys.readouterr().out, "samples are for the file"
     lines = [json.loads(line) for line in (tmp_path / "steady.jsonl").read_text().splitlines()]
     assert [line["arguments"]["rows"]["steady"] for line in lines] == list(steady.KINDS)
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
     told = report_steady.steady().splitlines()
     assert "padded rows" in told[2] and told[2].endswith("| 8 to 24 |  |  | 7 to 7 |  | 500 to 500, most 509 |")
     with pytest.raises(SystemExit):

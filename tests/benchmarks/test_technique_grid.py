@@ -136,7 +136,8 @@ class FreshMeter:
         (["--mixed_precision", "fp16", "--dtype", "float32"], "it computes in bfloat16"),
         (["--num_train_epochs", "2"], "it takes each row once"),
         (["--data_name", "demo", "--data_dir", ""], "it reads rows of a file"),
-        (["--sweep_gpus", "99"], "sweep_gpus 99, and there are "),
+        (["--sweep_gpus", "99", "--use_cpu", "False"], "sweep_gpus 99, and there are "),
+        (["--sweep_gpus", "2"], "sweep_gpus 2 with use_cpu=True: drop one of them"),
     ],
 )
 def test_what_a_sweep_cannot_do_is_refused(peers, more, named):

@@ -25,6 +25,14 @@ def step_of(model: nn.Module, rows: int, length: int, checkpointing: bool) -> tu
     return step, ids
 
 
+def peak_of(function: Callable, args: list, given: list[Tensor]) -> int:
+    """The most bytes alive of what a function makes of its arguments; given: the tensors in these."""
+    with Live(*given) as live:
+        results = function(*args)
+    assert results is not None
+    return live.peak
+
+
 class Live(TorchDispatchMode):
     """The most bytes of tensors made inside that lived at the same time; those of tensors given do not count."""
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hyclora import HycloraConfig, apply_hyclora
-from hyclora.models import state
+from hyclora.models import building, state
 from hyclora.models.patch import find_patch
 from hyclora.models.state import FILE_NAME, load_calibration, save_calibration
 from tests.helpers.small_models import gradients, llama, padded_batch
@@ -74,6 +74,28 @@ def test_another_models_calibration_is_refused(tmp_path):
     save_calibration(calibrated(num_hidden_layers=3), tmp_path)
     with pytest.raises(ValueError, match=r"is of another model, this one has no .*layers\.2"):
         load_calibration(calibrated(), tmp_path)
+
+
+def test_it_is_told_where_a_run_goes_on_with_slots_kept_otherwise(tmp_path, monkeypatch, caplog):
+    """As the same settings kept them before: q_bit=2 had groups of 64 and a k of 2 bit."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 512}
+    model, again = llama(**sizes), llama(**sizes)
+    with monkeypatch.context() as before:
+        before.setattr(building, "WIDER", {})
+        apply_hyclora(model, HycloraConfig(q_bit=2))
+    apply_hyclora(again, HycloraConfig(q_bit=2))
+    save_calibration(model, tmp_path / "before")
+    save_calibration(again, tmp_path / "now")
+    load_calibration(again, tmp_path / "now")
+    assert not caplog.records
+    load_calibration(again, tmp_path / "before")
+    assert "gate, k, up were kept otherwise" in caplog.records.pop().getMessage()
+    with safe_open(tmp_path / "before" / FILE_NAME, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    del metadata["kept"]  # as versions wrote it that had no larger groups
+    save_file(tensors, tmp_path / "before" / FILE_NAME, metadata)
+    load_calibration(again, tmp_path / "before")
+    assert "gate, up were kept otherwise" in caplog.records.pop().getMessage()
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):

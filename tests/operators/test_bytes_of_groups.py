@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from hyclora.operators.packing.quantize import quantize
-from tests.helpers.counting import Live, kept
+from tests.helpers.counting import kept, peak_of
 from tests.operators.test_bytes import RANKS, SHAPES, Layer, mlp, no_launches, packed, quantizing, tensors  # noqa: F401
 
 MADE = {
@@ -19,9 +19,7 @@ MADE = {
 def test_made(name, shape):
     call, formula = MADE[name]
     function, *args = call(*shape)
-    with Live(*tensors(args)) as live:
-        results = function(*args)
-    assert live.peak == formula(*shape) and results is not None
+    assert peak_of(function, args, tensors(args)) == formula(*shape)
 
 
 def test_kept_by_blocks_whose_groups_pay_for_k():

@@ -12,7 +12,7 @@ from hyclora.models.patch import find_patch
 from hyclora.operators.layer_norm import layer_norm_bwd, layer_norm_fwd, layer_norm_pack, layer_norm_unpack_bwd
 from hyclora.operators.mlp.activation import gelu_bwd, gelu_fwd
 from hyclora.operators.mlp.fused_gelu import fused_gelu_bwd, fused_gelu_fwd
-from tests.helpers.counting import Live, kept
+from tests.helpers.counting import kept, peak_of
 from tests.helpers.small_models import roberta
 from tests.operators.mlp.test_fused_gelu import prepare
 from tests.operators.test_bytes import BF16, SHAPES, no_launches, packed, saver, tensors, up, x  # noqa: F401
@@ -62,9 +62,7 @@ MADE = {
 def test_made(name, shape):
     call, formula = MADE[name]
     function, *args = call(*shape)
-    with Live(*tensors(args)) as live:
-        results = function(*args)
-    assert live.peak == formula(*shape) and results is not None
+    assert peak_of(function, args, tensors(args)) == formula(*shape)
 
 
 @pytest.mark.parametrize("layer_type", ["intra_inter", "intra_inter_full_fuse"])

@@ -107,6 +107,9 @@ def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
         (["--text", tmp_path / "none.txt"], "none.txt does not exist"),
         (["--text", tmp_path / "short.txt"], "at least 33150 are needed"),
         (["--text", tmp_path / "short.txt", "--row-tokens", 513], "a row has 3 to 512 tokens"),
+        (["--text", tmp_path / "short.txt", "--batch-tokens", 511], "--batch-tokens 511: fewer than a row"),
+        (["--text", tmp_path / "short.txt", "--minutes", "-1"], "--minutes -1.0: it has to be positive"),
+        (["--text", tmp_path / "short.txt", "--minutes", "nan"], "--minutes nan: it has to be positive"),
         (["--text", tmp_path / "short.txt", "--tokenizer", bare], "merges.txt does not exist"),
         (["--text", tmp_path / "short.txt", "--tokenizer", incomplete], "incomplete has no token <unk>"),
     ):
@@ -114,3 +117,12 @@ def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
             pretrain_roberta.main([*map(str, options), "--output", str(tmp_path / "made")])
         assert exit.value.code == 2 and named in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_training(documents, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain_roberta, "train", lambda *args: pytest.fail("trained"))
+    (tmp_path / "text.txt").write_text("\n".join(documents))
+    with pytest.raises(SystemExit) as exit:
+        pretrain_roberta.main(["--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "text.txt" / "made")])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and "made cannot be written" in said and "set --output" in said
