@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from hyclora.utils.errors import UserError
+from hyclora.utils.metrics import evaluating
 from hyclora.utils.profiling import undisturbed
 
 
@@ -108,7 +108,7 @@ def outputs_of(model: PreTrainedModel, rows: list[dict], collate: Callable, batc
     found = {}
     half = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else None  # the head is float32
     autocast = torch.autocast(model.device.type, half, enabled=half is not None)
-    with undisturbed(model, train=False), autocast, tqdm(total=len(rows), desc="evaluating") as bar:
+    with undisturbed(model, train=False), autocast, evaluating(len(rows)) as bar:
         for start in range(0, len(rows), batch_size):
             chosen = by_length[start : start + batch_size]
             batch = collate([rows[i] for i in chosen]).to(model.device)

@@ -15,8 +15,14 @@ from hyclora.utils.args import EvalArguments, GenerationArguments
 from hyclora.utils.data.gsm8k import prompt_of
 from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.profiling import undisturbed
+from hyclora.utils.runs.launch import is_first
 
 HEAD_ROWS = 512
+
+
+def evaluating(n: int) -> tqdm:
+    """A bar of n rows, shown by the first process alone: where weights are shared, all evaluate the same ones."""
+    return tqdm(total=n, desc="evaluating", disable=not is_first())
 
 
 def evaluate_generation(
@@ -43,7 +49,7 @@ def evaluate_generation(
     prompts = [tokenizer(prompt_of(row["question"])).input_ids for row in rows]
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]), reverse=True)
     texts = {}
-    with undisturbed(model, train=False), tqdm(total=len(rows), desc="evaluating") as bar:
+    with undisturbed(model, train=False), evaluating(len(rows)) as bar:
         torch.manual_seed(args.generation_seed)
         for start in range(0, len(rows), args.eval_batch_size):
             batch = by_length[start : start + args.eval_batch_size]
@@ -71,7 +77,7 @@ def evaluate_loss(model: PreTrainedModel, rows: Sequence[dict], pad_token_id: in
     order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     total, count = 0.0, 0
-    with undisturbed(model, train=False), torch.no_grad(), tqdm(total=len(rows), desc="evaluating") as bar:
+    with undisturbed(model, train=False), torch.no_grad(), evaluating(len(rows)) as bar:
         for start in range(0, len(rows), args.eval_batch_size):
             batch = collate([rows[i] for i in order[start : start + args.eval_batch_size]])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -42,6 +42,18 @@ def test_a_batch_gives_what_single_questions_give(model_and_tokenizer):
     assert evaluate_generation(model, tokenizer, ROWS, batched)[1] == one_by_one
 
 
+def test_the_first_process_alone_shows_how_far_it_is(model_and_tokenizer, monkeypatch, capsys):
+    """Where weights are shared, all of them evaluate the same rows."""
+    model, tokenizer = model_and_tokenizer
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    for rank, shown in ((0, True), (1, False)):
+        monkeypatch.setenv("RANK", str(rank))
+        evaluate_generation(model, tokenizer, ROWS, GenerationArguments(max_new_tokens=1))
+        generated = capsys.readouterr().err
+        evaluate_loss(model, rows, tokenizer.pad_token_id, EvalArguments())
+        assert ["evaluating" in said for said in (generated, capsys.readouterr().err)] == [shown, shown]
+
+
 def test_sampling_follows_its_seed(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
 
