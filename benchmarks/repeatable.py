@@ -10,13 +10,12 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 
 from benchmarks.ranks import environment_of, free_port
-from benchmarks.workers import ENVIRONMENT, visible_gpus
+from benchmarks.workers import ENVIRONMENT, given, visible_gpus
 from hyclora.utils.errors import UserError
 
 EXACT = "HYCLORA_EXACT"  # in the environment of a run that is to be exact on a GPU
@@ -66,21 +65,6 @@ class Processes:
             port = free_port()
         self._ports.add(port)
         return [common | environment_of(i, self.n, port) for i in range(self.n)]
-
-
-@contextmanager
-def given(environment: dict[str, str]):
-    """With these in this process' environment, which what is spawned meanwhile gets."""
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ |= environment
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def settle(environment: dict[str, str]) -> None:

@@ -36,7 +36,8 @@ class Worker:
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=_serve, args=(theirs, log, first), daemon=True)
-        with _seeing(gpu):  # what is imported may look for GPUs already
+        # what is imported may look for GPUs already
+        with given({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}):
             self.process.start()
         theirs.close()
 
@@ -80,19 +81,18 @@ def visible_gpus(n: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def _seeing(gpu: str | None):
-    """Processes that are started in this context see one GPU, by its name; None: as ever."""
-    name = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(name)
-    if gpu is not None:
-        os.environ[name] = gpu
+def given(environment: dict[str, str]):
+    """With these in this process' environment, which what is spawned meanwhile gets."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ |= environment
     try:
         yield
     finally:
-        if before is not None:
-            os.environ[name] = before
-        elif gpu is not None:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def run_all(

@@ -25,13 +25,8 @@ class BoundForward:
     left: the name of a block that went, until the forward runs again; None behind that.
     """
 
-    __slots__ = (
-        "module",
-        "former",
-        "block",
-        "left",
-        "__weakref__",
-    )  # without a __dict__, functools.wraps copies no reference
+    # without a __dict__, functools.wraps copies no reference
+    __slots__ = ("module", "former", "block", "left", "__weakref__")
     __name__ = "forward"
 
     def __init__(self, module: nn.Module, former, block=None):

@@ -25,9 +25,9 @@ def step_of(model: nn.Module, rows: int, length: int, checkpointing: bool) -> tu
     return step, ids
 
 
-def peak_of(function: Callable, args: list, given: list[Tensor]) -> int:
-    """The most bytes alive of what a function makes of its arguments; given: the tensors in these."""
-    with Live(*given) as live:
+def peak_of(tensors: Callable, function: Callable, *args) -> int:
+    """The most bytes alive of what a function makes of its arguments; tensors: finds those in these."""
+    with Live(*tensors(args)) as live:
         results = function(*args)
     assert results is not None
     return live.peak
