@@ -1,7 +1,8 @@
 """Pre-train a RoBERTa from scratch by masked language modelling on text, within a budget of minutes.
 
 The tokenizer is that of a folder with vocab.json and merges.txt (RoBERTa's, or any byte-level BPE with its special
-tokens); without `--tokenizer` a small one is trained on the text. Rows have 512 tokens, or fewer (`--row-tokens`: more
+tokens); without `--tokenizer` a small one is trained on the text (`--vocabulary`: the fewer tokens there are, the more
+often each of them is met). Rows have 512 tokens, or fewer (`--row-tokens`: more
 of them a step, from which positions are learned sooner), and every time that a row comes other tokens of it are masked.
 
     python -m ckpt.pretrain_roberta --text wiki.train.txt.gz books/*.txt --tokenizer roberta-base --minutes 20
@@ -33,6 +34,7 @@ SHAPES = {
 ROW_LENGTH = 512
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # in the order of RoBERTa's ids; <mask> is the last of all
 SMALL_VOCABULARY = 2048
+LEAST_VOCABULARY = 256 + len(SPECIAL_TOKENS) + 1
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 WARM_UP = 0.06  # share of the time budget; norms behind the residual need more of it than LLaMA's
 
@@ -120,11 +122,12 @@ class MaskedLoss:
 
     def __call__(self, model: RobertaForMaskedLM, batch: torch.Tensor) -> torch.Tensor:
         inputs, labels = self.collator.torch_mask_tokens(batch.clone(), torch.isin(batch, self.special))
-        inputs, labels = inputs.to(model.device), labels.to(model.device)
+        # found on the host, as a GPU would be waited for
+        masked = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+        labels = labels.flatten()[masked].to(model.device)
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
-            hidden = model.roberta(inputs).last_hidden_state
-            masked = labels != IGNORED
-            return F.cross_entropy(model.lm_head(hidden[masked]).float(), labels[masked])
+            hidden = model.roberta(inputs.to(model.device)).last_hidden_state
+            return F.cross_entropy(model.lm_head(hidden.flatten(0, 1)[masked.to(model.device)]).float(), labels)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -132,6 +135,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="small", help="with RoBERTa's vocabulary 7, 51 or 92 M")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help=".jsonl or plain text, may be .gz")
     parser.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt")
+    parser.add_argument("--vocabulary", type=int, default=SMALL_VOCABULARY, help="tokens, without --tokenizer")
     parser.add_argument("--minutes", type=float, default=20.0, help="time to train for")
     parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--row-tokens", type=int, default=ROW_LENGTH, help=f"of a row, at most {ROW_LENGTH}")
@@ -152,11 +156,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--row-tokens {args.row_tokens}: a row has 3 to {ROW_LENGTH} tokens")
     if args.batch_tokens < args.row_tokens:
         raise UserError(f"--batch-tokens {args.batch_tokens}: fewer than a row has, --row-tokens {args.row_tokens}")
+    if args.vocabulary < LEAST_VOCABULARY:
+        raise UserError(f"--vocabulary {args.vocabulary}: bytes and special tokens are {LEAST_VOCABULARY} already")
     if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes}: it has to be positive")
     torch.manual_seed(args.seed)
     documents = list(itertools.chain.from_iterable(map(read_documents, args.text)))
-    tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(documents, SMALL_VOCABULARY)
+    tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(documents, args.vocabulary)
     rows = pack(documents, tokenizer, args.row_tokens)
     check_output(args.output)
     rows = rows[torch.randperm(len(rows))]

@@ -30,9 +30,11 @@ def test_a_short_training_saves_a_checkpoint_that_loads(documents, tmp_path, mon
     monkeypatch.setattr(pretrain_roberta, "SHAPES", {"small": SHAPE})
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     options = ["--text", tmp_path / "text.jsonl", "--minutes", "0.1", "--batch-tokens", 4 * ROW_LENGTH]
+    options += ["--vocabulary", 700]
     pretrain_roberta.main([str(o) for o in [*options, "--lr", "1e-2", "--output", tmp_path / "made"]])
     model, config = (auto.from_pretrained(tmp_path / "made") for auto in (AutoModelForMaskedLM, AutoConfig))
     assert (config.layer_norm_eps, config.max_position_embeddings, config.pad_token_id) == (1e-5, 514, 1)
+    assert config.vocab_size == 700
     tokenizer, said = load_as_trained(str(tmp_path / "made"), config)
     assert tokenizer.model_max_length == ROW_LENGTH and "ids equal to those written in tokenizer.json" in said[0]
     tokens = tokenizer("the <mask> was").tokens()
@@ -108,6 +110,7 @@ def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
         (["--text", tmp_path / "short.txt"], "at least 33150 are needed"),
         (["--text", tmp_path / "short.txt", "--row-tokens", 513], "a row has 3 to 512 tokens"),
         (["--text", tmp_path / "short.txt", "--batch-tokens", 511], "--batch-tokens 511: fewer than a row"),
+        (["--text", tmp_path / "short.txt", "--vocabulary", 260], "bytes and special tokens are 261 already"),
         (["--text", tmp_path / "short.txt", "--minutes", "-1"], "--minutes -1.0: it has to be positive"),
         (["--text", tmp_path / "short.txt", "--minutes", "nan"], "--minutes nan: it has to be positive"),
         (["--text", tmp_path / "short.txt", "--tokenizer", bare], "merges.txt does not exist"),
