@@ -10,7 +10,9 @@ how long it took, and what took it: on a small model mostly what is imported.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,11 +83,19 @@ class FidelityArguments:
 GROUPS = (FidelityArguments, LoraArguments, HycloraArguments)
 
 
-def train_exactly(model: nn.Module, batches: list[dict[str, Tensor]], learning_rate: float = 1e-3) -> None:
-    """One pass of AdamW over batches with stock PEFT."""
+def train_exactly(
+    model: nn.Module, batches: list[dict[str, Tensor]], autocast: Callable, learning_rate: float = 1e-3
+) -> None:
+    """One pass of AdamW over batches with stock PEFT.
+
+    autocast: makes the context of a forward. Each has its own, as one keeps the weights that it has cast until it ends,
+    and so would go on with those from before a step.
+    """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     for batch in batches:
-        model(**batch).loss.backward()
+        with autocast():
+            loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -155,10 +165,11 @@ def main(argv: list[str] | None = None) -> Verification:
     else:
         model = load_model(base, lora, source, device, args.seed)
     clock.lap("rows and model")
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        train_exactly(model.train(), batches[:steps])
-        clock.lap(f"{steps} exact steps")
-        apply_hyclora(model, hyclora.config())
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
+    train_exactly(model.train(), batches[:steps], autocast)
+    clock.lap(f"{steps} exact steps")
+    apply_hyclora(model, hyclora.config())
+    with autocast():
         found = verify(model, batches[steps:])
         clock.lap("gradients")
     print(found, clock, sep="\n")

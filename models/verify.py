@@ -75,6 +75,8 @@ def verify(model: PeftModel, batches: list[dict[str, Tensor]], threshold: float 
     for i, batch in enumerate(batches):
         if batch.get("labels") is None:
             raise ValueError(f"verify: batch {i + 1} of {len(batches)} has no labels, so no loss; add labels to it")
+    # an autocast around several steps still has weights as they were at its first one
+    torch.clear_autocast_cache()
     with restored(model) as rewind, put_aside(patch):
         try:
             found = _Measurement(model, patch, batches, rewind).run()

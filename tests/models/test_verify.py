@@ -325,6 +325,17 @@ def test_in_bfloat16(make):
         assert 1e-4 < rounding < found.summary.error and not found.wrong
 
 
+def test_weights_that_an_autocast_has_cast_before_a_step_are_not_those_compared():
+    model = llama()
+    lora_B = [p for name, p in model.named_parameters() if "lora_B" in name]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model(**batches()[0])
+        with torch.no_grad():
+            torch._foreach_neg_(lora_B)
+        apply_hyclora(model, HycloraConfig(iteration_threshold=CALIBRATION))
+        assert not verify(model, batches(), threshold=0.8).wrong
+
+
 def test_dropout_is_the_same_with_exact_slots():
     """Other masks would be an error of about 0.4."""
     found = verify(patched(config={"q_bit": 8}, lora={"lora_dropout": 0.1}), batches())

@@ -107,6 +107,19 @@ def test_a_checkpoint_is_verified_on_rows_of_each_kind(ask, tmp_path):
     assert any(g.note for g in on_text.gradients) and on_text.rounding
 
 
+def test_exact_steps_under_autocast_train_both_matrices(ask, monkeypatch):
+    """Of a lora_B that stays 0 in the forward, lora_A learns nothing."""
+    measured = fidelity.verify
+    models = []
+    monkeypatch.setattr(fidelity, "verify", lambda model, batches: models.append(model) or measured(model, batches))
+    for steps in (0, 3):
+        found, _ = ask("--bf16", True, "--exact_steps", steps)
+    assert found.summary.cosine > 0.95 and not any(g.note for g in found.gradients)
+    new, trained = (dict(model.named_parameters()) for model in models)
+    moved = [(p - trained[name]).abs().max().item() for name, p in new.items() if "lora_A" in name]
+    assert min(moved) > 1e-3  # AdamW's steps are 1e-3, its decay 1e-5 of a weight
+
+
 def test_trained_adapters_are_verified(ask, drive, tmp_path):
     drive()
     (file,) = (tmp_path / "out").glob("*.json")
