@@ -33,7 +33,6 @@ from hyclora.utils.errors import Interrupted, RunStopped, UserError, entry_point
 
 NAME = "experiments"
 EXACT = "exact LoRA"
-SHARED = "k from groups, 2 bit"  # what q_bit=2 is where heads share a k
 PUBLISHED = {"scale_rule": "paper"}
 # the arguments of HycloraConfig of each; None is stock PEFT
 VARIANTS: dict[str, dict | None] = {
@@ -41,9 +40,7 @@ VARIANTS: dict[str, dict | None] = {
     "intra_inter, 4 bit": {"q_bit": 4},
     "intra_inter, auto 3.0": {"q_bit": "auto", "average_bits": 3.0},
     "intra_inter, auto 4.27": {"q_bit": "auto", "average_bits": 4.27},  # the bytes of 4 bit
-    SHARED: {"q_bit": 2},
     "intra_inter, 2 bit": {"q_bit": 2},
-    "k wider, 2 bit": {"q_bit": 2, "slot_savers": {"k": "quant4"}},
     "layer inputs, 4 bit": {"layers": "input4"},
     "intra_inter, 8 bit": {"q_bit": 8},
     **{f"intra, {bits} bit": {"layer_type": "intra", "q_bit": bits} for bits in (8, 4, 2)},
@@ -53,9 +50,7 @@ VARIANTS: dict[str, dict | None] = {
         for name, rule in (("intra_inter", {}), ("published quantizer", {"layer_type": "intra_inter"} | PUBLISHED))
     },
 }
-# names of language models' lines from before q_bit=2 had a k that heads share in 4 bit: told still, and run no more
-EARLIER = ["intra_inter, 2 bit", "k wider, 2 bit", "intra, 2 bit"]
-FIRST = [EXACT, "intra_inter, 4 bit", "intra_inter, auto 3.0", SHARED, "intra_inter, 2 bit"]
+FIRST = [EXACT, "intra_inter, 4 bit", "intra_inter, auto 3.0", "intra_inter, 2 bit"]
 # what outliers are worth is the paper's ablation on GLUE
 ABLATED = [f"{name} without outliers, 2 bit" for name in ("intra_inter", "published quantizer")]
 GLUE_VARIANTS = [
@@ -67,7 +62,7 @@ COMMON = {
     **{"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1},
     **{"save_strategy": "no", "disable_tqdm": True, "num_train_epochs": 1},
 }
-LONG_VARIANTS = [EXACT, "intra_inter, 4 bit", SHARED, "layer inputs, 4 bit"]
+LONG_VARIANTS = [EXACT, "intra_inter, 4 bit", "intra_inter, 2 bit", "layer inputs, 4 bit"]
 LONG_EVALUATED = ("gutenberg/pg84.txt", "proof/hott-basics.tex")
 # of run_alpaca.py, whose loop has a learning rate that is constant
 PLAIN = {"learning_rate": 5e-4, "mixed_precision": "bf16", "num_train_epochs": 3, "save_steps": 0}
@@ -86,7 +81,7 @@ class Experiment:
     driver: str
     options: dict
     files: list[str]
-    variants: list[str] = field(default_factory=lambda: [name for name in VARIANTS if name not in EARLIER + ABLATED])
+    variants: list[str] = field(default_factory=lambda: [name for name in VARIANTS if name not in ABLATED])
     by_loss: tuple[str, ...] = ()
     common: dict = field(default_factory=lambda: COMMON)
     later: dict = field(default_factory=dict)
@@ -107,7 +102,7 @@ TASKS = {
         | {"max_train_samples": 4800}
         | GENERATION,
         ["gsm8k/train.jsonl", "gsm8k/test.jsonl"],
-        by_loss=tuple(VARIANTS)[3:],
+        by_loss=tuple(name for name in VARIANTS if name not in (EXACT, "intra_inter, 4 bit")),
     ),
     # the test text with <unk> for rare words, as the training text has it
     "wikitext2": Experiment(
@@ -139,7 +134,7 @@ TASKS = {
         {"data_name": "alpaca", "data_dir": "{data}/alpaca/alpaca_small.json", "max_eval_samples": 200}
         | {"per_device_train_batch_size": 8, "gradient_accumulation": 2, "max_train_samples": 1800, "max_steps": 300},
         ["alpaca/alpaca_small.json"],
-        [EXACT, "intra_inter, 4 bit", "intra_inter, auto 3.0", SHARED],
+        FIRST,
         common=PLAIN,
         later={"test_prompts": False},
     ),

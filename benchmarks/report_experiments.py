@@ -9,7 +9,7 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from benchmarks.experiments import EARLIER, EXACT, LONG_EVALUATED, TASKS, TESTED, VARIANTS
+from benchmarks.experiments import EXACT, LONG_EVALUATED, TESTED, VARIANTS
 from benchmarks.record import RESULTS
 from benchmarks.rows import load
 from benchmarks.tables import remarks, source, table
@@ -60,9 +60,13 @@ Scores = dict[str, dict[int, float]]  # by variant and seed
 
 
 def lines_of(columns: list[Column]) -> list[dict]:
-    """The lines of the columns' tasks on a GPU or, if there are none, on a CPU; with their failures."""
+    """The lines of the columns' tasks on a GPU or, if there are none, on a CPU; with their failures.
+
+    Without those of variants that there are no more.
+    """
     tasks = {column.task for column in columns}
-    lines = [line for line in load("experiments", "model", "task", "variant", "seed") if line["task"] in tasks]
+    lines = load("experiments", "model", "task", "variant", "seed")
+    lines = [line for line in lines if line["task"] in tasks and line["variant"] in VARIANTS]
     on_gpu = [line for line in lines if not line["device"].startswith("CPU")]
     return on_gpu or lines
 
@@ -72,7 +76,7 @@ def scores_of(lines: list[dict], column: Column) -> Scores:
     found: Scores = {BEFORE: {}, **{variant: {} for variant in VARIANTS}}
     for line in lines:
         if line["task"] == column.task and (scores := line.get("metrics", {}).get(column.metric)):
-            found.setdefault(line["variant"], {})[line["seed"]] = scores["after"] * column.scale
+            found[line["variant"]][line["seed"]] = scores["after"] * column.scale
             if "before" in scores:
                 found[BEFORE][line["seed"]] = scores["before"] * column.scale
     return {variant: values for variant, values in found.items() if values}
@@ -117,8 +121,7 @@ def one_table(columns: list[Column]) -> str:
     names = list(dict.fromkeys(variant for found in scores.values() for variant in found))
     if not names:
         return ""
-    order = [BEFORE, *VARIANTS]
-    names.sort(key=lambda name: order.index(name) if name in order else len(order))
+    names.sort(key=[BEFORE, *VARIANTS].index)
     models = ", ".join(dict.fromkeys(line["model"] for line in lines))
     seeds = len({line["seed"] for line in lines})
     head = [f"{models}, {seeds} seeds", "bits kept"]
@@ -131,9 +134,6 @@ def one_table(columns: list[Column]) -> str:
         fewer = f" ({n_seeds} of them)" if 0 < n_seeds < seeds else ""
         rows.append([name + fewer, kept_bits(lines, name), *found])
     parts = [table(head, rows), source(lines, "python -m benchmarks.experiments"), *failures(lines)]
-    earlier = [n for n in names if n in EARLIER and not any(n in TASKS[column.task].variants for column in columns)]
-    if earlier:
-        parts.append(f"*From before `q_bit=2` had a k that heads share in 4 bit: {'; '.join(earlier)}.*")
     return "\n\n".join([*parts, *remarks([(line["variant"], line) for line in lines])])
 
 

@@ -143,16 +143,9 @@ def command(data, *more):
 def test_the_first_runs_tell_most(data):
     args = experiments.parse(command(data, "--seeds", "0", "1"))
     order = [(trial.variant, trial.seed) for trial in experiments.trials(args)]
-    first = [variant for variant in experiments.FIRST if variant not in experiments.EARLIER]
-    assert order[: 2 * len(first)] == [(variant, seed) for variant in first for seed in (0, 1)]
+    first = [(variant, seed) for variant in experiments.FIRST for seed in (0, 1)]
+    assert order[: len(first)] == first
     assert len(order) == len(set(order)) == 2 * len(experiments.TASKS["gsm8k"].variants)
-
-
-def test_names_of_lines_that_were_of_another_setting_are_not_run_again(data):
-    """A new line under an old name would take the place of the old one in the tables."""
-    run = {trial.variant for trial in experiments.trials(experiments.parse(command(data)))}
-    assert not run & set(experiments.EARLIER) and "k from groups, 2 bit" in run
-    assert "intra_inter, 2 bit" in experiments.TASKS["sst2"].variants
 
 
 def test_options_of_a_run(data):
@@ -176,7 +169,7 @@ def test_alpaca_in_the_plain_loop(data, tmp_path, monkeypatch):
     rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(6)]
     (data / "alpaca" / "alpaca_small.json").write_text(json.dumps(rows))
     monkeypatch.setattr(experiments, "run_all", lambda jobs, *_: ((job, workers._run(*job[1:])[0]) for job in jobs))
-    options = command(data, "--tasks", "alpaca", "--seeds", "0", "1", "--variants", "k from groups, 2 bit")
+    options = command(data, "--tasks", "alpaca", "--seeds", "0", "1", "--variants", "intra_inter, 2 bit")
     quick = ["--max_steps", "1", "--max_new_tokens", "2", "--use_cpu", "True", "--max_eval_samples", "2"]
     experiments.main([*options, "--", *quick, "--iteration_threshold", "1", "--mixed_precision", "off"])
     lines = [json.loads(line) for line in (data.parent / "out" / "experiments.jsonl").read_text().splitlines()]
@@ -197,7 +190,7 @@ def test_mistakes(data, capsys):
 
 def test_lines_of_runs_and_what_is_not_run_again(data, capsys, monkeypatch):
     monkeypatch.setattr(experiments, "run_all", lambda jobs, *_: ((job, workers._run(*job[1:])[0]) for job in jobs))
-    common = command(data, "--variants", "exact LoRA", "k from groups, 2 bit", "--jobs", "1")
+    common = command(data, "--variants", "exact LoRA", "intra_inter, 2 bit", "--jobs", "1")
     quick = ["--max_steps", "1", "--max_new_tokens", "2", "--use_cpu", "True"]
     with pytest.raises(SystemExit) as ended:
         experiments.main([*common, "--", *quick, "--softmax_outlier_ratio", "0.1"])

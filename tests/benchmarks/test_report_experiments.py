@@ -9,7 +9,6 @@ from benchmarks.experiments import VARIANTS
 from benchmarks.report_experiments import (
     ALPACA,
     ARITHMETIC,
-    GLUE,
     LANGUAGE,
     alpaca_texts,
     experiments,
@@ -79,12 +78,9 @@ def test_a_failure_is_told_until_the_run_is_done(write):
     assert "Failed" not in one_table(LANGUAGE)
 
 
-def test_lines_from_before_k_was_wider_say_so(write):
-    write(line(EXACT, 0, 0.70), line(TWO, 0, 0.71), line("k from groups, 2 bit", 0, 0.705))
-    text = one_table(LANGUAGE)
-    assert text.endswith("*From before `q_bit=2` had a k that heads share in 4 bit: intra_inter, 2 bit.*")
-    write(line(EXACT, 0, 0.70, task="sst2"), line(TWO, 0, 0.71, task="sst2"))
-    assert "From before" not in one_table(GLUE)
+def test_variants_that_there_are_no_more_are_not_told(write):
+    write(line(EXACT, 0, 0.70), line(TWO, 0, 0.71) | {"variant": f"former {TWO}"})
+    assert "former" not in one_table(LANGUAGE) and len(cells(one_table(LANGUAGE))) == 3
 
 
 def test_lines_of_a_cpu_give_way_to_those_of_a_gpu(write):
