@@ -14,6 +14,7 @@ test.jsonl. One JSON line a setting.
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         calibration_steps = HycloraConfig().iteration_threshold
         count = args.exact_steps + calibration_steps + args.batches
         batches = load_batches(folder, args.data, args.batch_size, count, args.seq_len, args.device)
-        train_exactly(model, batches[: args.exact_steps])
+        train_exactly(model, batches[: args.exact_steps], nullcontext)
         calibration = batches[args.exact_steps : args.exact_steps + calibration_steps]
         exact = [(batch, gradients(model, batch)[1]) for batch in batches[args.exact_steps + calibration_steps :]]
         arguments = {"arguments": {**vars(args), "settings": None}}

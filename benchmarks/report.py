@@ -76,8 +76,13 @@ def cost(line: dict) -> str:
 
 
 def presets() -> str:
-    """The settings that have a name, what each changes, and what it takes where plain LoRA and peers were measured."""
-    cells = [(cell, lines) for cell, lines in latest_cells() if any(isinstance(line["setting"], str) for line in lines)]
+    """The settings that have a name, what each changes, and what it takes where peers and several were measured."""
+    cells = [
+        (cell, lines)
+        for cell, lines in latest_cells()
+        if any(isinstance(line["setting"], str) for line in lines)
+        and sum(bool(presets_of(line["setting"])) for line in lines) > 1
+    ]
     rows = []
     for name, preset in PRESETS.items():
         changed = ", ".join(f"`{field}={value}`" for field, value in preset.settings.items()) or "none"
@@ -194,9 +199,12 @@ def headline() -> str:
         ours = [line for line in lines if presets_of(line["setting"]) and line["dyn_mib"] <= frugal["dyn_mib"]]
         if not ours:
             continue
-        found = [(min(ours, key=lambda line: line["ms"]), ""), (frugal, "the most frugal peer")]
-        found.append((min(peers, key=lambda line: line["ms"]), "the fastest peer"))
-        found += [(line, "") for line in peers if line["setting"] == CHECKPOINTING]
+        found = [(min(ours, key=lambda line: line["ms"]), "")]
+        fastest = min(peers, key=lambda line: line["ms"])
+        for line in sorted(peers, key=lambda line: (line is not frugal, line is not fastest)):
+            roles = ["the most frugal peer"] * (line is frugal) + ["the fastest peer"] * (line is fastest)
+            if roles or line["setting"] == CHECKPOINTING:
+                found.append((line, " and ".join(roles) if len(peers) > 1 else "the only peer measured"))
         title = f"{describe_device(cell)}, {describe_model(cell)}"
         for line, role in found:
             name = name_of(line["setting"]) + (f" ({role})" if role else "")

@@ -8,10 +8,10 @@ from hyclora.operators.store.host import SLAB
 # expandable segments a pool's memory is mapped up to its highest tensor, in pages of 20 MiB. Pages that static tensors
 # have a part of, and no other tensor fits, were 45 to 136 MiB before the step; a pool of graphs shares none of them, so
 # it is PAGES again. What is free between tensors of a step is HOLES of dyn, and MOST_HOLES at most: of the longest
-# rows, beside 4 to 53 GiB of dyn, all gaps were 0.3 to 0.8 GiB. An allowance, no count: of the pairs with which no line
-# of plan_check and memory_throughput is above, about the one that is nearest in the median. By lines of llama-2-7b it
-# would be 98 MiB and 0.28, and those of seven other shapes are not above that either. Without expandable segments gaps
-# are larger.
+# rows, beside 4 to 53 GiB of dyn, all gaps were 0.3 to 0.8 GiB. But a tensor that is larger, as PEFT's logits of all
+# tokens are, leaves a hole of its own size. An allowance, no count: of the pairs with which no line of plan_check and
+# memory_throughput is above, about the one that is nearest in the median. By lines of llama-2-7b it would be 98 MiB and
+# 0.28, and those of seven other shapes are not above that either. Without expandable segments gaps are larger.
 PAGES = 96 * 2**20
 HOLES, MOST_HOLES = 0.3, 2**30
 # what a driver and CUDA take for themselves
@@ -24,7 +24,8 @@ class Need:
 
     static: by what they are. dyn: peak of live tensors over it, at the moment `peak`; moments: all of them. apart: what
     the loss, or else the optimizer, has beside a pool of graphs, which shares nothing. host: packed slots in host
-    memory, which is pinned in slabs of so many bytes (store/host.py). embeddings: those that wait there.
+    memory, which is pinned in slabs of so many bytes (store/host.py). embeddings: those that wait there. largest: a
+    tensor that is larger than MOST_HOLES.
     """
 
     static: dict[str, int]
@@ -33,6 +34,7 @@ class Need:
     host: int
     slab: int = SLAB
     embeddings: int = 0
+    largest: int = 0
 
     @property
     def peak(self) -> str:
@@ -46,7 +48,7 @@ class Need:
     def held(self) -> int:
         """What the allocator is expected to take over static: live tensors, and an allowance for its gaps."""
         pools = 2 if self.apart else 1
-        return int(self.dyn + self.apart + min(HOLES * self.dyn, MOST_HOLES)) + pools * PAGES
+        return int(self.dyn + self.apart + min(HOLES * self.dyn, max(MOST_HOLES, self.largest))) + pools * PAGES
 
     @property
     def gpu(self) -> int:

@@ -28,13 +28,14 @@ class Peer:
     """A way to train by the name that benchmarks/peers.py calls it; count: its moments and host memory.
 
     lines: of each shape that was measured, how many lines, and by how many percent of the measured dyn the count is off
-    at most.
+    at most. staging: static copies of a layer's input. whole_logits: the loss has those of all tokens in fp32.
     """
 
     name: str
     count: Callable[[Shape, int, int], tuple[dict[str, float], int]]
     lines: dict[str, tuple[int, float]]
-    staging: int = 0  # static copies of a layer's input
+    staging: int = 0
+    whole_logits: bool = False
 
     def need(self, shape: Shape, batch: int, length: int, steps: bool = True) -> Need:
         """The Need of batch rows of length tokens; steps: with a step of torch's AdamW (live.py: count)."""
@@ -46,7 +47,8 @@ class Peer:
             "GEMM workspaces": 2 * WORKSPACE,
             "staging buffers": self.staging * batch * length * E * shape.hidden,
         }
-        return Need(static, {name: int(size) for name, size in moments.items()}, 0, host, slab=1)
+        largest = batch * length * FP32 * shape.vocab if self.whole_logits else 0
+        return Need(static, {name: int(size) for name, size in moments.items()}, 0, host, slab=1, largest=largest)
 
     def accuracy(self, shape: Shape) -> str:
         """How near the count of dyn is, in words, and whether this shape was measured."""
@@ -154,11 +156,13 @@ PEERS = [
         "PEFT LoRA",
         partial(_peft, checkpointing=False),
         {"llama-2-7b": (1, 0.0), "llama-3-8b": (1, 0.0), "mistral-7b": (1, 0.0)},
+        whole_logits=True,
     ),
     Peer(
         "PEFT LoRA, checkpointing",
         partial(_peft, checkpointing=True),
-        {"llama-2-7b": (2, 0.0), "llama-3-8b": (1, 0.0), "mistral-7b": (1, 0.0), "qwen3-8b": (1, 0.0)},
+        {"llama-2-7b": (3, 0.0), "llama-3-8b": (1, 0.0), "mistral-7b": (1, 0.0), "qwen3-8b": (1, 0.0)},
+        whole_logits=True,
     ),
     Peer("Unsloth, offloaded checkpointing", _unsloth, {"llama-2-7b": (2, 0.2)}, staging=2),
 ]
