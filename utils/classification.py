@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from hyclora.utils.errors import UserError
-from hyclora.utils.metrics import evaluating
 from hyclora.utils.profiling import undisturbed
+from hyclora.utils.ranks import share_batches
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,18 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
 
 @torch.no_grad()
 def outputs_of(model: PreTrainedModel, rows: list[dict], collate: Callable, batch_size: int) -> Tensor:
-    """The model's logits or scores [rows, outputs], in float32 on the host, in the order of the rows."""
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
-    found = {}
+    """The model's logits or scores [rows, outputs], in float32 on the host, in the order of the rows, which processes
+    share.
+    """
     half = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else None  # the head is float32
     autocast = torch.autocast(model.device.type, half, enabled=half is not None)
-    with undisturbed(model, train=False), autocast, evaluating(len(rows)) as bar:
-        for start in range(0, len(rows), batch_size):
-            chosen = by_length[start : start + batch_size]
-            batch = collate([rows[i] for i in chosen]).to(model.device)
-            batch.pop("labels")
-            found |= zip(chosen, model(**batch).logits.float().cpu(), strict=True)
-            bar.update(len(chosen))
-    return torch.stack([found[i] for i in range(len(rows))])
+
+    def outputs(places: list[int]) -> Tensor:
+        batch = collate([rows[i] for i in places]).to(model.device)
+        batch.pop("labels")
+        return model(**batch).logits.float().cpu()
+
+    with undisturbed(model, train=False), autocast:
+        found = share_batches([len(row["input_ids"]) for row in rows], batch_size, outputs)
+    by_place = {i: output for places, several in found for i, output in zip(places, several, strict=True)}
+    return torch.stack([by_place[i] for i in range(len(rows))])

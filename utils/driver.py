@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hyclora import apply_hyclora, remove_hyclora, verify
-from hyclora.models.sharding import is_unit
 from hyclora.utils import results
 from hyclora.utils.args import (
     ROOT,
@@ -266,8 +265,6 @@ def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> dict | None:
         if training.save_steps and training.should_save:
             save_trained(model, run.folder, initial, trained)
             tokenizer.save_pretrained(run.folder)
-        if not (training.should_save or is_unit(model)):
-            return None
         predictions = []
         with rest_gathered(model):
             if task.test:

@@ -7,22 +7,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hyclora.models.sharding import is_unit
 from hyclora.utils.answers import is_correct
 from hyclora.utils.args import EvalArguments, GenerationArguments
 from hyclora.utils.data.gsm8k import prompt_of
 from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.profiling import undisturbed
-from hyclora.utils.runs.launch import is_first
+from hyclora.utils.ranks import share_batches
 
 HEAD_ROWS = 512
-
-
-def evaluating(n: int) -> tqdm:
-    """A bar of n rows, shown by the first process alone: where weights are shared, all evaluate the same ones."""
-    return tqdm(total=n, desc="evaluating", disable=not is_first())
 
 
 def evaluate_generation(
@@ -34,7 +29,7 @@ def evaluate_generation(
 ) -> tuple[float, list[dict]]:
     """Accuracy over the rows, and for each row what it has (question, answer), the generated text and the verdict.
 
-    prompt_of: how a question is asked.
+    prompt_of: how a question is asked. Processes share the rows; what is drawn is the same however many they are.
     """
     decoding = {"do_sample": False}
     if not args.greedy:
@@ -47,18 +42,18 @@ def evaluate_generation(
         **decoding,
     )
     prompts = [tokenizer(prompt_of(row["question"])).input_ids for row in rows]
-    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]), reverse=True)
-    texts = {}
-    with undisturbed(model, train=False), evaluating(len(rows)) as bar:
-        torch.manual_seed(args.generation_seed)
-        for start in range(0, len(rows), args.eval_batch_size):
-            batch = by_length[start : start + args.eval_batch_size]
-            padded = tokenizer.pad(
-                {"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt"
-            ).to(model.device)
-            output = model.generate(**padded, generation_config=config)[:, padded["input_ids"].shape[1] :]
-            texts |= zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True)
-            bar.update(len(batch))
+
+    def answer(batch: list[int]) -> list[str]:
+        torch.manual_seed(args.generation_seed + batch[0])  # whoever computes it, and after which others
+        padded = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        padded = padded.to(model.device)
+        # processes that share weights go on until all have ended
+        output = model.generate(**padded, generation_config=config, synced_gpus=is_unit(model))
+        return tokenizer.batch_decode(output[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    with undisturbed(model, train=False):
+        found = share_batches(list(map(len, prompts)), args.eval_batch_size, answer)
+    texts = {i: text for batch, answers in found for i, text in zip(batch, answers, strict=True)}
     predictions = [
         {**row, "prediction": texts[i], "correct": is_correct(texts[i], row["answer"], row["question"])}
         for i, row in enumerate(rows)
@@ -69,25 +64,24 @@ def evaluate_generation(
 def evaluate_loss(model: PreTrainedModel, rows: Sequence[dict], pad_token_id: int, args: EvalArguments) -> float:
     """Mean cross-entropy (in nats) of a learned token over the tokenized rows, each token with the same weight.
 
-    The longest rows come first, and each row is made when its batch is. The head runs on HEAD_ROWS learned positions at
-    a time: logits of a batch would take more memory than training.
+    Processes share the rows, each of which is made when its batch is. The head runs on HEAD_ROWS learned positions at a
+    time: logits of a batch would take more memory than training.
     """
-    collate = Collator(pad_token_id)
-    lengths = [len(row["input_ids"]) for row in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
+    collate, lengths = Collator(pad_token_id), [len(row["input_ids"]) for row in rows]
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    total, count = 0.0, 0
-    with undisturbed(model, train=False), torch.no_grad(), evaluating(len(rows)) as bar:
-        for start in range(0, len(rows), args.eval_batch_size):
-            batch = collate([rows[i] for i in order[start : start + args.eval_batch_size]])
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            labels = batch.pop("labels")
-            states = decoder(**batch, use_cache=False).last_hidden_state
-            # the state at a token predicts the next one
-            for state, target in zip(states[:, :-1], labels[:, 1:], strict=True):
-                learned = target != IGNORED
-                count += int(learned.sum())
-                for part, ids in zip(state[learned].split(HEAD_ROWS), target[learned].split(HEAD_ROWS), strict=True):
-                    total += F.cross_entropy(head(part).float(), ids, reduction="sum").item()
-            bar.update(len(labels))
-    return total / count
+
+    def sum_and_count(places: list[int]) -> tuple[float, int]:
+        batch = {name: tensor.to(model.device) for name, tensor in collate([rows[i] for i in places]).items()}
+        labels, total, count = batch.pop("labels"), 0.0, 0
+        states = decoder(**batch, use_cache=False).last_hidden_state
+        # the state at a token predicts the next one
+        for state, target in zip(states[:, :-1], labels[:, 1:], strict=True):
+            learned = target != IGNORED
+            count += int(learned.sum())
+            for part, ids in zip(state[learned].split(HEAD_ROWS), target[learned].split(HEAD_ROWS), strict=True):
+                total += F.cross_entropy(head(part).float(), ids, reduction="sum").item()
+        return total, count
+
+    with undisturbed(model, train=False), torch.no_grad():
+        found = share_batches(lengths, args.eval_batch_size, sum_and_count)
+    return sum(total for _, (total, _) in found) / sum(count for _, (_, count) in found)

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
 from termcolor import colored
 
 from hyclora.utils.args import ROOT, TrainingArguments
 from hyclora.utils.errors import UserError
+from hyclora.utils.ranks import of_first
 from hyclora.utils.runs.identity import in_effect
 
 SETTINGS = "settings.json"
@@ -57,26 +57,21 @@ KEPT_BY = {
 _PEERS = ("liger-kernel", "unsloth", "unsloth_zoo", "cut-cross-entropy")
 
 
-def start_run(root: Path, tag: str, training: TrainingArguments, content: dict) -> Path:
+def start_run(root: Path, tag: str, content: dict) -> Path:
     """Make the folder of a new run, with its settings (`content`) in it.
 
     Its name is the tag and the time, made unique and the same on every rank.
     """
-    folder = [None]
-    if training.process_index == 0:
-        folder = [_fresh_folder(root, tag)]
-        write_json(folder[0] / SETTINGS, content)
-    if training.world_size > 1:
-        broadcast_object_list(folder)
-    return folder[0]
+    return of_first(lambda: _fresh_folder(root, tag, content))
 
 
-def _fresh_folder(root: Path, tag: str) -> Path:
+def _fresh_folder(root: Path, tag: str, content: dict) -> Path:
     start = f"{tag}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in itertools.count(1):
         folder = root / (start if attempt == 1 else f"{start}-{attempt}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
+            write_json(folder / SETTINGS, content)
             return folder
 
 
@@ -199,11 +194,14 @@ def core_of(training: TrainingArguments, n_rows: int) -> dict:
 
 
 def once(file: Path, settings: dict, compute):
-    """compute(), or what an earlier session of the run has kept of it in `file` with the same settings."""
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """compute(), or what an earlier session of the run has kept of it in `file` with the same settings.
+
+    All processes of a run compute it, or none does: the file is the first one's.
+    """
+    kept = of_first(lambda: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
     if kept.get("settings") != settings:
         kept = {"settings": settings, "value": compute()}
-        write_json(file, kept)
+        of_first(lambda: write_json(file, kept))
     return kept["value"]
 
 

@@ -69,7 +69,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
 def rest_gathered(model: nn.Module):
     """What is in no layer is whole inside, so that an evaluation may call any part of the model.
 
-    All processes have to evaluate the same rows: they gather each layer together.
+    All processes have to call it equally often, as `share_batches` has them do: they gather each layer together.
     """
     if not is_unit(model):
         yield

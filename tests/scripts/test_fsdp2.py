@@ -23,10 +23,10 @@ TRAIN_STEP = HycloraTrainer.training_step
 def drive(folder: Path, model: Path, *options: str) -> dict | None:
     """A run with its results in folder, and what they are on the first process."""
     argv = ["--model_dir", str(model.parent), "--model_name", model.name, "--output_dir", str(folder)]
-    argv += ["--max_train_samples", "40", "--max_eval_samples", "2", "--evaluate_before", "True", "--save_steps", "2"]
+    argv += ["--max_train_samples", "40", "--max_eval_samples", "3", "--eval_batch_size", "1", "--save_steps", "2"]
     argv += ["--max_steps", str(STEPS), "--iteration_threshold", "2", "--logging_steps", "1", "--learning_rate", "1e-3"]
     argv += ["--per_device_train_batch_size", "2", "--max_new_tokens", "3", "--use_cpu", "True"]
-    argv += ["--disable_tqdm", "True", "--target_modules", "q_proj", "down_proj", *options]
+    argv += ["--disable_tqdm", "True", "--evaluate_before", "True", "--target_modules", "q_proj", "down_proj", *options]
     return run_gsm8k.DRIVER.run(run_gsm8k.DRIVER.parse(argv), argv)
 
 
@@ -95,10 +95,13 @@ def test_two_processes(stop, options, tiny_llama_folder, tmp_path):
     assert losses(resumed) == losses(fsdp2) == pytest.approx(losses(ddp), abs=1e-5)
     assert resumed["metrics"] == fsdp2["metrics"]
     assert fsdp2["buffered_bytes"] == ddp["buffered_bytes"]
+    judged = [{name: both["before"] for name, both in found["metrics"].items()} for found in (ddp, fsdp2)]
+    assert judged[0] == judged[1]
     expected = adapters(tmp_path / "fsdp2")
     assert largest_error(adapters(tmp_path / "stopped"), expected) == 0
     assert largest_error(expected, adapters(tmp_path / "ddp")) < 1e-4
     if "baseline" in options:
         one = drive(tmp_path / "one", tiny_llama_folder, *options, "--gradient_accumulation_steps", "2")
         assert losses(fsdp2) == pytest.approx(losses(one), abs=1e-4)
+        assert {name: both["before"] for name, both in one["metrics"].items()} == judged[0]
         assert largest_error(expected, adapters(tmp_path / "one")) < 1e-3

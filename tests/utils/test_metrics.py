@@ -43,7 +43,6 @@ def test_a_batch_gives_what_single_questions_give(model_and_tokenizer):
 
 
 def test_the_first_process_alone_shows_how_far_it_is(model_and_tokenizer, monkeypatch, capsys):
-    """Where weights are shared, all of them evaluate the same rows."""
     model, tokenizer = model_and_tokenizer
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
     for rank, shown in ((0, True), (1, False)):

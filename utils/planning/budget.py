@@ -19,6 +19,7 @@ from hyclora.utils.planning.modes import describe
 from hyclora.utils.planning.need import RESERVE, Need
 from hyclora.utils.planning.shape import Shape
 from hyclora.utils.planning.units import parse_size, parse_tokens, say_size
+from hyclora.utils.ranks import n_ranks, of_first
 
 FEWER_BITS = (2,)  # than the default's: the last resort, as gradients are less exact
 INPUTS = ("input", "input8", "input4")
@@ -138,7 +139,7 @@ def choose_for(model, config: HycloraConfig) -> Choice:
     positions = shape.config.max_position_embeddings
     rows, tokens = parse_tokens(config.largest_batch, "largest_batch") if config.largest_batch else (1, positions)
     # whoever has rows of one length alone is told a little too much
-    load = Load(rows, tokens, rows * tokens, ragged=True, checkpointing=_checkpoints(model), processes=_processes())
+    load = Load(rows, tokens, rows * tokens, ragged=True, checkpointing=_checkpoints(model), processes=n_ranks())
     return choose(shape, config, load, budget_of(config), available_host())
 
 
@@ -154,19 +155,11 @@ def budget_of(config: HycloraConfig) -> int:
 
 def available_host() -> int:
     """Bytes of host memory that a process may pin, where those of a machine share it; the same on every rank."""
-    found = [psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
-    if _processes() > 1:
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
+    return of_first(lambda: psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _checkpoints(model) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def _processes() -> int:
-    told = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if told else 1
 
 
 def _changed(one: HycloraConfig, given: dict) -> list[str]:

@@ -35,11 +35,6 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
-def is_first() -> bool:
-    """Whether this process is the first of its run, which tells what all of them do."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def launch(n: int, program: str, argv: list[str]) -> None:
     """Run the program n times with the options argv, each process knowing of the others as torchrun tells it.
 

@@ -152,9 +152,7 @@ def begin(groups: tuple, source: str, rows: list[dict], argv: list[str] | None) 
         if training.run_name and Path(training.run_name).name != training.run_name:
             raise UserError(f"run_name {training.run_name} is no name of a folder: leave out the slashes")
         check_output(root)
-        run = Run(
-            results.start_run(root, training.run_name or tag_of(groups), training, settings), groups, argv, source
-        )
+        run = Run(results.start_run(root, training.run_name or tag_of(groups), settings), groups, argv, source)
     else:
         find = _newest(root, identity(settings)) if resume.lower() == "true" else _named(resume, identity(settings))
         checkpoint, passed = find

@@ -1,0 +1,56 @@
+"""What the processes of a run do together: the batches of an evaluation, and what all have to know alike."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+Found = TypeVar("Found")
+
+
+def n_ranks() -> int:
+    """How many processes the run has."""
+    told = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if told else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its run, which tells what all of them do."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def of_first(compute: Callable[[], Found]) -> Found:
+    """What compute() gives on the first process, which alone calls it; all have to ask for it."""
+    if n_ranks() == 1:
+        return compute()
+    found = [compute() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def share_batches(
+    lengths: Sequence[int], size: int, compute: Callable[[list[int]], Found]
+) -> list[tuple[list[int], Found]]:
+    """The batches of an evaluation, each the places of at most `size` rows, and what compute gives for each.
+
+    lengths: of all rows, of which the longest come first. The batches are those of one process, and so is what they
+    give, if each is computed by itself: processes take turns, and all get what all have found. All of them call compute
+    equally often, since those that share weights gather each layer together: who has no batch in the last turn
+    computes the last one too, for nothing.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    n = n_ranks()
+    rank, own = torch.distributed.get_rank() if n > 1 else 0, []
+    with tqdm(total=len(order), desc="evaluating", disable=not is_first()) as bar:
+        for start in range(0, len(batches), n):
+            turn = batches[start : start + n]
+            own.append(compute(turn[min(rank, len(turn) - 1)]))
+            bar.update(sum(map(len, turn)))
+    if n == 1:
+        return list(zip(batches, own, strict=True))
+    found = [None] * n
+    torch.distributed.all_gather_object(found, own)
+    return [(batch, found[i % n][i // n]) for i, batch in enumerate(batches)]
