@@ -13,6 +13,7 @@ import time
 from hyclora.utils.runs.script import again
 
 OTHERS = 3  # seconds that a process of several has to end before others say why they do
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process")  # as gloo and NCCL say it
 
 
 class UserError(ValueError):
@@ -54,8 +55,16 @@ def is_disk_full(error: BaseException) -> bool:
     return any(words in text for words in ("No space left", "Disk quota exceeded", "PytorchStreamWriter failed"))
 
 
+def has_lost_another(error: BaseException) -> bool:
+    """Whether a process of several could not talk to another one, which has ended."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(words in str(error) for words in _LOST)
+
+
 def entry_point(main):
-    """Wrap `main(argv=None)`: turn a user's mistake into one line on stderr and an exit code."""
+    """Wrap `main(argv=None)`: turn a user's mistake into one line on stderr and an exit code.
+
+    What becomes of a process that has lost another one is not told, unless no launcher ends it as it ends that one.
+    """
 
     @functools.wraps(main)
     def run(argv=None):
@@ -69,6 +78,10 @@ def entry_point(main):
             if not is_disk_full(error):
                 raise
             _exit(f"the disk is full ({error.filename or error}): free some space or choose another --output_dir", 1)
+        except RuntimeError as error:
+            if has_lost_another(error):
+                time.sleep(OTHERS)
+            raise
         except KeyboardInterrupt:
             _exit(f"interrupted; start again with: {again(argv)}", Interrupted.exit_code)
 

@@ -21,6 +21,23 @@ names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "HYCLORA_LAUNCH
 with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as file:
     json.dump([[os.environ[name] for name in names], sys.argv[2:]], file)
 """
+FAIL = """
+import os
+import torch, run_gsm8k
+from hyclora.utils import metrics
+
+stock, calls = metrics.F.cross_entropy, []
+
+class Functional:
+    def cross_entropy(*args, **options):
+        calls.append(1)
+        if len(calls) > 1 and os.environ["RANK"] == os.environ["FAILING"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(*args, **options)
+
+metrics.F = Functional
+run_gsm8k.main()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +65,21 @@ def test_the_first_failure_ends_all(tmp_path, capfd):
     with pytest.raises(SystemExit) as exit:
         launch(2, program(tmp_path, text), [])
     assert exit.value.code == 1 and capfd.readouterr().err == "told: 1\n"
+
+
+@pytest.mark.parametrize("parallel, failing", [("ddp", 1), ("fsdp2", 1), ("fsdp2", 0)])
+def test_one_sentence_ends_all_that_wait_for_each_other(parallel, failing, tiny_llama_folder, tmp_path, capfd):
+    """One of two that evaluate has no memory left; the other one loses it, and has nothing to say."""
+    os.environ |= {"FAILING": str(failing), "PYTHONPATH": str(ROOT)}
+    options = ["--model_dir", tiny_llama_folder.parent, "--model_name", tiny_llama_folder.name]
+    options += ["--output_dir", tmp_path, "--num_gpus", 2, "--use_cpu", True, "--parallel", parallel]
+    options += ["--evaluate_before", True, "--max_train_samples", 4, "--max_eval_samples", 8]
+    options += ["--eval_batch_size", 1, "--max_new_tokens", 0]
+    with pytest.raises(SystemExit) as exit:
+        launch(2, program(tmp_path, FAIL), [*map(str, options), "--disable_tqdm", "True"])
+    said = capfd.readouterr().err
+    assert exit.value.code == 1 and "Traceback" not in said
+    assert said.count("error: ") == said.count("error: out of memory; no checkpoint was written; start again") == 1
 
 
 def test_a_process_that_is_killed_is_told(tmp_path, capfd, monkeypatch):
