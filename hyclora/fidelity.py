@@ -83,6 +83,14 @@ class FidelityArguments:
 GROUPS = (FidelityArguments, LoraArguments, HycloraArguments)
 
 
+def check_new_adapters(args: FidelityArguments, lora: LoraArguments) -> None:
+    """UserError for settings of new adapters beside a folder of trained ones."""
+    new = {**vars(lora), "exact_steps": args.exact_steps, "seed": args.seed}
+    left = {**vars(LoraArguments()), "exact_steps": FidelityArguments.exact_steps, "seed": FidelityArguments.seed}
+    given = [name for name, value in new.items() if args.adapters and value != left[name]]
+    require(not given, f"{', '.join(given)}: of no effect on adapters that are trained: drop that, or --adapters")
+
+
 def train_exactly(
     model: nn.Module, batches: list[dict[str, Tensor]], autocast: Callable, learning_rate: float = 1e-3
 ) -> None:
@@ -139,11 +147,12 @@ def main(argv: list[str] | None = None) -> Verification:
     if argv is None:
         clock.lap("imports")
     args, lora, hyclora = parse_arguments(argv, GROUPS, {"verify": True})
-    require(hyclora.use_hyclora, "there is nothing to verify with use_hyclora=False: drop it")
+    require(hyclora.verify, "this command verifies, and there is nothing else to do with verify=False: drop it")
     require(not hyclora.has_budget, "memory_budget does not count exact LoRA, which is verified against: drop it")
+    check_new_adapters(args, lora)
     folder, device = Path(args.model).resolve(), torch.device(args.device)
     base = ModelArguments(folder.name, str(folder.parent), load_in_4bit=args.load_in_4bit)
-    source = find_base(base, lora)
+    source = find_base(base, lora, named_by="--model")
     check_model(source, NEXT_TOKEN, lora)
     check_layers(source, NEXT_TOKEN, hyclora.config())
     check_embeddings(source, NEXT_TOKEN, lora, hyclora.config())

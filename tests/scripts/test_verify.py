@@ -85,7 +85,8 @@ def ask(tiny_llama_folder, capsys):
         found = None
         try:
             given = ["--model", tiny_llama_folder, "--device", "cpu", "--iteration_threshold", 2, "--batch_size", 2]
-            found = fidelity.main([*map(str, given), "--exact_steps", "2", *map(str, options)])
+            few = [] if "--adapters" in options else ["--exact_steps", "2"]
+            found = fidelity.main([*map(str, given), *few, *map(str, options)])
         except SystemExit as exit:
             found = exit.code
         captured = capsys.readouterr()
@@ -145,18 +146,22 @@ def test_what_the_model_cannot_do_is_told_before_it_is_loaded(ask, monkeypatch, 
     "options, said",
     [
         (["--model", ""], "say with --model which checkpoint folder"),
-        (["--model", "nowhere"], "nowhere does not exist"),
+        (["--model", "nowhere"], "nowhere does not exist: put the model there, or set --model\n"),
         (["--data", "nowhere.txt"], "data nowhere.txt does not exist"),
         (["--data", "nowhere"], "data_dir nowhere does not exist"),
         (["--adapters", "nowhere"], "adapters nowhere has no adapter_config.json"),
         (["--batches", 0], "batches must be at least 1, not 0"),
         (["--data", "{few}"], "has rows for 2 batches of 2, 5 are needed: give more, or lower"),
         (["--use_hyclora", False], "use_hyclora=False"),
+        (["--verify", False], "there is nothing else to do with verify=False: drop it"),
+        (["--adapters", "{adapters}", "--lora_rank", 4], "lora_rank: of no effect on adapters that are trained: drop"),
+        (["--adapters", "{adapters}", "--exact_steps", 4], "exact_steps: of no effect on adapters that are trained"),
         (["--verify_threshold", 0.99999, "--q_bit", 2], "less than the threshold 0.99999"),
     ],
 )
 def test_mistakes_of_the_command(ask, tmp_path, options, said):
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "1 + 1 =", "response": " 2"}\n' * 4)
-    code, told = ask(*(str(option).format(few=few) for option in options))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    code, told = ask(*(str(option).format(few=few, adapters=tmp_path) for option in options))
     assert code == 2 and said in told
