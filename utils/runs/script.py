@@ -16,7 +16,7 @@ SCRIPT, PASSED = "HYCLORA_SCRIPT", "HYCLORA_PASSED"
 LAUNCHED = "HYCLORA_LAUNCHED"  # in the processes that num_gpus has started (utils/runs/launch.py)
 _VARIABLE = re.compile(r"^\s*(\w+)=\$\{\1:?-", re.MULTILINE)
 _SOURCED = re.compile(r'^source "\$root/(.+)"$', re.MULTILINE)
-_NEAR = 0.85
+NEAR = 0.85  # from which on a name may be meant for another
 
 
 def settings_of(script: Path) -> list[str]:
@@ -42,7 +42,7 @@ def check_environment(options: list[str]) -> None:
         if name != name.lower() or not os.environ[name]:
             continue
         given = f"{name} in the environment is not a setting of {Path(path).name}"
-        if near := difflib.get_close_matches(name, variables, n=1, cutoff=_NEAR):
+        if near := difflib.get_close_matches(name, variables, n=1, cutoff=NEAR):
             raise ValueError(f"{given}: did you mean {near[0]}? (unset {name} if it is for something else)")
         if "_" in name and f"--{name}" in options:
             raise ValueError(f"{given}, but an option: bash {path} --{name} VALUE (and unset {name})")
