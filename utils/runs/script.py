@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 SCRIPT, PASSED = "HYCLORA_SCRIPT", "HYCLORA_PASSED"
+PROGRAM = "HYCLORA_PROGRAM"  # the module of a driver that another program runs (benchmarks/workers.py)
 LAUNCHED = "HYCLORA_LAUNCHED"  # in the processes that num_gpus has started (utils/runs/launch.py)
 _VARIABLE = re.compile(r"^\s*(\w+)=\$\{\1:?-", re.MULTILINE)
 _SOURCED = re.compile(r'^source "\$root/(.+)"$', re.MULTILINE)
@@ -60,9 +61,16 @@ def again(argv: list[str] | None, *options) -> str:
         given = [f"{name}={shlex.quote(os.environ[name])}" for name in variables if name in os.environ]
         start, words = [*given, "bash", shlex.quote(path)], words[len(passed) :]
     else:
-        module = getattr(sys.modules["__main__"], "__spec__", None)
-        start = ["python", *(["-m", module.name] if module else [shlex.quote(sys.argv[0])])]
+        start = ["python", *_program()]
     return " ".join([*start, shlex.join([*_without(words, ["--resume_from_checkpoint", *added[::2]]), *added])]).strip()
+
+
+def _program() -> list[str]:
+    """What python is to run."""
+    if driver := os.environ.get(PROGRAM):
+        return ["-m", driver] if "." in driver else [f"{driver}.py"]
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", module.name] if module else [shlex.quote(sys.argv[0])]
 
 
 def _without(words: list[str], names: list[str]) -> list[str]:
