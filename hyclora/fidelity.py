@@ -10,6 +10,7 @@ how long it took, and what took it: on a small model mostly what is imported.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hyclora import BEGUN, Verification, apply_hyclora, verify
 from hyclora.utils.args import (
@@ -80,7 +83,22 @@ class FidelityArguments:
         )
 
 
+_WANTED = "name a folder that save_pretrained has written of adapters of this model"
 GROUPS = (FidelityArguments, LoraArguments, HycloraArguments)
+
+
+def with_adapters(base: PreTrainedModel, folder: str, source: str) -> PeftModel:
+    """The model in source with the trained adapters of a folder; UserError if they are none of it."""
+    if not Path(folder, SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise UserError(f"adapters {folder} cannot be loaded for {source}: {_WANTED} ({SAFETENSORS_WEIGHTS_NAME})")
+    with warnings.catch_warnings():
+        # PEFT asks whether layers are checkpointed by a name that newer transformers deprecate.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            return PeftModel.from_pretrained(base, folder, is_trainable=True)
+        except Exception as error:  # PEFT's, torch's or safetensors' own, whatever is wrong with the files
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"adapters {folder} cannot be loaded for {source} ({why}): {_WANTED}") from error
 
 
 def check_new_adapters(args: FidelityArguments, lora: LoraArguments) -> None:
@@ -170,7 +188,7 @@ def main(argv: list[str] | None = None) -> Verification:
         )
     batches = [{name: t.to(device) for name, t in batch.items()} for batch in batches]
     if args.adapters:
-        model = PeftModel.from_pretrained(load_base(base, source, device), args.adapters, is_trainable=True)
+        model = with_adapters(load_base(base, source, device), args.adapters, source)
     else:
         model = load_model(base, lora, source, device, args.seed)
     clock.lap("rows and model")

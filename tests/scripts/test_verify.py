@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import run_gsm8k
 import run_memory_throughput
@@ -126,6 +126,23 @@ def test_trained_adapters_are_verified(ask, drive, tmp_path):
     (file,) = (tmp_path / "out").glob("*.json")
     found, _ = ask("--adapters", file.with_suffix(""))
     assert not any(g.note for g in found.gradients) and found.exact == "LoRA with exact slots"
+
+
+@pytest.mark.parametrize("broken", ["adapter_config.json", "adapter_model.safetensors", "other shapes", "no weights"])
+def test_adapters_that_are_none_of_this_model_are_told_in_a_sentence(ask, drive, tmp_path, broken):
+    drive("--max_steps", "1")
+    (file,) = (tmp_path / "out").glob("*.json")
+    folder = file.with_suffix("")
+    if broken == "no weights":
+        (folder / "adapter_model.safetensors").unlink()
+    elif broken == "other shapes":
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({name: t[..., :-1].clone() for name, t in weights.items()}, folder / "adapter_model.safetensors")
+    else:
+        (folder / broken).write_text("{}")
+    code, said = ask("--adapters", folder)
+    (told,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and f"adapters {folder} cannot be loaded for" in told and "save_pretrained has written" in told
 
 
 @pytest.mark.parametrize(
