@@ -6,7 +6,6 @@ HyC-LoRA's options are read off the fields of `HycloraConfig`: a setting is name
 import argparse
 import copy
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from hyclora.utils.checks import check_settings, check_what_trainer_imports
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import NEEDS, in_effect
 from hyclora.utils.runs.launch import check_processes
-from hyclora.utils.runs.script import NEAR, SCRIPT, check_environment
+from hyclora.utils.runs.script import SCRIPT, check_environment, nearest_options
 from hyclora.utils.sharded import ask_for_sharding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -386,7 +385,7 @@ def parse_arguments(argv: list[str] | None, groups, defaults: dict | None = None
         f"{FROM_ROWS} is of HycloraConfig alone: the scripts look up the largest batch of their rows; drop it",
     )
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=NEAR)
-        raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+        near = ", ".join(nearest_options(unknown[0], known))
+        raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near}?" if near else " (see --help)"))
     check_settings(filled)
     return tuple(filled)

@@ -17,7 +17,7 @@ PROGRAM = "HYCLORA_PROGRAM"  # the module of a driver that another program runs 
 LAUNCHED = "HYCLORA_LAUNCHED"  # in the processes that num_gpus has started (utils/runs/launch.py)
 _VARIABLE = re.compile(r"^\s*(\w+)=\$\{\1:?-", re.MULTILINE)
 _SOURCED = re.compile(r'^source "\$root/(.+)"$', re.MULTILINE)
-NEAR = 0.85  # from which on a name may be meant for another
+_NEAR, _ALIKE = 0.85, 0.8  # of what may be for something else; of what cannot
 
 
 def settings_of(script: Path) -> list[str]:
@@ -43,10 +43,21 @@ def check_environment(options: list[str]) -> None:
         if name != name.lower() or not os.environ[name]:
             continue
         given = f"{name} in the environment is not a setting of {Path(path).name}"
-        if near := difflib.get_close_matches(name, variables, n=1, cutoff=NEAR):
+        if near := difflib.get_close_matches(name, variables, n=1, cutoff=_NEAR):
             raise ValueError(f"{given}: did you mean {near[0]}? (unset {name} if it is for something else)")
         if "_" in name and f"--{name}" in options:
             raise ValueError(f"{given}, but an option: bash {path} --{name} VALUE (and unset {name})")
+
+
+def nearest_options(word: str, options: list[str]) -> list[str]:
+    """What may be meant by an option that there is not: at most four of which it is a part, or else the most alike one.
+
+    --data-name and --data_name are the same one.
+    """
+    name = word.partition("=")[0].strip("-").replace("-", "_")
+    names = [option[2:] for option in options if "-" not in option[2:]]
+    around = [option for option in names if len(name) > 2 and f"_{name}_" in f"_{option}_"]
+    return [f"--{option}" for option in around[:4] or difflib.get_close_matches(name, names, n=1, cutoff=_ALIKE)]
 
 
 def again(argv: list[str] | None, *options) -> str:
