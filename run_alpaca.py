@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None):
     if groups[-1].sweep:
         technique_grid.sweep(DRIVER, groups, argv)
     else:
+        groups[-1].check_no_sweep()
         DRIVER.run(groups, argv)
 
 

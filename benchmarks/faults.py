@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.kills import COMMON, options_of, outcome
+from benchmarks.kills import COMMON, check_checkpoint, options_of, outcome
 from benchmarks.record import RESULTS, record
 from benchmarks.repeatable import EXACT_OPTIONS, Processes, prepare, settle
 from hyclora.utils.args import ROOT
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import UserError, entry_point
+from hyclora.utils.runs.script import PROGRAM
 
 NAME, DRIVER = "faults", "run_gsm8k"
 MICRO_BATCH, SAVING = 9, 2  # the fifth step's first of two, behind the second checkpoint; and a checkpoint
@@ -105,7 +106,7 @@ def run(start: Processes, argv: list[str], log: Path, fault: str | None = None) 
 
 
 def _serve(pipe, environment: dict[str, str], argv: list[str], log: Path, fault: str | None) -> None:
-    settle(environment)
+    settle(environment | {PROGRAM: DRIVER})
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     check_output(args.output_dir)
+    check_checkpoint(args.model)
     context, device, gpus = prepare([DRIVER])
     start = Processes(context, _serve, gpus=gpus)
     work = Path(tempfile.mkdtemp(prefix="faults-"))

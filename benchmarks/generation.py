@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_output(args.output_dir)
     settings = ModelArguments(args.model.name, str(args.model.parent), dtype=args.dtype)
-    source = find_base(settings, LoraArguments())
+    source = find_base(settings, LoraArguments(), named_by="--model")
     tokenizer = load_tokenizer(source)
     model = load_base(settings, source, torch.device(args.device)).eval()
     prompts = [tokenizer(prompt).input_ids for prompt in TEST_PROMPTS]

@@ -41,6 +41,7 @@ from benchmarks.repeatable import EXACT_OPTIONS, Processes, distance, prepare, s
 from hyclora.utils.args import ROOT
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import UserError, entry_point
+from hyclora.utils.runs.script import PROGRAM
 
 NAME = "kills"
 UNBROKEN = 4  # runs whose spread is told where runs are not exact
@@ -115,7 +116,7 @@ def run(start: Processes, driver: str, argv: list[str], log: Path, point: Point 
 
 def _serve(pipe, environment: dict[str, str], driver: str, argv: list[str], log: Path) -> None:
     """One of the run's processes."""
-    settle(environment)
+    settle(environment | {PROGRAM: driver})
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -286,10 +287,21 @@ def options_of(driver: str, model: Path) -> list[str]:
     return [*place, *COMMON.split(), *COURSES[driver].options.split()]
 
 
+def check_checkpoint(model: Path) -> None:
+    """UserError for a folder whose model the drivers cannot train."""
+    from hyclora.utils.args import LoraArguments, ModelArguments
+    from hyclora.utils.heads import NEXT_TOKEN
+    from hyclora.utils.loading import check_model, find_base
+
+    model, lora = model.resolve(), LoraArguments()
+    check_model(find_base(ModelArguments(model.name, str(model.parent)), lora, named_by="--model"), NEXT_TOKEN, lora)
+
+
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_output(args.output_dir)
+    check_checkpoint(args.model)
     context, device, gpus = prepare(args.drivers, args.processes)
     exact = args.exact == "True"
     if not exact and not gpus:

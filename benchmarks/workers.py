@@ -18,6 +18,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 from hyclora.utils.errors import RunStopped, UserError
+from hyclora.utils.runs.script import PROGRAM
 
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 # A small run has few threads' worth of work on the host, and there are many of them.
@@ -178,7 +179,8 @@ def _run(module: str, argv: list[str]) -> tuple[dict, bool]:
     print(f"\n{module} {' '.join(argv)}", flush=True)
     try:
         driver = importlib.import_module(module).DRIVER
-        found = driver.run(driver.parse(argv), argv)
+        with given({PROGRAM: module}):
+            found = driver.run(driver.parse(argv), argv)
     except Exception as error:
         traceback.print_exc()
         mistake = isinstance(error, UserError) and not isinstance(error, RunStopped)

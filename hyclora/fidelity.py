@@ -10,6 +10,7 @@ how long it took, and what took it: on a small model mostly what is imported.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hyclora import BEGUN, Verification, apply_hyclora, verify
 from hyclora.utils.args import (
@@ -80,7 +83,30 @@ class FidelityArguments:
         )
 
 
+_WANTED = "name a folder that save_pretrained has written of adapters of this model"
 GROUPS = (FidelityArguments, LoraArguments, HycloraArguments)
+
+
+def with_adapters(base: PreTrainedModel, folder: str, source: str) -> PeftModel:
+    """The model in source with the trained adapters of a folder; UserError if they are none of it."""
+    if not Path(folder, SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise UserError(f"adapters {folder} cannot be loaded for {source}: {_WANTED} ({SAFETENSORS_WEIGHTS_NAME})")
+    with warnings.catch_warnings():
+        # PEFT asks whether layers are checkpointed by a name that newer transformers deprecate.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            return PeftModel.from_pretrained(base, folder, is_trainable=True)
+        except Exception as error:  # PEFT's, torch's or safetensors' own, whatever is wrong with the files
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"adapters {folder} cannot be loaded for {source} ({why}): {_WANTED}") from error
+
+
+def check_new_adapters(args: FidelityArguments, lora: LoraArguments) -> None:
+    """UserError for settings of new adapters beside a folder of trained ones."""
+    new = {**vars(lora), "exact_steps": args.exact_steps, "seed": args.seed}
+    left = {**vars(LoraArguments()), "exact_steps": FidelityArguments.exact_steps, "seed": FidelityArguments.seed}
+    given = [name for name, value in new.items() if args.adapters and value != left[name]]
+    require(not given, f"{', '.join(given)}: of no effect on adapters that are trained: drop that, or --adapters")
 
 
 def train_exactly(
@@ -139,11 +165,12 @@ def main(argv: list[str] | None = None) -> Verification:
     if argv is None:
         clock.lap("imports")
     args, lora, hyclora = parse_arguments(argv, GROUPS, {"verify": True})
-    require(hyclora.use_hyclora, "there is nothing to verify with use_hyclora=False: drop it")
+    require(hyclora.verify, "this command verifies, and there is nothing else to do with verify=False: drop it")
     require(not hyclora.has_budget, "memory_budget does not count exact LoRA, which is verified against: drop it")
+    check_new_adapters(args, lora)
     folder, device = Path(args.model).resolve(), torch.device(args.device)
     base = ModelArguments(folder.name, str(folder.parent), load_in_4bit=args.load_in_4bit)
-    source = find_base(base, lora)
+    source = find_base(base, lora, named_by="--model")
     check_model(source, NEXT_TOKEN, lora)
     check_layers(source, NEXT_TOKEN, hyclora.config())
     check_embeddings(source, NEXT_TOKEN, lora, hyclora.config())
@@ -161,7 +188,7 @@ def main(argv: list[str] | None = None) -> Verification:
         )
     batches = [{name: t.to(device) for name, t in batch.items()} for batch in batches]
     if args.adapters:
-        model = PeftModel.from_pretrained(load_base(base, source, device), args.adapters, is_trainable=True)
+        model = with_adapters(load_base(base, source, device), args.adapters, source)
     else:
         model = load_model(base, lora, source, device, args.seed)
     clock.lap("rows and model")

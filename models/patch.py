@@ -88,11 +88,13 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
 
     With config.memory_budget the settings that it leaves open are chosen first.
 
-    Raises ValueError for a model that is no PEFT LoRA model, an unsupported family, module or setting, for a budget
-    that nothing fits into, for config.layers of another number of layers or of one of which parts run stock code, for
-    embeddings that cannot wait in host memory, and for a model that is patched already.
+    Raises ValueError for a config that is none, a model that is no PEFT LoRA model, an unsupported family, module or
+    setting, for a budget that nothing fits into, for config.layers of another number of layers or of one of which parts
+    run stock code, for embeddings that cannot wait in host memory, and for a model that is patched already.
     """
-    config = config or HycloraConfig()
+    config = HycloraConfig() if config is None else config
+    if not isinstance(config, HycloraConfig):
+        raise ValueError(f"{config!r} is no HycloraConfig: give one, such as HycloraConfig.preset('default', q_bit=4)")
     decoder, family = _decoder(model)
     if patch_of(model) is not None:
         raise ValueError("this model is patched already; call remove_hyclora first")

@@ -144,6 +144,14 @@ def tell_of_late_trainer() -> None:
     )
 
 
+def tell_of_frozen_adapters() -> None:
+    """Warn if a training forward has nothing to train, as after from_pretrained without is_trainable."""
+    logger.warning(
+        "HyC-LoRA: no weight of the decoder is trained, so it learns nothing: load adapters with "
+        "PeftModel.from_pretrained(..., is_trainable=True), or have torch.no_grad() around what is no training"
+    )
+
+
 def tell_of_sharding() -> None:
     """Warn if a model was sharded after its report had announced graphs."""
     logger.warning(f"HyC-LoRA: cuda_graphs is off: {SHARDED}")

@@ -15,6 +15,7 @@ from hyclora.models.masks import causal_bounds, row_bounds
 from hyclora.models.no_cache import NO_CACHE
 from hyclora.models.report import (
     tell_of_checkpointing,
+    tell_of_frozen_adapters,
     tell_of_larger_batch,
     tell_of_late_trainer,
     tell_of_new_calibration,
@@ -89,6 +90,8 @@ class StepHook:
             return None
         if not self.told:
             self.told = True
+            if not any(p.requires_grad for p in decoder.parameters()):
+                tell_of_frozen_adapters()
             if self.patch.graphs is not None and any(map(is_sharded, decoder.modules())):
                 tell_of_sharding()
             if is_one_unit(decoder, [c.module for c in self.patch.checkpoints]):

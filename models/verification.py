@@ -77,7 +77,8 @@ class Verification:
 
     exact: what they are compared with. rounding: the gradients where all slots are kept exactly, None if these are what
     the others are compared with. loss, exact_loss: of the n_batches that were measured, equal but for rounding.
-    n_calibrating: batches that calibrated the slots; 0 where training had done so.
+    n_calibrating: batches that calibrated the slots; 0 where training had done so. apart: those that were measured are
+    other ones.
     """
 
     gradients: list[Gradient]
@@ -88,6 +89,7 @@ class Verification:
     exact_loss: float
     n_batches: int
     n_calibrating: int
+    apart: bool
 
     @property
     def summary(self) -> Summary | None:
@@ -125,10 +127,9 @@ class Verification:
         return "\n".join([*self._heading(), "", *self._by_layer(), "", *self._by_slot(), *self._notes()])
 
     def _heading(self) -> list[str]:
-        found, source = (
-            self.summary,
-            f"{self.n_calibrating} other ones" if self.n_calibrating else "what was trained on",
-        )
+        found = self.summary
+        calibrating = f"{self.n_calibrating} other ones" if self.apart else f"{self.n_calibrating}, this one among them"
+        source = calibrating if self.n_calibrating else "what was trained on"
         return [
             f"verify: gradients of {len(self.gradients)} trained weights beside those of {self.exact}",
             f"  batches measured: {self.n_batches}, calibrated on: {source}; loss {self.loss:.6g}, there "

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -70,10 +70,15 @@ def verify(model: PeftModel, batches: list[dict[str, Tensor]], threshold: float 
         raise ValueError("verify: no weight of this model is trained; load adapters with is_trainable=True")
     if hooked := [name for name, p in trained if getattr(p, "_post_accumulate_grad_hooks", None)]:
         raise ValueError(f"verify: a hook acts on the gradient of {hooked[0]}; verify before it is registered")
+    if not isinstance(batches, Sequence):
+        raise ValueError(
+            f"verify: batches is a {type(batches).__name__}: give a list of batches, for instance [batch] or "
+            "list(itertools.islice(loader, 6))"
+        )
     if not batches:
         raise ValueError("verify: there are no batches; give at least one")
     for i, batch in enumerate(batches):
-        if batch.get("labels") is None:
+        if not isinstance(batch, Mapping) or batch.get("labels") is None:
             raise ValueError(f"verify: batch {i + 1} of {len(batches)} has no labels, so no loss; add labels to it")
     # an autocast around several steps still has weights as they were at its first one
     torch.clear_autocast_cache()
@@ -126,6 +131,7 @@ class _Measurement:
         self.config = replace(patch.config, offload=False, offload_embeddings=False, cuda_graphs=False)
         self.calibrated = patch.step.index >= patch.step.threshold
         count = 0 if self.calibrated else patch.config.iteration_threshold
+        self.apart = len(batches) > count
         self.calibrating, self.measured = batches[:count], batches[count:] or batches[-1:]
         weights = dict(model.named_parameters())
         self.trained = [name for name, p in weights.items() if p.requires_grad]
@@ -168,6 +174,7 @@ class _Measurement:
             *(fmean(loss for loss, _ in measured) for measured in (ours, exact)),
             len(self.measured),
             0 if self.calibrated else len(self.calibrating),
+            self.apart,
         )
 
     @contextmanager

@@ -6,9 +6,9 @@ HyC-LoRA's options are read off the fields of `HycloraConfig`: a setting is name
 import argparse
 import copy
 import dataclasses
-import difflib
 import json
 import os
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,11 @@ from transformers.trainer_utils import SchedulerType
 
 from hyclora.models.config import ATTENTION_CORES, BITS, OPEN, POLICIES, PRESETS, SCALE_RULES, SWITCH, HycloraConfig
 from hyclora.models.verification import THRESHOLD
-from hyclora.utils.checks import check_settings
+from hyclora.utils.checks import check_settings, check_what_trainer_imports
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import NEEDS, in_effect
 from hyclora.utils.runs.launch import check_processes
-from hyclora.utils.runs.script import SCRIPT, check_environment
+from hyclora.utils.runs.script import SCRIPT, check_environment, nearest_options
 from hyclora.utils.sharded import ask_for_sharding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +108,9 @@ class LoraArguments:
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters.")
     lora_init_type: Literal["qlora", "gaussian", "pissa", "loftq"] = option("qlora", "How the adapters start.")
     target_modules: list[str] = option(
-        LINEARS, "Names of the linear layers that get an adapter; all-linear: each one but those of the head."
+        LINEARS,
+        "Names of the linear layers that get an adapter, with spaces or commas in between; all-linear: each one but "
+        "those of the head.",
     )
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_rank) instead.")
 
@@ -116,6 +118,8 @@ class LoraArguments:
         require(self.lora_rank > 0, f"lora_rank must be positive, not {self.lora_rank}")
         require(self.lora_alpha > 0, f"lora_alpha must be positive, not {self.lora_alpha}")
         require(0 <= self.lora_dropout < 1, f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        self.target_modules = [name for words in self.target_modules for name in re.split(r"[,\s]+", words) if name]
+        require(bool(self.target_modules), f"target_modules names no layer: name some, or {ALL_LINEAR}")
         require(
             ALL_LINEAR not in self.target_modules or len(self.target_modules) == 1,
             f"target_modules: {ALL_LINEAR} stands for all names: drop the others, or {ALL_LINEAR}",
@@ -225,6 +229,7 @@ class TrainingArguments(transformers.TrainingArguments):
             super().__post_init__()
         except Exception as error:  # ValueError for most, but whatever comes of files and packages that options name
             raise UserError(f"the Trainer's options cannot work: {error}") from error
+        check_what_trainer_imports(self)
         # With several visible GPUs and no launcher the Trainer would replicate the model by DataParallel.
         if self.n_gpu > 1:
             self._n_gpu = 1
@@ -380,7 +385,7 @@ def parse_arguments(argv: list[str] | None, groups, defaults: dict | None = None
         f"{FROM_ROWS} is of HycloraConfig alone: the scripts look up the largest batch of their rows; drop it",
     )
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+        near = ", ".join(nearest_options(unknown[0], known))
+        raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near}?" if near else " (see --help)"))
     check_settings(filled)
     return tuple(filled)

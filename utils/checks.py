@@ -4,6 +4,8 @@ import importlib.util
 import math
 
 import torch
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import in_effect
@@ -74,6 +76,7 @@ CONFLICTS = (
 )
 # What the GPU alone can do.
 NEED_GPU = ("offload", "cuda_graphs", "memory_budget")
+NEED_PACKAGE = {"load_in_4bit": "bitsandbytes", "use_liger_kernel": "liger-kernel"}
 
 
 def check_settings(groups) -> None:
@@ -96,5 +99,21 @@ def check_settings(groups) -> None:
             asks = preset != "default" and value is True
             hint = f"preset={preset} asks for it, preset=default does not" if asks else f"drop {name}"
             raise UserError(f"{name}={value} needs a GPU, and this would run on the CPU: {hint}")
-    if active.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes, or drop load_in_4bit")
+    for name, package in NEED_PACKAGE.items():
+        if active.get(name) and importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise UserError(f"{name} needs the package {package}: pip install {package}, or drop {name}")
+
+
+def check_what_trainer_imports(training: TrainingArguments) -> None:
+    """UserError for packages that the Trainer would miss once the model is loaded and evaluated."""
+    try:
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"report_to: {error} (do that, or drop report_to)") from error
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except ImportError as error:
+        raise UserError(f"optim: {error} (do that, or choose another)") from error
+    except Exception:  # what it finds wrong without a model may be right with one: Trainer.create_optimizer tells
+        return

@@ -72,7 +72,7 @@ class Fitting:
 
     def __post_init__(self):
         self.collate = self.task.collate or Collator(self.tokenizer.pad_token_id)
-        self.steps = results.core_of(self.training, len(self.task.train))["steps"]
+        self.steps = results.steps_of(self.training, len(self.task.train))
 
     @property
     def compressed(self) -> bool:
@@ -231,6 +231,7 @@ def _run(driver: Driver, groups: tuple, argv: list[str] | None) -> dict | None:
     decided = []
     source, tokenizer, task = driver.read(groups, decided.append)
 
+    results.steps_of(training, len(task.train))  # refuses rows that fill no batch before there is a run
     run = begin(groups, source, task.train, argv)
     core = results.core_of(training, len(task.train))
     with run.at_work():

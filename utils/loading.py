@@ -47,10 +47,15 @@ _INIT = {"qlora": True, "loftq": True, "gaussian": "gaussian", "pissa": "pissa_n
 _NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True) -> str:
+def find_base(
+    args: ModelArguments,
+    lora: LoraArguments,
+    tokenizer: bool = True,
+    named_by: str = "--model_dir, --model_name (a hub id with --model_dir '')",
+) -> str:
     """Where to load from (a folder or a hub id); settings and files are checked before anything is loaded.
 
-    tokenizer: whether the run reads text and needs one.
+    tokenizer: whether the run reads text and needs one. named_by: the options that a user has for the folder.
     """
     if lora.lora_init_type == "loftq" and (args.random_weights or not (args.load_in_4bit and args.model_dir)):
         raise UserError("lora_init_type loftq corrects quantization: it needs load_in_4bit and a local checkpoint")
@@ -58,9 +63,7 @@ def find_base(args: ModelArguments, lora: LoraArguments, tokenizer: bool = True)
         return args.model_name
     folder = Path(args.model_dir) / args.model_name
     if not folder.is_dir():
-        raise UserError(
-            f"checkpoint folder {folder} does not exist: put the model there or set --model_dir, --model_name"
-        )
+        raise UserError(f"checkpoint folder {folder} does not exist: put the model there, or set {named_by}")
     place = Path(args.tokenizer_dir or folder)
     check_settings_of(folder)
     check_code_of([folder, place], args.ignore_remote_code)
@@ -119,7 +122,11 @@ def check_model(source: str, head: Head, lora: LoraArguments) -> None:
 def _check_targets(base: PreTrainedModel, lora: LoraArguments) -> None:
     present = {name.rpartition(".")[2] for name, _ in base.named_modules()} | {ALL_LINEAR}
     if absent := [name for name in lora.target_modules if name not in present]:
-        raise UserError(f"target_modules: the model has no layer named {', '.join(absent)}")
+        linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+        raise UserError(
+            f"target_modules: the model has no layer named {', '.join(absent)}: its linear ones are "
+            f"{', '.join(sorted(linear))}; or take {ALL_LINEAR}"
+        )
 
 
 def check_layers(source: str, head: Head, hyclora: HycloraConfig) -> None:

@@ -183,14 +183,24 @@ def print_settings(groups, more: dict | None = None) -> None:
             print(colored(f"{name}: {value}", "green"))
 
 
+def steps_of(training: TrainingArguments, n_rows: int) -> int:
+    """The number of steps that the Trainer's arguments mean; UserError if no row is left to train on."""
+    batch = training.per_device_train_batch_size * training.world_size
+    n_batches = n_rows // batch if getattr(training, "dataloader_drop_last", False) else math.ceil(n_rows / batch)
+    if not n_batches:
+        raise UserError(
+            f"dataloader_drop_last=True leaves none of the {n_rows} rows, which fill no batch of {batch}: drop it, or "
+            "lower per_device_train_batch_size"
+        )
+    per_epoch = math.ceil(n_batches / training.gradient_accumulation_steps)
+    return training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+
+
 def core_of(training: TrainingArguments, n_rows: int) -> dict:
     """What of the Trainer's arguments a reader of results asks for first, and the number of steps that they mean."""
-    batch = training.per_device_train_batch_size * training.world_size
-    per_epoch = math.ceil(math.ceil(n_rows / batch) / training.gradient_accumulation_steps)
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     values = next(iter(settings(training).values()))
     names = getattr(training, "CORE", CORE)
-    return {name: values[name] for name in names if in_effect(name, values)} | {"steps": steps}
+    return {name: values[name] for name in names if in_effect(name, values)} | {"steps": steps_of(training, n_rows)}
 
 
 def once(file: Path, settings: dict, compute):

@@ -127,7 +127,8 @@ class HycloraTrainer(Trainer):
     """`compressed`: the model keeps its activations compressed, and the state of that belongs to a checkpoint."""
 
     def __init__(self, *args, compressed: bool, **kwargs):
-        super().__init__(*args, **kwargs)
+        with _making("Trainer", "--push_to_hub and what else it is told by options"):
+            super().__init__(*args, **kwargs)
         self.compressed = compressed
         self.progress = Progress()
         self.stop_on_signal = StopOnSignal()

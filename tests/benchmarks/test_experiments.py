@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch
 from benchmarks import experiments, workers
 from benchmarks.workers import require_gpus, run_all, visible_gpus
 from hyclora.utils.args import ROOT
-from hyclora.utils.errors import UserError
+from hyclora.utils.errors import RunStopped, UserError
+from hyclora.utils.runs.script import again
 from run_gsm8k import DRIVER
 
 FAKE = """
@@ -186,6 +189,19 @@ def test_mistakes(data, capsys):
         with pytest.raises(SystemExit) as ended:
             experiments.main(command(data, *more))
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_run_that_stops_in_a_worker_names_its_own_program(monkeypatch):
+    def stop(argv):
+        raise RunStopped(f"start again: {again(argv)}")
+
+    driver = SimpleNamespace(parse=lambda argv: argv, run=lambda asked, argv: stop(argv))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="benchmarks.experiments"))
+    for name, command in (("run_gsm8k", "python run_gsm8k.py"), ("benchmarks.peer", "python -m benchmarks.peer")):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(DRIVER=driver))
+        found, usable = workers._run(name, ["--seed", "3"])
+        assert found == {"error": f"RunStopped: start again: {command} --seed 3"} and not usable
+    assert again(["--seed", "3"]) == "python -m benchmarks.experiments --seed 3"
 
 
 def test_lines_of_runs_and_what_is_not_run_again(data, capsys, monkeypatch):

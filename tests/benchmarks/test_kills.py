@@ -9,7 +9,7 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import save
 
-from benchmarks import kills, repeatable, report_kills
+from benchmarks import faults, kills, repeatable, report_kills
 from benchmarks.kills import EVALUATION, SAVING, STEP, Event, Point, points
 from tests.helpers.forked import forked
 
@@ -35,6 +35,19 @@ def test_killed_in_each_phase_and_resumed_it_is_the_run_that_nobody_killed(kille
     assert [line["phase"] for line in found] == [STEP, SAVING, EVALUATION]
     for line in found:
         assert line["differ"] == [] and line["resumed_from"] >= 2 and line.keys() >= REPORTED
+
+
+@pytest.mark.parametrize("command", [kills, faults])
+def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_run(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "Processes", lambda *_, **__: pytest.fail("a run was prepared"))
+    (tmp_path / "no_model").mkdir()
+    for name, sentence in (
+        ("nowhere", "checkpoint folder {} does not exist: put the model there, or set --model"),
+        ("no_model", "{} has no config.json"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.main(["--model", str(tmp_path / name), "--output_dir", str(tmp_path / "results")])
+        assert ended.value.code == 2 and sentence.format(tmp_path / name) in capsys.readouterr().err
 
 
 OLD_TRAINER = Version(transformers.__version__) < Version("5.24")

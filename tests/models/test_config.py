@@ -292,6 +292,28 @@ def test_adapters_that_were_unloaded_are_not_applied():
         base(**batch)
 
 
+@pytest.mark.parametrize("config", ["least_memory", {"q_bit": 2}, {}, HycloraConfig])
+def test_settings_of_another_type_are_refused(config):
+    with pytest.raises(ValueError, match=r"no HycloraConfig: give one, such as HycloraConfig.preset\("):
+        apply_hyclora(llama(), config)
+
+
+def test_whoever_trains_nothing_is_told_so_once(caplog):
+    model, batch = llama(), padded_batch()
+    apply_hyclora(model)
+    model(**batch).loss.backward()
+    assert "no weight of the decoder is trained" not in caplog.text
+    remove_hyclora(model)
+    model.requires_grad_(False)
+    apply_hyclora(model)
+    with torch.no_grad():
+        model(**batch)
+    assert "no weight of the decoder is trained" not in caplog.text
+    for _ in range(2):
+        model(**batch)
+    assert caplog.text.count("no weight of the decoder is trained") == 1 and "is_trainable=True" in caplog.text
+
+
 def test_patching_twice_or_removing_nothing_is_refused():
     model = llama()
     with pytest.raises(ValueError, match="not patched"):

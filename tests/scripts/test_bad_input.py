@@ -63,6 +63,10 @@ def refused(base, tmp_path, capsys, monkeypatch):
         (["--seq_len", "8"], "no training row has room for an answer within seq_len 8"),
         (["--resume_from_checkpoint", "True"], "no unfinished run"),
         (["--resume_from_checkpoint", "nowhere"], "folder nowhere does not exist"),
+        (
+            ["--dataloader_drop_last", "True", "--max_train_samples", "3", "--per_device_train_batch_size", "4"],
+            "dataloader_drop_last=True leaves none of the 3 rows, which fill no batch of 4: drop it, or lower",
+        ),
         (["--learning_rate", "-1"], "learning_rate must be a positive number"),
         (["--lora_init_type", "loftq"], "load_in_4bit"),
     ],

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import run_gsm8k
 import run_memory_throughput
@@ -85,7 +85,8 @@ def ask(tiny_llama_folder, capsys):
         found = None
         try:
             given = ["--model", tiny_llama_folder, "--device", "cpu", "--iteration_threshold", 2, "--batch_size", 2]
-            found = fidelity.main([*map(str, given), "--exact_steps", "2", *map(str, options)])
+            few = [] if "--adapters" in options else ["--exact_steps", "2"]
+            found = fidelity.main([*map(str, given), *few, *map(str, options)])
         except SystemExit as exit:
             found = exit.code
         captured = capsys.readouterr()
@@ -127,6 +128,23 @@ def test_trained_adapters_are_verified(ask, drive, tmp_path):
     assert not any(g.note for g in found.gradients) and found.exact == "LoRA with exact slots"
 
 
+@pytest.mark.parametrize("broken", ["adapter_config.json", "adapter_model.safetensors", "other shapes", "no weights"])
+def test_adapters_that_are_none_of_this_model_are_told_in_a_sentence(ask, drive, tmp_path, broken):
+    drive("--max_steps", "1")
+    (file,) = (tmp_path / "out").glob("*.json")
+    folder = file.with_suffix("")
+    if broken == "no weights":
+        (folder / "adapter_model.safetensors").unlink()
+    elif broken == "other shapes":
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({name: t[..., :-1].clone() for name, t in weights.items()}, folder / "adapter_model.safetensors")
+    else:
+        (folder / broken).write_text("{}")
+    code, said = ask("--adapters", folder)
+    (told,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and f"adapters {folder} cannot be loaded for" in told and "save_pretrained has written" in told
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -145,18 +163,22 @@ def test_what_the_model_cannot_do_is_told_before_it_is_loaded(ask, monkeypatch, 
     "options, said",
     [
         (["--model", ""], "say with --model which checkpoint folder"),
-        (["--model", "nowhere"], "nowhere does not exist"),
+        (["--model", "nowhere"], "nowhere does not exist: put the model there, or set --model\n"),
         (["--data", "nowhere.txt"], "data nowhere.txt does not exist"),
         (["--data", "nowhere"], "data_dir nowhere does not exist"),
         (["--adapters", "nowhere"], "adapters nowhere has no adapter_config.json"),
         (["--batches", 0], "batches must be at least 1, not 0"),
         (["--data", "{few}"], "has rows for 2 batches of 2, 5 are needed: give more, or lower"),
         (["--use_hyclora", False], "use_hyclora=False"),
+        (["--verify", False], "there is nothing else to do with verify=False: drop it"),
+        (["--adapters", "{adapters}", "--lora_rank", 4], "lora_rank: of no effect on adapters that are trained: drop"),
+        (["--adapters", "{adapters}", "--exact_steps", 4], "exact_steps: of no effect on adapters that are trained"),
         (["--verify_threshold", 0.99999, "--q_bit", 2], "less than the threshold 0.99999"),
     ],
 )
 def test_mistakes_of_the_command(ask, tmp_path, options, said):
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "1 + 1 =", "response": " 2"}\n' * 4)
-    code, told = ask(*(str(option).format(few=few) for option in options))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    code, told = ask(*(str(option).format(few=few, adapters=tmp_path) for option in options))
     assert code == 2 and said in told

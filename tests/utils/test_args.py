@@ -1,6 +1,7 @@
 """The command line: names, defaults and types of the options, and what is refused."""
 
 import dataclasses
+import importlib
 
 import pytest
 
@@ -88,6 +89,12 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--q_bits", "4"], "--q_bits: did you mean --q_bit"),
         (["--learning_rte", "1"], "did you mean --learning_rate"),
         (["surplus"], "surplus"),
+        (["--packing", "True"], "unknown option --packing .see --help."),
+        (["--warm-up-steps=10"], "unknown option --warm-up-steps=10: did you mean --warmup_steps?"),
+        (["--lr", "1"], "unknown option --lr .see --help."),
+        (["--lora_r", "8"], "did you mean --lora_rank?"),
+        (["--epochs", "3"], "unknown option --epochs: did you mean --num_train_epochs?"),
+        (["--batch_size", "4"], "did you mean --eval_batch_size, .*--per_device_train_batch_size"),
         (["--preset", "quick"], "quick"),
         (["--lora_rank", "0"], "lora_rank"),
         (["--lora_rank", "many"], "lora_rank"),
@@ -146,6 +153,36 @@ def test_nf4_needs_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         parse("--load_in_4bit", "True")
+
+
+@pytest.mark.parametrize(
+    "argv, missing, named",
+    [
+        (["--report_to", "wandb"], "is_wandb_available", "report_to: WandbCallback requires wandb to be installed"),
+        (["--report_to", "guestbook"], None, "report_to: guestbook is not supported"),
+        (["--optim", "lomo"], "is_lomo_available", "optim: You need to install `lomo_optim`"),
+    ],
+)
+def test_what_the_trainer_lacks_is_told_at_once(monkeypatch, argv, missing, named):
+    for module in ("transformers.integrations.integration_utils", "transformers.trainer_optimizer"):
+        if missing and hasattr(importlib.import_module(module), missing):
+            monkeypatch.setattr(f"{module}.{missing}", lambda: False)
+    with pytest.raises(UserError, match=named) as caught:
+        parse(*argv)
+    assert "or drop" in str(caught.value) or "or choose another" in str(caught.value)
+
+
+def test_liger_needs_its_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="use_liger_kernel needs the package liger-kernel: pip install liger-kernel"):
+        parse("--use_liger_kernel", "True")
+
+
+@pytest.mark.parametrize("words", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj v_proj"], ["q_proj, v_proj"]])
+def test_names_are_separated_as_one_likes(words):
+    assert parse("--target_modules", *words)["LoraArguments"].target_modules == ["q_proj", "v_proj"]
+    with pytest.raises(UserError, match="target_modules names no layer"):
+        parse("--target_modules", " , ")
 
 
 def test_help_has_our_topics_first_and_lists_choices():

@@ -35,15 +35,18 @@ def test_only_settings_that_have_an_effect_are_printed(capsys, monkeypatch, opti
     assert set(shown) <= printed and not printed & set(hidden)
 
 
+DROPPING = {"dataloader_drop_last": True, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"max_steps": 5}, {"num_train_epochs": 2.5, "gradient_accumulation_steps": 2}]
+    "settings", [{}, {"max_steps": 5}, {"num_train_epochs": 2.5, "gradient_accumulation_steps": 2}, DROPPING]
 )
 def test_the_number_of_steps_is_the_trainers(tmp_path, settings):
     training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
     rows = [{"input_ids": [1, 2], "labels": [1, 2]}] * 23
     trainer = Trainer(model=nn.Linear(1, 1), args=training, train_dataset=rows)
     *_, steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())
-    assert results.core_of(training, len(rows))["steps"] == steps
+    assert results.steps_of(training, len(rows)) == results.core_of(training, len(rows))["steps"] == steps
 
 
 def test_a_run_is_of_one_process(tmp_path):

@@ -142,7 +142,7 @@ def test_such_a_step_is_skipped_if_that_is_asked_for(make_trainer, third_fails):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"optim": "galore_adamw"}, "galore"),
+        ({"optim_args": "a"}, "not enough values to unpack"),
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"a": 1}}, "unexpected keyword argument 'a'"),
     ],
 )
@@ -174,3 +174,12 @@ def test_writing_a_checkpoint_is_no_time_of_training(make_trainer, monkeypatch):
     totals = trainer.progress.totals
     assert 0.5 < totals["seconds"] < time.time() - start - 2
     assert totals["tokens_per_second"] == pytest.approx(2 * 4 * 12 / totals["seconds"], abs=0.1)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_a_sentence(make_trainer, monkeypatch):
+    def unreachable(self):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(HycloraTrainer, "init_hf_repo", unreachable)
+    with pytest.raises(UserError, match="the Trainer cannot be made .Name or service not known.: look at --push_to"):
+        make_trainer(push_to_hub=True)

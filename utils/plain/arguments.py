@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -36,6 +36,12 @@ class SweepArguments:
         for name in ("sweep_timeout", "sweep_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive, not {value}")
+
+    def check_no_sweep(self) -> None:
+        """UserError for what is asked of a sweep, of who runs none."""
+        for f in fields(SweepArguments):
+            asked = f.name != "sweep" and getattr(self, f.name) != f.default
+            require(not asked, f"{f.name} has no effect with sweep=False: drop it or set sweep=True")
 
 
 @dataclass

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 SCRIPT, PASSED = "HYCLORA_SCRIPT", "HYCLORA_PASSED"
+PROGRAM = "HYCLORA_PROGRAM"  # the module of a driver that another program runs (benchmarks/workers.py)
 LAUNCHED = "HYCLORA_LAUNCHED"  # in the processes that num_gpus has started (utils/runs/launch.py)
 _VARIABLE = re.compile(r"^\s*(\w+)=\$\{\1:?-", re.MULTILINE)
 _SOURCED = re.compile(r'^source "\$root/(.+)"$', re.MULTILINE)
-_NEAR = 0.85
+_NEAR, _ALIKE = 0.85, 0.8  # of what may be for something else; of what cannot
 
 
 def settings_of(script: Path) -> list[str]:
@@ -48,6 +49,17 @@ def check_environment(options: list[str]) -> None:
             raise ValueError(f"{given}, but an option: bash {path} --{name} VALUE (and unset {name})")
 
 
+def nearest_options(word: str, options: list[str]) -> list[str]:
+    """What may be meant by an option that there is not: at most four of which it is a part, or else the most alike one.
+
+    --data-name and --data_name are the same one.
+    """
+    name = word.partition("=")[0].strip("-").replace("-", "_")
+    names = [option[2:] for option in options if "-" not in option[2:]]
+    around = [option for option in names if len(name) > 2 and f"_{name}_" in f"_{option}_"]
+    return [f"--{option}" for option in around[:4] or difflib.get_close_matches(name, names, n=1, cutoff=_ALIKE)]
+
+
 def again(argv: list[str] | None, *options) -> str:
     """The command of this process with `options` (name, value, ...) in place of those that it was given."""
     added = [str(word) for word in options]
@@ -60,9 +72,16 @@ def again(argv: list[str] | None, *options) -> str:
         given = [f"{name}={shlex.quote(os.environ[name])}" for name in variables if name in os.environ]
         start, words = [*given, "bash", shlex.quote(path)], words[len(passed) :]
     else:
-        module = getattr(sys.modules["__main__"], "__spec__", None)
-        start = ["python", *(["-m", module.name] if module else [shlex.quote(sys.argv[0])])]
+        start = ["python", *_program()]
     return " ".join([*start, shlex.join([*_without(words, ["--resume_from_checkpoint", *added[::2]]), *added])]).strip()
+
+
+def _program() -> list[str]:
+    """What python is to run."""
+    if driver := os.environ.get(PROGRAM):
+        return ["-m", driver] if "." in driver else [f"{driver}.py"]
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", module.name] if module else [shlex.quote(sys.argv[0])]
 
 
 def _without(words: list[str], names: list[str]) -> list[str]:
