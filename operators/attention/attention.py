@@ -281,6 +281,7 @@ class AttentionFunction(torch.autograd.Function):
         keeper.save(ctx)
         ctx.spec, ctx.kwargs, ctx.rng, ctx.switches = spec, kwargs, rng, switches
         ctx.shape, ctx.fused, ctx.dtype = x.shape, fused, x.dtype
+        ctx.keeps_once = keeper.step.runs_again
         return as_output(y, x.shape)
 
     @staticmethod
@@ -312,7 +313,7 @@ class AttentionFunction(torch.autograd.Function):
                 slots.clear()
             overwrite = [True] * 3
         else:
-            heads, norms, overwrite = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
+            heads, norms, overwrite = _rotate_restored(spec, cos, sin, batch, low_rank, keeper, ctx.keeps_once)
         attn_out = keeper.restore("attn_out")
         dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, ctx.rng, ctx.graphs, overwrite)
         del attn_out
@@ -330,7 +331,11 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, keeper: Keeper) -> list[Tensor]:
-    """Heads q, k (rotated), v [B, S, H, D] from the frozen paths y [T, N]; keeps the slots q, k, v."""
+    """Heads q, k (rotated), v [B, S, H, D] from the frozen paths y [T, N]; keeps the slots q, k, v.
+
+    q and k are rotated in y's memory where nothing reads what was before. Exact ones are not if v is not exact: they
+    would hold all of y.
+    """
     if spec.compensate:
         for name, columns in zip("qkv", spec.qkv.columns, strict=True):
             keeper.keep(name, y[:, columns])
@@ -338,7 +343,9 @@ def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, 
     heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
     rotated = heads
     if cos is not None:
-        rotated = [rope(x, cos, sin, norm=spec.norm(name, keeper)) for name, x in zip("qk", heads[:2], strict=True)]
+        in_place = not (spec.compensate or spec.norms) and (keeper.aliases("v") or not keeper.aliases("q", "k"))
+        norms = (spec.norm(name, keeper) for name in "qk")
+        rotated = [rope(x, cos, sin, norm=norm, in_place=in_place) for x, norm in zip(heads, norms, strict=False)]
         rotated.append(heads[2])
     if not spec.compensate:
         for name, head in zip("qkv", heads if spec.norms else rotated, strict=True):
@@ -347,10 +354,10 @@ def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, 
 
 
 def _rotate_restored(
-    spec: AttentionSpec, cos, sin, batch: int, low_rank, keeper: Keeper
+    spec: AttentionSpec, cos, sin, batch: int, low_rank, keeper: Keeper, kept_once: bool
 ) -> tuple[list[Tensor], list[HeadNorm], list[bool]]:
     """The heads of _rotate_fwd from the restored slots, the norms of q and k with what they normalized, and which heads
-    have memory of their own."""
+    have memory of their own: an exact slot has, if it was kept for this backward alone."""
     heads, norms, own = [], [], []
     for i, name in enumerate("qkv"):
         aliases = keeper.saver(name).aliases
@@ -361,7 +368,7 @@ def _rotate_restored(
         if norm is not None:
             norms.append(replace(norm, x=y))
         rotates = cos is not None and name != "v" and (spec.compensate or norm is not None)
-        own.append(rotates or norm is None and (y is not slot or not aliases))
+        own.append(rotates or norm is None and (kept_once or y is not slot or not aliases))
         y = spec.to_heads(y, batch)
         heads.append(rope(y, cos, sin, norm=norm) if rotates else y)
     return heads, norms, own

@@ -24,7 +24,8 @@ def _normalize(x1, x2, weight_ptr, dim, half, eps):
 @triton.jit(do_not_specialize=["seq_len"])
 def _rope_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, seq_len, n_heads, half, stride_batch, stride_seq, stride_head,
-    stride_cos_batch, eps, NORM: tl.constexpr, SIGN: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    y_stride_batch, y_stride_seq, y_stride_head, stride_cos_batch, eps, NORM: tl.constexpr, SIGN: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     batch, pos = token // seq_len, token % seq_len
@@ -42,7 +43,7 @@ def _rope_kernel(
         # HF rounds x_hat to the input's dtype before the weight multiplies it
         dtype = x_ptr.dtype.element_ty
         x1, x2 = x1.to(dtype).to(tl.float32) * w1, x2.to(dtype).to(tl.float32) * w2
-    y_offset = (token * n_heads + head[:, None]) * 2 * half + dim[None, :]
+    y_offset = batch * y_stride_batch + pos * y_stride_seq + head[:, None] * y_stride_head + dim[None, :]
     tl.store(y_ptr + y_offset, (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(y_ptr + y_offset + half, (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -56,25 +57,28 @@ class HeadNorm:
     x: Tensor | None = None
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, norm: HeadNorm | None = None) -> Tensor:
-    """reference.rope on any device: x [B, S, H, D] rotated by cos, sin [B or 1, S, D], contiguous, in x's dtype.
+def rope(
+    x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, norm: HeadNorm | None = None, in_place: bool = False
+) -> Tensor:
+    """reference.rope on any device: x [B, S, H, D] rotated by cos, sin [B or 1, S, D], in x's dtype.
 
-    norm: what x goes through before (reference.rms_norm_fwd of each head). Allocates its result alone on a GPU, if x
-    has unit stride along D and cos, sin are contiguous.
+    norm: what x goes through before (reference.rms_norm_fwd of each head). Allocates its result, contiguous, alone on a
+    GPU, if x has unit stride along D and cos, sin are contiguous; in_place: x, with that stride, becomes the result.
     """
     if not use_triton(x):
         normalized = x if norm is None else reference.rms_norm_fwd(x, norm.weight, norm.eps)[0]
-        return reference.rope(normalized, cos, sin, inverse).to(x.dtype)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+        y = reference.rope(normalized, cos, sin, inverse)
+        return x.copy_(y) if in_place else y.to(x.dtype)
+    x = x if in_place or x.stride(-1) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     batch, seq_len, n_heads, head_dim = x.shape
-    y = torch.empty(batch, seq_len, n_heads, head_dim, dtype=x.dtype, device=x.device)
+    y = x if in_place else torch.empty(batch, seq_len, n_heads, head_dim, dtype=x.dtype, device=x.device)
     block_half = next_power_of_2(head_dim // 2)
     block_heads = min(next_power_of_2(n_heads), max(1, 2048 // block_half))
     weight, eps = (x, 0.0) if norm is None else (norm.weight, norm.eps)
     with device_guard(x):
         _rope_kernel[(batch * seq_len, cdiv(n_heads, block_heads))](
-            x, weight, cos, sin, y, seq_len, n_heads, head_dim // 2, *x.stride()[:3],
+            x, weight, cos, sin, y, seq_len, n_heads, head_dim // 2, *x.stride()[:3], *y.stride()[:3],
             cos.stride(0) if cos.shape[0] > 1 else 0, eps, NORM=norm is not None,
             SIGN=-1 if inverse else 1, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
         )  # fmt: skip

@@ -42,7 +42,7 @@ def test_live_memory_of_earlier_builds_was_larger_or_near(one):
 
 def test_there_are_lines_of_every_measured_kind():
     present = {one.mode.name for one in LINES if not one.earlier}
-    assert len(present) == 7 and len(LINES) >= 25
+    assert len(present) == 6 and len(LINES) >= 25
 
 
 def test_a_modes_accuracy_is_what_the_result_files_say():
@@ -56,8 +56,9 @@ def test_what_a_layer_keeps(line):
     kept = 2048 * Savers(Shape("llama-2-7b"), config).units[0].layer
     if config.policy.compress:
         assert kept == sum(line["slots"].values())
-    else:  # an exact v is a part of q, k, v as they were before RoPE, which no slot counts
-        assert kept == pytest.approx(line["layer_bytes"], rel=0.01)
+    else:  # the line is of a build in which an exact v kept q and k before RoPE too, which no slot counts
+        before_rope = 2048 * 2 * (4096 + 4096)
+        assert kept + before_rope == pytest.approx(line["layer_bytes"], rel=0.01)
 
 
 def test_all_memory_of_the_present_build_is_near():

@@ -295,8 +295,7 @@ NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 # a token's elements that are kept exactly, and the widths that are packed
 BLOCKS = {
     "baseline": {
-        # the frozen paths too: v is kept as a part of them
-        "self_attn": lambda c, f, n, n_kv, d: ((n + 2 * n_kv) * d + (n + n_kv) * d + n * d + n, []),
+        "self_attn": lambda c, f, n, n_kv, d: ((n + 2 * n_kv) * d + n * d + n, []),
         "mlp": lambda c, f, n, n_kv, d: (4 * f, []),
     },
     "intra": {

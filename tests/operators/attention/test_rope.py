@@ -30,6 +30,19 @@ def test_rope_and_its_gradient(kernels, head_dim, n_heads, batch, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, n_heads", [(2, 1), (10, 3), (64, 5), (128, 40)])
+def test_heads_that_are_rotated_in_place(kernels, head_dim, n_heads, dtype):
+    """A part of wider rows, the rest of which stays as it is; more heads than a program has too."""
+    rows = rand(2 * 11, (n_heads + 2) * head_dim + 3, dtype=dtype)
+    cos, sin = (rand(1, 11, head_dim // 2, dtype=dtype, seed=i).repeat(1, 1, 2) for i in (3, 4))
+    own = slice(head_dim, (1 + n_heads) * head_dim)
+    expected = rows.clone()
+    expected[:, own] = rope(rows[:, own].view(2, 11, n_heads, head_dim), cos, sin).flatten(0, 1).flatten(1)
+    given = rows[:, own].view(2, 11, n_heads, head_dim)
+    assert rope(given, cos, sin, in_place=True) is given and torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads, kv_heads, head_dim, batch", [(1, 1, 2, 1), (6, 2, 10, 2), (5, 5, 64, 2)])
 def test_rope_bwd_is_the_inverse_rotation_side_by_side(kernels, heads, kv_heads, head_dim, batch, dtype):
     """q and k turned back, v as it is, whatever layout attention's backward leaves them in."""
