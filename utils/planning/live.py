@@ -251,13 +251,12 @@ class _Step:
         norms = T * (q + kv) if self.shape.family.head_norms else 0
         # exact slots have room for x A^T beside them
         beside = T * E * self.qkv.beside if self._heads_are_slots else 0
-        twice = T * q if n > 1 and not self._heads_are_slots else 0  # o, in pieces and joined
         return {
-            "out": dy + T * (qkv + 2 * q) + twice + beside + self.out.stack + self.qkv.stack
+            "out": dy + T * (qkv + 2 * q) + beside + self.out.stack + self.qkv.stack
             + max(above, self.out.piece(T, by_rows=False, below=False)),
             "core": dy + core + beside + self.qkv.stack,
             "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
-            "q, k, v": dy + dqkv + max(T * x + below, self.qkv.piece(T, by_rows=False, below=True)) + T * x
+            "q, k, v": dy + dqkv + T * x + max(below, self.qkv.piece(T, by_rows=False, below=True))
             + self.qkv.stack + self.qkv.grads,
         }  # fmt: skip
 
@@ -290,9 +289,9 @@ class _Step:
         heads = 0 if isinstance(slots["v"], Exact) else T * (q + 2 * kv + E * self.qkv.beside)
         heads += T * (q + kv) if apart else 0
         o = 0 if isinstance(slots["attn_out"], Exact) else T * q
-        twice = T * q if slots["lse"].stored and self.pieces > 1 else 0  # in pieces and joined
+        piece = T * q / self.pieces if slots["lse"].stored and self.pieces > 1 else 0  # before it is at its place in o
         return {
-            "core": around + heads + o + twice,
+            "core": around + heads + o + piece,
             "out": around + o + T * x + self.out.stack
             + max(T * E * self.out.dropped, self.out.piece(T, by_rows=True, below=False)),
             "norm": around + T * unit.mlp_norm,
