@@ -26,7 +26,11 @@ def test_attention_goes_back_in_pieces_of_heads(kv_heads, settings, monkeypatch)
     assert all(largest_error(ours, theirs) < 1e-5 for ours, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("settings", [{"layer_type": "baseline"}, {"slot_savers": {"v": "exact"}}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"layer_type": "baseline"}, {"slot_savers": {"v": "exact"}}, {"layers": "input"}, {"layers": "input4"}],
+    ids=str,
+)
 def test_pieces_of_heads_leave_kept_slots_alone(settings, monkeypatch):
     """A graph that is kept gives the same gradients once more."""
     model, batch = llama(), padded_batch()
