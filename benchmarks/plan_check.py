@@ -39,8 +39,9 @@ LAYER_BY_LAYER, LONGEST = {"cuda_graphs": False}, {"offload": True, "cuda_graphs
 DOCUMENTS = 4  # of a packed row
 # before this the gradients of attention of long rows had memory of their own, and those of all heads at once
 IN_PIECES = "2026-11-30T03:50"
-# and of layers that are run again lines before this, in which the second run had an MLP (operators/mlp/mlp.py: late)
-LATE = "2026-11-30T04:12"
+# and of layers that are run again lines before this, in which the second run kept q and k before RoPE beside v, and its
+# input beside the residual stream; o was there in pieces and joined
+LATE = "2026-11-30T17:40"
 
 
 @dataclass(frozen=True)

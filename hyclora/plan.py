@@ -35,7 +35,8 @@ from hyclora.utils.args import ALL_LINEAR, LoraArguments, require
 from hyclora.utils.errors import RunStopped, UserError, entry_point
 from hyclora.utils.planning.budget import Choice, below_static, choose
 from hyclora.utils.planning.fitting import STEP, Load, fits, longest, longest_of
-from hyclora.utils.planning.live import Savers, count
+from hyclora.utils.planning.kept import Savers
+from hyclora.utils.planning.live import count
 from hyclora.utils.planning.measuring import Bench, measure_modes
 from hyclora.utils.planning.modes import MODES, Mode
 from hyclora.utils.planning.need import Need

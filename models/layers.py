@@ -90,11 +90,13 @@ class LayerBlock(WholeLayer):
         attention_norm, attention, mlp_norm, mlp = (block.module for block in self.blocks)
         # hooks may keep what goes in and comes out, or have autograd start from it
         watched = is_watched(self.module) or is_sharded(self.module)
+        again = self.step.whole is self.module and not self.step.passing
         ours = self.step.private and getattr(hidden_states, OURS, False) or self.first and self.step.embeds
-        ours = ours and not self.step.holds_input
-        late = self.step.whole is self.module and not self.step.passing and not watched
+        ours = (again or ours) and not self.step.holds_input
+        late = again and not watched
         x, residual = attention_norm(hidden_states, residual=True)
         hidden_states, _ = attention(hidden_states=x, residual=residual, overwrite=ours and not watched, **kwargs)
+        del x, residual  # or both are there until the other norm has its own
         x, residual = mlp_norm(hidden_states, residual=True)
         hidden_states = mlp(x, residual=residual, late=late)
         if not watched:

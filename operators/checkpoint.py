@@ -52,8 +52,10 @@ class CheckpointFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dy: Tensor):
-        x = Keeper.load(ctx).restore("layer_in").view(ctx.shape)
-        again = ctx.step.layer(passing=False, holds_input=True, draws=ctx.draws, whole=ctx.whole)
+        keeper = Keeper.load(ctx)
+        held = keeper.saver("layer_in").aliases
+        x = keeper.restore("layer_in").view(ctx.shape)
+        again = ctx.step.layer(passing=False, holds_input=held, draws=ctx.draws, whole=ctx.whole)
         resident, autocast = _resident(ctx.store), torch.autocast(**ctx.autocast)
         needs_dx, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         inputs = [t for t, need in zip(ctx.parameters, needed, strict=True) if need]

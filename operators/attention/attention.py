@@ -9,6 +9,7 @@ probabilities stay normalised and attn_out comes for free; or it keeps lse, wher
 nearly that probabilities add up by themselves. EagerCore is the paper's: it keeps the softmax map through its saver.
 """
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +18,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from hyclora.operators.attention.flash import backward_pieces, flash_attention, tells_runs
+from hyclora.operators.attention.flash import backward_pieces, flash_attention, place_heads, tells_runs
 from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore, packed_qkv
 from hyclora.operators.attention.hollow_graph import HollowGraph, record
 from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
@@ -62,15 +63,28 @@ class FlashCore:
             rng["attention"] = get_rng_state(q.device)
         if not keeper.keeps("lse"):
             return self.run(q, k, v, mask, kwargs), None
-        n, graphs, outputs = self._pieces(q, k, mask), [], []
-        for i, piece in enumerate(zip(*(t.chunk(n, dim=2) for t in (q, k, v)), strict=True)):
-            o, graph, rest = record(partial(self.run, mask=mask, kwargs=kwargs), *piece)
+        n = self._pieces(q, k, mask)
+        o, graphs, rests = self._record(zip(*(t.chunk(n, dim=2) for t in (q, k, v)), strict=True), n, mask, kwargs)
+        for i, rest in enumerate(rests):
             part = keeper.part(i)
             for j, t in enumerate(rest):
                 part.keep("lse", t) if t.is_floating_point() else part.keep_exact(f"rest{j}", t)
+        return o, None if None in graphs else graphs
+
+    def _record(self, pieces: Iterable, n: int, mask, kwargs, hollow: bool = False) -> tuple:
+        """o of n pieces of q, k, v, joined, their graphs, and what these save beside them (hollow_graph.py).
+
+        hollow: three times None as soon as a piece has no such graph.
+        """
+        o, graphs, rests = None, [], []
+        for i, piece in enumerate(pieces):
+            part, graph, rest = record(partial(self.run, mask=mask, kwargs=kwargs), *piece)
+            if hollow and graph is None:
+                return None, None, None
+            o = place_heads(o, part, i, n)
             graphs.append(graph)
-            outputs.append(o)
-        return _joined(outputs), None if None in graphs else graphs
+            rests.append(rest)
+        return o, graphs, rests
 
     def backward(
         self, do_fn, heads, attn_out, mask, kwargs, keeper: Keeper, rng: dict, graphs: list[HollowGraph] | None,
@@ -86,21 +100,28 @@ class FlashCore:
         grads = [t.data if may else None for t, may in zip(heads, overwrite, strict=True)] if n > 1 else []
         pieces = [list(piece) for piece in zip(*(t.detach().chunk(n, dim=2) for t in heads), strict=True)]
         heads.clear()
-        outputs, random = [], nullcontext() if "attention" not in rng else replayed_rng(device, rng["attention"])
+        outputs, o, rests = [], attn_out, None
+        if graphs is None and n > 1:  # an o of each piece in its graph would be there beside all of it
+            o, graphs, rests = self._record(pieces, n, mask, kwargs, hollow=True)
         if graphs is None:
+            random = nullcontext() if "attention" not in rng else replayed_rng(device, rng["attention"])
             with torch.enable_grad(), random:
                 outputs = [self.run(*(t.requires_grad_() for t in piece), mask, kwargs) for piece in pieces]
-        attn_out = _joined([o.detach() for o in outputs]) if attn_out is None else attn_out.view(shapes[0])
+            for i, part in enumerate(outputs if attn_out is None else ()):
+                o = place_heads(o, part.detach(), i, n)
+        attn_out = o if attn_out is None else attn_out
         do = do_fn(attn_out).view(shapes[0])
-        kept = attn_out.chunk(n, dim=2) if graphs is not None else ()
-        del attn_out
+        kept = () if graphs is None else o.view(shapes[0]).chunk(n, dim=2)
+        del attn_out, o
         grads = [do.new_empty(shape) if t is None else t for t, shape in zip(grads, shapes, strict=False)]
         for i, (do_n, *wholes) in enumerate(zip(*(t.chunk(n, dim=2) for t in (do, *grads)), strict=True)):
             if graphs is None:
                 # cuDNN wants it as its output is, and warns before it makes a copy by itself
                 parts = torch.autograd.grad(outputs.pop(0), pieces.pop(0), do_n.contiguous())
             else:
-                parts = graphs[i].backward([*pieces.pop(0), kept[i]], _rest(keeper.part(i), graphs[i]), do_n)
+                rest = _rest(keeper.part(i), graphs[i]) if rests is None else rests.pop(0)
+                parts = graphs[i].backward([*pieces.pop(0), kept[i]], rest, do_n)
+                del rest
             if n == 1:
                 return parts
             torch._foreach_copy_(wholes, parts)
@@ -113,11 +134,6 @@ class FlashCore:
             return 1
         dropout = self.dropout(self.module) if self.module.training else 0.0
         return backward_pieces(q, k, mask, self.window, dropout)
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """[B, S, H / n, D] n times to [B, S, H, D]; what is whole is not copied."""
-    return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
 
 def _rest(keeper: Keeper, graph: HollowGraph) -> list[Tensor]:
@@ -245,7 +261,7 @@ class AttentionFunction(torch.autograd.Function):
     for the projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual. Keeps what savers of
     slots do (an exact v all of q, k, v), what the core does, and x A^T of both groups; cos, sin, mask by reference.
     Temporary with the flash core and fused, a token: q, k, v, o, in backward their gradients too (of long rows that of
-    o alone, which then is there twice), and 4 H bytes.
+    o alone), and 4 H bytes.
     """
 
     @staticmethod
@@ -281,6 +297,7 @@ class AttentionFunction(torch.autograd.Function):
         keeper.save(ctx)
         ctx.spec, ctx.kwargs, ctx.rng, ctx.switches = spec, kwargs, rng, switches
         ctx.shape, ctx.fused, ctx.dtype = x.shape, fused, x.dtype
+        ctx.keeps_once = keeper.step.runs_again
         return as_output(y, x.shape)
 
     @staticmethod
@@ -312,7 +329,7 @@ class AttentionFunction(torch.autograd.Function):
                 slots.clear()
             overwrite = [True] * 3
         else:
-            heads, norms, overwrite = _rotate_restored(spec, cos, sin, batch, low_rank, keeper)
+            heads, norms, overwrite = _rotate_restored(spec, cos, sin, batch, low_rank, keeper, ctx.keeps_once)
         attn_out = keeper.restore("attn_out")
         dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, ctx.rng, ctx.graphs, overwrite)
         del attn_out
@@ -322,15 +339,20 @@ class AttentionFunction(torch.autograd.Function):
         dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy), norms)
         del dheads, norms
         g, dB = spec.qkv.backward_low_rank(dqkv, low_rank, keeper)
-        dx = spec.qkv.backward_input(dqkv, g, low_rank, keeper) if ctx.needs_input_grad[0] else None
         x = keeper.restore("attn_in", dy.dtype)
         grads = spec.qkv.backward_parameters(dqkv, g, dB, x, keeper, needs[:n_qkv])
+        del x  # before there is a dx
+        dx = spec.qkv.backward_input(dqkv, g, low_rank, keeper) if ctx.needs_input_grad[0] else None
         dx = None if dx is None else dx.view(ctx.shape)
         return dx, dresidual, *[None] * 8, *grads, *out_grads
 
 
 def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, keeper: Keeper) -> list[Tensor]:
-    """Heads q, k (rotated), v [B, S, H, D] from the frozen paths y [T, N]; keeps the slots q, k, v."""
+    """Heads q, k (rotated), v [B, S, H, D] from the frozen paths y [T, N]; keeps the slots q, k, v.
+
+    In a layer's second run q and k go back into y's memory where nothing reads what was before, but not exact ones
+    without an exact v: they would hold all of y.
+    """
     if spec.compensate:
         for name, columns in zip("qkv", spec.qkv.columns, strict=True):
             keeper.keep(name, y[:, columns])
@@ -339,6 +361,9 @@ def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, 
     rotated = heads
     if cos is not None:
         rotated = [rope(x, cos, sin, norm=spec.norm(name, keeper)) for name, x in zip("qk", heads[:2], strict=True)]
+        apart = spec.compensate or spec.norms or keeper.aliases("q", "k") and not keeper.aliases("v")
+        if keeper.step.runs_again and not apart:
+            rotated = [x.copy_(r) for x, r in zip(heads, rotated, strict=False)]
         rotated.append(heads[2])
     if not spec.compensate:
         for name, head in zip("qkv", heads if spec.norms else rotated, strict=True):
@@ -347,10 +372,10 @@ def _rotate_fwd(spec: AttentionSpec, y: Tensor, cos, sin, batch: int, low_rank, 
 
 
 def _rotate_restored(
-    spec: AttentionSpec, cos, sin, batch: int, low_rank, keeper: Keeper
+    spec: AttentionSpec, cos, sin, batch: int, low_rank, keeper: Keeper, kept_once: bool
 ) -> tuple[list[Tensor], list[HeadNorm], list[bool]]:
     """The heads of _rotate_fwd from the restored slots, the norms of q and k with what they normalized, and which heads
-    have memory of their own."""
+    have memory of their own: an exact slot has, if it was kept for this backward alone."""
     heads, norms, own = [], [], []
     for i, name in enumerate("qkv"):
         aliases = keeper.saver(name).aliases
@@ -361,7 +386,7 @@ def _rotate_restored(
         if norm is not None:
             norms.append(replace(norm, x=y))
         rotates = cos is not None and name != "v" and (spec.compensate or norm is not None)
-        own.append(rotates or norm is None and (y is not slot or not aliases))
+        own.append(rotates or norm is None and (kept_once or y is not slot or not aliases))
         y = spec.to_heads(y, batch)
         heads.append(rope(y, cos, sin, norm=norm) if rotates else y)
     return heads, norms, own

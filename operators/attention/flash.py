@@ -112,6 +112,19 @@ def head_pieces(n_tokens: int, n_runs: int, n_heads: int, n_kv_heads: int) -> in
     return next((n for n in range(least, n_kv_heads) if n_kv_heads % n == 0), n_kv_heads)
 
 
+def place_heads(whole: Tensor | None, piece: Tensor, i: int, n: int) -> Tensor:
+    """[B, S, H, D] with piece i of n [B, S, H / n, D] at its place; whole: what those before gave, None for the first.
+
+    What is whole is not copied.
+    """
+    if n == 1:
+        return piece
+    batch, seq_len, n_heads, head_dim = piece.shape
+    whole = piece.new_empty(batch, seq_len, n * n_heads, head_dim) if whole is None else whole
+    whole.chunk(n, dim=2)[i].copy_(piece)
+    return whole
+
+
 def takes_varlen(q: Tensor, dropout: float) -> bool:
     """Whether torch's flash kernel for runs of any length can have this one; sdpa_kernel and the like switch it too."""
     return (

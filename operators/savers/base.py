@@ -76,6 +76,11 @@ class Step:
     def once(self) -> object | None:
         return self._again if self.running is None else self.running
 
+    @property
+    def runs_again(self) -> bool:
+        """Whether a layer runs for the second time: what it keeps is for one backward, which comes at once."""
+        return self._again is not None
+
     @contextmanager
     def layer(self, *, passing: bool, holds_input: bool, draws: Draws | None, whole: object | None):
         """One of the two runs of a layer, the first if passing."""
@@ -254,9 +259,15 @@ class Keeper:
         return saver.own if isinstance(saver, Derived) and saver.own is not None else saver
 
     def adopt(self, name: str, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> None:
-        """Keep a slot that a fused kernel has packed already, in the layout of its saver."""
+        """Keep a slot that a fused kernel has packed already, in the layout of its saver.
+
+        Nothing in the first of two runs, which no backward comes to: an MLP would have those of all tiles at its end.
+        """
         saver, first = self._storing(name), len(self._tensors)
-        self._slots += [first + i for i, t in enumerate(packed[: len(packed) - saver.n_state]) if t.numel()]
+        if self.step is not None and self.step.passing:
+            packed = (None,) * len(packed)
+        slot = packed[: len(packed) - saver.n_state]
+        self._slots += [first + i for i, t in enumerate(slot) if t is not None and t.numel()]
         self._add(name, packed, shape, dtype, saver)
 
     def keep_exact(self, name: str, x: Tensor | None) -> None:

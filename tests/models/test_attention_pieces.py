@@ -26,7 +26,11 @@ def test_attention_goes_back_in_pieces_of_heads(kv_heads, settings, monkeypatch)
     assert all(largest_error(ours, theirs) < 1e-5 for ours, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("settings", [{"layer_type": "baseline"}, {"slot_savers": {"v": "exact"}}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"layer_type": "baseline"}, {"slot_savers": {"v": "exact"}}, {"layers": "input"}, {"layers": "input4"}],
+    ids=str,
+)
 def test_pieces_of_heads_leave_kept_slots_alone(settings, monkeypatch):
     """A graph that is kept gives the same gradients once more."""
     model, batch = llama(), padded_batch()
@@ -36,3 +40,16 @@ def test_pieces_of_heads_leave_kept_slots_alone(settings, monkeypatch):
     loss, parameters = model(**batch).loss, [p for p in model.parameters() if p.requires_grad]
     once, again = (torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"slot_savers": {"attn_out": "quant8"}}], ids=str)
+def test_what_a_graph_of_a_piece_keeps_changes_no_bit(settings, monkeypatch):
+    """o is read as a part of all heads' or, where a graph cannot do without its own, from there."""
+    found, record = [], attention_module.record
+    for recorded in (record, lambda *args: (record(*args)[0], None, [])):
+        model, batch = llama(num_key_value_heads=6), padded_batch()
+        apply_hyclora(model, HycloraConfig(**settings, stream=False, iteration_threshold=1))
+        monkeypatch.setattr(attention_module, "backward_pieces", lambda *_: 3)
+        monkeypatch.setattr(attention_module, "record", recorded)
+        found.append([gradients(model, batch)[1] for _ in range(2)])
+    assert all(torch.equal(ours[n], theirs[n]) for ours, theirs in zip(*found, strict=True) for n in ours)

@@ -14,7 +14,7 @@ import torch
 from hyclora.models.config import OPEN, HycloraConfig
 from hyclora.utils.errors import UserError
 from hyclora.utils.planning.fitting import STEP, Load, fits, longest
-from hyclora.utils.planning.live import Savers
+from hyclora.utils.planning.kept import Savers
 from hyclora.utils.planning.modes import describe
 from hyclora.utils.planning.need import RESERVE, Need
 from hyclora.utils.planning.shape import Shape

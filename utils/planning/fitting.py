@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hyclora.models.graphs.sizes import Sizes, filled_size
-from hyclora.utils.planning.live import Savers, count
+from hyclora.utils.planning.kept import Savers
+from hyclora.utils.planning.live import count
 from hyclora.utils.planning.need import Need
 
 STEP = 64  # tokens that a longest row is told to

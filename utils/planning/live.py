@@ -5,121 +5,20 @@ callers still hold, and what autograd or the store keep. The peak is the largest
 torch.cuda.max_memory_allocated does; what the allocator takes beside them is need.py's.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import chain
 
-from hyclora.models.building import HALVES, Builder
-from hyclora.models.config import HycloraConfig
-from hyclora.operators.attention import fused_qkv
 from hyclora.operators.attention.flash import PLACE, head_pieces
 from hyclora.operators.cross_entropy import CHUNK_BYTES, TILE_ROWS
-from hyclora.operators.mlp import fused_mlp
-from hyclora.operators.savers import ChannelQuant, Exact, Step
+from hyclora.operators.savers import Exact
 from hyclora.operators.store.store import GROUP_BYTES
 from hyclora.operators.token_tiles import TILE_TOKENS
-from hyclora.utils.errors import UserError
+from hyclora.utils.planning.kept import E, Savers
 from hyclora.utils.planning.need import Need
-from hyclora.utils.planning.shape import HALF, TRAINED, Shape
+from hyclora.utils.planning.shape import TRAINED
 
-E = HALF.itemsize
 # of a GEMM library, for each thread and stream that uses it: 32 MiB on Hopper, 8 on others
 WORKSPACE = 2**25
-
-
-@dataclass(frozen=True)
-class Units:
-    """Bytes a token of what each block of a layer keeps through its savers, in the order in which the blocks run."""
-
-    attention_norm: float
-    attention: float
-    mlp_norm: float
-    mlp: float
-
-    @property
-    def layer(self) -> float:
-        return self.attention_norm + self.attention + self.mlp_norm + self.mlp
-
-
-class Savers:
-    """The savers that apply_hyclora would give a model's layers, and what they keep.
-
-    UserError for embeddings in host memory that are the head's weight too.
-    """
-
-    def __init__(self, shape: Shape, config: HycloraConfig):
-        if config.offload_embeddings and shape.tied:
-            raise UserError(
-                "offload_embeddings=True: the head shares its weight with the embeddings (tie_word_embeddings), and "
-                "needs it on the device: drop offload_embeddings"
-            )
-        self.shape, self.config, self.n = shape, config, len(shape.layers)
-        builder = Builder(config, shape.family, shape.layers, {}, {}, Step(1))
-        self.halves = [{half: builder.savers(i, half) for half in HALVES} for i in range(self.n)]
-        self.norms = [{half: builder.savers(i, half, "norm") for half in HALVES} for i in range(self.n)]
-        self.inputs = [builder.savers(i, "layer")["layer_in"] for i in range(self.n)]
-        self.again = [builder.is_again(i) for i in range(self.n)]
-        self.last = builder.savers(self.n, "norm")["norm_in"]
-        self.units = [self._units(i) for i in range(self.n)]
-
-    def fuses_attention(self, i: int) -> bool:
-        """Whether q, k, v of a layer are packed by fused kernels."""
-        fused, norms = self.config.policy.fused and not self.again[i], bool(self.shape.family.head_norms)
-        return fused and fused_qkv.fits(self.shape.head_dim, self.halves[i]["attention"], norms)
-
-    def fuses_mlp(self, i: int) -> bool:
-        """Whether gate and up of a layer are."""
-        fused = self.config.policy.fused and not self.again[i]
-        return fused and fused_mlp.fits(self.halves[i]["mlp"], self.shape.family.activation)
-
-    def map_kept(self, i: int, length: int) -> float:
-        """Bytes a token that a layer keeps of the attention map, in rows of so many tokens; 0 with attention=flash."""
-        if self.config.attention != "eager" or not self.halves[i]["attention"]["prob"].stored:
-            return 0.0
-        return self.shape.q // self.shape.head_dim * self.halves[i]["attention"]["prob"].bits(length) / 8
-
-    def _units(self, i: int) -> Units:
-        widths = self.shape.widths(i)
-
-        def kept(savers: dict) -> float:
-            found = {slot: saver for slot, saver in savers.items() if saver.stored and slot != "prob"}
-            return sum(saver.bits(widths[slot]) / 8 for slot, saver in found.items())
-
-        attention, mlp = (kept(self.halves[i][half]) for half in HALVES)
-        # exact slots are parts of what a group of projections gives, x A^T beside it, and keep it whole (lora.buffer);
-        # q and k are so only before RoPE
-        compensates = self.config.policy.compensate and not self.again[i]
-        attention += self._side_by_side(i, "attention", ("q", "k", "v") if compensates else ("v",), "qkv")
-        mlp += self._side_by_side(i, "mlp", ("gate", "up"), "gate_up")
-        before, between = (kept(self.norms[i][half]) for half in HALVES)
-        return Units(before, attention, between, mlp)
-
-    def _side_by_side(self, i: int, half: str, slots: tuple[str, ...], group: str) -> int:
-        """Bytes a token that exact ones of slots keep beside themselves: the rest of what their group gives."""
-        savers, widths, group = self.halves[i][half], self.shape.widths(i), self.shape.groups[group]
-        exact = [widths[slot] for slot in slots if isinstance(savers.get(slot), Exact)]
-        return E * (group.width + group.beside - sum(exact)) if exact else 0
-
-    @cached_property
-    def statistics(self) -> int:
-        """Bytes of calibration: 24 a channel of a quantizer while it lasts, 8 more with exact ones."""
-        total = 0
-        for i in range(self.n):
-            widths = self.shape.widths(i)
-            for savers in (*self.halves[i].values(), *self.norms[i].values(), {"layer_in": self.inputs[i]}):
-                total += sum(_statistics(saver, widths.get(slot, 0)) for slot, saver in savers.items())
-        return total + _statistics(self.last, self.shape.hidden)
-
-    @cached_property
-    def inputs_kept(self) -> list[float]:
-        """Bytes a token of each layer's input, as its saver keeps it."""
-        return [saver.bits(self.shape.hidden) / 8 for saver in self.inputs]
-
-
-def _statistics(saver, width: int) -> int:
-    if not isinstance(saver, ChannelQuant):
-        return 0
-    return width * (32 if saver.outlier_ratio else 24)
 
 
 def count(
@@ -250,9 +149,11 @@ class _Step:
     def _inputs(self, where: str) -> float:
         """Kept layer inputs, of a store the last two, and dy of a layer that is run again beside its attention's.
 
-        At a late MLP it is that of the MLP.
+        At a late MLP it is that of the MLP. Our second run has the layer's own input as it was, in the memory of the
+        residual stream, and what was kept of it is gone.
         """
-        kept = sum(self.inputs[-2:] if self.offload else self.inputs)
+        inputs = self.inputs[-2:] if self.offload else self.inputs
+        kept = sum(inputs[:-1] if self.late and where != "end" else inputs)
         beside = self.again and not (self.late and where == "mlp")
         return self.T * (kept + self.leaf + (self.x if beside else 0))
 
@@ -269,6 +170,8 @@ class _Step:
             found[f"backward of attention: {name}"] = size + beside
         for name, size in self._mlp_forward().items():
             found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("end" if self.late else "mlp")
+        for name, size in (self._second_forward() if self.late else {}).items():
+            found[f"second forward: {name}"] = size + low_rank + above
         if self.map:
             found["forward of attention: softmax"] = self._softmax() + low_rank
         found["loss"] = self.loss() + low_rank + self.kept("end") + fixed
@@ -320,6 +223,12 @@ class _Step:
             found["activation"] = T * x + whole + t * extra * f + stacks
         return found
 
+    @property
+    def pieces(self) -> int:
+        """Of heads, in which attention goes back."""
+        n_heads, n_kv_heads = self.shape.q // self.shape.head_dim, self.shape.k // self.shape.head_dim
+        return 1 if self.map else head_pieces(self.T, self.runs, n_heads, n_kv_heads)
+
     def _attention_backward(self) -> dict[str, float]:
         """attention.py: AttentionFunction.backward, dy [T, C] among them; the core is torch's flash attention."""
         T, x, q, kv = self.T, self.x, self.q, self.kv
@@ -327,12 +236,12 @@ class _Step:
         numbers = 2 * 4 * self.shape.q // self.shape.head_dim  # lse and sum(do o), in fp32
         # flash's backward adds dq up in fp32, for each run PLACE tokens more (benchmarks/NOTES.md); of grouped queries
         # FlashAttention has dk, dv for all heads before it adds them up, and the one line of such a shape agrees
-        n_heads, n_kv_heads = self.shape.q // self.shape.head_dim, self.shape.k // self.shape.head_dim
-        n = 1 if self.map else head_pieces(T, self.runs, n_heads, n_kv_heads)
+        n = self.pieces
         gradients, works_in = T * qkv, T * (2 * q if kv < q else 0) + 2 * q * (T + PLACE * self.runs)
         if n > 1:
-            # those of a piece before they take the memory of q, k, v (an exact v keeps its own), and its do
-            gradients, works_in = T * kv * self._heads_are_slots, (works_in + T * (qkv + q)) / n
+            # those of a piece before they take the memory of q, k, v (but for an exact v that was kept), and its do
+            gradients = T * kv * self._heads_are_slots * (not self.late)
+            works_in = (works_in + T * (qkv + q)) / n
         core = T * (qkv + 2 * q + numbers) + gradients + works_in
         if self.map:
             # EagerCore.backward: q, k, v, o and do; prob, its gradient and that of the scores, or two of these with dv,
@@ -341,14 +250,14 @@ class _Step:
         dqkv = T * (qkv + E * self.qkv.beside)
         above, below = T * E * self.out.dropped, T * E * self.qkv.dropped
         norms = T * (q + kv) if self.shape.family.head_norms else 0
-        # an exact v is a part of q, k, v as they were before RoPE
-        beside = T * (q + kv + E * self.qkv.beside) if self._heads_are_slots else 0
+        # exact slots have room for x A^T beside them; an exact v that was kept is a part of q, k, v before RoPE
+        beside = T * (E * self.qkv.beside + (0 if self.late else q + kv)) if self._heads_are_slots else 0
         return {
-            "out": dy + T * (qkv + 2 * q + (q if n > 1 else 0)) + beside + self.out.stack + self.qkv.stack
+            "out": dy + T * (qkv + 2 * q) + beside + self.out.stack + self.qkv.stack
             + max(above, self.out.piece(T, by_rows=False, below=False)),
             "core": dy + core + beside + self.qkv.stack,
             "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
-            "q, k, v": dy + dqkv + max(T * x + below, self.qkv.piece(T, by_rows=False, below=True)) + T * x
+            "q, k, v": dy + dqkv + T * x + max(below, self.qkv.piece(T, by_rows=False, below=True))
             + self.qkv.stack + self.qkv.grads,
         }  # fmt: skip
 
@@ -367,6 +276,27 @@ class _Step:
         else:
             kept = self.kept("end") + T * (own if self.again else own - self.unit.layer)
         return 2 * T * self.x + heads + 5 * self.map + kept
+
+    def _second_forward(self) -> dict[str, float]:
+        """layers.py: LayerBlock.run of our second run up to its late MLP: dy, the residual stream (a layer input that
+        is kept as it is has memory of its own beside it), and what a norm gives while the block after it runs."""
+        T, x, q, kv, unit, savers = self.T, self.x, self.q, self.kv, self.unit, self.savers
+        slots, compensates = savers.halves[self.top]["attention"], savers.config.policy.compensate
+        aliased = isinstance(savers.inputs[self.top], Exact)
+        around = self.kept("mlp") + T * ((4 if aliased else 3) * x - unit.mlp_norm - unit.mlp)
+        apart = not savers.fuses_attention(self.top) and (
+            compensates and not savers.again[self.top] or self.shape.family.head_norms
+        )
+        heads = 0 if isinstance(slots["v"], Exact) else T * (q + 2 * kv + E * self.qkv.beside)
+        heads += T * (q + kv) if apart else 0
+        o = 0 if isinstance(slots["attn_out"], Exact) else T * q
+        piece = T * q / self.pieces if slots["lse"].stored and self.pieces > 1 else 0  # before it is at its place in o
+        return {
+            "core": around + heads + o + piece,
+            "out": around + o + T * x + self.out.stack
+            + max(T * E * self.out.dropped, self.out.piece(T, by_rows=True, below=False)),
+            "norm": around + T * unit.mlp_norm,
+        }  # fmt: skip
 
     def _mlp_forward(self) -> dict[str, float]:
         """mlp.py: _forward_tile of the last layer, with its input, the residual stream, and y of all tiles where that

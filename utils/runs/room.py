@@ -10,7 +10,8 @@ import torch
 from hyclora.models.state import LAUNCH
 from hyclora.utils.errors import UserError, is_out_of_memory
 from hyclora.utils.planning.budget import available_host
-from hyclora.utils.planning.live import Savers, count
+from hyclora.utils.planning.kept import Savers
+from hyclora.utils.planning.live import count
 from hyclora.utils.planning.modes import MODES, TOLD_BY, Mode
 from hyclora.utils.planning.shape import Shape
 from hyclora.utils.planning.units import say_size

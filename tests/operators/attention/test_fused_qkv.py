@@ -78,7 +78,7 @@ def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, d
     slots = packed_qkv(plain)
     restored = fused_qkv_restore(spec, slots, cos, sin, BATCH, dtype, low_rank, plain)
     normalized = attention._fused_norms(spec, slots, cos, sin, BATCH, dtype, low_rank, plain)
-    heads_of, expected_norms, _ = attention._rotate_restored(spec, cos, sin, BATCH, low_rank, fused)
+    heads_of, expected_norms, _ = attention._rotate_restored(spec, cos, sin, BATCH, low_rank, fused, False)
     for ours, theirs in zip(normalized, expected_norms, strict=True):
         assert ours.weight is theirs.weight and ours.eps == theirs.eps
         assert relative_error(ours.x, theirs.x) < tolerance
@@ -100,7 +100,7 @@ def test_fused_equals_unfused_without_rope(kernels, dtype, bits, targets):
         for ours, theirs in zip(fused.source(name, y).packed, plain.source(name, y).packed, strict=True):
             assert torch.equal(ours, theirs)
     restored = fused_qkv_restore(spec, packed_qkv(fused), None, None, BATCH, dtype, low_rank, fused)
-    heads_of, _, _ = attention._rotate_restored(spec, None, None, BATCH, low_rank, plain)
+    heads_of, _, _ = attention._rotate_restored(spec, None, None, BATCH, low_rank, plain, False)
     expected = torch.cat([head.flatten(0, 1).flatten(1) for head in heads_of], dim=1)
     assert relative_error(restored, expected) < ROUNDING[dtype]
 

@@ -3,6 +3,8 @@
 The MLP is wide, so that the peak is there: attention on a CPU has other memory than flash's kernels.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,6 +19,7 @@ from hyclora.operators.linear import lora
 from hyclora.utils.args import LINEARS
 from hyclora.utils.planning import Savers, Shape, count
 from tests.helpers.counting import Live, step_of
+from tests.helpers.offloading import offloaded
 
 RANK, BATCH, LENGTH = 4, 2, 128
 SIZES = LlamaConfig(
@@ -33,13 +36,20 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(lora, "_mm32", lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32))
 
 
-def peak(config: HycloraConfig, checkpointing: bool = False, targets=LINEARS, dropout: float = 0.0, sizes=SIZES) -> int:
-    """Bytes alive at the peak of a step after calibration, beside what is there before it."""
+def peak(
+    config: HycloraConfig, checkpointing: bool = False, targets=LINEARS, dropout: float = 0.0, sizes=SIZES,
+    rows: tuple[int, int] = (BATCH, LENGTH),
+) -> int:  # fmt: skip
+    """Bytes alive at the peak of a step after calibration, beside what is there before it, on the host and else."""
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=dropout)
     model = get_peft_model(LlamaForCausalLM(sizes).to(torch.bfloat16), lora)
-    apply_hyclora(model, config)
+    slabs = []
+    if config.offload:
+        slabs = offloaded(model, replace(config, offload=False)).arena.slabs
+    else:
+        apply_hyclora(model, config)
     model.train()
-    step, ids = step_of(model, BATCH, LENGTH, checkpointing)
+    step, ids = step_of(model, *rows, checkpointing)
     for _ in range(3):
         step()
     patch = find_patch(model)
@@ -48,7 +58,7 @@ def peak(config: HycloraConfig, checkpointing: bool = False, targets=LINEARS, dr
     owned += [value for pair in owned if isinstance(pair, tuple) for value in pair]
     tensors = [t for t in owned if isinstance(t, torch.Tensor)]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    with Live(ids, *model.parameters(), *model.buffers(), *tensors, *gradients) as live:
+    with Live(ids, *model.parameters(), *model.buffers(), *tensors, *gradients, *slabs) as live:
         step()
     return live.peak
 

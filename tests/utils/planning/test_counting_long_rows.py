@@ -1,0 +1,56 @@
+"""The counted peak of long rows against that of a step, as in test_counting.py.
+
+An MLP's tiles and attention's pieces are small here, so that what is there of all tokens is what weighs.
+"""
+
+import pytest
+from transformers import LlamaConfig
+
+from hyclora import HycloraConfig
+from hyclora.operators import token_tiles
+from hyclora.operators.attention import flash
+from hyclora.operators.linear import low_rank_grad
+from hyclora.utils.planning import Savers, Shape, count, live
+from tests.utils.planning.test_counting import RANK, as_on_a_gpu, peak
+
+assert as_on_a_gpu  # the fixture
+LENGTH, HIDDEN, HEADS = 2048, 1024, 8
+HIDDEN_STATE = 2 * LENGTH * HIDDEN
+PACKED = {"offload": True, "slot_savers": {"layer_in": "quant8"}}
+
+
+def sizes(kv_heads: int, layers: int = 2) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=2752, num_hidden_layers=layers, num_attention_heads=HEADS,
+        num_key_value_heads=kv_heads, vocab_size=256, use_cache=False, max_position_embeddings=LENGTH,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Eight tiles, and a piece for each head of k."""
+    for module in (token_tiles, live):
+        monkeypatch.setattr(module, "TILE_TOKENS", LENGTH // 8)
+    monkeypatch.setattr(flash, "AT_ONCE", LENGTH * HEADS // 8)
+    monkeypatch.setattr(low_rank_grad, "PROGRAMS", 8)
+
+
+# settings, checkpointing, heads of k, and how many hidden states there are at most beside what grows with nothing
+CASES = {
+    "4-bit inputs, offloaded": ({"layers": "input4", "offload": True}, False, 8, 9.85),
+    "8-bit inputs": ({"layers": "input8"}, False, 8, 10.25),
+    "exact inputs": ({"layers": "input"}, False, 8, 11.35),
+    "4-bit inputs, grouped queries": ({"layers": "input4"}, False, 4, 8.85),
+    "checkpointing, packed slots, offloaded": (PACKED, True, 8, 10.25),
+    "checkpointing, packed slots, grouped queries": (PACKED, True, 4, 8.75),
+}
+
+
+@pytest.mark.parametrize("settings, checkpointing, kv_heads, most", CASES.values(), ids=CASES)
+def test_the_peak_of_a_long_row(small_pieces, settings, checkpointing, kv_heads, most):
+    config = HycloraConfig(cuda_graphs=False, iteration_threshold=1, **settings)
+    counted = count(Savers(Shape(sizes(kv_heads), "bf16", RANK), config), 1, LENGTH, checkpointing)
+    measured = peak(config, checkpointing, sizes=sizes(kv_heads), rows=(1, LENGTH))
+    # dq in fp32, and dk and dv of all heads, are there in kernels of a GPU alone
+    assert 0.98 <= counted.dyn / measured <= 1.15, (counted.dyn / HIDDEN_STATE, measured / HIDDEN_STATE, counted.peak)
+    assert measured / HIDDEN_STATE <= most
