@@ -87,21 +87,25 @@ class LayerBlock(WholeLayer):
 
     def run(self, hidden_states, **kwargs):
         """Hidden states [B, S, C] through norm, attention, norm, MLP, which add the residual branches themselves."""
-        attention_norm, attention, mlp_norm, mlp = (block.module for block in self.blocks)
+        *_, mlp_norm, mlp = (block.module for block in self.blocks)
         # hooks may keep what goes in and comes out, or have autograd start from it
         watched = is_watched(self.module) or is_sharded(self.module)
         again = self.step.whole is self.module and not self.step.passing
         ours = self.step.private and getattr(hidden_states, OURS, False) or self.first and self.step.embeds
         ours = (again or ours) and not self.step.holds_input
         late = again and not watched
-        x, residual = attention_norm(hidden_states, residual=True)
-        hidden_states, _ = attention(hidden_states=x, residual=residual, overwrite=ours and not watched, **kwargs)
-        del x, residual  # or both are there until the other norm has its own
+        hidden_states = self._attend(hidden_states, overwrite=ours and not watched, **kwargs)
         x, residual = mlp_norm(hidden_states, residual=True)
         hidden_states = mlp(x, residual=residual, late=late)
         if not watched:
             setattr(hidden_states, OURS, True)
         return hidden_states
+
+    def _attend(self, hidden_states, **kwargs):
+        """Norm and attention, whose input is gone before the other norm has an output."""
+        norm, attention = (block.module for block in self.blocks[:2])
+        x, residual = norm(hidden_states, residual=True)
+        return attention(hidden_states=x, residual=residual, **kwargs)[0]
 
 
 OPTIONS = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"}  # without a meaning for ours

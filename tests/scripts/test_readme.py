@@ -89,8 +89,8 @@ def test_named_options_exist():
     scripts = "".join(
         file.read_text() for folder in ("benchmarks", "ckpt", "hyclora") for file in (ROOT / folder).glob("*.py")
     )
-    known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', scripts)) | {"--help"}
-    named = set(re.findall(r"--[a-z]\w+", TEXT))
+    known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', scripts)) | {"--help"}
+    named = set(re.findall(r"--[a-z][\w-]*\w", TEXT))
     assert named and named <= known
 
 
