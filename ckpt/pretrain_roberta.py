@@ -2,8 +2,8 @@
 
 The tokenizer is that of a folder with vocab.json and merges.txt (RoBERTa's, or any byte-level BPE with its special
 tokens); without `--tokenizer` a small one is trained on the text (`--vocabulary`: the fewer tokens there are, the more
-often each of them is met). Rows have 512 tokens, or fewer (`--row-tokens`: more
-of them a step, from which positions are learned sooner), and every time that a row comes other tokens of it are masked.
+often each of them is met). Rows have 512 tokens, or fewer (`--row-tokens`: more of them a step, from which positions
+are learned sooner), and every time that a row comes other tokens of it are masked.
 
     python -m ckpt.pretrain_roberta --text wiki.train.txt.gz books/*.txt --tokenizer roberta-base --minutes 20
     python -m ckpt.pretrain_roberta --shape tiny --text wiki.train.txt.gz --minutes 5 --output ckpt/tiny-roberta
@@ -135,7 +135,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="small", help="with RoBERTa's vocabulary 7, 51 or 92 M")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help=".jsonl or plain text, may be .gz")
     parser.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt")
-    parser.add_argument("--vocabulary", type=int, default=SMALL_VOCABULARY, help="tokens, without --tokenizer")
+    parser.add_argument("--vocabulary", type=int, help=f"tokens without --tokenizer, or {SMALL_VOCABULARY}")
     parser.add_argument("--minutes", type=float, default=20.0, help="time to train for")
     parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--row-tokens", type=int, default=ROW_LENGTH, help=f"of a row, at most {ROW_LENGTH}")
@@ -156,6 +156,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--row-tokens {args.row_tokens}: a row has 3 to {ROW_LENGTH} tokens")
     if args.batch_tokens < args.row_tokens:
         raise UserError(f"--batch-tokens {args.batch_tokens}: fewer than a row has, --row-tokens {args.row_tokens}")
+    if args.tokenizer and args.vocabulary is not None:
+        raise UserError(
+            f"--vocabulary {args.vocabulary}: that of --tokenizer {args.tokenizer} is taken: drop one of them"
+        )
+    args.vocabulary = SMALL_VOCABULARY if args.vocabulary is None else args.vocabulary
     if args.vocabulary < LEAST_VOCABULARY:
         raise UserError(f"--vocabulary {args.vocabulary}: bytes and special tokens are {LEAST_VOCABULARY} already")
     if not args.minutes > 0:

@@ -260,8 +260,7 @@ class AttentionFunction(torch.autograd.Function):
     parameters as spec.parameters(). Slots: attn_in, q, k, v, prob, lse, attn_out. Gradients: those of linear/lora.py
     for the projections, the core for q, k, v, the opposite rotation for RoPE, dy for the residual. Keeps what savers of
     slots do (an exact v all of q, k, v), what the core does, and x A^T of both groups; cos, sin, mask by reference.
-    Temporary with the flash core and fused, a token: q, k, v, o, in backward their gradients too (of long rows that of
-    o alone), and 4 H bytes.
+    Temporary with flash and fused, a token: q, k, v, o, in backward their gradients (of long rows o's), and 4 H bytes.
     """
 
     @staticmethod

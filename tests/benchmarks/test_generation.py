@@ -28,12 +28,12 @@ def test_the_table_has_lines_of_a_gpu(lines, tmp_path, monkeypatch):
     assert report_generation.generation() == ""
     for line in lines:
         line["arguments"]["device"] = "cuda"
-        line |= {"with": {"seconds": 1.0, "cache_mib": 2.0, "peak_mib": 3.0}}
+        line |= {"with": {"seconds": 1.0, "cache_mib": 2.0, "peak_mib": 3.0}, "remark": "a busy host"}
         line |= {"without": {"seconds": 2.5, "cache_mib": 0, "peak_mib": 4.0}}
     (tmp_path / "generation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert (
-        "float32, 5 x 6 tokens | 30 of 30 | 1.00 | 2.50 | 2.50x | 2.0 | 3.0 | 4.0 |" in report_generation.generation()
-    )
+    told = report_generation.generation()
+    assert "float32, 5 x 6 tokens | 30 of 30 | 1.00 | 2.50 | 2.50x | 2.0 | 3.0 | 4.0 |" in told
+    assert "*A busy host: " in told
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tiny_llama_folder, tmp_path, capsys):

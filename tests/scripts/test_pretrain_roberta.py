@@ -111,6 +111,10 @@ def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
         (["--text", tmp_path / "short.txt", "--row-tokens", 513], "a row has 3 to 512 tokens"),
         (["--text", tmp_path / "short.txt", "--batch-tokens", 511], "--batch-tokens 511: fewer than a row"),
         (["--text", tmp_path / "short.txt", "--vocabulary", 260], "bytes and special tokens are 261 already"),
+        (
+            ["--text", tmp_path / "short.txt", "--vocabulary", 900, "--tokenizer", bare],
+            "--vocabulary 900: that of --tokenizer",
+        ),
         (["--text", tmp_path / "short.txt", "--minutes", "-1"], "--minutes -1.0: it has to be positive"),
         (["--text", tmp_path / "short.txt", "--minutes", "nan"], "--minutes nan: it has to be positive"),
         (["--text", tmp_path / "short.txt", "--tokenizer", bare], "merges.txt does not exist"),
