@@ -4,18 +4,14 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hyclora.models.blocks import AttentionBlock, MlpBlock, PostNormBlock, is_learned
 from hyclora.models.families.family import Family
-from hyclora.models.layers import WholeLayer
+from hyclora.models.layers import CALL_IS_CHECKPOINTED, WholeLayer
 from hyclora.models.trust import acting
 from hyclora.operators.attention.flash import tells_runs
 from hyclora.operators.savers import Step
 from hyclora.operators.token_tiles import place, token_tiles
-
-# in releases before 5.24, where it is not the layer's forward that gradient checkpointing runs again
-CALL_IS_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
 
 
 class EncoderLayerBlock(WholeLayer):
@@ -52,7 +48,7 @@ class EncoderLayerBlock(WholeLayer):
 
     def run_layer(self, hidden_states, *args, **kwargs):
         """This layer by itself, checkpointed as the forward in whose place this is would be."""
-        checkpointed = getattr(self.module, "gradient_checkpointing", False) and not CALL_IS_CHECKPOINTED
+        checkpointed = self.checkpointed and not CALL_IS_CHECKPOINTED and not self.step.recording
         if not checkpointed or not self.module.training or not torch.is_grad_enabled():
             return super().run_layer(hidden_states, *args, **kwargs)
         return self.module._gradient_checkpointing_func(partial(self.run_once, **kwargs), hidden_states, *args)
@@ -72,8 +68,8 @@ class EncoderLayerBlock(WholeLayer):
     ) -> torch.Tensor:  # fmt: skip
         """Hidden states [B, S, C] of the next layer."""
         attention, attention_norm, mlp, mlp_norm = self.blocks
-        again = self.checkpoint is not None or getattr(self.module, "gradient_checkpointing", False)
-        x = hidden_states.view_as(hidden_states) if again else hidden_states  # another tensor, of nobody's norm
+        # run again, it gets another tensor, of nobody's norm
+        x = hidden_states.view_as(hidden_states) if self.keeps_input else hidden_states
         y, _ = attention.run(dtype, x, attention_mask=attention_mask, **kwargs)
         x = attention_norm.run(dtype, y, x)
         return mlp_norm.run(dtype, mlp.run(dtype, x), x)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hyclora.models.binding import BoundForward
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
@@ -20,23 +21,45 @@ from hyclora.operators.store import UNITS_A_LAYER
 
 # on the output of a layer that nobody else looks at: the next layer may overwrite it
 OURS = "_hyclora_ours"
+# in releases before 5.24, where it is not the layer's forward that gradient checkpointing runs again
+CALL_IS_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
 
 
 class WholeLayer(Block):
     """The block of a layer as a whole.
 
     graphs: a LayerGraphs that may replay the layer, and all others with it. together: whether the layer is as it came,
-    so that its blocks may be run without its own forward (models/watch.py). checkpoint: what keeps its input alone,
-    None where it keeps slots.
+    so that its blocks may be run without its own forward (models/watch.py). checkpoint: what keeps its input alone
+    where it is to.
     """
 
     graphs = None
     together = False
     checkpoint: "CheckpointBlock | None" = None
 
+    @property
+    def checkpointed(self) -> bool:
+        """Whether Hugging Face's gradient checkpointing is on for it."""
+        return getattr(self.module, "gradient_checkpointing", False)
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether it keeps its input alone, by our settings or by gradient checkpointing."""
+        return self.checkpointed or self.checkpoint is not None and self.checkpoint.own
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a graph may do all that the layer does: not what somebody has asked of gradient checkpointing."""
+        return not self.checkpointed or self.checkpoint is not None and self.checkpoint.usual
+
     def forward(self, hidden_states, *args, **kwargs):
-        output = None if self.graphs is None else self.graphs.replay(self, hidden_states, args, kwargs)
+        asked = CALL_IS_CHECKPOINTED and self.checkpointed  # around the checkpoint that this runs in
+        output = None if asked else self.replay(hidden_states, *args, **kwargs)
         return self.run_layer(hidden_states, *args, **kwargs) if output is None else output
+
+    def replay(self, hidden_states, *args, **kwargs):
+        """What this layer returns if a graph of all layers does their work; None if it has to run by itself."""
+        return None if self.graphs is None else self.graphs.replay(self, hidden_states, args, kwargs)
 
     def run_layer(self, hidden_states, *args, **kwargs):
         """This layer by itself, to be run again in backward if it keeps its input alone."""
@@ -80,7 +103,7 @@ class LayerBlock(WholeLayer):
             self.together
             and not args
             # which torch does, unless the layer is all that runs twice
-            and (self.step.whole is self.module or not getattr(self.module, "gradient_checkpointing", False))
+            and (self.step.whole is self.module or not self.checkpointed)
             and not any(is_watched(block.module) for block in self.blocks)
             and all(block.applies(cache=cache, past_key_values=past_key_values, **given) for block in self.blocks)
         )
@@ -114,15 +137,18 @@ OPTIONS = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_st
 class CheckpointBlock(Block):
     """Keeps a decoder layer's input: in place of its slots where config.layers says so, and for gradient checkpointing.
 
-    There it takes the place of torch's where it can keep the input better: with a store, or if layer_in is not exact;
-    where it cannot, torch's runs inside. HF calls it as it calls torch's, while gradient checkpointing is on; a trainer
-    may switch that at any time, so bind() is called before every training forward. Keeps what CheckpointFunction does.
-    own: whether the layer keeps its input without HF's checkpointing too; layer: its block, if it has one.
+    There it takes the place of torch's where it runs the layer as a whole, which is more exact (mlp.py) and can be
+    recorded, or keeps the input better: with a store, or if layer_in is not exact. Else torch's runs inside. HF calls
+    it as it calls torch's, while gradient checkpointing is on; a trainer may switch that at any time, so bind() is
+    called before every training forward. Keeps what CheckpointFunction does.
+    own: whether the layer keeps its input without HF's checkpointing too; usual: whether that is nothing but keeping
+    inputs, so that a graph of all layers may do it as layers do that keep their own; layer: its block, if it has one.
     switches: what backward has to find as it was; a Watch drops it where modules are others.
     """
 
     span = UNITS_A_LAYER
     bound = None
+    usual = False
     layer: WholeLayer | None = None
     switches: Switches | None = None
 
@@ -136,14 +162,14 @@ class CheckpointBlock(Block):
         return self.own or self.better and self.bound is not None
 
     def applies(self, *args, cache=None, past_key_values=None, **kwargs) -> bool:
-        """A training forward that HF does not checkpoint already, and that may be run again.
+        """A training forward that is to be run again and that HF, which does not see a recording, does not checkpoint.
 
-        That must add to no cache, and give gradients to the hidden states and to parameters alone.
+        It must add to no cache, and give gradients to the hidden states and to parameters alone.
         """
+        checkpointed = getattr(self.module, "gradient_checkpointing", False)
+        wanted = self.step.recording if checkpointed else self.own
         trains = self.module.training and torch.is_grad_enabled() and cache is None and past_key_values is None
-        if not trains or getattr(self.module, "gradient_checkpointing", False):
-            return False
-        return not any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
+        return trains and wanted and not _want_gradients(args, kwargs)
 
     def keep_input(self, run, hidden_states, whole: bool):
         """run(hidden_states), of which nothing is kept but that; whole: it is the layer, and no more.
@@ -183,38 +209,47 @@ class CheckpointBlock(Block):
         if self.bound is None or installed is not self.bound:
             if isinstance(installed, BoundForward):  # a copied layer's, which has no block any more
                 installed = installed.former
-            if self.better:
-                self._check(installed)
+            self.usual = self._is_usual(installed)
+            if self.better and not self.usual:
+                raise ValueError(
+                    f"{self.name}: gradient checkpointing is offloaded or has options of its own, which offload=True "
+                    "and a quantized layer_in would drop; enable it without, and offload with "
+                    "HycloraConfig(offload=True)"
+                )
             self.module._gradient_checkpointing_func = self.bound = BoundForward(self.module, installed, self)
 
-    def _check(self, installed) -> None:
-        """ValueError if this would drop what somebody asked of checkpointing; a store takes the place of HF's own."""
+    def _is_usual(self, installed) -> bool:
+        """Whether nothing that somebody asked of checkpointing is dropped; a store takes the place of HF's own."""
         function, options = getattr(installed, "func", installed), getattr(installed, "keywords", {})
         ours = function is checkpoint or self.store is not None and function.__module__ == "transformers.modeling_utils"
-        if not ours or not options.keys() <= OPTIONS:
-            raise ValueError(
-                f"{self.name}: gradient checkpointing is offloaded or has options of its own, which offload=True and a "
-                "quantized layer_in would drop; enable it without, and offload with HycloraConfig(offload=True)"
-            )
+        return ours and options.keys() <= OPTIONS
 
     def unbind(self) -> None:
         if self.bound is not None and getattr(self.module, "_gradient_checkpointing_func", None) is self.bound:
             self.module._gradient_checkpointing_func = self.bound.former
 
     def forward(self, function, hidden_states, *args):
-        if not self.better:
-            return self.bound.run_stock(self._guarded(function), hidden_states, *args)
+        if CALL_IS_CHECKPOINTED and self._calls_layer(function):
+            output = self.layer.replay(hidden_states, *args, **function.keywords)
+            if output is not None:
+                return output
         if not torch.is_grad_enabled() or self.step.whole is self.module:  # it is in one of its runs
             return function(hidden_states, *args)
-        if any(is_part(module, p) for module in self.module.modules() for p in module.parameters(recurse=False)):
+        run, gathers = self._run_of(function), self._gathers_inside()
+        other = _want_gradients(args, getattr(function, "keywords", {}))
+        if other or not self.better and (run is None or gathers or not self.usual):
+            return self.bound.run_stock(self._guarded(function), hidden_states, *args)
+        if gathers:
             raise ValueError(
                 f"{self.name}: in this transformers fully_shard gathers weights inside of a checkpoint, where "
                 "offload=True or a quantized layer_in would leave them without gradients; install transformers 5.24 or "
                 "newer, or train without gradient checkpointing"
             )
-        run = self._run_of(function)
-        whole = run is not None
-        return self.keep_input(lambda x: (run if whole else function)(x, *args), hidden_states, whole)
+        return self.keep_input(lambda x: (run or function)(x, *args), hidden_states, whole=run is not None)
+
+    def _gathers_inside(self) -> bool:
+        """Whether fully_shard gathers weights inside of a checkpoint."""
+        return any(is_part(module, p) for module in self.module.modules() for p in module.parameters(recurse=False))
 
     def _guarded(self, function) -> Callable:
         """A function that torch's checkpointing may not run again for another model than it ran for."""
@@ -233,8 +268,18 @@ class CheckpointBlock(Block):
         """
         if not (isinstance(function, partial) and self.layer is not None and self.layer.together):
             return None
-        called = function.func
-        if called is getattr(type(self.module).forward, "__wrapped__", None) and function.args == (self.module,):
+        wrapped = getattr(type(self.module).forward, "__wrapped__", None)
+        if function.func is wrapped and function.args == (self.module,):
             return partial(self.layer.run_once, **function.keywords)
+        return function if function.func == self.layer.run_once or self._calls_layer(function) else None
+
+    def _calls_layer(self, function) -> bool:
+        """Whether a function is the call of the layer, which has a block, with its keywords."""
+        called = getattr(function, "func", None)
         its = getattr(called, "__func__", None) is nn.Module.__call__ and called.__self__ is self.module
-        return function if its and not function.args else None
+        return self.layer is not None and its and not function.args
+
+
+def _want_gradients(args: tuple, kwargs: dict) -> bool:
+    """Whether a tensor beside the hidden states is to get a gradient, as a mask that is trained."""
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))

@@ -249,16 +249,15 @@ def _keep_inputs(
     whole = {block.module: block for block in blocks if isinstance(block, WholeLayer)}
     for i, checkpoint in enumerate(checkpoints):
         checkpoint.layer = whole.get(checkpoint.module)
-        if not checkpoint.own:
-            continue
-        if checkpoint.module not in whole:
+        if checkpoint.layer is not None:
+            checkpoint.layer.checkpoint = checkpoint
+        elif checkpoint.own:
             reasons = [why for (index, _), why in stock.items() if index == i]
             reason = reasons[0] if reasons else trust.why_not_layer(family, checkpoint.module, checkpoint.name)
             raise ValueError(
                 f"layers={config.layers!r}: {checkpoint.name} cannot keep its input alone, as it is not patched as a "
                 f"whole ({reason}); have it keep slots"
             )
-        whole[checkpoint.module].checkpoint = checkpoint
 
 
 def _starts_at_zero(model: nn.Module) -> bool:

@@ -105,7 +105,8 @@ def make_report(
     savers: dict[str, list[str]] = {}
     slot_bits: dict[str, float] = {}
     elements = 0
-    runs_again = {id(inside) for block in blocks if getattr(block, "checkpoint", None) for inside in block.blocks}
+    own = [c.layer for c in checkpoints if c.own]
+    runs_again = {id(inside) for layer in own for inside in layer.blocks}
     for block in [*(block for block in blocks if id(block) not in runs_again), *(c for c in checkpoints if c.own)]:
         for slot, saver in block.savers.items():
             if slot == "prob" and config.attention != "eager":

@@ -6,9 +6,10 @@ graph and their backward as another; from then on both are replayed. Of streams 
 Inputs are copied to fixed places; activations live in a memory pool that all graphs share; the backward adds to fixed
 buffers, which are the parameters' .grad, or are given to autograd where DDP or hooks on parameters wait for them.
 
-Whatever a graph cannot do or would hide runs layer by layer: dropout of attention, hooks on modules, gradient
-checkpointing, FSDP, inputs that differ from layer to layer, a forward before the backward of another one. Dropout of
-adapters and of an encoder's hidden states is replayed: a graph draws seeds anew (operators/linear/dropout.py).
+Whatever a graph cannot do or would hide runs layer by layer: dropout of attention, hooks on modules, FSDP, gradient
+checkpointing by somebody's own function, inputs that differ from layer to layer, a forward before the backward of
+another one. Dropout of adapters and of an encoder's hidden states is replayed: a graph draws seeds anew
+(operators/linear/dropout.py). Usual gradient checkpointing is recorded like layers that keep their input alone.
 """
 
 import logging
@@ -92,7 +93,7 @@ class LayerGraphs(Pausable):
     def able(self) -> bool:
         """Whether the layers can be replayed as they are, as far as it shows before they are called."""
         whole = self.active and self.patch.watch.whole and not (self.patch.watch.drops or self.patch.watch.is_hooked())
-        return whole and not any(getattr(layer.module, "gradient_checkpointing", False) for layer in self.layers)
+        return whole and all(layer.can_be_recorded for layer in self.layers)
 
     def foresee(self, asked: Foretold | None, decoder: nn.Module, ids: Tensor | None) -> None:
         """Start the forward of token ids before Hugging Face's code comes to the first layer: the GPU waits for it.
@@ -207,8 +208,7 @@ class LayerGraphs(Pausable):
 
     def _weights(self) -> list[Tensor] | None:
         """What a replay reads of the blocks' modules; None if these are in a state that is not to be replayed."""
-        modules = [layer.module for layer in self.layers]
-        if any(getattr(m, "gradient_checkpointing", False) or not m.training for m in modules):
+        if not all(layer.can_be_recorded and layer.module.training for layer in self.layers):
             return None
         if self.patch.watch.drops or self.patch.watch.is_hooked():
             return None
@@ -226,7 +226,8 @@ class LayerGraphs(Pausable):
         """What a recording is found by beside its inputs: which weights there are, where, and the adapters' state."""
         trained = tuple(id(t) if t.requires_grad else 0 for t in weights)
         adapters = ((p.adapter, p.scaling, p.dropout) for p in self.projections)
-        return _places(weights), trained, self.patch.watch.numbers, *adapters, *(m.dropout() for m in self.layers)
+        layers = ((layer.checkpointed, layer.dropout()) for layer in self.layers)
+        return _places(weights), trained, self.patch.watch.numbers, *adapters, *layers
 
     def _compare(self, args: tuple, kwargs: dict) -> None:
         """A later layer runs by itself: unless its arguments are those of the first one, this kind stays so."""
@@ -318,7 +319,7 @@ class LayerGraphs(Pausable):
                 if edge is None:  # nothing is trained from here on
                     break
                 inputs = [*parameters, *([] if below is None else [below])]
-                with nullcontext() if layer.checkpoint is None else self._aliased([places], [parameters]):
+                with self._aliased([places], [parameters]) if layer.keeps_input else nullcontext():
                     found = list(torch.autograd.grad(edge, inputs, dx, allow_unused=True))
                 dx, edge = None if below is None else found.pop(), below
                 pairs = [(p, g) for (_, _, p), g in zip(places, found, strict=True) if g is not None]

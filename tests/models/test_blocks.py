@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES, SLOTS
@@ -146,22 +147,21 @@ def token_counts(model) -> list[float]:
 
 
 def check_recomputation(layer_type: str, use_reentrant: bool, family=llama, **settings) -> None:
-    """Gradients and calibration under gradient checkpointing are those without it.
-
-    Reentrant layers run stock code first, which rounds otherwise even in fp64 (its norms are of fp32), and now and then
-    moves a code: of 8 bit, that is little.
-    """
+    """Gradients under gradient checkpointing are as good as without it, or better; calibration is the same."""
     model, batches = family({"lora_dropout": 0.1}).double(), [padded_batch(seed=seed) for seed in range(4)]
     config = rows(layer_type=layer_type, q_bit=8, iteration_threshold=2, **settings)
-    apply_hyclora(model, config)
-    plain = [gradients(model, batch)[1] for batch in batches]
-    counted = token_counts(model)
-    remove_hyclora(model)
+    found = []
+    for each in (rows(layer_type="baseline"), config):
+        apply_hyclora(model, each)
+        found.append([gradients(model, batch)[1] for batch in batches])
+        counted = token_counts(model)
+        remove_hyclora(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     apply_hyclora(model, config)
-    for batch, expected in zip(batches, plain, strict=True):
-        assert largest_error(gradients(model, batch)[1], expected) < (1e-3 if use_reentrant else 1e-6)
+    for batch, exact, plain in zip(batches, *found, strict=True):
+        error = 1 - mean_cosine(gradients(model, batch)[1], exact)
+        assert error < (1e-9 if layer_type == "baseline" else 1.01 * (1 - mean_cosine(plain, exact)))
     assert find_patch(model).step.index == 4 and token_counts(model) == counted
 
 
@@ -173,19 +173,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(layer_type, use_reentra
 
 
 def test_dropout_of_maps_is_not_drawn_twice_apart():
-    """Stock attention, which checkpointing with use_reentrant=True runs first, cannot; the other kind is served."""
+    """Stock attention, which reentrant checkpointing of somebody's own runs first, cannot drop them."""
     for use_reentrant in (True, False):
         model, batch = llama(attention_dropout=0.2), padded_batch()
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model.enable_input_require_grads()
         apply_hyclora(model, rows(layer_type="baseline", attention="eager"))
-        if use_reentrant:
-            with pytest.raises(ValueError, match="self_attn: stock attention cannot drop what attention=eager does"):
-                gradients(model, batch)
-        else:
-            _, ours = gradients(model, batch)
-    model.gradient_checkpointing_disable()
-    assert largest_error(ours, gradients(model, batch)[1]) < 1e-5
+        _, ours = gradients(model, batch)
+        model.gradient_checkpointing_disable()
+        assert largest_error(ours, gradients(model, batch)[1]) < 1e-5
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for layer in model.get_base_model().model.layers:
+        layer._gradient_checkpointing_func = lambda run, *args: checkpoint(run, *args, use_reentrant=True)
+    with pytest.raises(ValueError, match="self_attn: stock attention cannot drop what attention=eager does"):
+        gradients(model, batch)
 
 
 def test_a_kept_act_and_hidden_are_what_backward_reads():

@@ -56,7 +56,7 @@ def test_gradients_are_those_of_exact_slots(late, family, lora, offload):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("savers", [INPUT8, {}], ids=["8 bit", "exact, offloaded"])
 def test_checkpointing_of_hugging_face(late, savers, use_reentrant):
-    """With our slot; torch's own is read by Hugging Face's code, and as ever."""
+    """Kept by our slot, offloaded, or as torch keeps it."""
     model, batch = llama({"lora_dropout": 0.3}), padded_batch()
     apply_hyclora(model, config(layer_type="baseline"))
     _, expected = gradients(model, batch)
@@ -70,7 +70,7 @@ def test_checkpointing_of_hugging_face(late, savers, use_reentrant):
     assert savers or largest_error(ours, expected) < 1e-5
     remove_hyclora(model)
     apply_hyclora(model, config(layer_type="baseline"))
-    assert largest_error(gradients(model, batch)[1], expected) < 1e-5 and len(late) == 2
+    assert largest_error(gradients(model, batch)[1], expected) < 1e-5 and len(late) == 4
 
 
 def test_quantized_slots_do_not_show_in_the_mlp(late):

@@ -15,7 +15,7 @@ from hyclora.models.patch import find_patch
 from hyclora.models.stream import Stream
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
-from tests.helpers.replaying import CALIBRATION, Rerun, config, graphed, train
+from tests.helpers.replaying import CALIBRATION, Rerun, config, graphed, nothing_around, train
 from tests.helpers.small_models import gradients, largest_error, llama, mistral, padded_batch, qwen2, qwen3
 
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
@@ -355,7 +355,7 @@ def test_embeddings_where_ids_are_by_position(shapes):
 def test_nothing_is_filled_up_that_no_recording_serves(shapes):
     model, batch = llama(), ragged(0)
     graphed(model, {"stream": True}, recorder=Rerun())
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": nothing_around})
     train(model, [batch] * (CALIBRATION + 3))
     assert set(shapes) == {(1, int(batch["attention_mask"].sum()))}
 

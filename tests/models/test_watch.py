@@ -1,5 +1,6 @@
 """What changes after the patch, or is not as it seems from the beginning, is seen: gradients are stock's."""
 
+from dataclasses import replace
 from functools import wraps
 from types import MethodType
 
@@ -242,14 +243,15 @@ def test_a_last_norm_of_another_class():
     assert sum("model.norm: " in line for line in report.not_patched) == 1
 
 
+@pytest.mark.parametrize("inputs", [{}, {"slot_savers": {"layer_in": "quant8"}}], ids=["exact", "8 bit"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_mask_that_is_trained(checkpointing):
+def test_a_mask_that_is_trained(checkpointing, inputs):
     """Its gradient is stock's."""
     found = []
     for patched in (False, True):
         model, batch = llama(), padded_batch()
         if patched:
-            apply_hyclora(model, BASELINE)
+            apply_hyclora(model, replace(BASELINE, **inputs))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         causal = torch.full((21, 21), float("-inf")).triu(1).expand(3, 1, 21, 21)

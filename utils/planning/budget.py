@@ -59,8 +59,8 @@ def candidates(config: HycloraConfig, checkpointing: bool = False, tied: bool = 
 
     Slots in the default's bits; layer inputs, from which each layer is run again, a third more time for gradients that
     are as exact; slots in fewer bits. Of each, CUDA graphs before layer by layer, and GPU memory before the host's.
-    Under gradient checkpointing it is only open where layer inputs wait. After all of them, the same with embeddings in
-    host memory, unless these are tied to the head.
+    Under gradient checkpointing it is only open where layer inputs wait, and whether there are graphs. After all of
+    them, the same with embeddings in host memory, unless these are tied to the head.
     """
     lookups = (config.offload_embeddings,)
     if config.offload_embeddings is None:
@@ -72,8 +72,8 @@ def candidates(config: HycloraConfig, checkpointing: bool = False, tied: bool = 
     inputs = INPUTS if config.layers is None and "layer_in" not in config.slot_savers else ()
     groups = [[first], [(kept, bits[0]) for kept in inputs], *([other] for other in fewer)]
     if checkpointing:
-        graphs, groups = (False,), [[first]]
-    elif config.attention == "eager" and config.cuda_graphs == "auto":
+        groups = [[first]]
+    if config.attention == "eager" and config.cuda_graphs == "auto":
         graphs = (False,)
     for lookup, group in itertools.product(lookups, groups):
         for launched, offload, (layers, q_bit) in itertools.product(graphs, where, group):

@@ -53,7 +53,7 @@ class Load:
         config, options = savers.config, {"checkpointing": self.checkpointing, "processes": self.processes}
         if not (self.ragged and config.stream and config.attention == "flash"):
             return count(savers, self.rows, self.tokens, **options)
-        if not config.cuda_graphs or self.checkpointing:
+        if not config.cuda_graphs:
             return count(savers, 1, self.real, documents=self.rows, **options)
         sizes = Sizes()
         sizes.make_places(self.rows + 1)

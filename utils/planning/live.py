@@ -36,7 +36,6 @@ def count(
     shape, config, T = savers.shape, savers.config, batch * length
     # by itself it is off with attention=eager
     graphs = config.cuda_graphs is True or config.cuda_graphs == "auto" and config.attention == "flash"
-    graphs = graphs and not checkpointing
     windows = any(window is not None and window < length for window in shape.windows)
     runs = documents or (batch if windows else 0)
     again = [checkpointing or own for own in savers.again]
@@ -93,18 +92,14 @@ class _Step:
         units = [
             replace(unit, attention=unit.attention + savers.map_kept(i, length)) for i, unit in enumerate(savers.units)
         ]
-        # of a layer that is run again all slots are there for a time, but of a late MLP x alone, exactly. Torch's own
-        # checkpointing has none, as Hugging Face's code runs there (models/layers.py: better)
-        theirs = checkpointing and not self.offload and isinstance(savers.inputs[self.top], Exact)
-        self.unit, self.late = units[self.top], self.again and not theirs
-        if self.late:
+        # of a layer that is run again all slots are there for a time, but of its late MLP x alone, exactly
+        self.unit = units[self.top]
+        if self.again:
             norm_in, mlp_in = savers.norms[self.top]["mlp"]["norm_in"], savers.halves[self.top]["mlp"]["mlp_in"]
             self.unit = replace(self.unit, mlp=self.x if mlp_in.stored or not isinstance(norm_in, Exact) else 0)
         self.slots = [unit for unit, run_again in zip(units, again[:-1], strict=False) if not run_again]
         same = not self.offload and isinstance(savers.inputs[0], Exact)
         self.leaf = self.x if checkpointing and not same else 0
-        # Hugging Face's code adds the residual branches of a layer that it checkpoints
-        self.added_outside = theirs and self.T > self.t
         self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
         self.under = None if not self.top or again[-2] else units[self.top - 1]
         # an attention map of all heads, in 16 bit, and what is kept of it a token; 0 where none is made
@@ -153,8 +148,8 @@ class _Step:
         residual stream, and what was kept of it is gone.
         """
         inputs = self.inputs[-2:] if self.offload else self.inputs
-        kept = sum(inputs[:-1] if self.late and where != "end" else inputs)
-        beside = self.again and not (self.late and where == "mlp")
+        kept = sum(inputs[:-1] if self.again and where != "end" else inputs)
+        beside = self.again and where != "mlp"
         return self.T * (kept + self.leaf + (self.x if beside else 0))
 
     def moments(self) -> dict[str, float]:
@@ -169,8 +164,8 @@ class _Step:
         for name, size in self._attention_backward().items():
             found[f"backward of attention: {name}"] = size + beside
         for name, size in self._mlp_forward().items():
-            found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("end" if self.late else "mlp")
-        for name, size in (self._second_forward() if self.late else {}).items():
+            found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("end" if self.again else "mlp")
+        for name, size in (self._second_forward() if self.again else {}).items():
             found[f"second forward: {name}"] = size + low_rank + above
         if self.map:
             found["forward of attention: softmax"] = self._softmax() + low_rank
@@ -199,7 +194,7 @@ class _Step:
         above, below = t * E * self.down.dropped, t * E * self.gate_up.dropped
         whole = T * x if T > t else 0  # dx of all tiles
         dgate_up = t * E * (self.gate_up.width + self.gate_up.beside)
-        freed = 0 if self.late else t * self.unit.mlp
+        freed = 0 if self.again else t * self.unit.mlp
         stacks = self.down.stack + self.gate_up.stack
         found = {
             "down": T * x + t * f + max(above, self.down.piece(t, by_rows=False, below=False)) + self.down.stack,
@@ -211,7 +206,7 @@ class _Step:
             + self.gate_up.stack + self.down.grads + self.gate_up.early_grads - freed,
             "adapters": T * x + whole + dgate_up + 2 * t * x + below + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
-        if self.late:  # _down_late of a later tile; activation is as if fused
+        if self.again:  # _down_late of a later tile; activation is as if fused
             before = T * x + whole + dgate_up + stacks + self.mlp_grads
             found["gate, up again"] = before + t * x + max(below, self.gate_up.piece(t, by_rows=True, below=True))
             found["down"] = before + t * f + max(above, self.down.piece(t, by_rows=False, below=False))
@@ -240,7 +235,7 @@ class _Step:
         gradients, works_in = T * qkv, T * (2 * q if kv < q else 0) + 2 * q * (T + PLACE * self.runs)
         if n > 1:
             # those of a piece before they take the memory of q, k, v (but for an exact v that was kept), and its do
-            gradients = T * kv * self._heads_are_slots * (not self.late)
+            gradients = T * kv * self._heads_are_slots * (not self.again)
             works_in = (works_in + T * (qkv + q)) / n
         core = T * (qkv + 2 * q + numbers) + gradients + works_in
         if self.map:
@@ -251,7 +246,7 @@ class _Step:
         above, below = T * E * self.out.dropped, T * E * self.qkv.dropped
         norms = T * (q + kv) if self.shape.family.head_norms else 0
         # exact slots have room for x A^T beside them; an exact v that was kept is a part of q, k, v before RoPE
-        beside = T * (E * self.qkv.beside + (0 if self.late else q + kv)) if self._heads_are_slots else 0
+        beside = T * (E * self.qkv.beside + (0 if self.again else q + kv)) if self._heads_are_slots else 0
         return {
             "out": dy + T * (qkv + 2 * q) + beside + self.out.stack + self.qkv.stack
             + max(above, self.out.piece(T, by_rows=False, below=False)),
@@ -303,12 +298,12 @@ class _Step:
         is not in the memory of the stream. A layer that is run again has its own input as it was, not as it is kept,
         but in the first run, the only one of a late MLP, the stream has its memory, and there is no dy yet."""
         T, t, x, f = self.T, self.t, self.x, self.f
-        stream = T * (2 * x + (x if self.added_outside else 0) + (x - self.inputs[-1] if self.again else 0))
-        if self.late:
+        stream = T * (2 * x + (x - self.inputs[-1] if self.again else 0))
+        if self.again:
             stream = T * x  # the norm's output; kept() has dy, and so the stream's bytes
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
-            "gate, up": stream + y + self.gate_up.stack - (0 if self.late else t * self.unit.mlp)
+            "gate, up": stream + y + self.gate_up.stack - (0 if self.again else t * self.unit.mlp)
             + max(t * E * self.gate_up.dropped, self.gate_up.piece(t, by_rows=True, below=True)),
             "activation": stream + y + t * f + self.gate_up.stack,
             "down": stream + t * (f + x) + self.down.stack

@@ -91,7 +91,8 @@ def _describe(config: HycloraConfig, checkpointing: bool) -> str:
     mixed = "" if config.layers in KEPT else f", layers={config.layers}"
     if checkpointing:
         said = BITS_SAID[inputs or config.slot_savers.get("layer_in", "exact")]
-        return f"checkpointing, {where} layer inputs, {said}{mixed}"
+        launched = f"{launched}, " if config.cuda_graphs else ""
+        return f"checkpointing, {where} layer inputs, {launched}{said}{mixed}"
     if inputs:
         return f"{where} layer inputs, {launched}, {BITS_SAID[inputs]}"
     if not config.policy.compress:

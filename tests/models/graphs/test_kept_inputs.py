@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hyclora import apply_hyclora
 from hyclora.operators import token_tiles
@@ -32,6 +33,34 @@ def test_replayed_steps_are_the_same(layers, offload, lora):
     assert all(equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(drawn, after, strict=True))
     assert (len({step["loss"].item() for step in mine}) == len(mine)) == bool(lora)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["resident", "offloaded"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize(
+    ("family", "options", "leave_out"),
+    [(llama, {}, None), (llama, {}, 2), (llama, {"slot_savers": {"layer_in": "quant8"}}, None), (roberta, {}, None)],
+    ids=["all", "some", "quant8", "roberta"],
+)
+def test_gradient_checkpointing_is_replayed(family, options, leave_out, reentrant, offload):
+    """As torch's runs layer by layer, dropout too, and switched on and off in between."""
+    stock = family({"lora_dropout": 0.3})
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(cuda_graphs=False, **options))
+    graphs = graphed(ours, options, offload)
+    steps, found = batches(1) * (CALIBRATION + 4), []
+    for model in (stock, ours):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers[::leave_out] if leave_out else ():
+            layer.gradient_checkpointing = False
+        torch.manual_seed(7)
+        found.append(train(model, steps))
+        assert model is stock or len(graphs.recordings) == 1
+        model.gradient_checkpointing_disable()
+        found[-1] += train(model, steps[:3])
+    assert len(graphs.recordings) == 2
+    assert all(equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_steps_of_several_tiles(monkeypatch):

@@ -172,8 +172,13 @@ def test_how_near_a_count_is_said():
 @pytest.mark.parametrize(
     "settings, checkpointing, said",
     [
-        ({"layers": "input8"}, True, "checkpointing, resident layer inputs, 8 bit"),
-        ({"layers": "1*slots,input8"}, True, "checkpointing, resident layer inputs, exact, layers=1*slots,input8"),
+        ({"layers": "input8"}, True, "checkpointing, resident layer inputs, CUDA graphs, 8 bit"),
+        ({"cuda_graphs": False, "offload": True}, True, "checkpointing, offloaded layer inputs, exact"),
+        (
+            {"layers": "1*slots,input8", "cuda_graphs": False},
+            True,
+            "checkpointing, resident layer inputs, exact, layers=1*slots,input8",
+        ),
         ({"layers": "input4", "layer_type": "baseline"}, False, "resident layer inputs, CUDA graphs, 4 bit"),
         ({"q_bit": "auto", "average_bits": 2.5}, False, "resident, CUDA graphs, 2.5 bit on average"),
     ],
