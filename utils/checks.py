@@ -4,6 +4,8 @@ import importlib.util
 import math
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -102,6 +104,23 @@ def check_settings(groups) -> None:
     for name, package in NEED_PACKAGE.items():
         if active.get(name) and importlib.util.find_spec(package.replace("-", "_")) is None:
             raise UserError(f"{name} needs the package {package}: pip install {package}, or drop {name}")
+    if active.get("push_to_hub"):
+        _check_hub(active["hub_model_id"], active["hub_token"])
+
+
+def _check_hub(name: str | None, token: str | None) -> None:
+    """UserError unless the hub answers, and knows whose token it is; the Trainer asks it once the model is loaded."""
+    try:
+        if name is not None:
+            validate_repo_id(name)
+        HfApi().whoami(token)
+    except HFValidationError as error:
+        raise UserError(f"push_to_hub: hub_model_id {name!r} is no name of a repository ({error})") from error
+    except Exception as error:  # no token, offline, no such host, refused, ...: of the hub's client, httpx or requests
+        raise UserError(
+            f"push_to_hub: the hub cannot be written to ({error}): log in by hf auth login on a machine with a "
+            "network, or drop push_to_hub"
+        ) from error
 
 
 def check_what_trainer_imports(training: TrainingArguments) -> None:

@@ -141,6 +141,21 @@ def test_unreachable_hub(refused, monkeypatch):
     assert "pip install datasets" in refused("--data_name", "gsm8k")
 
 
+@pytest.mark.parametrize("why", ["offline mode is enabled", "no token found", "Name or service not known"])
+def test_a_hub_that_takes_nothing_is_told_before_the_model_is_loaded(refused, monkeypatch, why):
+    def whoami(self, token=None):
+        assert token == "hf_mine"
+        raise OSError(f"{why}\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", whoami)
+    sentence = refused("--push_to_hub", "True", "--hub_token", "hf_mine")
+    assert f"push_to_hub: the hub cannot be written to ({why} more)" in sentence and "or drop push_to_hub" in sentence
+
+
+def test_no_name_of_a_repository(refused):
+    assert "push_to_hub: hub_model_id" in refused("--push_to_hub", "True", "--hub_model_id", "a/b/c")
+
+
 def test_output_folder_that_cannot_be_written(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(driver, "load_model", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "file").touch()
