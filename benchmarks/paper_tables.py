@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.tables import table
 from hyclora.utils.args import ROOT
+from hyclora.utils.disk import to_path
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.runs.identity import identity, in_effect
 
@@ -207,8 +208,8 @@ def draw(runs: list[Run], folder: Path) -> list[Path]:
 @entry_point
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, help="folders of results; default: exp_results_*/")
-    parser.add_argument("--figures", type=Path, help="draw the losses into this folder")
+    parser.add_argument("folders", nargs="*", type=to_path, help="folders of results; default: exp_results_*/")
+    parser.add_argument("--figures", type=to_path, help="draw the losses into this folder")
     args = parser.parse_args(argv)
     folders = args.folders or sorted(path for path in ROOT.glob(f"{PREFIX}*") if path.is_dir())
     for folder in folders:

@@ -33,6 +33,7 @@ from transformers import (
 
 from hyclora.utils.data.pretrain_text import CUES, LEADS, pretrain_documents
 from hyclora.utils.data.word_problems import word_problems
+from hyclora.utils.disk import to_path
 
 SHAPES = {
     "tiny": {
@@ -234,14 +235,14 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--text", type=Path, nargs="+", help="GSM8K .jsonl or plain text, may be .gz")
+    parser.add_argument("--text", type=to_path, nargs="+", help="GSM8K .jsonl or plain text, may be .gz")
     parser.add_argument("--documents", type=int, default=600_000, help="size of the generated corpus")
     parser.add_argument("--minutes", type=float, default=5.0, help="time to train for")
     parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1, help="0 would draw the training problems of the demo")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("ckpt/tiny-llama"))
+    parser.add_argument("--output", type=to_path, default=Path("ckpt/tiny-llama"))
     return parser.parse_args()
 
 

@@ -85,6 +85,8 @@ def check_settings(groups) -> None:
     """UserError for a setting that cannot work, or not on this machine; groups: all arguments of a driver."""
     values = {name: value for group in groups for name, value in vars(group).items()}
     active = {name: value for name, value in values.items() if in_effect(name, values)}
+    if not values.get("output_dir", ".").strip():
+        raise UserError("output_dir is empty: name a folder for the results (. is the current one), or drop output_dir")
     for name, (fits, meaning) in RANGES.items():
         if name in active and not fits(active[name]):
             raise UserError(f"{name} must be {meaning}, not {active[name]}")

@@ -104,6 +104,8 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--data_dir", "somewhere"], "would be ignored with data_name demo"),
         (["--data_name", "json"], "needs --data_dir"),
         (["--seq_len", "1"], "seq_len"),
+        (["--output_dir", ""], "output_dir is empty: name a folder for the results"),
+        (["--output_dir", " "], "output_dir is empty"),
         (["--slot_savers", "[1]"], "slot_savers must be a JSON object"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
         (["--learning_rate", "0"], "learning_rate must be a positive number, not 0"),
