@@ -1,6 +1,6 @@
 """The paper's tables from the results of runs: ours beside what was published, and the losses of the trainings.
 
-    python -m benchmarks.paper_tables                                    # of all exp_results_*/ in this folder
+    python -m benchmarks.paper_tables                                    # of all exp_results_*/ of this checkout
     python -m benchmarks.paper_tables exp_results_gsm8k --figures out    # and out/loss_gsm8k.png
 
 A table is of a driver and a model, a row of a method and its bits. Runs that differ in their seed alone are one row:
