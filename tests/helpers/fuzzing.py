@@ -87,8 +87,6 @@ JSON_VALUES = [
 # what goes elsewhere than to a file of the test: other machines, processes, services, and the results' place
 OUTSIDE = (
     "output_dir",
-    "push_to_hub",
-    "hub_",
     "report_to",
     "trackio",
     "local_rank",
@@ -97,7 +95,7 @@ OUTSIDE = (
     "fsdp",
     "tpu",
 )
-OUTSIDE += ("num_gpus", "project", "torch_compile", "parallelism", "logging_dir", "sweep", "log_level", "resume")
+OUTSIDE += ("num_gpus", "project", "parallelism", "logging_dir", "sweep", "log_level")
 
 _PAIRS = [{"prompt": f"{n} + 1?", "response": str(n + 1)} for n in range(6)]
 _CHATS = [
