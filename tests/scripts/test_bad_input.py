@@ -130,6 +130,16 @@ def test_no_row_with_a_target(refused, tmp_path):
     assert "raise --seq_len" in refused("--data_name", "gsm8k", "--data_dir", tmp_path, "--seq_len", "64")
 
 
+def test_answers_of_gsm8k(refused, tmp_path):
+    """What is blank cannot be learned, and what has no number not be judged."""
+    (tmp_path / "train.jsonl").write_text(f'{GOOD}\n{{"question": "1 + 1?", "answer": " "}}')
+    (tmp_path / "test.jsonl").write_text(f'{GOOD}\n{{"question": "1 + 1?", "answer": "two"}}')
+    given = ("--data_name", "gsm8k", "--data_dir", tmp_path)
+    assert 'train.jsonl:2: the response under "answer" is empty' in refused(*given)
+    (tmp_path / "train.jsonl").write_text(GOOD)
+    assert "the answer of test row 2 has no number, by which accuracy is judged" in refused(*given)
+
+
 def test_unreachable_hub(refused, monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")

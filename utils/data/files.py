@@ -110,6 +110,14 @@ def text_of(row: dict, key: str, place: str) -> str:
     return text
 
 
+def response_of(row: dict, key: str, place: str) -> str:
+    """The text under a key; UserError if there is nothing to learn in it."""
+    text = text_of(row, key, place)
+    if not text.strip():
+        raise UserError(f'{place}: the response under "{key}" is empty: write or remove it')
+    return text
+
+
 def listed(row: dict) -> str:
     """The keys of a row for a message."""
     return "the keys " + ", ".join(row) if row else "no keys"
