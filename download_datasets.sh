@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetch the data sets of the experiments into data/, or into another folder. Every file is checked against the size and
 # sha256 in utils/data/datasets.tsv; what is there is kept, and what was interrupted goes on.
-#   bash download_datasets.sh                      # all: 390 MB, of which GLUE's MNLI has 313
+#   bash download_datasets.sh                      # all: 400 MB, of which GLUE's MNLI has 313
 #   bash download_datasets.sh gsm8k arithmetic     # some: gsm8k, arithmetic, wikitext-2, glue, or a part such as glue/RTE
 #   bash download_datasets.sh --check              # only say what is there, without a network
 #   data_dir=FOLDER bash download_datasets.sh

@@ -12,8 +12,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from hyclora.utils.answers import extract_number, options_of
 from hyclora.utils.args import DataArguments, GenerationArguments, option, require
-from hyclora.utils.data.gsm8k import examples_of, load_rows
+from hyclora.utils.data.gsm8k import examples_of, load_rows, target_of
 from hyclora.utils.data.instructions import load_examples
 from hyclora.utils.data.tokens import tokenize_rows
 from hyclora.utils.driver import Driver
@@ -46,6 +47,12 @@ def word_problems(data: Gsm8kArguments, evaluation: GenerationArguments, tokeniz
     train = tokenize_rows(examples_of(rows), tokenizer, data.seq_len)
     if not test:
         return Task(train.rows, test, f"{train}\nno test rows", {}, lambda model: ({}, []))
+    for number, row in enumerate(test if evaluation.max_new_tokens else (), 1):
+        require(
+            options_of(row["question"]) or extract_number(target_of(row["answer"])) is not None,
+            f"the answer of test row {number} has no number, by which accuracy is judged: correct it, or have losses "
+            "alone with --max_new_tokens 0",
+        )
     answers = tokenize_rows(examples_of(test), tokenizer, data.seq_len, kind="test")
 
     def accuracy_and_loss(model):

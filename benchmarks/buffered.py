@@ -10,7 +10,6 @@ layer's input, and pays for it with a second forward. The frozen weights are ran
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,7 +19,7 @@ from benchmarks.record import RESULTS, record
 from benchmarks.rows import LSE_KEPT, name_of, whole
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.utils.args import LINEARS
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import entry_point
 from hyclora.utils.loading import quantize_linears
 from hyclora.utils.profiling import buffered_bytes, random_batch
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape_arguments(parser)
     parser.add_argument("--settings", type=json.loads, default=SETTINGS, help="JSON list of what SETTINGS holds")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--output_dir", type=to_path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     check_output(args.output_dir, needed=2**20)
     shape = {name: value for name, value in vars(args).items() if name not in ("output_dir", "settings")}

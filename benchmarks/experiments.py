@@ -28,7 +28,7 @@ from benchmarks.jobs import number
 from benchmarks.record import read, record
 from benchmarks.rows import whole
 from benchmarks.workers import require_gpus, run_all, visible_gpus
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import Interrupted, RunStopped, UserError, entry_point
 
 NAME = "experiments"
@@ -215,9 +215,9 @@ def told(line: dict) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("ckpt/tiny-llama"), help="checkpoint folder")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
-    parser.add_argument("--output_dir", type=Path, default=Path("exp_results_small"), help="of lines and runs")
+    parser.add_argument("--model", type=to_path, default=Path("ckpt/tiny-llama"), help="checkpoint folder")
+    parser.add_argument("--data", type=to_path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--output_dir", type=to_path, default=Path("exp_results_small"), help="of lines and runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=LANGUAGE)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all of a task")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

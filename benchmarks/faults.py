@@ -26,7 +26,7 @@ from benchmarks.kills import COMMON, check_checkpoint, options_of, outcome
 from benchmarks.record import RESULTS, record
 from benchmarks.repeatable import EXACT_OPTIONS, Processes, prepare, settle
 from hyclora.utils.args import ROOT
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.runs.script import PROGRAM
 
@@ -162,8 +162,8 @@ def is_finite(folder: Path) -> bool:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--model", type=Path, default=ROOT / "ckpt" / "tiny-llama", help="folder of a checkpoint")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--model", type=to_path, default=ROOT / "ckpt" / "tiny-llama", help="folder of a checkpoint")
+    parser.add_argument("--output_dir", type=to_path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     check_output(args.output_dir)
     check_checkpoint(args.model)

@@ -18,7 +18,7 @@ from benchmarks.jobs import number
 from benchmarks.record import RESULTS, record
 from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.data.alpaca import TEST_PROMPTS
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.generate import compare_rows
 from hyclora.utils.loading import find_base, load_base, load_tokenizer
@@ -28,12 +28,12 @@ NAME = "generation"
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("ckpt/tiny-llama"), help="checkpoint folder")
+    parser.add_argument("--model", type=to_path, default=Path("ckpt/tiny-llama"), help="checkpoint folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and arithmetic")
     parser.add_argument("--batches", nargs="+", type=number(1), default=[1, 8], help="rows at a time")
     parser.add_argument("--new", type=number(1), default=128, help="tokens to write after each prompt")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries it out")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--output_dir", type=to_path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this measures GPU memory and time: it needs a GPU (or --device cpu)")

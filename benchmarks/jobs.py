@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.record import RESULTS
 from benchmarks.workers import require_gpus
+from hyclora.utils.disk import to_path
 from hyclora.utils.errors import UserError
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
         "--warm_up_seq_len", type=number(2), help="calibrate on sequences this short; default: the cell's"
     )
     parser.add_argument("--checkpoints", default="ckpt", help="folder for the random checkpoints that Unsloth loads")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--output_dir", type=to_path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries it out")
 
 

@@ -39,7 +39,7 @@ from benchmarks.jobs import number
 from benchmarks.record import RESULTS, record
 from benchmarks.repeatable import EXACT_OPTIONS, Processes, distance, prepare, settle, spread
 from hyclora.utils.args import ROOT
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.runs.script import PROGRAM
 
@@ -267,13 +267,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=number(1), default=20)
     parser.add_argument("--drivers", nargs="+", choices=COURSES, default=list(COURSES))
-    parser.add_argument("--model", type=Path, default=ROOT / "ckpt" / "tiny-llama", help="folder of a checkpoint")
+    parser.add_argument("--model", type=to_path, default=ROOT / "ckpt" / "tiny-llama", help="folder of a checkpoint")
     parser.add_argument("--processes", type=number(1), default=1, help="of each run, a GPU each if there are GPUs")
     parser.add_argument("--seed", type=number(0), default=0, help="of the points")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=number(1), help="runs at a time; by default as many as there are cores for")
     parser.add_argument("--exact", choices=("True", "False"), default="True", help="on a GPU: compared bit by bit")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--output_dir", type=to_path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(own)
     args.more, args.jobs = more, args.jobs or max(1, cores // args.processes)
     if args.processes > 1 and "run_alpaca" in args.drivers:

@@ -34,13 +34,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from benchmarks.jobs import number
 from benchmarks.peers import OUT_OF_MEMORY, alone, answer
 from benchmarks.plan_check import Case, batch_of, beside_allocator, line_of, model_of, predict
 from benchmarks.record import RESULTS, read, record
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 
 NAME = "longest_rows"
@@ -177,7 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", choices=("nf4", "bf16"), default="nf4", help="frozen weights")
     parser.add_argument("--lora_rank", type=number(1), default=32)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries it out")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--output_dir", type=to_path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # what a process of its own gets
     return parser.parse_args(argv)
 

@@ -1,6 +1,6 @@
 """The paper's tables from the results of runs: ours beside what was published, and the losses of the trainings.
 
-    python -m benchmarks.paper_tables                                    # of all exp_results_*/ in this folder
+    python -m benchmarks.paper_tables                                    # of all exp_results_*/ of this checkout
     python -m benchmarks.paper_tables exp_results_gsm8k --figures out    # and out/loss_gsm8k.png
 
 A table is of a driver and a model, a row of a method and its bits. Runs that differ in their seed alone are one row:
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.tables import table
 from hyclora.utils.args import ROOT
+from hyclora.utils.disk import to_path
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.runs.identity import identity, in_effect
 
@@ -207,8 +208,8 @@ def draw(runs: list[Run], folder: Path) -> list[Path]:
 @entry_point
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, help="folders of results; default: exp_results_*/")
-    parser.add_argument("--figures", type=Path, help="draw the losses into this folder")
+    parser.add_argument("folders", nargs="*", type=to_path, help="folders of results; default: exp_results_*/")
+    parser.add_argument("--figures", type=to_path, help="draw the losses into this folder")
     args = parser.parse_args(argv)
     folders = args.folders or sorted(path for path in ROOT.glob(f"{PREFIX}*") if path.is_dir())
     for folder in folders:

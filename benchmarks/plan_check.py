@@ -29,7 +29,7 @@ from benchmarks.jobs import SHAPES, Job, number
 from benchmarks.peers import alone, answer
 from benchmarks.record import RESULTS, read, record
 from hyclora.models.config import PRESETS
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 
 NAME = "plan_check"
@@ -251,7 +251,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=number(1), help="only the first N of them")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one case")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries it out")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--output_dir", type=to_path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # what a process of its own gets
     return parser.parse_args(argv)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.jobs import SHAPES, cell, number
 from benchmarks.peers import OUT_OF_MEMORY, alone, answer
 from benchmarks.record import RESULTS, read, record
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 
 NAME = "plan_times"
@@ -101,7 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora_rank", type=number(1), default=16)
     parser.add_argument("--timeout", type=float, default=540, help="seconds for one shape and batch")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries it out")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--output_dir", type=to_path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # what a process of its own gets
     return parser.parse_args(argv)
 

@@ -4,19 +4,20 @@ python -m benchmarks.random_checkpoint benchmarks/shapes/llama-2-7b FOLDER
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hyclora.utils.disk import to_path
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", type=Path, help="folder with config.json")
-    parser.add_argument("folder", type=Path, help="written whole or not at all")
+    parser.add_argument("shape", type=to_path, help="folder with config.json")
+    parser.add_argument("folder", type=to_path, help="written whole or not at all")
     args = parser.parse_args(argv)
     config = AutoConfig.from_pretrained(args.shape)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

@@ -27,6 +27,7 @@ from pathlib import Path
 from benchmarks.jobs import Job, add_arguments, cell, make_job, number
 from benchmarks.memory_throughput import settings, sweep
 from benchmarks.ranks import data_parallel, exchanging, fully_sharded, rank
+from hyclora.utils.disk import to_path
 from hyclora.utils.errors import UserError, entry_point
 
 NAME = "real_rows"
@@ -214,7 +215,7 @@ def measure_rows(job: Job, model) -> dict:
 
 def add_row_arguments(parser: argparse.ArgumentParser, settings_: str, longest: tuple[int, int]) -> None:
     """What a benchmark on real rows takes whatever they are."""
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the tokenizer's files")
+    parser.add_argument("--tokenizer", type=to_path, required=True, help="folder of the tokenizer's files")
     parser.add_argument("--shape", default="llama-2-7b", help="in benchmarks/shapes, or a folder")
     parser.add_argument("--cells", nargs="+", type=cell, default=[longest], help="ROWSxLONGEST")
     parser.add_argument("--settings", type=settings, default=settings_, help=settings.__doc__)
@@ -235,8 +236,8 @@ def sweep_rows(name: str, args: argparse.Namespace, rows: dict, check: Callable[
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows = parser.add_mutually_exclusive_group(required=True)
-    rows.add_argument("--data_dir", type=Path, help="folder with GSM8K's train.jsonl")
-    rows.add_argument("--alpaca", type=Path, help="JSON list of rows with instruction, input and output")
+    rows.add_argument("--data_dir", type=to_path, help="folder with GSM8K's train.jsonl")
+    rows.add_argument("--alpaca", type=to_path, help="JSON list of rows with instruction, input and output")
     parser.add_argument("--gpus", type=number(1), default=1, help="data parallel; a cell's rows are those of each")
     add_row_arguments(parser, SETTINGS, (4, 512))
     return parser.parse_args(argv)

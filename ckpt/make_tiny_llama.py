@@ -8,9 +8,8 @@ problems without ever meeting the format that fine-tuning teaches. With `--text`
 """
 
 import argparse
-import gzip
+import io
 import itertools
-import json
 import math
 import multiprocessing
 import re
@@ -31,8 +30,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hyclora.utils.data.files import read_each, text_of
 from hyclora.utils.data.pretrain_text import CUES, LEADS, pretrain_documents
+from hyclora.utils.data.text import read_text
 from hyclora.utils.data.word_problems import word_problems
+from hyclora.utils.disk import to_path
+from hyclora.utils.errors import entry_point
 
 SHAPES = {
     "tiny": {
@@ -71,17 +74,20 @@ def generated_documents(n: int, seed: int, chunk: int = 10_000) -> list[str]:
 
 def read_documents(path: Path) -> list[str]:
     """The documents of a file, which may be .gz: problems of a GSM8K .jsonl or the "text" of another one; or runs of
-    lines of a plain text, of a book of Project Gutenberg those between its marks.
+    lines of a plain text, of a book of Project Gutenberg those between its marks. UserError names what is mistaken.
     """
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        lines = file.readlines()
     if ".jsonl" in path.suffixes:
-        rows = map(json.loads, lines)
-        return [row["text"] if "text" in row else "{question}\n{answer}".format(**row) for row in rows]
+        return read_each(path, _document)
+    lines = io.StringIO(read_text(path)).readlines()
     marks = [number for number, line in enumerate(lines) if line.startswith(GUTENBERG_MARKS)]
     if len(marks) == 2:
         lines = lines[marks[0] + 1 : marks[1]]
     return ["".join(lines[start : start + LINES_PER_DOCUMENT]) for start in range(0, len(lines), LINES_PER_DOCUMENT)]
+
+
+def _document(place: str, row: dict) -> str:
+    keys = ("text",) if "text" in row else ("question", "answer")
+    return "\n".join(text_of(row, key, place) for key in keys)
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -231,22 +237,23 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--text", type=Path, nargs="+", help="GSM8K .jsonl or plain text, may be .gz")
+    parser.add_argument("--text", type=to_path, nargs="+", help="GSM8K .jsonl or plain text, may be .gz")
     parser.add_argument("--documents", type=int, default=600_000, help="size of the generated corpus")
     parser.add_argument("--minutes", type=float, default=5.0, help="time to train for")
     parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1, help="0 would draw the training problems of the demo")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("ckpt/tiny-llama"))
-    return parser.parse_args()
+    parser.add_argument("--output", type=to_path, default=Path("ckpt/tiny-llama"))
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_arguments()
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     torch.manual_seed(args.seed)
     if args.text:
         documents = list(itertools.chain.from_iterable(map(read_documents, args.text)))

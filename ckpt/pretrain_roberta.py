@@ -22,7 +22,7 @@ from transformers import DataCollatorForLanguageModeling, RobertaConfig, Roberta
 
 from ckpt.make_tiny_llama import HELD_OUT_ROWS, held_out_loss, read_documents, save, train
 from hyclora.utils.data.tokens import IGNORED
-from hyclora.utils.disk import check_output
+from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 from hyclora.utils.tokenizer import unspaced_mask
 
@@ -133,8 +133,8 @@ class MaskedLoss:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small", help="with RoBERTa's vocabulary 7, 51 or 92 M")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help=".jsonl or plain text, may be .gz")
-    parser.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt")
+    parser.add_argument("--text", type=to_path, nargs="+", required=True, help=".jsonl or plain text, may be .gz")
+    parser.add_argument("--tokenizer", type=to_path, help="folder with vocab.json and merges.txt")
     parser.add_argument("--vocabulary", type=int, help=f"tokens without --tokenizer, or {SMALL_VOCABULARY}")
     parser.add_argument("--minutes", type=float, default=20.0, help="time to train for")
     parser.add_argument("--batch-tokens", type=int, default=32_768)
@@ -142,7 +142,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("ckpt/small-roberta"))
+    parser.add_argument("--output", type=to_path, default=Path("ckpt/small-roberta"))
     return parser.parse_args(argv)
 
 

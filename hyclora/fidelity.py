@@ -72,6 +72,13 @@ class FidelityArguments:
             require(getattr(self, name) > 0, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.seq_len >= 2, f"seq_len must be at least 2, not {self.seq_len}")
         require(self.exact_steps >= 0, f"exact_steps must not be negative, not {self.exact_steps}")
+        data = Path(self.data)
+        require(self.data == "demo" or data.exists(), f"data {data} does not exist: name a file or a folder")
+        train = [data / f"train.{suffix}" for suffix in ("jsonl", "json")]
+        require(
+            not data.is_dir() or any(file.is_file() for file in train),
+            f"{data} has no train.jsonl: put it there, or name a file with --data",
+        )
         require(self.device in ("auto", "cuda", "cpu"), f"device must be auto, cuda or cpu, not {self.device}")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,8 +90,21 @@ class FidelityArguments:
         )
 
 
+@dataclass
+class VerifiedArguments(HycloraArguments):
+    """HyC-LoRA's, which this command verifies whatever else they say."""
+
+    verify: bool = option(True, "True: this command does nothing else.")
+
+    def __post_init__(self):
+        require(self.use_hyclora, "use_hyclora=False leaves nothing to verify: drop it")
+        require(self.verify, "this command verifies, and there is nothing else to do with verify=False: drop it")
+        super().__post_init__()
+        require(not self.has_budget, "memory_budget does not count exact LoRA, which is verified against: drop it")
+
+
 _WANTED = "name a folder that save_pretrained has written of adapters of this model"
-GROUPS = (FidelityArguments, LoraArguments, HycloraArguments)
+GROUPS = (FidelityArguments, LoraArguments, VerifiedArguments)
 
 
 def with_adapters(base: PreTrainedModel, folder: str, source: str) -> PeftModel:
@@ -130,7 +150,6 @@ def read(args: FidelityArguments, tokenizer, count: int) -> list[dict]:
     """At most so many tokenized rows of the data."""
     data = Path(args.data)
     if data.suffix == ".txt":
-        require(data.is_file(), f"data {data} does not exist: name a file or a folder")
         return blocks(tokenize(data.name, read_text(data), tokenizer), args.seq_len)[:count]
     limits = {"max_train_samples": count, "seq_len": args.seq_len}
     if args.data == "demo":
@@ -164,9 +183,7 @@ def main(argv: list[str] | None = None) -> Verification:
     clock = Clock(BEGUN if argv is None else time.perf_counter())
     if argv is None:
         clock.lap("imports")
-    args, lora, hyclora = parse_arguments(argv, GROUPS, {"verify": True})
-    require(hyclora.verify, "this command verifies, and there is nothing else to do with verify=False: drop it")
-    require(not hyclora.has_budget, "memory_budget does not count exact LoRA, which is verified against: drop it")
+    args, lora, hyclora = parse_arguments(argv, GROUPS)
     check_new_adapters(args, lora)
     folder, device = Path(args.model).resolve(), torch.device(args.device)
     base = ModelArguments(folder.name, str(folder.parent), load_in_4bit=args.load_in_4bit)

@@ -32,6 +32,7 @@ import torch
 
 from hyclora.models.config import HycloraConfig
 from hyclora.utils.args import ALL_LINEAR, LoraArguments, require
+from hyclora.utils.disk import to_path
 from hyclora.utils.errors import RunStopped, UserError, entry_point
 from hyclora.utils.planning.budget import Choice, below_static, choose
 from hyclora.utils.planning.fitting import STEP, Load, fits, longest, longest_of
@@ -310,7 +311,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--lora_dropout", type=float, default=0.0, help="dropout of the adapters (default: 0)")
     parser.add_argument("--documents", type=int, help="documents that the rows are packed of, in all")
     parser.add_argument("--measure", action="store_true", help="times of a micro-step, on the GPU at hand")
-    parser.add_argument("--times", metavar="FILE", help="JSON file that --measure writes times to, else to read from")
+    parser.add_argument(
+        "--times", type=to_path, metavar="FILE", help="JSON file that --measure writes times to, else to read from"
+    )
     parser.add_argument("--device", choices=DEVICES, help="to measure on (default: cuda; cpu tries it out)")
     found = plan(**vars(parser.parse_args(argv)), tell=lambda line: print(line, file=sys.stderr, flush=True))
     print(found)

@@ -14,6 +14,7 @@ from hyclora.utils.data.gsm8k import FINAL_ANSWER, target_of
 # Answers of the data sets are decimals with all the digits of a float (0.6666666666666666): exact comparison would
 # refuse 2/3. The published evaluations of LLM-Adapters' sets allow this much too.
 TOLERANCE = Fraction(1, 1000)
+LONGEST = 1000  # characters of a number: a model that repeats a digit answers nothing, and int() takes 4300 of them
 
 _NUMBER = re.compile(
     r"""(?P<sign> (?<![\w.)]) - )?  # a minus that follows a number or a word is not a sign
@@ -38,7 +39,7 @@ def conclusion_of(text: str) -> str:
 
 
 def extract_number(text: str) -> Fraction | None:
-    """The number of the conclusion, otherwise the last one of the text; None without a number.
+    """The number of the conclusion, otherwise the last one of the text; None without a number of at most LONGEST.
 
     The conclusion's is its first, or what a calculation in its first sentence comes to ("the answer is 62 - 39 = 23").
     Fractions are exact: 0.5, 1/2 and 50/100 are one number; 50% counts as 50, as in GSM8K.
@@ -48,7 +49,7 @@ def extract_number(text: str) -> Fraction | None:
     result = _SENTENCE.split(conclusion, maxsplit=1)[0].rpartition("=")[2]
     found = _NUMBER.search(result) or _NUMBER.search(conclusion)
     found = found or next(reversed(list(_NUMBER.finditer(text))), None)
-    if found is None:
+    if found is None or len(found[0]) > LONGEST:
         return None
     value = Fraction(found["value"].replace(",", "")) / int(found["over"] or 1)
     return -value if found["sign"] else value

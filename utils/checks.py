@@ -1,10 +1,15 @@
 """Settings that cannot work, refused while the command line is read: before data and model are loaded."""
 
 import importlib.util
+import inspect
 import math
 
 import torch
-from transformers import Trainer, TrainingArguments
+from accelerate.utils import DynamoBackend
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hyclora.utils.errors import UserError
@@ -74,6 +79,13 @@ CONFLICTS = (
         )
     ),
 )
+# What an empty text says nothing of, and what to do.
+EMPTY = {
+    "output_dir": "name a folder for the results (. is the current one), or drop output_dir",
+    "model_name": "name a folder in model_dir, or a hub id with --model_dir ''",
+    "run_name": "drop it, and the run is named after model, data and method",
+    "resume_from_checkpoint": "write True, or a checkpoint, or drop it",
+}
 # What the GPU alone can do.
 NEED_GPU = ("offload", "cuda_graphs", "memory_budget")
 NEED_PACKAGE = {"load_in_4bit": "bitsandbytes", "use_liger_kernel": "liger-kernel"}
@@ -83,6 +95,9 @@ def check_settings(groups) -> None:
     """UserError for a setting that cannot work, or not on this machine; groups: all arguments of a driver."""
     values = {name: value for group in groups for name, value in vars(group).items()}
     active = {name: value for name, value in values.items() if in_effect(name, values)}
+    for name, hint in EMPTY.items():
+        if isinstance(values.get(name), str) and not values[name].strip():
+            raise UserError(f"{name} is empty: {hint}")
     for name, (fits, meaning) in RANGES.items():
         if name in active and not fits(active[name]):
             raise UserError(f"{name} must be {meaning}, not {active[name]}")
@@ -102,6 +117,60 @@ def check_settings(groups) -> None:
     for name, package in NEED_PACKAGE.items():
         if active.get(name) and importlib.util.find_spec(package.replace("-", "_")) is None:
             raise UserError(f"{name} needs the package {package}: pip install {package}, or drop {name}")
+    for training in groups:
+        if isinstance(training, TrainingArguments):
+            _check_what_trainer_makes(training)
+    if active.get("push_to_hub"):
+        _check_hub(active["hub_model_id"], active["hub_token"])
+
+
+def _check_hub(name: str | None, token: str | None) -> None:
+    """UserError unless the hub answers, and knows whose token it is; the Trainer asks it once the model is loaded."""
+    try:
+        if name is not None:
+            validate_repo_id(name)
+        HfApi().whoami(token)
+    except HFValidationError as error:
+        raise UserError(f"push_to_hub: hub_model_id {name!r} is no name of a repository ({error})") from error
+    except Exception as error:  # no token, offline, no such host, refused, ...: of the hub's client, httpx or requests
+        raise UserError(
+            f"push_to_hub: the hub cannot be written to ({error}): log in by hf auth login on a machine with a "
+            "network, or drop push_to_hub"
+        ) from error
+
+
+def _check_what_trainer_makes(training: TrainingArguments) -> None:
+    """UserError for options of which the Trainer could make nothing, once the model is loaded and evaluated."""
+    _check_object("lr_scheduler_kwargs", training.lr_scheduler_kwargs, '{"num_cycles": 2}')
+    # activation_checkpointing_kwargs of newer Transformers is in both
+    name, options = "gradient_checkpointing_kwargs", training.gradient_checkpointing_kwargs
+    _check_object(name, options, '{"use_reentrant": false}')
+    known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+    if unknown := [option for option in options or () if option not in known]:
+        raise UserError(f"{name}: checkpoint knows no {', '.join(unknown)}, only {', '.join(sorted(known))}")
+    parts = training.optim_args.split(",") if training.optim_args else []
+    if not all(part.count("=") == 1 for part in parts):
+        raise UserError(f"optim_args {training.optim_args!r} is not NAME=VALUE, with commas in between")
+    if training.torch_compile:
+        backends = [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO]
+        modes = {"torch_compile_backend": backends, "torch_compile_mode": list(torch._inductor.list_mode_options())}
+        for name, known in modes.items():
+            asked = getattr(training, name)
+            if asked is not None and (asked.lower() if known is backends else asked) not in known:
+                raise UserError(f"{name} {asked!r} is none of {', '.join(known)}")
+    kind, some = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type), 1000  # steps, whatever it is
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=training.learning_rate)
+    given = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs, "num_training_steps": some}
+    try:
+        get_scheduler(kind, optimizer, num_warmup_steps=training.get_warmup_steps(some), **given)
+    except Exception as error:  # TypeError, ValueError, ... for options that are missing, wrong or too many
+        raise UserError(f"lr_scheduler_type={kind} cannot be made ({error}): look at lr_scheduler_kwargs") from error
+
+
+def _check_object(name: str, options, example: str) -> None:
+    """UserError for options that are no JSON object; None is none."""
+    if not isinstance(options, dict | None):
+        raise UserError(f"{name} must be a JSON object such as {example}, not {options!r}")
 
 
 def check_what_trainer_imports(training: TrainingArguments) -> None:

@@ -1,5 +1,6 @@
 """Where results go: found out before anything is spent, not after hours."""
 
+import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -7,6 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from hyclora.utils.errors import UserError
+
+
+def to_path(text: str) -> Path:
+    """A path of a command line; ArgumentTypeError for an empty one, which pathlib takes for the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no path (. is the current folder)")
+    return Path(text)
 
 
 def check_output(root: Path, needed: int = 2**26) -> None:

@@ -16,12 +16,20 @@ from hyclora.utils.weights import INDEX, weight_files
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 CODE = "auto_map"  # where a file names Python code beside it
+MOST_LAYERS = 2000  # of a model: what is more is no number of layers, and to make so many takes for ever
 
 
 def check_family(family: str, place) -> None:
     """UserError for a model that is of no family."""
     if family not in FAMILIES:
         raise UserError(f"{place} is a {family} model: supported are {', '.join(sorted(FAMILIES))}")
+
+
+def check_depth(config: PretrainedConfig, place) -> None:
+    """UserError for more layers than any model has."""
+    layers = getattr(config, "num_hidden_layers", 1)
+    if layers > MOST_LAYERS:
+        raise UserError(f"{place} cannot work: num_hidden_layers is {layers}: copy the file again")
 
 
 def check_settings_of(folder: Path) -> None:
@@ -77,12 +85,14 @@ def check_weights_of(folder: Path) -> None:
 def read_config(source: str, **changes) -> PretrainedConfig:
     """The configuration of a folder or a hub id with some changes; UserError if a folder's cannot work."""
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
+        found = AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
     except Exception as error:  # transformers checks some values, and fails over others in its own ways
         if not Path(source).is_dir():
             raise
         reason = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
         raise UserError(f"{Path(source) / CONFIG} cannot work: {reason}") from error
+    check_depth(found, Path(source) / CONFIG)
+    return found
 
 
 def bare_model(source: str, config: PretrainedConfig, auto: type) -> PreTrainedModel:

@@ -58,7 +58,7 @@ class FlashCore:
         )[0]  # fmt: skip
 
     def forward(self, q, k, v, mask, kwargs, keeper: Keeper, rng: dict) -> tuple[Tensor, list[HollowGraph] | None]:
-        """o, and its graphs if lse is kept, one for each piece of heads in which the backward goes."""
+        """o, and its graphs if lse is kept, one a piece of heads in which the backward goes; [] where one has none."""
         if self.dropout(self.module) > 0:
             rng["attention"] = get_rng_state(q.device)
         if not keeper.keeps("lse"):
@@ -69,7 +69,7 @@ class FlashCore:
             part = keeper.part(i)
             for j, t in enumerate(rest):
                 part.keep("lse", t) if t.is_floating_point() else part.keep_exact(f"rest{j}", t)
-        return o, None if None in graphs else graphs
+        return o, [] if None in graphs else graphs
 
     def _record(self, pieces: Iterable, n: int, mask, kwargs, hollow: bool = False) -> tuple:
         """o of n pieces of q, k, v, joined, their graphs, and what these save beside them (hollow_graph.py).
@@ -92,18 +92,18 @@ class FlashCore:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """dq, dk, dv; heads is q, k, v, emptied on the way; do_fn maps o (attn_out if that is kept) to its gradient.
 
-        overwrite: of q, k and v, whether gradients that are found piece by piece may take their memory.
+        overwrite: of q, k and v, whether gradients found piece by piece may take their memory. graphs: as of forward.
         """
-        n = self._pieces(*heads[:2], mask) if graphs is None else len(graphs)
+        n = len(graphs) if graphs else self._pieces(*heads[:2], mask)
         device, shapes = heads[0].device, [t.shape for t in heads]
         # .data: autograd need not know, as a piece that is still to be done has other memory
         grads = [t.data if may else None for t, may in zip(heads, overwrite, strict=True)] if n > 1 else []
         pieces = [list(piece) for piece in zip(*(t.detach().chunk(n, dim=2) for t in heads), strict=True)]
         heads.clear()
         outputs, o, rests = [], attn_out, None
-        if graphs is None and n > 1:  # an o of each piece in its graph would be there beside all of it
+        if graphs is None and n > 1:  # an o of each piece in its graph would be there beside all of it; []: in vain
             o, graphs, rests = self._record(pieces, n, mask, kwargs, hollow=True)
-        if graphs is None:
+        if not graphs:
             random = nullcontext() if "attention" not in rng else replayed_rng(device, rng["attention"])
             with torch.enable_grad(), random:
                 outputs = [self.run(*(t.requires_grad_() for t in piece), mask, kwargs) for piece in pieces]
@@ -111,11 +111,11 @@ class FlashCore:
                 o = place_heads(o, part.detach(), i, n)
         attn_out = o if attn_out is None else attn_out
         do = do_fn(attn_out).view(shapes[0])
-        kept = () if graphs is None else o.view(shapes[0]).chunk(n, dim=2)
+        kept = o.view(shapes[0]).chunk(n, dim=2) if graphs else ()
         del attn_out, o
         grads = [do.new_empty(shape) if t is None else t for t, shape in zip(grads, shapes, strict=False)]
         for i, (do_n, *wholes) in enumerate(zip(*(t.chunk(n, dim=2) for t in (do, *grads)), strict=True)):
-            if graphs is None:
+            if not graphs:
                 # cuDNN wants it as its output is, and warns before it makes a copy by itself
                 parts = torch.autograd.grad(outputs.pop(0), pieces.pop(0), do_n.contiguous())
             else:
@@ -286,7 +286,7 @@ class AttentionFunction(torch.autograd.Function):
         o, ctx.graphs = spec.core.forward(*heads, mask, kwargs, keeper, rng)
         del heads
         o = o.reshape(rows.shape[0], -1)
-        if spec.out.needs_input or ctx.graphs is not None:
+        if spec.out.needs_input or ctx.graphs:
             keeper.keep("attn_out", o)
         branch = None if residual is None else residual.reshape(len(rows), -1)
         overwrite = overwrite and overwritable(branch, o.dtype)

@@ -1,15 +1,24 @@
 """The benchmarks run end to end on a small model and write one whole line a setting."""
 
 import json
+import re
+from importlib import import_module
 
 import pytest
 import torch
 
 from benchmarks import buffered, cross_entropy, fidelity, finetune, profile_step, record, report
 from benchmarks.rows import name_of, whole
+from hyclora import plan
 from hyclora.operators.reference import IGNORED
+from hyclora.utils.args import ROOT
 
 COPY = "Memcpy HtoD (Pinned -> Device)"
+TAKE_FOLDERS = [
+    f"{file.parent.name}.{file.stem}"
+    for file in sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "ckpt").glob("*.py")])
+    if re.search(r"--output|add_arguments\(parser, ", file.read_text()) and file.stem != "jobs"
+]
 KEYS = {"benchmark", "time", "commit", "device", "versions", "setting", "arguments"}
 
 
@@ -20,6 +29,25 @@ def results(tmp_path, monkeypatch):
     for module in (fidelity, finetune):
         monkeypatch.setattr(module, "record", lambda name, result: write(name, result, tmp_path))
     return tmp_path
+
+
+@pytest.mark.parametrize("module", TAKE_FOLDERS)
+def test_no_folder_is_not_the_current_one(module, capsys):
+    option = "--output" if module.startswith("ckpt.") else "--output_dir"
+    with pytest.raises(SystemExit) as exit:
+        import_module(module).main([option, " "])
+    assert exit.value.code == 2 and f"argument {option}: ' ' is no path (. is the cur" in capsys.readouterr().err
+
+
+def test_no_file_of_times_is_not_the_current_folder(capsys):
+    with pytest.raises(SystemExit) as exit:
+        plan.main(["llama-2-7b", "--gpu", "24GiB", "--host", "64GiB", "--times", ""])
+    assert exit.value.code == 2 and "error: argument --times: '' is no path" in capsys.readouterr().err
+
+
+def test_every_path_of_a_command_is_looked_at():
+    commands = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "ckpt").glob("*.py"), *(ROOT / "hyclora").glob("*.py")]
+    assert not [file.name for file in commands if "type=Path" in file.read_text()]
 
 
 def lines(results, name):

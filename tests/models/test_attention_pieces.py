@@ -53,3 +53,20 @@ def test_what_a_graph_of_a_piece_keeps_changes_no_bit(settings, monkeypatch):
         monkeypatch.setattr(attention_module, "record", recorded)
         found.append([gradients(model, batch)[1] for _ in range(2)])
     assert all(torch.equal(ours[n], theirs[n]) for ours, theirs in zip(*found, strict=True) for n in ours)
+
+
+@pytest.mark.parametrize("settings, runs", [({"layer_type": "baseline"}, 1), ({"layers": "input"}, 2)], ids=str)
+def test_backward_records_no_piece_that_forward_could_not(settings, runs, monkeypatch):
+    """Forward has seen that its pieces have no such graph: to record one of them again would be in vain."""
+    tried, record = [], attention_module.record
+
+    def in_vain(*args):
+        tried.append(1)
+        return record(*args)[0], None, []
+
+    model, batch = llama(num_key_value_heads=6), padded_batch()
+    apply_hyclora(model, HycloraConfig(**settings, stream=False, iteration_threshold=1))
+    monkeypatch.setattr(attention_module, "backward_pieces", lambda *_: 3)
+    monkeypatch.setattr(attention_module, "record", in_vain)
+    gradients(model, batch)
+    assert len(tried) == 3 * runs * model.config.num_hidden_layers

@@ -130,6 +130,16 @@ def test_no_row_with_a_target(refused, tmp_path):
     assert "raise --seq_len" in refused("--data_name", "gsm8k", "--data_dir", tmp_path, "--seq_len", "64")
 
 
+def test_answers_of_gsm8k(refused, tmp_path):
+    """What is blank cannot be learned, and what has no number not be judged."""
+    (tmp_path / "train.jsonl").write_text(f'{GOOD}\n{{"question": "1 + 1?", "answer": " "}}')
+    (tmp_path / "test.jsonl").write_text(f'{GOOD}\n{{"question": "1 + 1?", "answer": "two"}}')
+    given = ("--data_name", "gsm8k", "--data_dir", tmp_path)
+    assert 'train.jsonl:2: the response under "answer" is empty' in refused(*given)
+    (tmp_path / "train.jsonl").write_text(GOOD)
+    assert "the answer of test row 2 has no number, by which accuracy is judged" in refused(*given)
+
+
 def test_unreachable_hub(refused, monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
@@ -139,6 +149,21 @@ def test_unreachable_hub(refused, monkeypatch):
     assert all(word in sentence for word in ("openai/gsm8k", "train.jsonl and test.jsonl", "--data_dir"))
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in refused("--data_name", "gsm8k")
+
+
+@pytest.mark.parametrize("why", ["offline mode is enabled", "no token found", "Name or service not known"])
+def test_a_hub_that_takes_nothing_is_told_before_the_model_is_loaded(refused, monkeypatch, why):
+    def whoami(self, token=None):
+        assert token == "hf_mine"
+        raise OSError(f"{why}\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", whoami)
+    sentence = refused("--push_to_hub", "True", "--hub_token", "hf_mine")
+    assert f"push_to_hub: the hub cannot be written to ({why} more)" in sentence and "or drop push_to_hub" in sentence
+
+
+def test_no_name_of_a_repository(refused):
+    assert "push_to_hub: hub_model_id" in refused("--push_to_hub", "True", "--hub_model_id", "a/b/c")
 
 
 def test_output_folder_that_cannot_be_written(base, tmp_path, capsys, monkeypatch):

@@ -18,6 +18,16 @@ TABLE = "utils/data/datasets.tsv"
 HEADER = (ROOT / TABLE).read_text().splitlines()[0]
 
 
+def test_the_script_says_how_much_there_is_to_fetch():
+    """Of one file it is not known."""
+    rows = [line.split("\t") for line in (ROOT / TABLE).read_text().splitlines()[1:]]
+    known = [(row[0], int(row[1]) / 1e6) for row in rows if row[1] != "-"]
+    said = re.search(r"all: (\d+) MB, of which GLUE's MNLI has (\d+)", (ROOT / "download_datasets.sh").read_text())
+    total, mnli = map(int, said.groups())
+    assert sum(size for _, size in known) < total < 1.02 * sum(size for _, size in known)
+    assert mnli == round(dict(known)["glue/MNLI/"])
+
+
 @pytest.fixture
 def upstream(tmp_path):
     """A folder of what is fetched, and the script beside a table of it."""

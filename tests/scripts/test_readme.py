@@ -67,6 +67,12 @@ def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
         parse_arguments(argv, GROUPS[driver], DEFAULTS[driver])
 
 
+def test_scripts_that_take_one_gpu_are_named():
+    (sentence,) = re.findall(r"^Several GPUs of one machine, [^:]*:", README, re.MULTILINE)
+    alone = [f"{driver}.sh" for driver in GROUPS if "num_gpus" not in settings_of(ROOT / f"{driver}.sh")]
+    assert re.findall(r"`(run_\w+\.sh)`", sentence) == alone
+
+
 def test_named_files_exist():
     named = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`|bash (\w+\.sh)|\]\((?:\.\./)?([\w./-]+)(?:#[\w-]+)?\)", TEXT))
     paths = {path for found in named for path in found if path}

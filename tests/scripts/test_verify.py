@@ -165,11 +165,13 @@ def test_what_the_model_cannot_do_is_told_before_it_is_loaded(ask, monkeypatch, 
         (["--model", ""], "say with --model which checkpoint folder"),
         (["--model", "nowhere"], "nowhere does not exist: put the model there, or set --model\n"),
         (["--data", "nowhere.txt"], "data nowhere.txt does not exist"),
-        (["--data", "nowhere"], "data_dir nowhere does not exist"),
+        (["--data", "nowhere"], "error: data nowhere does not exist"),
+        (["--data", "{folder}"], "{folder} has no train.jsonl: put it there, or name a file with --data\n"),
         (["--adapters", "nowhere"], "adapters nowhere has no adapter_config.json"),
         (["--batches", 0], "batches must be at least 1, not 0"),
         (["--data", "{few}"], "has rows for 2 batches of 2, 5 are needed: give more, or lower"),
-        (["--use_hyclora", False], "use_hyclora=False"),
+        (["--use_hyclora", False], "error: use_hyclora=False leaves nothing to verify: drop it\n"),
+        (["--use_hyclora", False, "--q_bit", 2], "error: use_hyclora=False leaves nothing to verify: drop it\n"),
         (["--verify", False], "there is nothing else to do with verify=False: drop it"),
         (["--adapters", "{adapters}", "--lora_rank", 4], "lora_rank: of no effect on adapters that are trained: drop"),
         (["--adapters", "{adapters}", "--exact_steps", 4], "exact_steps: of no effect on adapters that are trained"),
@@ -180,5 +182,7 @@ def test_mistakes_of_the_command(ask, tmp_path, options, said):
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "1 + 1 =", "response": " 2"}\n' * 4)
     (tmp_path / "adapter_config.json").write_text("{}")
-    code, told = ask(*(str(option).format(few=few, adapters=tmp_path) for option in options))
-    assert code == 2 and said in told
+    (tmp_path / "folder").mkdir()
+    places = {"few": few, "adapters": tmp_path, "folder": tmp_path / "folder"}
+    code, told = ask(*(str(option).format(**places) for option in options))
+    assert code == 2 and said.format(**places) in told

@@ -45,6 +45,13 @@ def test_extract_number(text, number):
     assert extract_number(text) == (None if number is None else Fraction(number))
 
 
+def test_a_number_without_end_is_none():
+    """As a model writes that repeats itself; int() refuses more than 4300 digits."""
+    for text in ("9" * 5000, f"The final answer is: {'1' * 5000}", f"1/{'3' * 5000}", "." + "3" * 5000):
+        assert extract_number(text) is None and not is_correct(text, "#### 1")
+    assert extract_number("1" * 999) == int("1" * 999)
+
+
 def test_numbers_compare_by_value():
     assert is_correct("The final answer is: 1,200.0", "6 * 200\n#### 1200")
     assert not is_correct("The final answer is: 1200.1", "#### 1,200")

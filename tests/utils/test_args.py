@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import json
 
 import pytest
+from transformers.trainer_utils import SchedulerType
 
 from hyclora.models.config import HycloraConfig
 from hyclora.utils.args import HycloraArguments, Parser, TrainingArguments
@@ -104,6 +106,24 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--data_dir", "somewhere"], "would be ignored with data_name demo"),
         (["--data_name", "json"], "needs --data_dir"),
         (["--seq_len", "1"], "seq_len"),
+        (["--output_dir", ""], "output_dir is empty: name a folder for the results"),
+        (["--output_dir", " "], "output_dir is empty"),
+        (["--model_name", ""], "model_name is empty: name a folder in model_dir"),
+        (["--run_name", " "], "run_name is empty: drop it"),
+        (["--resume_from_checkpoint", ""], "resume_from_checkpoint is empty: write True, or a checkpoint"),
+        (["--lr_scheduler_kwargs", " "], "lr_scheduler_kwargs must be a JSON object such as .*, not ' '"),
+        (["--gradient_checkpointing_kwargs", "[1]"], "gradient_checkpointing_kwargs must be a JSON object"),
+        (["--gradient_checkpointing_kwargs", ""], "gradient_checkpointing_kwargs must be a JSON object"),
+        (
+            ["--gradient_checkpointing_kwargs", '{"x": 1}'],
+            "_kwargs: checkpoint knows no x, only context_fn",
+        ),
+        (["--lr_scheduler_kwargs", '{"x": 1}'], "lr_scheduler_type=cosine cannot be made .*unexpected keyword.* 'x'"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "lr_scheduler_type=warmup_stable_decay cannot be made"),
+        (["--optim_args", " "], "optim_args ' ' is not NAME=VALUE, with commas in between"),
+        (["--torch_compile_backend", ""], "torch_compile_backend '' is none of eager, aot_eager, inductor, "),
+        (["--torch_compile_mode", ""], "torch_compile_mode '' is none of default, "),
+        (["--torch_compile_mode", "quick"], "torch_compile_mode 'quick' is none of default, "),
         (["--slot_savers", "[1]"], "slot_savers must be a JSON object"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
         (["--learning_rate", "0"], "learning_rate must be a positive number, not 0"),
@@ -137,6 +157,32 @@ def test_what_accelerate_launch_asks_for_is_refused(name, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     with pytest.raises(UserError, match=f"{name}: .* start one process a GPU with torchrun"):
         parse()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--optim_args", ""],
+        ["--optim", "adamw_torch", "--optim_args", "a=1, b=2"],
+        ["--gradient_checkpointing_kwargs", '{"use_reentrant": false, "preserve_rng_state": true}'],
+        ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'],
+        ["--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 9999}'],
+        ["--torch_compile_backend", "EAGER", "--torch_compile_mode", "reduce-overhead"],
+    ],
+)
+def test_what_the_trainer_can_make_is_taken(argv):
+    parse(*argv)
+
+
+NEED_EVALUATIONS = (SchedulerType.REDUCE_ON_PLATEAU, "greedy")
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType if kind not in NEED_EVALUATIONS])
+def test_every_schedule_can_be_had(kind):
+    needs = {"cosine_with_min_lr": {"min_lr": 0}, "cosine_warmup_with_min_lr": {"min_lr": 0}}
+    needs["warmup_stable_decay"] = {"num_decay_steps": 10}
+    more = ["--lr_scheduler_kwargs", json.dumps(needs[kind])] if kind in needs else []
+    parse("--lr_scheduler_type", kind, *more)
 
 
 def test_an_option_is_not_guessed_from_its_beginning():

@@ -7,9 +7,8 @@ prompt as it is and ends with the eos token, is what is learned. Of one file the
 from pathlib import Path
 
 from hyclora.utils.args import DataArguments
-from hyclora.utils.data.files import read_each, text_of
+from hyclora.utils.data.files import read_each, response_of, text_of
 from hyclora.utils.data.hub import download
-from hyclora.utils.data.instructions import response_of
 from hyclora.utils.data.tokens import Example
 from hyclora.utils.data.word_problems import word_problems
 from hyclora.utils.errors import UserError

@@ -117,7 +117,9 @@ def number_text(value, key: str, place: str) -> str:
     """A number as text, whichever of the two a file has; 8.0 is "8"."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise UserError(f'{place}: the value of "{key}" is neither a number nor a text but {json.dumps(value)[:40]}')
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'{place}: the value of "{key}" is {value}: write a number')
+    if isinstance(value, float) and value == int(value):
         value = int(value)
     return str(value).strip()
 

@@ -3,7 +3,9 @@
 A mistake is named by file and line or item.
 """
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,15 +49,25 @@ def read_each(file: Path, read: Callable[[str, dict], object]) -> list:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file, less a byte order mark; UserError for what cannot be read and what is not UTF-8."""
+    """The text of a file, .gz unpacked, less a byte order mark; UserError for what cannot be read and is not UTF-8.
+
+    A zero is a character of UTF-8, but stands in files of other encodings, and where a torn one was never written.
+    """
     try:
-        content = file.read_bytes().removeprefix(_BYTE_ORDER_MARK)
-        return content.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from None
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    content = content.removeprefix(_BYTE_ORDER_MARK)
+    try:
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}:{line}: not UTF-8: save the file with this encoding") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{file}:{line}: a zero character: the file is torn or not UTF-8, copy it again or save it so")
+    return text
 
 
 def _is_one_object(text: str) -> bool:
@@ -95,6 +107,14 @@ def text_of(row: dict, key: str, place: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f'{place}: the value of "{key}" holds half a character (a lone surrogate)') from None
+    return text
+
+
+def response_of(row: dict, key: str, place: str) -> str:
+    """The text under a key; UserError if there is nothing to learn in it."""
+    text = text_of(row, key, place)
+    if not text.strip():
+        raise UserError(f'{place}: the response under "{key}" is empty: write or remove it')
     return text
 
 

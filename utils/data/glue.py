@@ -97,7 +97,8 @@ def read_tsv(file: Path, task: GlueTask) -> list[dict]:
         given = f"data_dir {file.parent.parent}: {file.parent.name}/{file.name}"
         raise UserError(f"{given} does not exist: --data_dir is the folder of the official folders CoLA, MRPC, ...")
     # a quote may open and never close again, so csv's own rules would join rows; so would other ends of lines
-    lines = [(n, line.rstrip("\r").split("\t")) for n, line in enumerate(read_text(file).split("\n"), 1) if line]
+    every = [line.rstrip("\r") for line in read_text(file).split("\n")]
+    lines = [(n, line.split("\t")) for n, line in enumerate(every, 1) if line]
     header = list(task.columns) or (lines.pop(0)[1] if lines else [])
     if not lines:
         raise UserError(f"{file} is empty: it needs a row a line" + ("" if task.columns else " after the header"))

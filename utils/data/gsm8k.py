@@ -7,7 +7,7 @@ generator of demo problems; `examples_of` gives what is learned of them: the ans
 from pathlib import Path
 
 from hyclora.utils.args import DataArguments
-from hyclora.utils.data.files import read_rows, text_of
+from hyclora.utils.data.files import read_each, response_of, text_of
 from hyclora.utils.data.hub import download
 from hyclora.utils.data.tokens import Example
 from hyclora.utils.data.word_problems import word_problems
@@ -37,7 +37,11 @@ def read_jsonl(folder: Path, split: str) -> list[dict]:
         raise UserError(f"data folder {folder} does not exist: --data_dir is the folder of train.jsonl and test.jsonl")
     if not file.is_file():
         raise UserError(f"{file} does not exist: put gsm8k's {split}.jsonl into the folder given by --data_dir")
-    return [{key: text_of(row, key, place) for key in ("question", "answer")} for place, row in read_rows(file)]
+
+    def read(place: str, row: dict) -> dict:
+        return {"question": text_of(row, "question", place), "answer": response_of(row, "answer", place)}
+
+    return read_each(file, read)
 
 
 def prompt_of(question: str) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hyclora.utils.args import DataArguments
-from hyclora.utils.data.files import listed, read_each, read_rows, text_of
+from hyclora.utils.data.files import listed, read_each, read_rows, response_of, text_of
 from hyclora.utils.data.gsm8k import prompt_of, target_of
 from hyclora.utils.data.tokens import Example
 from hyclora.utils.errors import UserError
@@ -30,14 +30,6 @@ ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 def under_headings(parts: list[tuple[str, str]], answer: str) -> str:
     """The prompt of (heading, text) parts, up to the heading of the answer."""
     return "".join(f"{heading}:\n{text}\n\n" for heading, text in parts) + f"{answer}:\n"
-
-
-def response_of(row: dict, key: str, place: str) -> str:
-    """The text under a key; UserError if there is nothing to learn in it."""
-    text = text_of(row, key, place)
-    if not text.strip():
-        raise UserError(f'{place}: the response under "{key}" is empty: write or remove it')
-    return text
 
 
 def _as_written(row: dict, keys: tuple[str, str], place: str) -> Example:

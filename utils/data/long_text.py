@@ -8,7 +8,9 @@ across their ends, as in LongLoRA. What is read is told by what lies there:
                                column input_ids is taken as it is, or else text is tokenized, a document a row
     *.bin                      token ids as uint16, as LongLoRA ships proof-pile and PG-19, taken as they are
     *.jsonl                    an object a line, whose text is a document; *.json, if the file itself is named, too
-    *.txt, *.tex, *.md         a document, also packed as .gz
+    *.txt, *.tex, *.md         a document
+
+Both kinds of text may be packed as .gz.
 
 A folder of files is read with all that is below it.
 """
@@ -63,7 +65,7 @@ def _files(path: Path, without: Iterable[Path]) -> list[Path]:
         return [path]
     held_out = {file.resolve() for file in without}
     every = sorted(file for file in path.rglob("*") if file.is_file())
-    known = [file for file in every if file.suffix in (".bin", ".jsonl") or _unpacked(file) in TEXT]
+    known = [file for file in every if file.suffix == ".bin" or _unpacked(file) in (*TEXT, ".jsonl")]
     files = [file for file in known if not held_out & {file.resolve(), *file.resolve().parents}]
     if files:
         return files
@@ -84,7 +86,7 @@ def _documents(file: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.nd
     """Token ids of each document of a file."""
     if file.suffix == ".bin":
         yield read_token_file(file, len(tokenizer)).ids
-    elif file.suffix in (".jsonl", ".json"):
+    elif _unpacked(file) in (".jsonl", ".json"):
         texts = read_each(file, lambda place, row: text_of(row, "text", place))
         for start in range(0, len(texts), AT_ONCE):
             yield from _tokenized(texts[start : start + AT_ONCE], tokenizer)
@@ -112,11 +114,14 @@ def _saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndar
         found = ", ".join(rows.column_names)
         raise UserError(f"{folder} has no column input_ids or text, only {found}: rename the one with the text")
     for start, batch in enumerate(rows.select_columns([column]).with_format("arrow").iter(AT_ONCE)):
-        values = batch[column].combine_chunks()
+        values, place = batch[column].combine_chunks(), f"{folder}, rows from {start * AT_ONCE}"
+        values = values.drop_null().to_pylist() if column == "text" else values.flatten().to_numpy(zero_copy_only=False)
         if column == "text":
-            texts = values.drop_null().to_pylist()
-            yield from _tokenized(texts, tokenizer)
+            if not all(isinstance(text, str) for text in values):
+                raise UserError(f"{place}: the column text holds something else: name the column with the text so")
+            yield from _tokenized(values, tokenizer)
         else:
-            ids = values.flatten().to_numpy(zero_copy_only=False)
-            check_ids(f"{folder}, rows from {start * AT_ONCE}", ids, len(tokenizer))
-            yield ids.astype(np.int32)
+            if not np.issubdtype(values.dtype, np.integer):  # numbers with a null among them are no integers either
+                raise UserError(f"{place}: the column input_ids holds {values.dtype}, not whole numbers: make it anew")
+            check_ids(place, values, len(tokenizer))
+            yield values.astype(np.int32)

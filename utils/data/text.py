@@ -15,8 +15,6 @@ with the tokenizer of LLaMA-2 and bos,
 and perplexities of different rows of this table do not compare.
 """
 
-import gzip
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hyclora.utils.data import files
 from hyclora.utils.data.tokens import IGNORED
 from hyclora.utils.data.word_problems import word_problems
 from hyclora.utils.errors import UserError
@@ -65,13 +64,7 @@ def find_file(folder: Path, split: str) -> Path | None:
 
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file, .gz unpacked; UserError if it cannot be read or there is none in it."""
-    try:
-        content = file.read_bytes()
-        text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8: save the file with this encoding") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    text = files.read_text(file)
     if not text.strip():
         raise UserError(f"{file} has no text in it")
     return text.replace("\r\n", "\n")

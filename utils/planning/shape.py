@@ -20,6 +20,7 @@ from hyclora.operators.linear.weight_pieces import MANY_TOKENS, weight_pieces
 from hyclora.operators.reference import padded_rank
 from hyclora.utils.args import ALL_LINEAR, ROOT
 from hyclora.utils.errors import UserError
+from hyclora.utils.folder import check_depth
 
 SHAPES = ROOT / "benchmarks" / "shapes"
 BASES = ("nf4", "bf16")
@@ -231,4 +232,5 @@ def _known(config, where):
     if family is None or not family.causal:
         known = ", ".join(name for name, one in sorted(FAMILIES.items()) if one.causal)
         raise UserError(f"{where} is of no model that a plan can be made for: {known}")
+    check_depth(config, where)
     return config

@@ -162,7 +162,7 @@ MISTAKES = [
     ([{**ADAPTERS, "answer": "B"}], ': item 1: the answer "B" has no number, and the question no options'),
     ([{**ADAPTERS, "answer": None}], ': item 1: the value of "answer" is neither a number nor a text but null'),
     ([{**MAWPS, "ans": True}], ': item 1: the value of "ans" is neither a number nor a text but true'),
-    ([{**MAWPS, "ans": float("nan")}], ': item 1: the answer "nan" has no number'),
+    ([{**MAWPS, "ans": float("nan")}], ': item 1: the value of "ans" is nan: write a number'),
     ([{**ADAPTERS, "instruction": " "}], ": item 1: the question is empty"),
     ([{**ADAPTERS, "instruction": 3}], ': item 1: the value of "instruction" is not a text but 3'),
     ([{"text": "a"}], ": item 1: a row needs the key instruction, or question, or original_text, found the keys text"),

@@ -1,5 +1,6 @@
 """Long texts: data sets on disk, token files and folders of documents become one stream of ids."""
 
+import gzip
 import json
 import sys
 
@@ -139,6 +140,35 @@ def test_what_cannot_be_read_is_named(tmp_path, tokenizer, make, said):
 def test_a_folder_of_held_out_files_alone_is_told(folder, tokenizer):
     with pytest.raises(UserError, match="has no text but what is evaluated on"):
         read_long_text(folder, tokenizer, [folder])
+
+
+@pytest.mark.parametrize(
+    "column, rows, said",
+    [
+        ("input_ids", [[1, 2], [3, None]], "input_ids holds float64, not whole numbers"),
+        ("input_ids", [[1.5, 2.0]], "input_ids holds float64, not whole numbers"),
+        ("input_ids", [["a", "b"]], "input_ids holds object, not whole numbers"),
+        ("text", [1, 2], "the column text holds something else"),
+        ("text", [["a"], ["b"]], "the column text holds something else"),
+    ],
+)
+def test_columns_of_other_kinds_are_refused(tmp_path, tokenizer, column, rows, said):
+    Dataset.from_dict({column: rows}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=f"saved, rows from 0: .*{said}"):
+        read_long_text(tmp_path / "saved", tokenizer)
+
+
+def test_rows_without_ids_are_left_out(tmp_path, tokenizer):
+    Dataset.from_dict({"input_ids": [[3, 4], [], None, [5]]}).save_to_disk(tmp_path / "rows")
+    assert read_long_text(tmp_path / "rows", tokenizer).ids.tolist() == [3, 4, 5]
+
+
+def test_packed_rows_of_documents_are_read(tmp_path, tokenizer, stream):
+    """And not their brackets."""
+    text = "\n".join(json.dumps({"text": text}) for text in TEXTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for path in (tmp_path, tmp_path / "a.jsonl.gz"):
+        assert read_long_text(path, tokenizer).ids.tolist() == stream(*TEXTS)
 
 
 def test_without_datasets_only_its_folders_cannot_be_read(folder, tmp_path, tokenizer, monkeypatch):

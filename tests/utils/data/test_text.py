@@ -110,7 +110,7 @@ def test_packed_text_and_line_ends_are_read(tmp_path):
     "name, content, said",
     [
         ("a.txt", b" \n\t\n", "a.txt has no text in it"),
-        ("a.txt", b"caf\xe9", "a.txt is not UTF-8"),
+        ("a.txt", b"caf\xe9", "a.txt:1: not UTF-8"),
         ("a.txt.gz", b"plain", "a.txt.gz cannot be read"),
         ("a.txt.gz", gzip.compress(b"a text" * 50)[:-12], "a.txt.gz cannot be read"),
     ],
