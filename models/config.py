@@ -73,6 +73,8 @@ SLOTS = {
 }
 # What a layer keeps from its forward to its backward: slots (None), or its input, by this saver
 KEPT = {"slots": None, "input": "exact", **{f"input{bits}": f"quant{bits}" for bits in BITS}}
+# of which most are differences to the input of the layer before, and the first of a chain is in 8 bit
+CHAINED = [f"input{bits}" for bits in BITS if bits < 8]
 DERIVABLE = ("attn_in", "mlp_in")
 RECOMPUTABLE = ("lse", "attn_out", "act", "hidden")
 # what has to be near its exact value for a kept lse to fit: with q, k, v, attn_out at 4 bit probabilities do not add up

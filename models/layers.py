@@ -14,7 +14,7 @@ from hyclora.models.sharding import is_part, is_sharded
 from hyclora.models.switches import Switches
 from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
-from hyclora.operators.savers import Exact, Saver, Step
+from hyclora.operators.savers import Exact, InputKeeper, Saver, Step
 from hyclora.operators.savers.base import taken_off
 from hyclora.operators.store import UNITS_A_LAYER
 
@@ -117,8 +117,9 @@ class CheckpointBlock(Block):
     There it takes the place of torch's where it can keep the input better: with a store, or if layer_in is not exact;
     where it cannot, torch's runs inside. HF calls it as it calls torch's, while gradient checkpointing is on; a trainer
     may switch that at any time, so bind() is called before every training forward. Keeps what CheckpointFunction does.
-    own: whether the layer keeps its input without HF's checkpointing too; layer: its block, if it has one.
-    switches: what backward has to find as it was; a Watch drops it where modules are others.
+    own: whether the layer keeps its input without HF's checkpointing too; leads: whether the next one keeps its own as
+    the difference to this one; layer: its block, if it has one. switches: what backward has to find as it was; a Watch
+    drops it where modules are others.
     """
 
     span = UNITS_A_LAYER
@@ -126,14 +127,19 @@ class CheckpointBlock(Block):
     layer: WholeLayer | None = None
     switches: Switches | None = None
 
-    def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step, own: bool = False):
+    def __init__(
+        self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step, own: bool = False, leads: bool = False
+    ):  # fmt: skip
         super().__init__(module, name, savers, step)
-        self.own = own
+        self.own, self.leads = own, leads
 
     @property
     def used(self) -> bool:
         """Whether it keeps anything."""
         return self.own or self.better and self.bound is not None
+
+    def keeper(self) -> InputKeeper:
+        return InputKeeper(self.savers, self.step, self.active_store, self.span, self.leads)
 
     def applies(self, *args, cache=None, past_key_values=None, **kwargs) -> bool:
         """A training forward that HF does not checkpoint already, and that may be run again.

@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from hyclora.operators.entry import enter
 from hyclora.operators.first_order import first_order
 from hyclora.operators.random_state import Draws, get_rng_state, replayed_rng
-from hyclora.operators.savers import Keeper
+from hyclora.operators.savers import InputKeeper, Keeper
 from hyclora.operators.store import Store
 
 
@@ -52,7 +52,7 @@ class CheckpointFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dy: Tensor):
-        keeper = Keeper.load(ctx)
+        keeper = InputKeeper.load(ctx)
         held = keeper.saver("layer_in").aliases
         x = keeper.restore("layer_in").view(ctx.shape)
         again = ctx.step.layer(passing=False, holds_input=held, draws=ctx.draws, whole=ctx.whole)
