@@ -151,9 +151,7 @@ class Builder:
         }
         if name == "derived" and self._crosses_layers(slot):
             return Derived(own=make_saver("quant8", **options))  # of one layer at a time, when it is run again
-        return make_saver(
-            name, **options, gauged=gauged, difference=slot == "layer_in" and self.is_difference(index)
-        )
+        return make_saver(name, **options, gauged=gauged, difference=slot == "layer_in" and self.is_difference(index))
 
     def _saver_name(self, index: int, slot: str, bits: int) -> str:
         again = self._is_exact(index)

@@ -7,8 +7,8 @@ input, and the same bits err less. Of the inputs x_0, x_1, ... of a chain, with 
 
 Errors do not add up, as each difference is to what backward will have. That adds the links of a chain in the order of
 the forward, in its dtype, and so restores the same bits; links are there until their own layer's backward anyway. To
-walk from r_l down to r_{l-1} is one addition in place of l, but rounds otherwise, has to keep the last r_l whole, and
-has another hidden state beside the layer that is run again: so chains are short instead.
+walk from r_l down to r_{l-1} would be one addition in place of l, but it rounds otherwise, keeps the last r_l whole, and
+has another hidden state beside the layer that is run again. So a chain is short instead.
 """
 
 from dataclasses import dataclass
@@ -42,10 +42,10 @@ class Restored:
 class InputKeeper(Keeper):
     """Keeps a layer's input; as its difference to the one before if its saver is a Difference.
 
-    What was restored comes from the layer before, and goes to the one after if leads, in Step.restored: within a forward
-    of the decoder alone, 2 bytes an element of 16 bits. Where nothing has come, or of another shape, as a layer is
-    called by itself, a difference cannot be made, and the input is kept as it is. restore() has for a time the sum and a
-    link, and of a store one more link on the device.
+    What was restored comes from the layer before, and goes to the one after if leads, in Step.restored: within a
+    forward of the decoder alone, 2 bytes an element of 16 bits. Where nothing has come, or of another shape, as a layer
+    is called by itself, a difference cannot be made, and the input is kept as it is. Links are kept by reference.
+    restore() has for a time the sum and a link of 16 bits, and gets those that are in a store one by one.
     """
 
     def __init__(

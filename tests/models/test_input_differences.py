@@ -5,11 +5,14 @@ import gc
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.building import CHAIN
 from hyclora.models.layers import WholeLayer
 from hyclora.models.patch import find_patch
+from hyclora.models.state import load_calibration, save_calibration
 from hyclora.operators.savers import ChannelQuant, Difference
 from tests.helpers.offloading import equal, offloaded
 from tests.helpers.small_models import gradients, llama, mean_cosine, padded_batch, roberta
@@ -166,6 +169,68 @@ def test_the_host_gives_the_same_bits(layers, dtype):
         found.append(gradients(model, batch)[1])
         assert store is None or store.empty and store.arena.pinned
     assert all(equal(one, found[0]) for one in found[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_and_gradients_that_accumulate(dtype):
+    """Of two micro-steps with autocast, from the host as well: the sum of each by itself."""
+    batches, found = [padded_batch(seed=seed) for seed in range(2)], []
+    for offload in (False, True):
+        model, config = deep(), HycloraConfig(layers="input4", iteration_threshold=1)
+        offloaded(model, config) if offload else apply_hyclora(model, config)
+        with torch.autocast("cpu", dtype):
+            gradients(model, batches[0])
+            one, other = (gradients(model, batch)[1] for batch in batches)
+            model.zero_grad()
+            for batch in batches:
+                model(**batch).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        for name, grad in found[-1].items():
+            torch.testing.assert_close(grad, one[name] + other[name])
+    assert equal(*found)
+
+
+def test_checkpointing_of_hugging_face_keeps_differences_too():
+    found, batch = [], padded_batch()
+    for checkpointing in (False, True):
+        model = deep()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        patched(model, iteration_threshold=1)
+        gradients(model, batch)
+        found.append(gradients(model, batch)[1])
+    assert equal(*found)
+
+
+def test_layers_that_are_gathered_when_they_run(one_process):
+    """fully_shard gives each layer its input as another tensor."""
+    found, batch = [], padded_batch()
+    for sharded in (False, True):
+        model = deep()
+        patched(model, iteration_threshold=1)
+        if sharded:
+            for layer in model.get_base_model().model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        for _ in range(2):
+            grads = gradients(model, batch)[1]
+        found.append({name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in grads.items()})
+    assert equal(*found)
+
+
+def test_what_was_calibrated_goes_on(tmp_path):
+    """Half way: the statistics are of differences."""
+    model, batch = deep(), padded_batch()
+    patched(model)
+    gradients(model, batch)
+    save_calibration(model, tmp_path)
+    later = [padded_batch(seed=seed) for seed in (1, 2)]
+    expected = [gradients(model, batch)[1] for batch in later]
+    resumed = deep()
+    patched(resumed)
+    load_calibration(resumed, tmp_path)
+    found = [gradients(resumed, batch)[1] for batch in later]
+    assert all(equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_a_layer_that_is_called_by_itself_keeps_its_input_as_it_is():

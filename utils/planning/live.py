@@ -150,12 +150,12 @@ class _Step:
         return exact and not self.shape.family.head_norms
 
     def _inputs(self, where: str) -> float:
-        """Kept layer inputs, of a store one and that before it, and dy of a layer that is run again beside its attention's.
+        """Kept layer inputs, of a store the last and the largest before, and dy of a layer that is run again beside its
+        attention's.
 
         At a late MLP it is that of the MLP. Our second run has the layer's own input as it was, in the memory of the
         residual stream, and what was kept of it is gone.
         """
-        # those of some layers have more bits
         inputs = [max(self.inputs[:-1], default=0), *self.inputs[-1:]] if self.offload else self.inputs
         kept = sum(inputs[:-1] if self.late and where != "end" else inputs)
         beside = self.again and not (self.late and where == "mlp")
