@@ -25,8 +25,8 @@ class CheckpointFunction(torch.autograd.Function):
     whole: the layer that run is, no more and no less, or None. It is told in both runs (Step.whole): of the second one
     nobody reads y, which is but where its gradient enters. parameters: whatever else run may give a gradient to. They
     are arguments so that their gradients go the usual way (torch.autograd.grad, hooks of a distributed run). Keeps what
-    the saver of layer_in does (exact: x by reference; a difference: by reference too what others keep of the inputs that
-    it is added to, savers/difference.py) and a random state; backward has, for a time, what one run of the layer keeps.
+    the saver of layer_in does (exact: x by reference; a difference: by reference too what layers before it keep, see
+    savers/difference.py) and a random state; backward has, for a time, what one run of the layer keeps.
     """
 
     @staticmethod

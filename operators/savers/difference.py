@@ -7,7 +7,7 @@ input, and the same bits err less. Of the inputs x_0, x_1, ... of a chain, with 
 
 Errors do not add up, as each difference is to what backward will have. That adds the links of a chain in the order of
 the forward, in its dtype, and so restores the same bits; links are there until their own layer's backward anyway. To
-walk from r_l down to r_{l-1} would be one addition in place of l, but it rounds otherwise, keeps the last r_l whole, and
+walk from r_l down to r_{l-1} would be one addition in place of l, but rounds otherwise, keeps the last r_l whole, and
 has another hidden state beside the layer that is run again. So a chain is short instead.
 """
 
