@@ -161,8 +161,9 @@ class HycloraConfig:
     )
     layers: str | None = _option(
         None,
-        "What each layer keeps: slots, or its input alone (input: exact; input8: in 8 bit; input4: differences of inputs "
-        "in 4 bit), from which backward runs it again; e.g. input4, or 8*slots,input4 (the first 8, and all others).",
+        "What each layer keeps: slots, or its input alone (input: exact; input8: in 8 bit; input4: its difference to "
+        "the one before in 4), from which backward runs it again; e.g. input4, or 8*slots,input4 (the first 8, and all "
+        "others).",
     )
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
 
