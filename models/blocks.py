@@ -106,9 +106,12 @@ class Block:
             return False
         return all([p.refresh(self.step.once) for p in self.projections])
 
+    @property
+    def active_store(self) -> Store | None:
+        return self.store if self.store is not None and self.store.active else None
+
     def keeper(self) -> Keeper:
-        store = self.store if self.store is not None and self.store.active else None
-        return Keeper(self.savers, self.step, store, self.span)
+        return Keeper(self.savers, self.step, self.active_store, self.span)
 
     def input_source(self, x: torch.Tensor) -> Source | None:
         """Where the norm before keeps x_hat, if this block derives its input from it."""

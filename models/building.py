@@ -7,7 +7,7 @@ from torch import nn
 from hyclora.models import trust
 from hyclora.models.bits import WIDER, allocate_bits, widened
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock, PostNormBlock
-from hyclora.models.config import AGAIN, KEPT, SLOTS, HycloraConfig
+from hyclora.models.config import AGAIN, CHAINED, KEPT, SLOTS, HycloraConfig
 from hyclora.models.encoder_layer import EncoderLayerBlock
 from hyclora.models.families.family import Family
 from hyclora.models.layers import LayerBlock
@@ -20,6 +20,9 @@ HALVES = {"attention": ("attention_norm", "attention"), "mlp": ("mlp_norm", "mlp
 # Blocks whose slots are the residual stream: a few of its channels are hundreds of times as large as all others, and
 # without these exact a 4-bit layer input of SmolLM2 is off by .61 in the middle of the model, with them by .08
 RESIDUAL = ("norm", "layer")
+# Layers in a chain of inputs that are kept as differences but for the first (savers/difference.py): backward adds up
+# half a chain for each layer. It begins at the second layer of a model, as the first one changes most of its input
+CHAIN = 8
 
 
 def parts_of(family: Family, layer: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
@@ -58,12 +61,19 @@ class Builder:
     def __post_init__(self):
         self.halves = [(i, half) for i in range(len(self.layers)) for half in HALVES if (i, half) not in self.stock]
         self.kept = self.config.kept(len(self.layers))
+        chained = [kind in CHAINED for kind in self.kept]
+        pairs = zip([False, *chained], chained, strict=False)
+        self.differences = [all(pair) and i % CHAIN != 1 for i, pair in enumerate(pairs)]
         self.bits = self._bits()
         self.groups = self._widen()
 
     def is_again(self, index: int) -> bool:
         """Whether a layer keeps its input alone, and is run again in backward."""
         return index < len(self.layers) and KEPT[self.kept[index]] is not None
+
+    def is_difference(self, index: int) -> bool:
+        """Whether a layer keeps its input as the difference to that of the layer before."""
+        return index < len(self.layers) and self.differences[index]
 
     def _is_exact(self, index: int) -> bool:
         """Whether a slot is kept as it is, being of a layer that is run again, or of the norm after an exact one."""
@@ -141,12 +151,13 @@ class Builder:
         }
         if name == "derived" and self._crosses_layers(slot):
             return Derived(own=make_saver("quant8", **options))  # of one layer at a time, when it is run again
-        return make_saver(name, **options, gauged=gauged)
+        return make_saver(name, **options, gauged=gauged, difference=slot == "layer_in" and self.is_difference(index))
 
     def _saver_name(self, index: int, slot: str, bits: int) -> str:
         again = self._is_exact(index)
         if slot == "layer_in" and again:
-            return KEPT[self.kept[index]]
+            first = self.kept[index] in CHAINED and not self.differences[index]
+            return "quant8" if first else KEPT[self.kept[index]]
         name = self.config.saver_name(slot, bits, again)
         if name == "derived" and self._crosses_layers(slot):
             if again:

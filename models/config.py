@@ -73,6 +73,8 @@ SLOTS = {
 }
 # What a layer keeps from its forward to its backward: slots (None), or its input, by this saver
 KEPT = {"slots": None, "input": "exact", **{f"input{bits}": f"quant{bits}" for bits in BITS}}
+# of which most are differences to the input of the layer before, and the first of a chain is in 8 bit
+CHAINED = [f"input{bits}" for bits in BITS if bits < 8]
 DERIVABLE = ("attn_in", "mlp_in")
 RECOMPUTABLE = ("lse", "attn_out", "act", "hidden")
 # what has to be near its exact value for a kept lse to fit: with q, k, v, attn_out at 4 bit probabilities do not add up
@@ -159,8 +161,9 @@ class HycloraConfig:
     )
     layers: str | None = _option(
         None,
-        "What each layer keeps: slots, or its input alone (input: exact; input8, input4: in 8 or 4 bit), from which "
-        "backward runs it again; e.g. input4, or 8*slots,input4 (the first 8, and all others).",
+        "What each layer keeps: slots, or its input alone (input: exact; input8: in 8 bit; input4: its difference to "
+        "the one before in 4), from which backward runs it again; e.g. input4, or 8*slots,input4 (the first 8, and all "
+        "others).",
     )
     slot_savers: dict = _option({}, 'Override single slots, e.g. {"gate": "exact", "up": "quant8"}.')
 

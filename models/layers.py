@@ -15,7 +15,7 @@ from hyclora.models.sharding import is_part, is_sharded
 from hyclora.models.switches import Switches
 from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
-from hyclora.operators.savers import Exact, Saver, Step
+from hyclora.operators.savers import Exact, InputKeeper, Saver, Step
 from hyclora.operators.savers.base import taken_off
 from hyclora.operators.store import UNITS_A_LAYER
 
@@ -142,8 +142,9 @@ class CheckpointBlock(Block):
     it as it calls torch's, while gradient checkpointing is on; a trainer may switch that at any time, so bind() is
     called before every training forward. Keeps what CheckpointFunction does.
     own: whether the layer keeps its input without HF's checkpointing too; usual: whether that is nothing but keeping
-    inputs, so that a graph of all layers may do it as layers do that keep their own; layer: its block, if it has one.
-    switches: what backward has to find as it was; a Watch drops it where modules are others.
+    inputs, so that a graph of all layers may do it as layers do that keep their own; leads: whether the next one keeps
+    its own as the difference to this one; layer: its block, if it has one. switches: what backward has to find as it
+    was; a Watch drops it where modules are others.
     """
 
     span = UNITS_A_LAYER
@@ -152,14 +153,19 @@ class CheckpointBlock(Block):
     layer: WholeLayer | None = None
     switches: Switches | None = None
 
-    def __init__(self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step, own: bool = False):
+    def __init__(
+        self, module: nn.Module, name: str, savers: dict[str, Saver], step: Step, own: bool = False, leads: bool = False
+    ):  # fmt: skip
         super().__init__(module, name, savers, step)
-        self.own = own
+        self.own, self.leads = own, leads
 
     @property
     def used(self) -> bool:
         """Whether it keeps anything."""
         return self.own or self.better and self.bound is not None
+
+    def keeper(self) -> InputKeeper:
+        return InputKeeper(self.savers, self.step, self.active_store, self.span, self.leads)
 
     def applies(self, *args, cache=None, past_key_values=None, **kwargs) -> bool:
         """A training forward that is to be run again and that HF, which does not see a recording, does not checkpoint.

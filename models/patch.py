@@ -116,7 +116,9 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     builder = Builder(config, family, layers, stock, names, step)
     blocks = builder.blocks()
     checkpoints = [
-        CheckpointBlock(m, names[id(m)], builder.savers(i, "layer"), step, builder.is_again(i))
+        CheckpointBlock(
+            m, names[id(m)], builder.savers(i, "layer"), step, builder.is_again(i), leads=builder.is_difference(i + 1)
+        )
         for i, m in enumerate(layers)
     ]
     _keep_inputs(config, family, blocks, checkpoints, stock)

@@ -51,7 +51,7 @@ class StepHook:
 
     def end(self, decoder: nn.Module, args: tuple, output):
         """Nobody runs any more; the output has NO_CACHE in the place of a cache that was kept off, and all rows."""
-        self.step.running, self.step.private, self.step.embeds = None, False, False
+        self.step.running, self.step.private, self.step.embeds, self.step.restored = None, False, False, None
         without_cache, self.without_cache = self.without_cache, False
         if output is None:  # it failed: nothing was learned of this forward
             self.step.index -= self.counted
@@ -71,7 +71,7 @@ class StepHook:
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
         self.counted, self.step.stream = False, None  # of a forward that was interrupted
-        self.step.running, self.step.private, self.step.embeds = None, False, False
+        self.step.running, self.step.private, self.step.embeds, self.step.restored = None, False, False, None
         if self.patch.graphs is not None:
             self.patch.graphs.forget_start()
         if self.patch.embedding is not None:

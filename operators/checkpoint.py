@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from hyclora.operators.entry import enter
 from hyclora.operators.first_order import first_order
 from hyclora.operators.random_state import Draws, get_rng_state, replayed_rng
-from hyclora.operators.savers import Keeper
+from hyclora.operators.savers import InputKeeper, Keeper
 from hyclora.operators.store import Store
 
 
@@ -25,8 +25,8 @@ class CheckpointFunction(torch.autograd.Function):
     whole: the layer that run is, no more and no less, or None. It is told in both runs (Step.whole): of the second one
     nobody reads y, which is but where its gradient enters. parameters: whatever else run may give a gradient to. They
     are arguments so that their gradients go the usual way (torch.autograd.grad, hooks of a distributed run). Keeps what
-    the saver of layer_in does (exact: x by reference) and a random state; backward has, for a time, what one run of the
-    layer keeps.
+    the saver of layer_in does (exact: x by reference; a difference: by reference too what layers before it keep, see
+    savers/difference.py) and a random state; backward has, for a time, what one run of the layer keeps.
     """
 
     @staticmethod
@@ -52,7 +52,7 @@ class CheckpointFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dy: Tensor):
-        keeper = Keeper.load(ctx)
+        keeper = InputKeeper.load(ctx)
         held = keeper.saver("layer_in").aliases
         x = keeper.restore("layer_in").view(ctx.shape)
         again = ctx.step.layer(passing=False, holds_input=held, draws=ctx.draws, whole=ctx.whole)

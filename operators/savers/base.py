@@ -32,7 +32,8 @@ class Step:
     unread: of whoever calls the decoder and knows what it will read, tells of positions (bool [B, S] on the host)
     whether nobody reads them; padding_differs: so padded tokens of this forward got other hidden states than in stock;
     again: it is the second forward of a batch, for those. stock_attention: its attentions run stock code;
-    known_angles: cos and sin are as Hugging Face's code makes them.
+    known_angles: cos and sin are as Hugging Face's code makes them. restored: of the last layer's input, for the next
+    one to keep its difference to that (difference.py).
     passing: a layer runs that backward will run again, so its blocks run without a graph and nothing of theirs stays;
     holds_input: a layer's input is not to be written to; draws: of a layer that is run twice, where random state cannot
     be put back; whole: that layer's module, where it is all that runs (operators/checkpoint.py). recording: work is
@@ -55,6 +56,7 @@ class Step:
     in_stream: bool = False
     stock_attention: bool = False
     known_angles: bool = False
+    restored: object | None = field(default=None, repr=False)
     passing: bool = False
     holds_input: bool = False
     draws: Draws | None = field(default=None, repr=False)
@@ -200,7 +202,8 @@ class StoringSaver(Saver, ABC):
 class Source:
     """Rides on a norm's output: where its x_hat is packed, so that a block fed by it need not keep its input.
 
-    homes: where each packed tensor is if a store has it (it is None then in packed).
+    Without a weight it is any slot that another block shares (difference.py). homes: where each packed tensor is if a
+    store has it (it is None then in packed).
     """
 
     packed: tuple[Tensor | None, ...]
@@ -208,7 +211,7 @@ class Source:
     saver: Saver
     shape: torch.Size
     dtype: torch.dtype
-    weight: Tensor
+    weight: Tensor | None = None
     bias: Tensor | None = None
 
 
@@ -282,8 +285,8 @@ class Keeper:
         scale = source.weight, source.bias
         self._add(name, source.packed, source.shape, source.dtype, source.saver, scale)
 
-    def source(self, name: str, weight: Tensor, bias: Tensor | None = None) -> Source:
-        """A handle by which another block derives its input, x_hat * w (+ b), from the slot saved here."""
+    def source(self, name: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Source:
+        """A handle by which another block has the slot saved here, times w (+ b) if given: its input, of an x_hat."""
         first, count, shape, dtype, saver, _ = self._layout[name]
         homes = tuple(self._homes.get(first + i) for i in range(count))
         return Source(tuple(self._tensors[first : first + count]), homes, saver, shape, dtype, weight, bias)
@@ -303,10 +306,10 @@ class Keeper:
         ctx.slot_layout, ctx.slot_parts, ctx.has_ticket = self._layout, self._parts, bool(self._homes)
         ctx.kept_in = self.step
 
-    @staticmethod
-    def load(ctx) -> "Keeper":
+    @classmethod
+    def load(cls, ctx) -> "Keeper":
         """The slots that forward saved on ctx; ValueError if torch's checkpointing can make them no more."""
-        keeper = Keeper({}, None)
+        keeper = cls({}, None)
         try:
             keeper._layout, keeper._tensors = dict(ctx.slot_layout), list(ctx.saved_tensors)
         except RuntimeError as error:

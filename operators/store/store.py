@@ -225,14 +225,15 @@ class Store(Pausable):
         self._shift(self._serial)
         return [Home(unit, index) for index in range(len(tensors))]
 
-    def read(self, unit: Unit) -> list[Tensor]:
-        """The tensors of a unit; those put before it are on their way when this returns.
+    def read(self, unit: Unit, ahead: int | None = None) -> list[Tensor]:
+        """The tensors of a unit; those put before it, self.ahead places or as many as given, are on their way then.
 
         A group that is fetched takes its bytes on the device, each unit in one piece. RuntimeError for a tensor that
         was written to since it was put.
         """
         self._open = None  # what is put now belongs to another forward
-        for serial in range(unit.last, unit.first - 1 - self.ahead, -1):
+        ahead = self.ahead if ahead is None else ahead
+        for serial in range(unit.last, unit.first - 1 - ahead, -1):
             if (wanted := self._units.get(serial)) is not None and wanted.buffers is None:
                 wanted.group.fetch()
         if unit.group.coming:
@@ -303,15 +304,15 @@ def ticket(homes: dict[int, Home]) -> Tensor:
     return empty
 
 
-def redeem(empty: Tensor) -> dict[int, Tensor]:
-    """The tensors of a ticket, by position."""
+def redeem(empty: Tensor, ahead: int | None = None) -> dict[int, Tensor]:
+    """The tensors of a ticket, by position; ahead: of Store.read."""
     homes = getattr(empty, HOMES, None)
     if homes is None:
         raise RuntimeError(
             "a saved-tensor hook has copied what offload=True saves for backward; use one kind of offloading at a time"
         )
     units = sorted({home.unit for home in homes.values()}, key=lambda unit: unit.last, reverse=True)
-    tensors = {unit: unit.group.store.read(unit) for unit in units}
+    tensors = {unit: unit.group.store.read(unit, ahead) for unit in units}
     return {position: tensors[home.unit][home.index] for position, home in homes.items()}
 
 

@@ -10,7 +10,7 @@ from itertools import chain
 
 from hyclora.operators.attention.flash import PLACE, head_pieces
 from hyclora.operators.cross_entropy import CHUNK_BYTES, TILE_ROWS
-from hyclora.operators.savers import Exact
+from hyclora.operators.savers import Difference, Exact
 from hyclora.operators.store.store import GROUP_BYTES
 from hyclora.operators.token_tiles import TILE_TOKENS
 from hyclora.utils.planning.kept import E, Savers
@@ -100,6 +100,9 @@ class _Step:
         self.slots = [unit for unit, run_again in zip(units, again[:-1], strict=False) if not run_again]
         same = not self.offload and isinstance(savers.inputs[0], Exact)
         self.leaf = self.x if checkpointing and not same else 0
+        # of a chain of differences, what is restored of the last input while the layer runs for the first time
+        links = [saver for saver, run_again in zip(savers.inputs, again, strict=False) if run_again]
+        self.restored = self.x if any(isinstance(saver, Difference) for saver in links) else 0
         self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
         self.under = None if not self.top or again[-2] else units[self.top - 1]
         # an attention map of all heads, in 16 bit, and what is kept of it a token; 0 where none is made
@@ -142,12 +145,13 @@ class _Step:
         return exact and not self.shape.family.head_norms
 
     def _inputs(self, where: str) -> float:
-        """Kept layer inputs, of a store the last two, and dy of a layer that is run again beside its attention's.
+        """Kept layer inputs, of a store the last and the largest before, and dy of a layer that is run again beside its
+        attention's.
 
         At a late MLP it is that of the MLP. Our second run has the layer's own input as it was, in the memory of the
         residual stream, and what was kept of it is gone.
         """
-        inputs = self.inputs[-2:] if self.offload else self.inputs
+        inputs = [max(self.inputs[:-1], default=0), *self.inputs[-1:]] if self.offload else self.inputs
         kept = sum(inputs[:-1] if self.again and where != "end" else inputs)
         beside = self.again and where != "mlp"
         return self.T * (kept + self.leaf + (self.x if beside else 0))
@@ -270,7 +274,7 @@ class _Step:
             kept = T * (own + (self.under.mlp_norm + self.under.mlp if self.under else sum(self.inputs[-1:])))
         else:
             kept = self.kept("end") + T * (own if self.again else own - self.unit.layer)
-        return 2 * T * self.x + heads + 5 * self.map + kept
+        return T * (2 * self.x + (self.restored if self.again else 0)) + heads + 5 * self.map + kept
 
     def _second_forward(self) -> dict[str, float]:
         """layers.py: LayerBlock.run of our second run up to its late MLP: dy, the residual stream (a layer input that
@@ -300,7 +304,7 @@ class _Step:
         T, t, x, f = self.T, self.t, self.x, self.f
         stream = T * (2 * x + (x - self.inputs[-1] if self.again else 0))
         if self.again:
-            stream = T * x  # the norm's output; kept() has dy, and so the stream's bytes
+            stream = T * (x + self.restored)  # the norm's output; kept() has dy, and so the stream's bytes
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
             "gate, up": stream + y + self.gate_up.stack - (0 if self.again else t * self.unit.mlp)

@@ -65,7 +65,6 @@ def how_near(lines: int, off: float, earlier: bool = False) -> str:
 MEASURED = {
     "checkpointing, resident layer inputs, exact": (1, 0.0, False),
     "exact, resident, layer by layer": (1, 3.7, True),
-    "offloaded layer inputs, CUDA graphs, 4 bit": (2, 12.6, True),
     "offloaded, CUDA graphs, 2 bit": (2, 0.2, False),
     "offloaded, CUDA graphs, 4 bit": (23, 0.4, False),
     "offloaded, CUDA graphs, 8 bit": (1, 0.1, False),

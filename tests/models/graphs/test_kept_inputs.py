@@ -63,6 +63,20 @@ def test_gradient_checkpointing_is_replayed(family, options, leave_out, reentran
     assert all(equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["resident", "offloaded"])
+def test_inputs_that_are_kept_as_differences(offload):
+    """Those of a whole chain are in the memory of one recording, or on the host."""
+    stock = llama({"lora_dropout": 0.3}, num_hidden_layers=6)
+    ours = copy.deepcopy(stock)
+    apply_hyclora(stock, config(layers="input4"))
+    graphs, steps, found = graphed(ours, {"layers": "input4"}, offload), batches(1) * (CALIBRATION + 5), []
+    for model in (stock, ours):
+        torch.manual_seed(7)
+        found.append(train(model, steps, zero_every=3))
+    assert len(graphs.recordings) == 1 and graphs.step.restored is None
+    assert all(equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_steps_of_several_tiles(monkeypatch):
     """Each of which draws seeds of its own; late MLPs, whose gradients are recorded with what they make first."""
     monkeypatch.setattr(token_tiles, "TILE_TOKENS", 8)
