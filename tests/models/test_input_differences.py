@@ -14,8 +14,9 @@ from hyclora.models.layers import WholeLayer
 from hyclora.models.patch import find_patch
 from hyclora.models.state import load_calibration, save_calibration
 from hyclora.operators.savers import ChannelQuant, Difference
+from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal, offloaded
-from tests.helpers.small_models import gradients, llama, mean_cosine, padded_batch, roberta
+from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, padded_batch, roberta
 
 pytestmark = pytest.mark.usefixtures("deterministic_attention")
 DEPTH = CHAIN + 3
@@ -215,7 +216,8 @@ def test_layers_that_are_gathered_when_they_run(one_process):
         for _ in range(2):
             grads = gradients(model, batch)[1]
         found.append({name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in grads.items()})
-    assert equal(*found)
+    # on a GPU attention's backward adds in any order, and a code may be another one
+    assert equal(*found) if DEVICE == "cpu" else largest_error(*found) < 1e-2
 
 
 def test_what_was_calibrated_goes_on(tmp_path):
@@ -239,8 +241,8 @@ def test_a_layer_that_is_called_by_itself_keeps_its_input_as_it_is():
     patched(model, iteration_threshold=1)
     gradients(model, batch)
     base = model.get_base_model().model
-    x = torch.randn(1, 5, 96, requires_grad=True)
-    angles = base.rotary_emb(x, torch.arange(5)[None])
+    x = torch.randn(1, 5, 96, device=DEVICE, requires_grad=True)
+    angles = base.rotary_emb(x, torch.arange(5, device=DEVICE)[None])
     found = []
     for layer in (base.layers[2], None):
         if layer is None:

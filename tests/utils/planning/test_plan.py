@@ -244,7 +244,7 @@ def test_all_linear_is_a_name_for_all_layers():
         (["llama-2-7b", "--gpu", "24GiB"], "--host"),
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--measure"], "or drop --measure (--device cpu"),
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--device", "cuda"], "or drop --device cuda\n"),
-        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--times", ""], ". is no file: name one"),
+        (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--times", ""], "'' is no path"),
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--times", "no.json"], "no.json has no times"),
         (["llama-2-7b", "--gpu", "24GiB", "--host", "1GiB", "--lora_rank", "x"], "--lora_rank"),
     ],
