@@ -10,7 +10,7 @@ proofs in longtext/, alpaca/alpaca_small.json and glue/TASK/{train,dev}.tsv; wha
 after -- go to the drivers.
 
 Runs go side by side, the first of each task being those that tell most (FIRST). Each that ends appends a line to
-OUTPUT_DIR/experiments.jsonl, one that fails with its error; those that are there without an error are not run again, so
+OUTPUT_DIR/experiments.jsonl, one that fails with its error; those whose last line has none are not run again, so
 that the same command goes on after an interruption. To be shown, lines belong into the file of this name in
 benchmarks/results/.
 """
@@ -246,10 +246,13 @@ def main(argv: list[str] | None = None) -> None:
     begun = time.monotonic()
     args.output_dir = args.output_dir.resolve()
     check_output(args.output_dir)
-    lines = [line for line in read(args.output_dir / f"{NAME}.jsonl") if "error" not in line]
+    lines = [line for line in read(args.output_dir / f"{NAME}.jsonl") if line["model"] == args.model.name]
     asked = trials(args)
-    done = [{name: line[name] for name in asked[0].key} for line in lines if line["model"] == args.model.name]
-    left = [trial for trial in asked if trial.key not in done]
+    left = []
+    for trial in asked:
+        ran = [line for line in lines if {name: line[name] for name in trial.key} == trial.key]
+        if not ran or "error" in ran[-1]:
+            left.append(trial)
     print(f"{len(asked)} runs, {len(asked) - len(left)} done already", flush=True)
     # so that the workers end as well
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -94,12 +94,14 @@ def difference(scores: Scores, variant: str) -> float | None:
     return statistics.fmean(found) if found else None
 
 
-def cells(scores: Scores, variant: str, column: Column) -> list[str]:
-    """Mean and spread of a variant, and beside it the difference if the column has it."""
+def cells(scores: Scores, variant: str, column: Column, seeds: int) -> list[str]:
+    """Mean and spread of a variant, how many of the seeds it has if not all, and beside it the difference if asked."""
     values = scores.get(variant, {})
     mean = f"{statistics.fmean(values.values()):{column.form}}" if values else ""
     if len(values) > 1:
         mean += f" ± {spread(values):{column.form}}"
+    if variant != BEFORE and 0 < len(values) < seeds:
+        mean += f" ({len(values)} of {seeds} seeds)"
     if not column.compared:
         return [mean]
     gap, unit = difference(scores, variant), spread(scores.get(EXACT, {}))
@@ -129,10 +131,8 @@ def one_table(columns: list[Column]) -> str:
         head += [column.title] + ["against exact (in spreads)"] * column.compared
     rows = []
     for name in names:
-        found = [cell for column in columns for cell in cells(scores[column], name, column)]
-        n_seeds = len({line["seed"] for line in lines if line["variant"] == name and "error" not in line})
-        fewer = f" ({n_seeds} of them)" if 0 < n_seeds < seeds else ""
-        rows.append([name + fewer, kept_bits(lines, name), *found])
+        found = [cell for column in columns for cell in cells(scores[column], name, column, seeds)]
+        rows.append([name, kept_bits(lines, name), *found])
     parts = [table(head, rows), source(lines, "python -m benchmarks.experiments"), *failures(lines)]
     return "\n\n".join([*parts, *remarks([(line["variant"], line) for line in lines])])
 

@@ -216,6 +216,10 @@ def test_lines_of_runs_and_what_is_not_run_again(data, capsys, monkeypatch):
     assert "1 runs, 1 done already" in capsys.readouterr().out
     lines = [json.loads(line) for line in (data.parent / "out" / "experiments.jsonl").read_text().splitlines()]
     assert [line.get("error", "")[:9] for line in lines] == ["", "UserError", ""]
+    with (data.parent / "out" / "experiments.jsonl").open("a") as file:  # the same run fails, later than it ended well
+        file.write(json.dumps(lines[2] | {"error": "RunStopped: out of memory"}) + "\n")
+    experiments.main([*common, "--variants", "exact LoRA", "--", *quick])
+    assert "1 runs, 0 done already" in capsys.readouterr().out
     line = lines[2]
     assert line["metrics"]["test_loss"].keys() == {"before", "after"} and line["metrics"]["accuracy"]["after"] <= 1
     assert line["setting"] is None and line["kept_bits"] is None and line["losses"][0][0] == 1

@@ -64,6 +64,13 @@ def test_a_variant_judged_by_its_loss_alone(write):
     assert two[2:5] == ["0.7100", "+0.0100", ""]
 
 
+def test_a_cell_tells_of_seeds_that_it_lacks(write):
+    failed = line(TWO, 1, None, error="RunStopped: out of memory")
+    write(line(EXACT, 0, 0.70), line(EXACT, 1, 0.72), line(TWO, 0, 0.71), failed)
+    *_, exact, two = cells(one_table(LANGUAGE))
+    assert exact[2] == "0.7100 ± 0.0141" and two[2:4] == ["0.7100 (1 of 2 seeds)", "+0.0100 (+0.7)"]
+
+
 def test_a_seed_that_exact_lacks_has_no_difference(write):
     write(line(EXACT, 0, 0.70), line(TWO, 1, 0.80), line(TWO, 0, 0.71))
     *_, two = cells(one_table(LANGUAGE))
