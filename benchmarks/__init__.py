@@ -15,6 +15,7 @@ longest_rows.py       tokens of one row that fit a card of so many GiB
 kills.py              runs that are killed and resumed, against one that was not
 faults.py             runs that break in other ways, and go on
 steady.py             memory over thousands of steps
+combinations.py       the tests of what people combine, counted
 
 jobs.py               what a measurement is of               record.py          a line of a result file
 ranks.py              a process a GPU                        rows.py            what the result files say
@@ -28,5 +29,6 @@ report_kills.py       and of runs that were killed           report_plan.py     
 report_scaling.py     and of several GPUs                   report_longest_rows.py  and of the longest row a card
 report_plan_check.py  and how far off that is, by kind      report_plan_times.py  and of times
 report_generation.py  and of writing                        report_steady.py   and of memory over many steps
+report_combinations.py  and of what was combined
 tables.py             a table in Markdown
 """

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import RESULTS
+from benchmarks.report_combinations import combinations
 from benchmarks.report_experiments import alpaca_texts, experiments, other_experiments
 from benchmarks.report_generation import generation
 from benchmarks.report_kills import faults, kills
@@ -334,6 +335,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "slots": slots,
         "kills": kills,
         "faults": faults,
+        "combinations": combinations,
     },
     ROOT / "benchmarks" / "README.md": {
         "memory_throughput": memory_throughput,

@@ -55,7 +55,7 @@ def fault_of(case, monkeypatch) -> str | None:
 
 
 @pytest.mark.timeout(SECONDS + 300)
-def test_no_traceback_is_shown(tiny_llama_folder, tmp_path, monkeypatch):
+def test_no_traceback_is_shown(tiny_llama_folder, tmp_path, monkeypatch, record_property):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=no_network, load_from_disk=no_network))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
@@ -68,5 +68,6 @@ def test_no_traceback_is_shown(tiny_llama_folder, tmp_path, monkeypatch):
         if fault := fault_of(case, monkeypatch):
             faults.append(f"case {number}: {case.driver} {case.options}\n{fault}")
         shutil.rmtree(folder)
+    record_property("drawn", number - FIRST)
     print(f"{number - FIRST} cases")
     assert number > FIRST and not faults, f"{len(faults)} faults, first\n" + "\n\n".join(faults)
