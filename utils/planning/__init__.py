@@ -11,10 +11,22 @@ measuring.py    a few layers of each mode, on the device at hand    times_file.p
 kept.py     what each layer keeps, by the savers that it would get
 """
 
-from hyclora.utils.planning.kept import Savers
-from hyclora.utils.planning.live import count
-from hyclora.utils.planning.modes import MODES, Mode, mode_of
-from hyclora.utils.planning.need import Need
-from hyclora.utils.planning.shape import Shape
+from importlib import import_module
 
-__all__ = ["MODES", "Mode", "Need", "Savers", "Shape", "count", "mode_of"]
+_PUBLIC = {
+    "MODES": "modes",
+    "Mode": "modes",
+    "Need": "need",
+    "Savers": "kept",
+    "Shape": "shape",
+    "count": "live",
+    "mode_of": "modes",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """The names of all, imported when they are asked for: who reads a size off a command line loads no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
