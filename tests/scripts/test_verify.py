@@ -155,7 +155,7 @@ def test_adapters_that_are_none_of_this_model_are_told_in_a_sentence(ask, drive,
     ids=["embeddings", "layers"],
 )
 def test_what_the_model_cannot_do_is_told_before_it_is_loaded(ask, monkeypatch, options, said):
-    monkeypatch.setattr(fidelity, "load_model", None)
+    monkeypatch.setattr(work, "load_model", None)
     code, told = ask(*options)
     assert code == 2 and said in told
 
