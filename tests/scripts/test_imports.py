@@ -33,9 +33,18 @@ def imported(code, module, *options):
     return exit_code, set(names)
 
 
-@pytest.mark.parametrize("options", [["--help"], ["--modle", "x"], ["--model", "no such folder", "--q_bit", "5"]])
-def test_a_mistyped_option_waits_for_no_torch(options):
-    code, names = imported(RUN, "hyclora.fidelity", *options)
+@pytest.mark.parametrize(
+    "module, options",
+    [
+        ("hyclora.fidelity", ["--help"]),
+        ("hyclora.fidelity", ["--modle", "x"]),
+        ("hyclora.fidelity", ["--model", "no such folder", "--q_bit", "5"]),
+        ("hyclora.plan", ["--help"]),
+        ("hyclora.plan", ["llama-2-7b", "--gpus", "24GiB"]),
+    ],
+)
+def test_a_mistyped_option_waits_for_no_torch(module, options):
+    code, names = imported(RUN, module, *options)
     assert code == (0 if options == ["--help"] else 2) and not names & (MODELS | TABLES)
 
 
@@ -44,6 +53,7 @@ def test_a_setting_needs_no_torch(module):
     assert not imported(IMPORT, module)[1] & (MODELS | TABLES)
 
 
-def test_gradients_are_compared_without_the_trainer():
-    names = imported(IMPORT, "hyclora.utils.fidelity")[1]
+@pytest.mark.parametrize("module", ["hyclora.utils.fidelity", "hyclora.utils.planning.plan"])
+def test_what_trains_nothing_does_without_the_trainer(module):
+    names = imported(IMPORT, module)[1]
     assert "peft" in names and not names & (TABLES | {"transformers.trainer", "sklearn", "matplotlib", "trl"})
