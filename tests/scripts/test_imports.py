@@ -57,3 +57,8 @@ def test_a_setting_needs_no_torch(module):
 def test_what_trains_nothing_does_without_the_trainer(module):
     names = imported(IMPORT, module)[1]
     assert "peft" in names and not names & (TABLES | {"transformers.trainer", "sklearn", "matplotlib", "trl"})
+
+
+def test_help_of_a_driver_waits_for_no_tables():
+    code, names = imported(RUN, "run_gsm8k", "--help")
+    assert code == 0 and not names & (TABLES | {"transformers.trainer"})
