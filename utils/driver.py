@@ -147,7 +147,7 @@ class Driver:
 
     name: its runs are in exp_results_<name>. data, evaluation: its classes of arguments. tasks: for each data_name what
     reads and tokenizes all rows, given data and evaluation arguments and the tokenizer; UserError for a mistake in
-    them. defaults: values of options, where utils/args.py has others. lora, training, fit: a training loop of its own,
+    them. defaults: values of options, where the groups have others. lora, training, fit: a training loop of its own,
     and the arguments that it takes.
     """
 
