@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.record import record
 from benchmarks.rows import LSE_KEPT, whole
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
-from hyclora.fidelity import train_exactly
 from hyclora.models.verify import compare, gradients
 from hyclora.utils.args import LINEARS, DataArguments
 from hyclora.utils.data.gsm8k import examples_of, load_rows
 from hyclora.utils.data.tokens import Collator, tokenize_rows
+from hyclora.utils.fidelity import train_exactly
 from hyclora.utils.loading import load_tokenizer
 
 SETTINGS = [

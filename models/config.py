@@ -18,6 +18,9 @@ BITS = (2, 3, 4, 8)
 ATTENTION_CORES = ("flash", "eager")
 SCALE_RULES = ("channel_group", "paper")
 SWITCH = (True, False, "auto")
+# Where packed bytes and embeddings wait, how kernels are launched, whether padding is computed: none of it changes the
+# statistics, which are of real tokens.
+LAUNCH = ("offload", "offload_embeddings", "cuda_graphs", "stream")
 RATIOS = ("softmax_outlier_ratio", "layernorm_outlier_ratio")
 NUMBERS = {"average_bits": Real, "iteration_threshold": Integral, **dict.fromkeys(RATIOS, Real)}
 SAVERS = ("exact", "derived", "recompute", "sparse", *(f"quant{bits}" for bits in BITS))

@@ -8,16 +8,13 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hyclora.models.config import HycloraConfig
+from hyclora.models.config import LAUNCH, HycloraConfig
 from hyclora.models.patch import find_patch
 from hyclora.models.report import tell_of_other_savers
 
 FILE_NAME = "hyclora_calibration.safetensors"
 FORMAT = "2"
 PROGRESS, KEPT = "calibration", "kept"
-# where packed bytes and embeddings wait, how kernels are launched, whether padding is computed: statistics are of real
-# tokens
-LAUNCH = ("offload", "offload_embeddings", "cuda_graphs", "stream")
 
 
 def save_calibration(model: PeftModel, folder: str | Path) -> Path:

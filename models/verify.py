@@ -120,6 +120,12 @@ def compare(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, tup
     }
 
 
+def _at_once(numbers: dict[str, Tensor]) -> dict[str, float | bool]:
+    """Numbers of a GPU by name, which are waited for once instead of one after the other."""
+    told = torch.stack(list(numbers.values())).tolist() if numbers else []
+    return dict(zip(numbers, told, strict=True))
+
+
 class _Measurement:
     """One verify() of a model that is stock when it begins and when it ends.
 
@@ -226,7 +232,8 @@ class _Measurement:
                 raise ValueError(
                     f"verify: the loss of measured batch {i} is {loss} with exact LoRA too; are all its labels -100?"
                 )
-            if bad := [name for name, g in found.items() if not g.isfinite().all()]:
+            finite = _at_once({name: g.isfinite().all() for name, g in found.items()})
+            if bad := [name for name in found if not finite[name]]:
                 raise ValueError(
                     f"verify: the gradient of {bad[0]} is not finite with exact LoRA either; it is the model, the data "
                     "or the dtype"
@@ -238,23 +245,26 @@ class _Measurement:
         for i, ((_, found), (_, truth)) in enumerate(zip(ours, exact, strict=True)):
             numbers = compare(found, truth)
             noise = {} if rounding is None else rounding[i]
-            tiny = self.tiny * max(float(e.norm()) for e in truth.values()) if truth else 0.0
-            told.append([self._one(name, found, truth, numbers, noise, tiny) for name in self.trained])
+            norms = _at_once({name: e.norm() for name, e in truth.items()})
+            tiny = self.tiny * max(norms.values(), default=0.0)
+            here = [_at_once({name: g.any() for name, g in grads.items()}) for grads in (found, truth)]
+            told.append([self._one(name, *here, numbers, noise, norms.get(name, 0.0) < tiny) for name in self.trained])
         return [_merged(of_batches) for of_batches in zip(*told, strict=True)]
 
-    def _one(self, name: str, found: dict, exact: dict, numbers: dict, noise: dict, tiny: float) -> Gradient:
+    def _one(self, name: str, found: dict, exact: dict, numbers: dict, noise: dict, is_tiny: bool) -> Gradient:
+        """found, exact: whether a gradient is other than 0, by the names of those that there are."""
         g, e = found.get(name), exact.get(name)
         cosine, error = numbers.get(name, (math.nan, math.nan))
         note = ""
         if e is None:
-            note = EXTRA if g is not None and g.any() else UNUSED
-        elif not e.any():
-            note = EXTRA if g is not None and g.any() else AT_START if name in self.at_start else ALWAYS_ZERO
-        elif error > NOISE and noise.get(name, (0.0, 1.0))[1] > NOISE and e.norm() < tiny:
+            note = EXTRA if g else UNUSED
+        elif not e:
+            note = EXTRA if g else AT_START if name in self.at_start else ALWAYS_ZERO
+        elif error > NOISE and noise.get(name, (0.0, 1.0))[1] > NOISE and is_tiny:
             note = ROUNDING
         elif g is None:
             note = MISSING
-        elif not g.any():
+        elif not g:
             note = ZERO
         elif not math.isfinite(error):
             note = NOT_FINITE

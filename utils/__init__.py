@@ -2,6 +2,7 @@
 
 driver.py       the course of a run, the same for all        tasks.py          what is trained on, and how it is judged
 args.py         command line of every driver                 checks.py         settings that cannot work, refused first
+training_arguments.py  those of HF's Trainer             fidelity.py       verify() on a checkpoint and rows of a user's
 data/           training and test data                       disk.py           whether there is room for results
 loading.py      base model, tokenizer, LoRA adapters         trainer.py        HF's Trainer, stopped and resumed safely
 tokenizer.py    ids as the model was trained with            weights.py       dtypes that tensors are stored in

@@ -1,6 +1,8 @@
-"""Command line of every driver: one dataclass a topic, parsed together with the Trainer's own arguments.
+"""Command line of every driver: one dataclass a topic, parsed together.
 
-HyC-LoRA's options are read off the fields of `HycloraConfig`: a setting is named, documented and checked once.
+HyC-LoRA's options are read off the fields of `HycloraConfig`: a setting is named, documented and checked once. Nothing
+here imports torch, which takes seconds that whoever mistypes an option need not wait; the Trainer's own arguments,
+which cannot be without it, are in training_arguments.py.
 """
 
 import argparse
@@ -14,20 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
-import transformers
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
-from transformers.trainer_utils import SchedulerType
 
 from hyclora.models.config import ATTENTION_CORES, BITS, OPEN, POLICIES, PRESETS, SCALE_RULES, SWITCH, HycloraConfig
 from hyclora.models.verification import THRESHOLD
-from hyclora.utils.checks import check_settings, check_what_trainer_imports
+from hyclora.utils.checks import check_settings
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import NEEDS, in_effect
-from hyclora.utils.runs.launch import check_processes
 from hyclora.utils.runs.script import SCRIPT, check_environment, nearest_options
-from hyclora.utils.sharded import ask_for_sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -181,58 +178,6 @@ class ProfileArguments:
         )
         for name in ("per_device_train_batch_size", "steps"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-
-
-def _trainer_default(name: str, value, choices=()):
-    return option(value, transformers.TrainingArguments.__dataclass_fields__[name].metadata["help"], choices)
-
-
-@dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    """The Trainer's arguments with the paper's settings for GSM8K as defaults."""
-
-    _argument_group_name = "Trainer"
-
-    output_dir: str = option(str(ROOT / "exp_results"), "Folder for logs, results and checkpoints of all runs.")
-    learning_rate: float = _trainer_default("learning_rate", 3e-4)
-    num_train_epochs: float = _trainer_default("num_train_epochs", 6)
-    per_device_train_batch_size: int = _trainer_default("per_device_train_batch_size", 4)
-    gradient_accumulation_steps: int = _trainer_default("gradient_accumulation_steps", 4)
-    lr_scheduler_type: str = _trainer_default("lr_scheduler_type", "cosine", [s.value for s in SchedulerType])
-    warmup_steps: float = _trainer_default("warmup_steps", 0.03)
-    seed: int = _trainer_default("seed", 11)
-    logging_steps: float = _trainer_default("logging_steps", 10)
-    save_steps: float = _trainer_default("save_steps", 100)
-    save_total_limit: int | None = _trainer_default("save_total_limit", 2)
-    report_to: str = _trainer_default("report_to", "none")
-    bf16: bool | None = option(None, "Compute in bfloat16 under autocast. Default: on a GPU only.")
-    remove_unused_columns: bool = _trainer_default("remove_unused_columns", False)
-    ddp_find_unused_parameters: bool | None = _trainer_default("ddp_find_unused_parameters", False)
-    # The buffers of these models never change, and DDP takes 5 ms of the host to walk through a 7B's modules for them.
-    ddp_broadcast_buffers: bool | None = _trainer_default("ddp_broadcast_buffers", False)
-    dataloader_pin_memory: bool = _trainer_default("dataloader_pin_memory", False)
-    # The Trainer would wait for each micro-batch's loss, and log the average of earlier ones in place of a NaN.
-    logging_nan_inf_filter: bool = _trainer_default("logging_nan_inf_filter", False)
-    non_finite: Literal["stop", "skip"] = non_finite_option()
-    num_gpus: int = option(1, "Processes on this machine, one a GPU (of several machines: torchrun, without this).")
-    parallel: Literal["ddp", "fsdp2"] = option("ddp", "Each process has all weights, or they share them (fsdp2).")
-
-    def __post_init__(self):
-        ask_for_sharding(self)
-        if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
-        # Without a GPU, and without being told so, the Trainer takes each process of several for the only one.
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
-            self.use_cpu = True
-        check_processes(self.num_gpus, self.use_cpu)
-        try:
-            super().__post_init__()
-        except Exception as error:  # ValueError for most, but whatever comes of files and packages that options name
-            raise UserError(f"the Trainer's options cannot work: {error}") from error
-        check_what_trainer_imports(self)
-        # With several visible GPUs and no launcher the Trainer would replicate the model by DataParallel.
-        if self.n_gpu > 1:
-            self._n_gpu = 1
 
 
 def _option_of(config_field, kind) -> tuple[str, type, dataclasses.Field]:

@@ -1,16 +1,7 @@
 """Settings that cannot work, refused while the command line is read: before data and model are loaded."""
 
 import importlib.util
-import inspect
 import math
-
-import torch
-from accelerate.utils import DynamoBackend
-from huggingface_hub import HfApi
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
 
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import in_effect
@@ -104,6 +95,8 @@ def check_settings(groups) -> None:
     for together, sentence in CONFLICTS:
         if all(active.get(name) in refused for name, refused in together.items()):
             raise UserError(sentence.format(**active))
+    import torch  # which takes seconds: what is wrong without it is told by now
+
     present = torch.cuda.is_available()
     if active.get("device") == "cuda" and not present:
         raise UserError("device cuda: torch sees no GPU here; install a torch with CUDA, or set device=cpu")
@@ -117,15 +110,18 @@ def check_settings(groups) -> None:
     for name, package in NEED_PACKAGE.items():
         if active.get(name) and importlib.util.find_spec(package.replace("-", "_")) is None:
             raise UserError(f"{name} needs the package {package}: pip install {package}, or drop {name}")
-    for training in groups:
-        if isinstance(training, TrainingArguments):
-            _check_what_trainer_makes(training)
+    for group in groups:
+        if check := getattr(group, "check", None):
+            check()
     if active.get("push_to_hub"):
         _check_hub(active["hub_model_id"], active["hub_token"])
 
 
 def _check_hub(name: str | None, token: str | None) -> None:
     """UserError unless the hub answers, and knows whose token it is; the Trainer asks it once the model is loaded."""
+    from huggingface_hub import HfApi  # its modules are many, and few runs push
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         if name is not None:
             validate_repo_id(name)
@@ -137,52 +133,3 @@ def _check_hub(name: str | None, token: str | None) -> None:
             f"push_to_hub: the hub cannot be written to ({error}): log in by hf auth login on a machine with a "
             "network, or drop push_to_hub"
         ) from error
-
-
-def _check_what_trainer_makes(training: TrainingArguments) -> None:
-    """UserError for options of which the Trainer could make nothing, once the model is loaded and evaluated."""
-    _check_object("lr_scheduler_kwargs", training.lr_scheduler_kwargs, '{"num_cycles": 2}')
-    # activation_checkpointing_kwargs of newer Transformers is in both
-    name, options = "gradient_checkpointing_kwargs", training.gradient_checkpointing_kwargs
-    _check_object(name, options, '{"use_reentrant": false}')
-    known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
-    if unknown := [option for option in options or () if option not in known]:
-        raise UserError(f"{name}: checkpoint knows no {', '.join(unknown)}, only {', '.join(sorted(known))}")
-    parts = training.optim_args.split(",") if training.optim_args else []
-    if not all(part.count("=") == 1 for part in parts):
-        raise UserError(f"optim_args {training.optim_args!r} is not NAME=VALUE, with commas in between")
-    if training.torch_compile:
-        backends = [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO]
-        modes = {"torch_compile_backend": backends, "torch_compile_mode": list(torch._inductor.list_mode_options())}
-        for name, known in modes.items():
-            asked = getattr(training, name)
-            if asked is not None and (asked.lower() if known is backends else asked) not in known:
-                raise UserError(f"{name} {asked!r} is none of {', '.join(known)}")
-    kind, some = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type), 1000  # steps, whatever it is
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=training.learning_rate)
-    given = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs, "num_training_steps": some}
-    try:
-        get_scheduler(kind, optimizer, num_warmup_steps=training.get_warmup_steps(some), **given)
-    except Exception as error:  # TypeError, ValueError, ... for options that are missing, wrong or too many
-        raise UserError(f"lr_scheduler_type={kind} cannot be made ({error}): look at lr_scheduler_kwargs") from error
-
-
-def _check_object(name: str, options, example: str) -> None:
-    """UserError for options that are no JSON object; None is none."""
-    if not isinstance(options, dict | None):
-        raise UserError(f"{name} must be a JSON object such as {example}, not {options!r}")
-
-
-def check_what_trainer_imports(training: TrainingArguments) -> None:
-    """UserError for packages that the Trainer would miss once the model is loaded and evaluated."""
-    try:
-        for callback in get_reporting_integration_callbacks(training.report_to):
-            callback()
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"report_to: {error} (do that, or drop report_to)") from error
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(training)
-    except ImportError as error:
-        raise UserError(f"optim: {error} (do that, or choose another)") from error
-    except Exception:  # what it finds wrong without a model may be right with one: Trainer.create_optimizer tells
-        return

@@ -5,8 +5,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from torch import nn
-
 from hyclora.utils.errors import UserError
 
 
@@ -33,7 +31,7 @@ def check_output(root: Path, needed: int = 2**26) -> None:
         )
 
 
-def checkpoint_bytes(model: nn.Module, kept: int | None) -> int:
+def checkpoint_bytes(model, kept: int | None) -> int:
     """Room for the checkpoints that are kept at once: adapters and two Adam moments each, and one being written."""
     adapters = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return 2**26 + 3 * adapters * ((kept or 1) + 1)

@@ -21,7 +21,6 @@ from hyclora.utils.args import (
     HycloraArguments,
     LoraArguments,
     ModelArguments,
-    TrainingArguments,
     parse_arguments,
 )
 from hyclora.utils.data.tokens import Collator
@@ -49,7 +48,7 @@ from hyclora.utils.runs.launch import is_launched, launch
 from hyclora.utils.runs.run import Run, begin
 from hyclora.utils.sharded import STORAGE, rest_gathered, shard, trained_of
 from hyclora.utils.tasks import Task
-from hyclora.utils.trainer import HycloraTrainer
+from hyclora.utils.training_arguments import TrainingArguments
 from hyclora.utils.within_budget import settle
 
 MEASURED = 1  # batches that verify measures, after those that calibrate
@@ -121,6 +120,8 @@ class Fitted:
 
 def fit_with_trainer(job: Fitting) -> Fitted:
     """By HF's Trainer."""
+    from hyclora.utils.trainer import HycloraTrainer  # the Trainer imports datasets: --help need not wait for it
+
     trainer = HycloraTrainer(
         model=job.model,
         args=job.training,
@@ -146,7 +147,7 @@ class Driver:
 
     name: its runs are in exp_results_<name>. data, evaluation: its classes of arguments. tasks: for each data_name what
     reads and tokenizes all rows, given data and evaluation arguments and the tokenizer; UserError for a mistake in
-    them. defaults: values of options, where utils/args.py has others. lora, training, fit: a training loop of its own,
+    them. defaults: values of options, where the groups have others. lora, training, fit: a training loop of its own,
     and the arguments that it takes.
     """
 

@@ -26,10 +26,11 @@ import torch
 import transformers
 from termcolor import colored
 
-from hyclora.utils.args import ROOT, TrainingArguments
+from hyclora.utils.args import ROOT
 from hyclora.utils.errors import UserError
 from hyclora.utils.ranks import of_first
 from hyclora.utils.runs.identity import in_effect
+from hyclora.utils.training_arguments import TrainingArguments
 
 SETTINGS = "settings.json"
 CORE = (

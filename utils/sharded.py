@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hyclora.models.sharding import is_unit
@@ -42,7 +41,7 @@ def ask_for_sharding(training) -> None:
     training.fsdp, training.fsdp_config = True, {"version": 2, "auto_wrap_policy": "NO_WRAP"}
 
 
-def take_cpu_too(trainer: Trainer) -> None:
+def take_cpu_too(trainer) -> None:
     """Have a Trainer that asks for FSDP2 do it on the CPU: accelerate has it on GPUs alone, and falls back to DDP.
 
     To be called when its accelerator has been made.

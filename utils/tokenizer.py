@@ -7,6 +7,7 @@ the weights: SentencePiece's own where there is a tokenizer.model, else those of
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import tokenizers
@@ -61,7 +62,9 @@ def _load(
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:  # fmt: skip
     settings = json.loads(files[SETTINGS].read_text(encoding="utf-8")) if SETTINGS in files else {}
     pieces = _read_pieces(files.get(_SENTENCEPIECE))
-    tokenizer, ids = _with_right_ids(source, files, pieces)
+    # of a large vocabulary it takes a while: once at most
+    written = cache(lambda: tokenizers.Tokenizer.from_file(str(files[_JSON])))
+    tokenizer, ids = _with_right_ids(source, files, pieces, written)
     if pieces:
         _name_specials(tokenizer, pieces, settings)
     if tokenizer.eos_token is None:
@@ -74,7 +77,7 @@ def _load(
     if tokenizer.cls_token and tokenizer.sep_token:
         around = f"{tokenizer.cls_token} before a text, {tokenizer.sep_token} behind it and between two"
         return tokenizer, [f"tokenizer: {ids}", f"tokenizer: {around}, {padding}"]
-    bos, why = _wants_bos(tokenizer, settings, files, pieces, config)
+    bos, why = _wants_bos(tokenizer, settings, files, pieces, written, config)
     _frame(tokenizer, bos, source)
     before = f"bos {tokenizer.bos_token}" if bos else "no bos"
     after = f"eos {tokenizer.eos_token}, {padding}"
@@ -100,15 +103,16 @@ def _read_pieces(file: Path | None):
         return None
 
 
-def _with_right_ids(source: str, files: dict[str, Path], pieces) -> tuple[PreTrainedTokenizerBase, str]:
-    """The first tokenizer that gives the ids of the files, and how that was found."""
+def _with_right_ids(
+    source: str, files: dict[str, Path], pieces, written: Callable[[], tokenizers.Tokenizer]
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """The first tokenizer that gives the ids of the files, and how that was found; written reads tokenizer.json."""
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     picked = type(tokenizer).__name__
     if pieces:
         right, theirs = pieces.encode, f"SentencePiece's for {_SENTENCEPIECE}"
     elif _JSON in files:
-        written = tokenizers.Tokenizer.from_file(str(files[_JSON]))
-        right, theirs = lambda text: written.encode(text, add_special_tokens=False).ids, f"those written in {_JSON}"
+        right, theirs = lambda text: written().encode(text, add_special_tokens=False).ids, f"those written in {_JSON}"
     else:
         unspaced_mask(tokenizer)
         return tokenizer, f"{picked}, its ids compared with nothing: there is no {_JSON} and no SentencePiece file"
@@ -195,7 +199,12 @@ def _name_specials(tokenizer: PreTrainedTokenizerBase, pieces, settings: dict):
 
 
 def _wants_bos(
-    tokenizer: PreTrainedTokenizerBase, settings: dict, files: dict[str, Path], pieces, config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict,
+    files: dict[str, Path],
+    pieces,
+    written: Callable[[], tokenizers.Tokenizer],
+    config: PretrainedConfig,
 ) -> tuple[bool, str]:
     """Whether the model was trained with bos before each text, and which file says so."""
     bos = tokenizer.bos_token_id
@@ -207,8 +216,7 @@ def _wants_bos(
         # LLaMA's and Mistral's code puts it there; a tokenizer.json that transformers saved may have lost it
         return True, f"{_SENTENCEPIECE} and config.json name it"
     if _JSON in files:
-        written = tokenizers.Tokenizer.from_file(str(files[_JSON]))
-        return bos in written.encode(PROBES[0]).ids, f"as {_JSON} does"
+        return bos in written().encode(PROBES[0]).ids, f"as {_JSON} does"
     if pieces:
         return False, f"{_SENTENCEPIECE} and config.json do not name the same; add_bos_token in {SETTINGS} would tell"
     return bos in tokenizer(PROBES[0]).input_ids, "as its class does"

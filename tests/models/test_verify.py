@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora, verify
 from hyclora.models import building
 from hyclora.models.patch import find_patch
 from hyclora.models.verification import ALWAYS_ZERO, AT_START, MISSING, NOT_FINITE, ROUNDING, UNUSED, ZERO
+from hyclora.models.verify import _Measurement
 from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.operators.savers import ChannelQuant
 from hyclora.utils.loading import checkpoint_layers
@@ -362,3 +364,25 @@ def test_memory_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr(type(model), "forward", forward)
     assert all(p.grad is None for p in model.parameters()) and find_patch(model).step.index == 0
     assert verify(model, batches()).slots
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number of a tensor is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_a_gpu_is_not_waited_for_at_each_weight():
+    model = patched()
+    before, weights = gradients(model, batches()[0])[1], 100
+    measurement = _Measurement(model, find_patch(model), batches(), rewind=lambda: None)
+    found = {str(i): g for i, g in enumerate(list(before.values()) * (weights // len(before) + 1))}
+    measurement.trained = list(found)
+    measurement.layers = dict.fromkeys(found)
+    with Reads() as reads:
+        told = measurement._tell([(0.0, found)], [(0.0, found)], None)
+    assert len(told) >= weights and all(g.cosine == pytest.approx(1) for g in told) and reads.count < 10

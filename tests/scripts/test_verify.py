@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import run_gsm8k
 import run_memory_throughput
 from hyclora import fidelity
+from hyclora.utils import fidelity as work
 from hyclora.utils.trainer import HycloraTrainer
 from tests.helpers.drivers import run_script
 
@@ -110,9 +111,9 @@ def test_a_checkpoint_is_verified_on_rows_of_each_kind(ask, tmp_path):
 
 def test_exact_steps_under_autocast_train_both_matrices(ask, monkeypatch):
     """Of a lora_B that stays 0 in the forward, lora_A learns nothing."""
-    measured = fidelity.verify
+    measured = work.verify
     models = []
-    monkeypatch.setattr(fidelity, "verify", lambda model, batches: models.append(model) or measured(model, batches))
+    monkeypatch.setattr(work, "verify", lambda model, batches: models.append(model) or measured(model, batches))
     for steps in (0, 3):
         found, _ = ask("--bf16", True, "--exact_steps", steps)
     assert found.summary.cosine > 0.95 and not any(g.note for g in found.gradients)
@@ -154,7 +155,7 @@ def test_adapters_that_are_none_of_this_model_are_told_in_a_sentence(ask, drive,
     ids=["embeddings", "layers"],
 )
 def test_what_the_model_cannot_do_is_told_before_it_is_loaded(ask, monkeypatch, options, said):
-    monkeypatch.setattr(fidelity, "load_model", None)
+    monkeypatch.setattr(work, "load_model", None)
     code, told = ask(*options)
     assert code == 2 and said in told
 

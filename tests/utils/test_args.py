@@ -8,8 +8,9 @@ import pytest
 from transformers.trainer_utils import SchedulerType
 
 from hyclora.models.config import HycloraConfig
-from hyclora.utils.args import HycloraArguments, Parser, TrainingArguments
+from hyclora.utils.args import HycloraArguments, Parser
 from hyclora.utils.errors import UserError
+from hyclora.utils.training_arguments import TrainingArguments
 from run_gsm8k import DRIVER
 
 SHARED = ("--parallel", "fsdp2", "--num_gpus", "2", "--use_cpu", "True")

@@ -8,13 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hyclora.utils.args import LoraArguments, ModelArguments, TrainingArguments
+from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.classification import collator
 from hyclora.utils.errors import UserError
 from hyclora.utils.heads import NEXT_TOKEN, classifier
 from hyclora.utils.loading import keep_initial_adapters, load_model
 from hyclora.utils.runs.card import save_trained
 from hyclora.utils.trainer import HycloraTrainer
+from hyclora.utils.training_arguments import TrainingArguments
 from tests.helpers.small_roberta import write_roberta
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import Trainer
 
 from hyclora.utils import results
-from hyclora.utils.args import TrainingArguments
 from hyclora.utils.errors import UserError
+from hyclora.utils.training_arguments import TrainingArguments
 from run_gsm8k import DRIVER
 
 SAMPLING = ("temperature", "top_k", "top_p", "generation_seed")

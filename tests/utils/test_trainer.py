@@ -9,11 +9,12 @@ import torch
 from transformers import TrainerCallback
 
 from hyclora.utils import trainer as trainer_module
-from hyclora.utils.args import LoraArguments, ModelArguments, TrainingArguments
+from hyclora.utils.args import LoraArguments, ModelArguments
 from hyclora.utils.data.tokens import IGNORED, Collator
 from hyclora.utils.errors import Interrupted, UserError
 from hyclora.utils.loading import load_model
 from hyclora.utils.trainer import HycloraTrainer
+from hyclora.utils.training_arguments import TrainingArguments
 
 ROWS = [
     {"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]}

@@ -8,13 +8,25 @@ fitting.py  the largest micro-step of a run, and whether it fits    budget.py   
 recorded.py result lines of a checkout: measured memory and time    units.py    24GiB and 4x512 as numbers
 peers.py    what PEFT alone and Unsloth need, to compare with       times.py    of a step, from those of a few layers
 measuring.py    a few layers of each mode, on the device at hand    times_file.py   what was measured, in a file
-kept.py     what each layer keeps, by the savers that it would get
+kept.py     what each layer keeps, by the savers that it would get   plan.py     the table of hyclora/plan.py
 """
 
-from hyclora.utils.planning.kept import Savers
-from hyclora.utils.planning.live import count
-from hyclora.utils.planning.modes import MODES, Mode, mode_of
-from hyclora.utils.planning.need import Need
-from hyclora.utils.planning.shape import Shape
+from importlib import import_module
 
-__all__ = ["MODES", "Mode", "Need", "Savers", "Shape", "count", "mode_of"]
+_PUBLIC = {
+    "MODES": "modes",
+    "Mode": "modes",
+    "Need": "need",
+    "Savers": "kept",
+    "Shape": "shape",
+    "count": "live",
+    "mode_of": "modes",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """The names of all, imported when they are asked for: who reads a size off a command line loads no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

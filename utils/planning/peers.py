@@ -13,7 +13,8 @@ from hyclora.utils.planning.live import WORKSPACE
 from hyclora.utils.planning.modes import how_near
 from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.recorded import is_shape
-from hyclora.utils.planning.shape import BASES, HALF, TRAINED, Shape
+from hyclora.utils.planning.shape import HALF, TRAINED, Shape
+from hyclora.utils.planning.units import BASES
 
 E, FP32 = HALF.itemsize, 4
 # Unsloth: logits of a chunk are in fp32, of so many rows at most, and at least of so many logits in all; more columns

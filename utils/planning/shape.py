@@ -21,9 +21,9 @@ from hyclora.operators.reference import padded_rank
 from hyclora.utils.args import ALL_LINEAR, ROOT
 from hyclora.utils.errors import UserError
 from hyclora.utils.folder import check_depth
+from hyclora.utils.planning.units import BASES
 
 SHAPES = ROOT / "benchmarks" / "shapes"
-BASES = ("nf4", "bf16")
 HALF = torch.bfloat16  # what is computed in, and what weights are in that are not NF4
 # bitsandbytes: weights that share an absmax of 8 bits, absmax that share one in fp32, tables of 16 and 256 values
 BLOCK, BLOCKS, TABLES = 64, 256, 4 * (16 + 256 + 1)

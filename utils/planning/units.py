@@ -5,6 +5,8 @@ from numbers import Integral
 
 from hyclora.utils.errors import UserError
 
+BASES = ("nf4", "bf16")  # what frozen weights are kept as
+DEVICES = ("cuda", "cpu")
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 LEAST_BYTES = 2**20  # a whole number below is not meant in bytes
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from hyclora.models.state import LAUNCH
+from hyclora.models.config import LAUNCH
 
 # A setting has an effect only with a value of another one that fits; that one has to have an effect itself.
 NEEDS = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hyclora.models.state import LAUNCH
+from hyclora.models.config import LAUNCH
 from hyclora.utils.errors import UserError, is_out_of_memory
 from hyclora.utils.planning.budget import available_host
 from hyclora.utils.planning.kept import Savers

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from hyclora.models.finite import BrokenWeight
 from hyclora.utils import results
-from hyclora.utils.args import TrainingArguments
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import (
     Finished,
@@ -32,6 +31,7 @@ from hyclora.utils.runs.checkpoints import fault_of, is_checkpoint, newest_whole
 from hyclora.utils.runs.identity import content_of, differences, identity
 from hyclora.utils.runs.room import NoRoom, available, what_fits
 from hyclora.utils.runs.script import again
+from hyclora.utils.training_arguments import TrainingArguments
 
 RESUME = "--resume_from_checkpoint"
 ACCUMULATION = ("gradient_accumulation", "gradient_accumulation_steps")  # what drivers call it

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from ckpt.make_tiny_llama import read_documents
 from hyclora.fidelity import FidelityArguments
-from hyclora.fidelity import read as read_for_fidelity
 from hyclora.utils.args import DataArguments
 from hyclora.utils.data import alpaca, arithmetic, glue, gsm8k, instructions
 from hyclora.utils.data.long_text import read_long_text
 from hyclora.utils.errors import UserError
+from hyclora.utils.fidelity import read as read_for_fidelity
 from run_wikitext2 import TextArguments, read_split
 from tests.helpers.fuzzing import JSON_VALUES, READ, spoil
 

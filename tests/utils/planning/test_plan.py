@@ -83,8 +83,8 @@ def few_modes(monkeypatch):
         asked.append((bench.device.type, bench.lora, [mode.name for mode in chosen], batch))
         return {chosen[0].name: Time(50.0)} | {mode.name: Time(why="out of memory") for mode in chosen[1:]}
 
-    monkeypatch.setattr("hyclora.plan.MODES", modes)
-    monkeypatch.setattr("hyclora.plan.measure_modes", measure_modes)
+    monkeypatch.setattr("hyclora.utils.planning.plan.MODES", modes)
+    monkeypatch.setattr("hyclora.utils.planning.plan.measure_modes", measure_modes)
     return asked
 
 
@@ -153,7 +153,7 @@ def test_a_gpu_that_is_not_the_one_planned_for_is_not_measured(few_modes, monkey
 
 def test_a_small_model_is_measured_on_a_cpu(tiny_llama_folder, few_modes, monkeypatch, tmp_path):
     """All of it, but for the clock's patience."""
-    monkeypatch.setattr("hyclora.plan.measure_modes", measuring.measure_modes)
+    monkeypatch.setattr("hyclora.utils.planning.plan.measure_modes", measuring.measure_modes)
     monkeypatch.setattr(measuring, "WINDOW", 0.0)
     options = {"tokens": (2, 32), "base": "bf16", "device": "cpu", "times": tmp_path / "times.json"}
     found = plan(tiny_llama_folder, "4GiB", "1GiB", measure=True, **options)

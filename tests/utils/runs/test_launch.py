@@ -9,11 +9,12 @@ import pytest
 
 import run_gsm8k
 from hyclora.utils import driver
-from hyclora.utils.args import ROOT, TrainingArguments
+from hyclora.utils.args import ROOT
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs import launch as module
 from hyclora.utils.runs.launch import launch
 from hyclora.utils.runs.script import LAUNCHED, again
+from hyclora.utils.training_arguments import TrainingArguments
 
 TELL = """
 import json, os, sys

@@ -1,0 +1,64 @@
+"""What a command imports before it does anything: of a cold disk a large package takes seconds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hyclora.utils.args import ROOT
+
+RUN = """
+import json, runpy, sys
+try:
+    runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+except SystemExit as exit:
+    print(json.dumps([exit.code or 0, *sys.modules]))
+"""
+IMPORT = """
+import json, sys
+__import__(sys.argv[1])
+print(json.dumps([0, *sys.modules]))
+"""
+TABLES = {"datasets", "pandas", "pyarrow"}
+MODELS = {"torch", "triton", "transformers.modeling_utils", "peft", "accelerate", "bitsandbytes", "scipy"}
+
+
+def imported(code, module, *options):
+    """The exit code of a process, and the packages and modules that it has imported."""
+    command = [sys.executable, "-c", code, module, *options]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stderr
+    exit_code, *names = json.loads(told.stdout.splitlines()[-1])
+    return exit_code, set(names)
+
+
+@pytest.mark.parametrize(
+    "module, options",
+    [
+        ("hyclora.fidelity", ["--help"]),
+        ("hyclora.fidelity", ["--modle", "x"]),
+        ("hyclora.fidelity", ["--model", "no such folder", "--q_bit", "5"]),
+        ("hyclora.plan", ["--help"]),
+        ("hyclora.plan", ["llama-2-7b", "--gpus", "24GiB"]),
+    ],
+)
+def test_a_mistyped_option_waits_for_no_torch(module, options):
+    code, names = imported(RUN, module, *options)
+    assert code == (0 if options == ["--help"] else 2) and not names & (MODELS | TABLES)
+
+
+@pytest.mark.parametrize("module", ["hyclora", "hyclora.models.config", "hyclora.utils.planning.units"])
+def test_a_setting_needs_no_torch(module):
+    assert not imported(IMPORT, module)[1] & (MODELS | TABLES)
+
+
+@pytest.mark.parametrize("module", ["hyclora.utils.fidelity", "hyclora.utils.planning.plan"])
+def test_what_trains_nothing_does_without_the_trainer(module):
+    names = imported(IMPORT, module)[1]
+    assert "peft" in names and not names & (TABLES | {"transformers.trainer", "sklearn", "matplotlib", "trl"})
+
+
+def test_help_of_a_driver_waits_for_no_tables():
+    code, names = imported(RUN, "run_gsm8k", "--help")
+    assert code == 0 and not names & (TABLES | {"transformers.trainer"})
