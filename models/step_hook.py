@@ -69,6 +69,7 @@ class StepHook:
             output[next(name for name in CACHE if name in output.__dataclass_fields__)] = NO_CACHE
         return output
 
+    @torch.compiler.disable  # what is asked of modules here has other answers while it is traced
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
         self.counted, self.step.stream = False, None  # of a forward that was interrupted
         self.step.running, self.step.private, self.step.embeds, self.step.restored = None, False, False, None
