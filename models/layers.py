@@ -164,6 +164,13 @@ class CheckpointBlock(Block):
         """Whether it keeps anything."""
         return self.own or self.better and self.bound is not None
 
+    @property
+    def hides_from_hooks(self) -> bool:
+        """Whether hooks run inside of a layer whose input is kept by ours whatever they do."""
+        checkpointed = getattr(self.module, "gradient_checkpointing", False)
+        kept = self.better if checkpointed else self.own
+        return kept and self.layer is not None and self._is_watched()
+
     def keeper(self) -> InputKeeper:
         return InputKeeper(self.savers, self.step, self.active_store, self.span, self.leads)
 

@@ -16,6 +16,7 @@ from hyclora.models.no_cache import NO_CACHE
 from hyclora.models.report import (
     tell_of_checkpointing,
     tell_of_frozen_adapters,
+    tell_of_hooks_that_run_twice,
     tell_of_larger_batch,
     tell_of_late_trainer,
     tell_of_new_calibration,
@@ -100,6 +101,8 @@ class StepHook:
             if any(reads_labelled_positions(block.module) for block in self.patch.blocks):
                 tell_of_late_trainer()
             tell_of_checkpointing([c.module for c in self.patch.checkpoints if not (c.better or c.own)])
+            if hooked := next((c.name for c in self.patch.checkpoints if c.hides_from_hooks), None):
+                tell_of_hooks_that_run_twice(hooked)
             checkpointed = any(getattr(c.module, "gradient_checkpointing", False) for c in self.patch.checkpoints)
             if "layer_in" in self.patch.config.slot_savers and not checkpointed:
                 tell_of_unused_input()

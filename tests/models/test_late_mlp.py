@@ -132,6 +132,22 @@ def test_what_hooks_add_and_take_is_part_of_the_loss(part):
     assert largest_error(*found) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("settings", "checkpointing", "expected"),
+    [({"layers": "input"}, False, True), (INPUT8, True, True), ({}, True, False), ({}, False, False)],
+    ids=["input", "8 bit", "exact checkpointing", "slots"],
+)
+def test_hooks_whose_gradients_are_lost_are_told_of(settings, checkpointing, expected, caplog):
+    model = llama()
+    model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    apply_hyclora(model, config(layer_type="baseline", **settings))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for _ in range(2):
+        gradients(model, padded_batch())
+    assert caplog.text.count("there are hooks inside of base_model.model.model.layers.1,") == expected
+
+
 def test_a_function_that_does_more_than_the_layer(late):
     """Checkpointing may be given one that reads the layer's output in the second run too."""
     model, batch = llama(), padded_batch()
