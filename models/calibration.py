@@ -63,7 +63,8 @@ class Calibration:
             return False
         again = self.gauge is not None and not self.step.calibrating and self._contradicted()
         if again:
-            self._begin_again()
+            self.begin_again(self.step.index - 1)
+            self.restarts += 1
         if self.step.calibrating:
             self._weigh(tokens)
         elif self.seen is not None:
@@ -135,11 +136,12 @@ class Calibration:
             )
         return wider > TOO_WIDE
 
-    def _begin_again(self) -> None:
-        self.begun, self.counted, self.seen = self.step.index - 1, 0, None
+    def begin_again(self, after: int) -> None:
+        """Have the forwards behind this one calibrate, in the place of all before."""
+        self.begun, self.counted, self.seen = after, 0, None
         self.step.threshold = self.begun + self.length
-        self.restarts += 1
-        self.gauge.forget()
+        if self.gauge is not None:
+            self.gauge.forget()
 
     def state_dict(self) -> tuple[str, dict[str, Tensor]]:
         """All that decides, for a run that goes on: numbers as text, and tensors by name."""

@@ -137,10 +137,10 @@ OPTIONS = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_st
 class CheckpointBlock(Block):
     """Keeps a decoder layer's input: in place of its slots where config.layers says so, and for gradient checkpointing.
 
-    There it takes the place of torch's where it runs the layer as a whole, which is more exact (mlp.py) and can be
-    recorded, or keeps the input better: with a store, or if layer_in is not exact. Else torch's runs inside. HF calls
-    it as it calls torch's, while gradient checkpointing is on; a trainer may switch that at any time, so bind() is
-    called before every training forward. Keeps what CheckpointFunction does.
+    There it takes the place of torch's where it runs the layer as a whole, without hooks, which is more exact (mlp.py)
+    and can be recorded, or keeps the input better: with a store, or if layer_in is not exact. Else torch's runs inside.
+    HF calls it as it calls torch's, while gradient checkpointing is on; a trainer may switch that at any time, so
+    bind() is called before every training forward. Keeps what CheckpointFunction does.
     own: whether the layer keeps its input without HF's checkpointing too; usual: whether that is nothing but keeping
     inputs, so that a graph of all layers may do it as layers do that keep their own; leads: whether the next one keeps
     its own as the difference to this one; layer: its block, if it has one. switches: what backward has to find as it
@@ -163,6 +163,13 @@ class CheckpointBlock(Block):
     def used(self) -> bool:
         """Whether it keeps anything."""
         return self.own or self.better and self.bound is not None
+
+    @property
+    def hides_from_hooks(self) -> bool:
+        """Whether hooks run inside of a layer whose input is kept by ours whatever they do."""
+        checkpointed = getattr(self.module, "gradient_checkpointing", False)
+        kept = self.better if checkpointed else self.own
+        return kept and self.layer is not None and self._is_watched()
 
     def keeper(self) -> InputKeeper:
         return InputKeeper(self.savers, self.step, self.active_store, self.span, self.leads)
@@ -243,7 +250,7 @@ class CheckpointBlock(Block):
             return function(hidden_states, *args)
         run, gathers = self._run_of(function), self._gathers_inside()
         other = _want_gradients(args, getattr(function, "keywords", {}))
-        if other or not self.better and (run is None or gathers or not self.usual):
+        if other or not self.better and (run is None or gathers or not self.usual or self._is_watched()):
             return self.bound.run_stock(self._guarded(function), hidden_states, *args)
         if gathers:
             raise ValueError(
@@ -252,6 +259,11 @@ class CheckpointBlock(Block):
                 "newer, or train without gradient checkpointing"
             )
         return self.keep_input(lambda x: (run or function)(x, *args), hidden_states, whole=run is not None)
+
+    def _is_watched(self) -> bool:
+        """Whether hooks of somebody run inside: torch's gives gradients to what they add, and by what they take."""
+        inside = [block.module for block in self.layer.blocks] + [self.module] * CALL_IS_CHECKPOINTED
+        return any(map(is_watched, inside))
 
     def _gathers_inside(self) -> bool:
         """Whether fully_shard gathers weights inside of a checkpoint."""

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from hyclora.models.config import LAUNCH, HycloraConfig
 from hyclora.models.patch import find_patch
 from hyclora.models.report import tell_of_other_savers
+from hyclora.operators.savers.difference import SAID
 
 FILE_NAME = "hyclora_calibration.safetensors"
 FORMAT = "2"
@@ -44,7 +45,8 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
     """Restore what save_calibration wrote, read on the CPU, to follow the activations when they come.
 
     ValueError if the model is not patched, or the file is missing, torn, or of another setting or model; then nothing
-    has changed. It is told if another version kept slots otherwise with the same settings.
+    has changed. It is told if another version kept slots otherwise with the same settings; if one that is kept as a
+    difference was not, or the other way round, its statistics are left out and calibration begins again.
     """
     patch = find_patch(model)
     path = Path(folder) / FILE_NAME
@@ -67,21 +69,25 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
     known = {key for key, _ in _savers(patch)} | {PROGRESS}
     if foreign := {name.rpartition(".")[0] for name in tensors} - known:
         raise ValueError(f"{path} is of another model, this one has no {min(foreign)}: resume from its own checkpoint")
+    before, now = _kept_before(patch, metadata), {key: str(saver) for key, saver in _savers(patch)}
+    foreign = {key for key, how in now.items() if how.startswith(SAID) != before.get(key, "").startswith(SAID)}
     for key, saver in _savers(patch):
-        saver.load_state_dict(_under(key, tensors))
+        saver.load_state_dict({} if key in foreign else _under(key, tensors))
     patch.calibration.load_state_dict(metadata[PROGRESS], _under(PROGRESS, tensors))
+    if foreign:
+        patch.calibration.begin_again(patch.step.index)
     if patch.graphs is not None:
         patch.graphs.clear()
-    tell_of_other_savers(path, _kept_otherwise(patch, metadata))
+    tell_of_other_savers(path, {key.rpartition(".")[2] for key, how in now.items() if before.get(key) != how})
 
 
-def _kept_otherwise(patch, metadata: dict) -> set[str]:
-    """The slots that were kept in another way when the metadata were written."""
+def _kept_before(patch, metadata: dict) -> dict[str, str]:
+    """How slots were kept when the metadata were written, as far as that is known."""
+    if KEPT in metadata:
+        return json.loads(metadata[KEPT])
+    # versions that did not write it had groups of one size, and no differences
     now = {key: str(saver) for key, saver in _savers(patch)}
-    # versions that did not write it had groups of one size
-    older = {key: how for key, how in now.items() if "groups of" not in how}
-    before = json.loads(metadata[KEPT]) if KEPT in metadata else older
-    return {key.rpartition(".")[2] for key, how in now.items() if before.get(key) != how}
+    return {key: how for key, how in now.items() if "groups of" not in how and not how.startswith(SAID)}
 
 
 def _under(key: str, tensors: dict) -> dict:

@@ -16,6 +16,7 @@ from hyclora.models.no_cache import NO_CACHE
 from hyclora.models.report import (
     tell_of_checkpointing,
     tell_of_frozen_adapters,
+    tell_of_hooks_that_run_twice,
     tell_of_larger_batch,
     tell_of_late_trainer,
     tell_of_new_calibration,
@@ -69,6 +70,7 @@ class StepHook:
             output[next(name for name in CACHE if name in output.__dataclass_fields__)] = NO_CACHE
         return output
 
+    @torch.compiler.disable  # what is asked of modules here has other answers while it is traced
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict):
         self.counted, self.step.stream = False, None  # of a forward that was interrupted
         self.step.running, self.step.private, self.step.embeds, self.step.restored = None, False, False, None
@@ -99,6 +101,8 @@ class StepHook:
             if any(reads_labelled_positions(block.module) for block in self.patch.blocks):
                 tell_of_late_trainer()
             tell_of_checkpointing([c.module for c in self.patch.checkpoints if not (c.better or c.own)])
+            if hooked := next((c.name for c in self.patch.checkpoints if c.hides_from_hooks), None):
+                tell_of_hooks_that_run_twice(hooked)
             checkpointed = any(getattr(c.module, "gradient_checkpointing", False) for c in self.patch.checkpoints)
             if "layer_in" in self.patch.config.slot_savers and not checkpointed:
                 tell_of_unused_input()

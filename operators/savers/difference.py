@@ -22,13 +22,14 @@ from hyclora.operators.savers.exact import Exact
 from hyclora.operators.store.store import Store, redeem, ticket
 
 SLOT, LINK, TICKET = "layer_in", "link ", "ticket "
+SAID = "difference in "  # of what statistics are, as checkpoints have it
 
 
 class Difference(ChannelQuant):
     """A ChannelQuant that is given, and calibrated on, differences; an InputKeeper makes them and adds them up."""
 
     def __str__(self) -> str:
-        return f"difference in {super().__str__()}"
+        return SAID + super().__str__()
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,16 @@ class Recorder:
 class Rerun(Recorder):
     """A replay runs again into the same output: for stores, whose late copies are no operations of torch."""
 
-    @staticmethod
-    def replayable(run):
-        result = run()
+    def replayable(self, run):
+        result, step = run(), self.graphs.step
 
         def replay():
-            with torch.enable_grad():  # which is off where autograd calls a Function
-                again = run()
+            step.recording = True  # what is done is what was recorded
+            try:
+                with torch.enable_grad():  # which is off where autograd calls a Function
+                    again = run()
+            finally:
+                step.recording = False
             if result is not None:
                 result.copy_(again)
 

@@ -5,6 +5,8 @@ import gc
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -233,6 +235,37 @@ def test_what_was_calibrated_goes_on(tmp_path):
     load_calibration(resumed, tmp_path)
     found = [gradients(resumed, batch)[1] for batch in later]
     assert all(equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["", "of versions that did not say how"])
+def test_statistics_of_inputs_are_not_taken_for_those_of_differences(told, tmp_path, caplog):
+    """As a checkpoint has them of a version that kept each input by itself: calibration begins again."""
+    model, batch = deep(), padded_batch()
+    _, exact = gradients(model, batch)
+    for checkpoint in patched(model).checkpoints:
+        checkpoint.savers["layer_in"] = ChannelQuant(4, "channel_group", 0.005)
+    for _ in range(4):
+        gradients(model, batch)
+    file = save_calibration(model, tmp_path)
+    if not told:
+        with safe_open(file, framework="pt") as saved:
+            metadata, tensors = saved.metadata(), {name: saved.get_tensor(name) for name in saved.keys()}
+        del metadata["kept"]
+        save_file(tensors, file, metadata)
+    errors = []
+    for resumed in (False, True):
+        model = deep()
+        patch = patched(model)
+        if resumed:
+            load_calibration(model, tmp_path)
+            assert "layer_in were kept otherwise" in caplog.text and patch.step.index == 4
+        gradients(model, batch)
+        assert patch.step.calibrating
+        for _ in range(2):
+            _, found = gradients(model, batch)
+        assert not patch.step.calibrating
+        errors.append(1 - mean_cosine(found, exact))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
 def test_a_layer_that_is_called_by_itself_keeps_its_input_as_it_is():

@@ -107,6 +107,47 @@ def test_a_layer_that_hooks_look_at(late, checkpointing):
     assert len(late) == 3
 
 
+@pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm", ""])
+def test_what_hooks_add_and_take_is_part_of_the_loss(part):
+    """Under exact checkpointing too: a trained shift of a part's output, and that output as a term of the loss."""
+    found = []
+    for ours in (False, True):
+        model, taken = llama(), []
+        shift = torch.nn.Parameter(torch.full((96,), 0.1, device=model.device))
+        if ours:
+            apply_hyclora(model, config(layer_type="baseline"))
+        model.gradient_checkpointing_enable()
+        layer = model.get_base_model().model.layers[1]
+        own = layer.get_submodule(part) if part else layer
+
+        def hook(module, args, output, taken=taken, shift=shift):
+            first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+            taken.append(first)
+            return first + shift if rest is None else (first + shift, *rest)
+
+        own.register_forward_hook(hook)
+        (model(**padded_batch()).loss + taken[0].square().mean()).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append(grads | {"shift": shift.grad})
+    assert largest_error(*found) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "checkpointing", "expected"),
+    [({"layers": "input"}, False, True), (INPUT8, True, True), ({}, True, False), ({}, False, False)],
+    ids=["input", "8 bit", "exact checkpointing", "slots"],
+)
+def test_hooks_whose_gradients_are_lost_are_told_of(settings, checkpointing, expected, caplog):
+    model = llama()
+    model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    apply_hyclora(model, config(layer_type="baseline", **settings))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for _ in range(2):
+        gradients(model, padded_batch())
+    assert caplog.text.count("there are hooks inside of base_model.model.model.layers.1,") == expected
+
+
 def test_a_function_that_does_more_than_the_layer(late):
     """Checkpointing may be given one that reads the layer's output in the second run too."""
     model, batch = llama(), padded_batch()

@@ -163,8 +163,9 @@ def test_a_loop_of_ones_own_over_the_layers():
     assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(seen, ours_seen, strict=True))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("what", ["model", "layers"])
-def test_torch_compile(what):
+def test_torch_compile(what, checkpointing):
     """Of all, and of each layer: the loss and the gradients are those of the patched model.
 
     With adapters on two linears of a layer, as each one more takes dynamo a second.
@@ -172,7 +173,10 @@ def test_torch_compile(what):
     model, batch = llama({"target_modules": ["q_proj", "down_proj"]}), padded_batch()
     _, exact = gradients(model, batch)
     apply_hyclora(model, BASELINE)
-    gradients(model, batch)
+    if checkpointing:  # a compiled step is the first one
+        model.gradient_checkpointing_enable()
+    else:
+        gradients(model, batch)
     torch._dynamo.reset()
     for module in [model] if what == "model" else layers_of(model):
         module.compile(backend="eager")
