@@ -42,6 +42,8 @@ IN_PIECES = "2026-11-30T03:50"
 # and of layers that are run again lines before this, in which the second run kept q and k before RoPE beside v, and its
 # input beside the residual stream; o was there in pieces and joined
 LATE = "2026-11-30T17:40"
+# and where checkpointing keeps inputs exactly, which torch's did before this
+OUR_CHECKPOINTING = "2026-11-30T22:12"
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def is_of_earlier_build(line: dict) -> bool:
     case = Case(**line["arguments"])
     config = case.config(0)
     again = case.setting.get("layers", "slots") != "slots" or case.checkpointing and case.setting.get("offload", False)
-    if again and line["time"] < LATE:
+    if again and line["time"] < LATE or case.checkpointing and line["time"] < OUR_CHECKPOINTING:
         return True
     heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     return line["time"] < IN_PIECES and head_pieces(case.batch_size * case.seq_len, 0, *heads) > 1

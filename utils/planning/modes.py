@@ -63,18 +63,21 @@ def how_near(lines: int, off: float, earlier: bool = False) -> str:
 # of each mode with measured lines: how many, off at most by so many percent, of earlier builds alone; an installed
 # package has no result files. `python -m benchmarks.report_plan` prints them, and a test holds them to the files
 MEASURED = {
-    "checkpointing, resident layer inputs, exact": (1, 0.0, False),
     "exact, resident, layer by layer": (1, 3.7, True),
+    "offloaded layer inputs, CUDA graphs, 4 bit": (1, 0.0, False),
     "offloaded, CUDA graphs, 2 bit": (2, 0.2, False),
-    "offloaded, CUDA graphs, 4 bit": (23, 0.4, False),
+    "offloaded, CUDA graphs, 4 bit": (23, 2.2, False),
     "offloaded, CUDA graphs, 8 bit": (1, 0.1, False),
-    "offloaded, layer by layer, 2 bit": (1, 0.1, False),
+    "offloaded, layer by layer, 2 bit": (2, 0.1, False),
     "offloaded, layer by layer, 4 bit": (25, 1.1, False),
-    "resident, CUDA graphs, 2 bit": (2, 0.1, False),
+    "resident, CUDA graphs, 2 bit": (2, 0.0, False),
     "resident, CUDA graphs, 4 bit": (17, 0.2, False),
     "resident, CUDA graphs, 8 bit": (1, 0.0, False),
     "resident, layer by layer, 2 bit": (5, 7.0, True),
     "resident, layer by layer, 4 bit": (1, 3.6, True),
+    "PEFT LoRA": {"llama-2-7b": (1, 0.0), "llama-3-8b": (1, 0.0), "mistral-7b": (1, 0.0)},
+    "PEFT LoRA, checkpointing": {"llama-2-7b": (3, 0.0), "llama-3-8b": (1, 0.0), "mistral-7b": (1, 0.0), "qwen3-8b": (1, 0.0)},
+    "Unsloth, offloaded checkpointing": {"llama-2-7b": (3, 6.6)},
 }
 
 
