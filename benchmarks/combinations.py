@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         cases = found(report)
     failed = 0
     for name, tests in chosen.items():
-        line = record(NAME, {"setting": name, **count(cases, tests)}, args.output_dir)
+        found_here = {"setting": name, **count(cases, tests), "arguments": {"tests": list(tests)}}
+        line = record(NAME, found_here, args.output_dir)
         failed += line["failed"]
         print(f"{name}: {line['passed']} passed, {line['skipped']} skipped, {line['failed']} failed", flush=True)
     if failed:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import combinations
+from benchmarks import combinations, report_combinations
 from benchmarks.combinations import COMBINATIONS, count, found
 from benchmarks.report_combinations import cell
 from hyclora.utils.args import ROOT
@@ -55,6 +55,9 @@ def test_a_failure_is_recorded_and_ends_with_code_1(cases, tmp_path, monkeypatch
         combinations.main(["--match", "TRL", "--output_dir", str(tmp_path)])
     (line,) = (tmp_path / "combinations.jsonl").read_text().splitlines()
     assert ended.value.code == 1 and json.loads(line)["failed"] == 1
+    monkeypatch.setattr("benchmarks.rows.RESULTS", tmp_path)
+    (head, _, row), device = report_combinations.combinations().splitlines()[:3], json.loads(line)["device"]
+    assert head == f"| what is combined | {device} |" and row.endswith("| 1 of 2 tests, 1 not for it |")
 
 
 def test_a_name_that_there_is_not(capsys, tmp_path):
