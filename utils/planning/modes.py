@@ -75,9 +75,6 @@ MEASURED = {
     "resident, CUDA graphs, 8 bit": (1, 0.0, False),
     "resident, layer by layer, 2 bit": (5, 7.0, True),
     "resident, layer by layer, 4 bit": (1, 3.6, True),
-    "PEFT LoRA": {"llama-2-7b": (1, 0.0), "llama-3-8b": (1, 0.0), "mistral-7b": (1, 0.0)},
-    "PEFT LoRA, checkpointing": {"llama-2-7b": (3, 0.0), "llama-3-8b": (1, 0.0), "mistral-7b": (1, 0.0), "qwen3-8b": (1, 0.0)},
-    "Unsloth, offloaded checkpointing": {"llama-2-7b": (3, 6.6)},
 }
 
 

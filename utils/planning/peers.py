@@ -165,5 +165,5 @@ PEERS = [
         {"llama-2-7b": (3, 0.0), "llama-3-8b": (1, 0.0), "mistral-7b": (1, 0.0), "qwen3-8b": (1, 0.0)},
         whole_logits=True,
     ),
-    Peer("Unsloth, offloaded checkpointing", _unsloth, {"llama-2-7b": (3, 6.6)}, staging=2),
+    Peer("Unsloth, offloaded checkpointing", _unsloth, {"llama-2-7b": (3, 0.2)}, staging=2),
 ]
