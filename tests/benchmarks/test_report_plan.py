@@ -82,10 +82,10 @@ def test_a_row_a_line():
 
 @pytest.mark.parametrize("one", compared_peers(), ids=named)
 def test_peers_are_counted_as_they_were_measured(one):
-    assert abs(one.off("static")) <= 0.2 and abs(one.off("dyn")) <= 0.3
+    short_first = one.line["arguments"].get("warm_up_seq_len")  # buffers of theirs count as static, and fewer wait
+    assert abs(one.off("static")) <= (2 if short_first else 0.2) and abs(one.off("dyn")) <= 0.3
     if one.line.get("host_mib"):
-        # with short rows first a little less, at the first long one
-        assert one.off("host") == pytest.approx(0, abs=3 if one.line["arguments"].get("warm_up_seq_len") else 0.01)
+        assert one.off("host") == pytest.approx(0, abs=3 if short_first else 0.01)
     if one.line.get("allocator") == report_plan.EXPANDABLE:
         assert one.off("held") >= -0.2
 

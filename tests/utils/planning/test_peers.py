@@ -108,12 +108,12 @@ def test_a_plan_tells_them_apart_and_chooses_none():
     modes, peers = str(found).split("for comparison, counted, and never chosen:\n")
     assert [row.mode for row in found.peers] == PEERS and [row.fits for row in found.peers] == [False, True, True]
     assert not any(peer.name in modes for peer in PEERS) and all(peer.name in peers for peer in PEERS)
-    assert found.chosen in found.rows and "within 0.2 % of 2 measured lines" in peers
+    assert found.chosen in found.rows and "within 0.2 % of 3 measured lines" in peers
     assert str(found.peers[2].time).endswith("ms (H100)")
 
 
 def test_other_shapes_and_longer_rows_are_marked():
     found = plan("mistral-7b", "20GiB", "64GiB", (1, 2048))
-    assert found.peers[2].near == "no line of this shape here; of others within 0.2 % of 2 measured lines"
+    assert found.peers[2].near == "no line of this shape here; of others within 0.2 % of 3 measured lines"
     assert found.peers[1].near == "within 0.0 % of 1 measured line" and str(found.peers[1].time) == "unknown"
     assert [row.or_more for row in found.peers] == [False, True, True] and "4096 tokens or more" in str(found)
