@@ -7,7 +7,7 @@ buffered.py           bytes kept by one layer                fidelity.py        
 peak_memory.py        what is alive at the peak of a step    finetune.py        whether fine-tuning notices
 profile_step.py       where the time of a step goes          experiments.py     the paper's, on a small model
 technique_grid.py     run_alpaca.py's techniques, on and off technique_peers.py  and Unsloth on the same rows
-generation.py         writing with and without a cache
+generation.py         writing with and without a cache     attention.py       its kernels, torch's and others
 scaling.py            one GPU and several of one host
 plan_check.py         what a plan predicts, and is so, of some sixty cases
 plan_times.py         the times that a plan measures on few layers, and all layers take

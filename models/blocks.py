@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hyclora.models.binding import BoundForward, bind, unbind
 from hyclora.models.families.family import Family
 from hyclora.operators import reference
+from hyclora.operators.attention import flash4
 from hyclora.operators.attention.attention import CORES, AttentionFunction, AttentionSpec
 from hyclora.operators.attention.flash import takes_varlen, tells_runs
 from hyclora.operators.attention.fused_qkv import fits
@@ -234,6 +235,11 @@ class AttentionBlock(Block):
         weight = self.projections[0].base.weight
         probe = torch.empty(0, self.spec.head_dim, dtype=dtype, device=weight.device)
         return not weight.is_cuda or takes_varlen(probe, self.dropout(self.module))
+
+    def kernel(self) -> str | None:
+        """Whose attention kernels run long rows in half precision, None for torch's."""
+        device = self.projections[0].base.weight.device
+        return flash4.told(device, self.spec.head_dim) if self.own_flash else None
 
     def takes_bounds(self) -> bool:
         """Whether operators/attention/flash.py can run here, so that bounds may stand in for HF's mask."""

@@ -162,6 +162,7 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     if recorder is not None:
         patch.add_graphs(recorder)
     attention = [block for block in blocks if isinstance(block, AttentionBlock)]
+    report.kernel = attention[0].kernel() if attention else None
     hook = StepHook(patch, attention, adapted(blocks)[:1])
     hook.load = None if plan is None else plan.load
     patch.hooks = hook.register(decoder)

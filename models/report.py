@@ -27,7 +27,7 @@ class PatchReport:
     the model has a norm after its layers. drops: of the attention, on a GPU, where that is in the way of both.
     kept: how many layers keep what, by names of config.KEPT; of those that keep their input that alone is counted.
     plan: what memory_budget chose, with predicted memory, None without one. embeddings: name and size of those in host
-    memory, None without any.
+    memory, None without any. kernel: whose attention kernels long rows run, None for torch's.
     """
 
     config: HycloraConfig
@@ -46,6 +46,7 @@ class PatchReport:
     kept: dict[str, int] = field(default_factory=dict)
     plan: object | None = None
     embeddings: str | None = None
+    kernel: str | None = None
 
     def __str__(self) -> str:
         parts = "2 norms, attention, MLP each" + ("; and the last norm" if self.last_norm else "")
@@ -65,6 +66,8 @@ class PatchReport:
         if self.single_kernels:
             names = ", ".join(self.single_kernels)
             lines.append(f"  fused kernels do not take: {names} (head size, savers or biases)")
+        if self.kernel is not None:
+            lines.append(f"  attention: {self.kernel}")
         if self.config.offload:
             lines.append("  packed slots wait in pinned host memory")
         if self.embeddings is not None:

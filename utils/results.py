@@ -43,7 +43,7 @@ CORE = (
     "output_dir",
 )
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
-_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "flash-attn-4")
 _MEMORY = {
     "peak_bytes": "MiB at the peak of GPU memory",
     "held_bytes": "MiB that torch held of the GPU",

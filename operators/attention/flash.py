@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyclora.operators.attention import flash4
+from hyclora.operators.attention.flash4 import HALF
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
@@ -23,7 +26,6 @@ except ImportError:  # before torch 2.10
 else:
     VARLEN_OPTIONS = frozenset(signature(varlen_attn).parameters)
 
-HALF = (torch.bfloat16, torch.float16)
 # tokens that the backward of flash's kernel for runs takes memory for with each run, be it empty
 PLACE = 128
 # tokens whose memory is not worth being saved, as each piece of a backward costs some launches
@@ -142,19 +144,24 @@ def takes_varlen(q: Tensor, dropout: float) -> bool:
 def _varlen(q, k, v, starts, seeing, longest: int, window: int | None, scaling: float, causal: bool) -> Tensor:
     """All runs in one kernel. Grouped queries are a matter of course before torch had a switch for them."""
     on_device = starts.to(q.device, non_blocking=True)
-    grouped = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
-    tokens = (t.flatten(0, 1) for t in (q, k, v))
-    window_size = (-1 if window is None else window - 1, 0 if causal else -1)
-    o = varlen_attn(
-        *tokens, on_device, on_device, longest, longest, scale=scaling, window_size=window_size, **grouped
-    )  # fmt: skip
+    tokens = [t.flatten(0, 1) for t in (q, k, v)]
+    if flash4.takes(q, 0.0, len(tokens[0]), flash4.RUNS):
+        o = flash4.of_runs(*tokens, on_device, longest, window, scaling, causal)
+    else:
+        grouped = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
+        window_size = (-1 if window is None else window - 1, 0 if causal else -1)
+        o = varlen_attn(
+            *tokens, on_device, on_device, longest, longest, scale=scaling, window_size=window_size, **grouped
+        )  # fmt: skip
     if seeing is not None and not seeing.all():
         o = o * seeing.repeat_interleave(starts.diff()).to(q.device, q.dtype, non_blocking=True)[:, None, None]
     return o.view(q.shape)
 
 
 def _of_rows(q, k, v, window: int | None, scaling: float, dropout: float, causal: bool) -> Tensor:
-    """Attention within each row, by chunks of `window` queries: they see their own chunk and the one before."""
+    """Attention within each row, torch's by chunks of `window` queries, which see their own and the one before."""
+    if flash4.takes(q, dropout, q.shape[1], flash4.ROWS):
+        return flash4.of_rows(q, k, v, window, scaling, causal)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if window is None or window >= q.shape[2]:
         return _sdpa(q, k, v, None, scaling, dropout, causal).transpose(1, 2)
