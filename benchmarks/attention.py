@@ -84,7 +84,7 @@ def kernels(cell: Cell) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
         left = -1 if cell.window is None else cell.window - 1
         return flash.varlen_attn(
             *(t[0] for t in (q, k, v)), starts, starts, cell.seq_len, cell.seq_len, scale=SCALING,
-            window_size=(left, 0), enable_gqa=True,
+            window_size=(left, 0), **flash.GROUPED,
         )  # fmt: skip
 
     def theirs(q, k, v):

@@ -26,6 +26,8 @@ except ImportError:  # before torch 2.10
 else:
     VARLEN_OPTIONS = frozenset(signature(varlen_attn).parameters)
 
+# grouped queries are a matter of course before torch had a switch for them
+GROUPED = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
 # tokens that the backward of flash's kernel for runs takes memory for with each run, be it empty
 PLACE = 128
 # tokens whose memory is not worth being saved, as each piece of a backward costs some launches
@@ -142,16 +144,15 @@ def takes_varlen(q: Tensor, dropout: float) -> bool:
 
 
 def _varlen(q, k, v, starts, seeing, longest: int, window: int | None, scaling: float, causal: bool) -> Tensor:
-    """All runs in one kernel. Grouped queries are a matter of course before torch had a switch for them."""
+    """All runs in one kernel."""
     on_device = starts.to(q.device, non_blocking=True)
     tokens = [t.flatten(0, 1) for t in (q, k, v)]
     if flash4.takes(q, 0.0, len(tokens[0]), flash4.RUNS):
         o = flash4.of_runs(*tokens, on_device, longest, window, scaling, causal)
     else:
-        grouped = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
         window_size = (-1 if window is None else window - 1, 0 if causal else -1)
         o = varlen_attn(
-            *tokens, on_device, on_device, longest, longest, scale=scaling, window_size=window_size, **grouped
+            *tokens, on_device, on_device, longest, longest, scale=scaling, window_size=window_size, **GROUPED
         )  # fmt: skip
     if seeing is not None and not seeing.all():
         o = o * seeing.repeat_interleave(starts.diff()).to(q.device, q.dtype, non_blocking=True)[:, None, None]
