@@ -81,7 +81,7 @@ COMBINATIONS = {
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--match", default="", help="only combinations whose name has this in it")
-    parser.add_argument("--jobs", type=number, default=os.cpu_count(), help="tests at a time")
+    parser.add_argument("--jobs", type=number(1), default=os.cpu_count(), help="tests at a time")
     parser.add_argument("--output_dir", type=to_path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     missing = [name for name in ("pytest", "xdist", "pytest_timeout") if find_spec(name) is None]

@@ -137,7 +137,9 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     no_graphs = _why_no_graphs(config, layers, blocks) if config.cuda_graphs == "auto" else None
     known = is_known(family, _base(model), decoder)
     no_stream = f"it is not known what {type(_base(model)).__name__} reads" if not (known or family.causal) else None
-    drops = 0.0 if _elsewhere(layers) else max([b.dropout(b.module) for b in blocks if isinstance(b, AttentionBlock)])
+    # none where all of them run stock code
+    attention = [block for block in blocks if isinstance(block, AttentionBlock)]
+    drops = 0.0 if _elsewhere(layers) else max((block.dropout(block.module) for block in attention), default=0.0)
     widths, last_norm = builder.widths(), norm is not None
     report = make_report(
         config, layers, widths, inside, checkpoints, head_name, not_patched, no_graphs, no_stream, last_norm, drops
@@ -161,7 +163,6 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     patch.watch = Watch(family, decoder, blocks, checkpoints, report.not_patched)
     if recorder is not None:
         patch.add_graphs(recorder)
-    attention = [block for block in blocks if isinstance(block, AttentionBlock)]
     report.kernel = attention[0].kernel() if attention else None
     hook = StepHook(patch, attention, adapted(blocks)[:1])
     hook.load = None if plan is None else plan.load

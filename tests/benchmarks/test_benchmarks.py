@@ -50,6 +50,12 @@ def test_every_path_of_a_command_is_looked_at():
     assert not [file.name for file in commands if "type=Path" in file.read_text()]
 
 
+def test_every_whole_number_has_a_least_one():
+    """number is what makes the parser, not the parser."""
+    commands = (ROOT / "benchmarks").glob("*.py")
+    assert not [file.name for file in commands if re.search(r"type=number\b(?!\()", file.read_text())]
+
+
 def lines(results, name):
     found = [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
     assert all(line.keys() >= KEYS for line in found)

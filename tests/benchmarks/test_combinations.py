@@ -60,6 +60,19 @@ def test_a_failure_is_recorded_and_ends_with_code_1(cases, tmp_path, monkeypatch
     assert head == f"| what is combined | {device} |" and row.endswith("| 1 of 2 tests, 1 not for it |")
 
 
+def test_jobs_are_a_number_from_1_on(cases, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(combinations, "run", lambda tests, jobs, report: asked.append(jobs))
+    monkeypatch.setattr(combinations, "found", lambda _: cases)
+    options = ["--match", "mistyped", "--output_dir", str(tmp_path), "--jobs"]
+    combinations.main([*options, "3"])
+    assert asked == [3]
+    for wrong in ("0", "many"):
+        with pytest.raises(SystemExit) as ended:
+            combinations.main([*options, wrong])
+        assert ended.value.code == 2 and f"{wrong} is not a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_a_name_that_there_is_not(capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         combinations.main(["--match", "DeepSpeed", "--output_dir", str(tmp_path)])

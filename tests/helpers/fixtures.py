@@ -36,6 +36,15 @@ def cpu_runs_reference(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETING", False)
 
 
+@pytest.fixture(autouse=True)
+def products_of_its_own(monkeypatch):
+    """TF32 that a test switches on, as the Trainer does for torch_compile, is off again for the tests after it.
+
+    Its products have 1e-3 of error, and fp32 is compared within 1e-5.
+    """
+    monkeypatch.setattr(torch.backends, "fp32_precision", torch.backends.fp32_precision)
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """CPU tensors run the Triton kernels in the interpreter, and torch.empty is full of NaN (bytes of 0xFF)."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hyclora import HycloraConfig, apply_hyclora
+from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, padded_batch, qwen3, roberta
 
 MODELS = {"llama": llama, "qwen3": qwen3, "roberta": roberta}
@@ -97,7 +98,7 @@ def test_exact_slots_give_exact_gradients(name, edge):
 
 
 def of_shape(rows, width):
-    ids = torch.zeros(rows, width, dtype=torch.long)
+    ids = torch.zeros(rows, width, dtype=torch.long, device=DEVICE)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 

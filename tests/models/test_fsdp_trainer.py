@@ -63,7 +63,6 @@ def compare(rank: int, base: str, folder: str) -> None:
             assert os.path.getsize(f"{folder}/{way}/adapter_model.safetensors") > 1000
 
 
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes of NCCL need a GPU each")
 @pytest.mark.parametrize("base", ["float32", "nf4 as float32"])
 def test_trainer(base, tmp_path):
     run_ranks(compare, tmp_path, base, str(tmp_path))

@@ -53,7 +53,10 @@ def refused(base, tmp_path, capsys, monkeypatch):
         (["--memory_budget", "20Gib"], "memory_budget: '20Gib' is no size of memory: write a number with MB, GB"),
         (["--memory_budget", "RTX4090"], "memory_budget: 'RTX4090' is no size of memory"),
         (["--memory_budget", "20"], "memory_budget=20 are bytes: write a unit"),
-        (["--memory_budget", "20GiB"], "memory_budget=20GiB needs a GPU, and this would run on the CPU"),
+        (
+            ["--memory_budget", "20GiB", "--use_cpu", "True"],
+            "memory_budget=20GiB needs a GPU, and this would run on the CPU",
+        ),
         (["--memory_budget", "null"], "memory_budget: 'null' is no size of memory"),
         (["--layers", "9" * 5000], "is not one of slots, input, input2"),
         (["--largest_batch", "4x512"], "the scripts look up the largest batch of their rows; drop it"),
@@ -73,6 +76,12 @@ def refused(base, tmp_path, capsys, monkeypatch):
 )
 def test_settings(refused, options, named):
     assert named in refused(*options)
+
+
+def test_a_budget_where_there_is_no_gpu(refused, monkeypatch):
+    """Though nobody asked for the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "memory_budget=20GiB needs a GPU, and this would run on the CPU" in refused("--memory_budget", "20GiB")
 
 
 def test_embeddings_that_are_the_heads_too(refused, tiny_llama_folder, tmp_path):

@@ -81,7 +81,6 @@ def train(rank: int, folder: str, model: str, stop: int, options: tuple[str, ...
         assert found == [None] * 3
 
 
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes of NCCL need a GPU each")
 @pytest.mark.parametrize(
     "stop, options", [(2, ("--load_in_4bit", "True")), (STEPS, ("--layer_type", "baseline", "--lora_rank", "1"))]
 )

@@ -16,10 +16,12 @@ from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import training_args
 
 from hyclora.utils import driver
 from hyclora.utils.errors import Finished
-from tests.helpers.fuzzing import Fuzzer
+from tests.helpers.fuzzing import Case, Fuzzer
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 10))
 SEED, FIRST = (int(os.environ.get(name, 0)) for name in ("FUZZ_SEED", "FUZZ_FIRST"))
@@ -52,6 +54,24 @@ def fault_of(case, monkeypatch) -> str | None:
     errors = [line for line in said.getvalue().split("\n") if line.startswith("error: ")]
     right = len(errors) == (code == 2) and code in (0, 2) and all(len(line) > len("error: ") + 10 for line in errors)
     return None if right and "Traceback" not in said.getvalue() else f"code {code}: {said.getvalue()}"
+
+
+@pytest.fixture(scope="module")
+def precision():
+    """That of fp32, which is to be the same when the tests here are over."""
+    before = torch.backends.fp32_precision
+    yield before
+    assert torch.backends.fp32_precision == before
+
+
+def test_a_run_switches_nothing_on_for_the_tests_after_it(precision, tiny_llama_folder, tmp_path, monkeypatch):
+    """Where there is a GPU the Trainer has products in TF32 for torch_compile, and so in all of the process."""
+    monkeypatch.setattr(training_args, "is_torch_tf32_available", lambda: True)
+    training_args.enable_tf32.cache_clear()
+    given = ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name, "--use_cpu", "True"]
+    given += ["--output_dir", str(tmp_path), "--torch_compile", "True"]
+    assert fault_of(Case("run_gsm8k", given, of_model=False), monkeypatch) is None
+    assert torch.backends.fp32_precision == "tf32" != precision
 
 
 @pytest.mark.timeout(SECONDS + 300)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -71,10 +70,10 @@ class Watched:
         return rows
 
 
-def judge(folder: str, eos: str, n: int, sharded: bool) -> tuple[list, list]:
+def judge(folder: str, n: int, sharded: bool) -> tuple[list, list]:
     """The numbers of n rows, and the calls that each took."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token, tokenizer.padding_side, tokenizer.eos_token = "<s>", "right", eos
+    tokenizer.pad_token, tokenizer.padding_side, tokenizer.eos_token = "<s>", "right", find_eos(folder, tokenizer)
     questions, found, calls = QUESTIONS[:n], [], []
     rows = [{"input_ids": tokenizer(row["question"]).input_ids} for row in questions]
     for row in rows:
@@ -102,16 +101,14 @@ def judge(folder: str, eos: str, n: int, sharded: bool) -> tuple[list, list]:
     return json.loads(json.dumps(found)), calls
 
 
-def judge_all(rank: int, folder: str, eos: str, results: str) -> None:
-    found = {f"{n} {sharded}": judge(folder, eos, n, sharded) for n in (1, 5) for sharded in (False, True)}
+def judge_all(rank: int, folder: str, results: str) -> None:
+    found = {f"{n} {sharded}": judge(folder, n, sharded) for n in (1, 5) for sharded in (False, True)}
     Path(results, f"{rank}.json").write_text(json.dumps(found))
 
 
-@pytest.fixture
-def eos(tiny_llama_folder) -> str:
+def find_eos(folder: str, tokenizer) -> str:
     """What one answer has, and another one has not."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder).to(DEVICE)
+    model = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
     # both processes answer one of these in the second turn, by length
     asked = [tokenizer(prompt_of(QUESTIONS[i]["question"]), return_tensors="pt").to(DEVICE) for i in (0, 3)]
     one, other = (model.generate(**ids, max_new_tokens=NEW, do_sample=False)[0, -NEW:].tolist() for ids in asked)
@@ -119,13 +116,17 @@ def eos(tiny_llama_folder) -> str:
     return tokenizer.convert_ids_to_tokens(token)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes of NCCL need a GPU each")
-def test_two_processes_find_what_one_finds_in_half_of_the_calls(tiny_llama_folder, eos, tmp_path):
+def test_two_processes_find_what_one_finds_in_half_of_the_calls(tiny_llama_folder, tmp_path):
     """Of five rows, and of one; answers end at different tokens, and those who share weights wait for each other."""
-    run_ranks(judge_all, tmp_path, str(tiny_llama_folder), eos, str(tmp_path))
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    ranks = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        run_ranks(judge_all, folder, str(tiny_llama_folder), str(folder), processes=processes)
+        ranks.append([json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)])
+    (one,), ranks = ranks
     for n in (1, 5):
-        expected, alone = judge(str(tiny_llama_folder), eos, n, sharded=False)
+        expected, alone = one[f"{n} False"]
         for sharded in (False, True):
             (found, calls), (other, calls_of_other) = (rank[f"{n} {sharded}"] for rank in ranks)
             assert found == other == expected

@@ -10,14 +10,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hyclora import HycloraConfig, apply_hyclora
-from hyclora.models import patch as patch_module
+from hyclora import apply_hyclora
 from hyclora.models.graphs.recording import CudaRecorder
 from hyclora.models.patch import find_patch
 from hyclora.operators.linear import dropout, lora
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
-from tests.helpers.replaying import CALIBRATION, SameMemory, batches, config, graphed, record, replayed, starts, train
+from tests.helpers.replaying import CALIBRATION, batches, config, graphed, record, replayed, starts, train
 from tests.helpers.small_models import largest_error, llama, our_dropout, padded_batch, qwen3
 
 
@@ -357,39 +356,6 @@ def test_a_stream_outlives_its_recordings(monkeypatch):
     assert cleared.stream is recorder.stream and cleared.pool is not recorder.pool
     assert copied.stream is not recorder.stream and copied.pool is not recorder.pool
     assert cleared.device == copied.device == recorder.device
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU it is supported")
-def test_needs_a_gpu():
-    with pytest.raises(ValueError, match="cuda_graphs=True needs all layers on one GPU; the layers are on cpu"):
-        apply_hyclora(llama(), HycloraConfig(cuda_graphs=True))
-    model = llama()
-    report = apply_hyclora(model)
-    assert find_patch(model).graphs is None and report.no_graphs == "the layers are on cpu"
-    assert "\n  cuda_graphs: off, the layers are on cpu\n" in str(report) and "are replayed" not in str(report)
-    said = str(apply_hyclora(llama(), HycloraConfig(cuda_graphs=False)))
-    assert "cuda_graphs" not in said and "are replayed" not in said
-
-
-@pytest.fixture
-def on_one_gpu(monkeypatch):
-    """As far as apply_hyclora looks."""
-    monkeypatch.setattr(patch_module, "_elsewhere", lambda layers: None)
-    monkeypatch.setattr(patch_module, "CudaRecorder", lambda device: SameMemory())
-
-
-def test_auto_is_on_where_it_can_be(on_one_gpu):
-    model = llama()
-    report = apply_hyclora(model)
-    assert find_patch(model).graphs is not None and report.no_graphs is None and "are replayed" in str(report)
-    assert "eager" in apply_hyclora(llama(), HycloraConfig(attention="eager")).no_graphs
-
-
-def test_auto_is_off_where_layers_are_not_patched_whole(on_one_gpu):
-    model = llama()
-    model.get_base_model().model.layers[1].mlp.act_fn = torch.nn.GELU()
-    report = apply_hyclora(model)
-    assert find_patch(model).graphs is None and report.no_graphs == "parts of layers run stock code"
 
 
 def test_a_model_that_was_moved_runs_layer_by_layer():

@@ -163,7 +163,7 @@ def test_a_model_with_a_plan_tells_of_the_first_larger_batch(monkeypatch, caplog
     assert "memory_budget: resident, layer by layer, 4 bit, for 1 x 16 tokens: " in str(report)
     model.get_base_model().get_input_embeddings().float()
     for tokens in (16, 17, 18):
-        ids = torch.arange(tokens)[None]
+        ids = torch.arange(tokens, device=model.device)[None]
         model(input_ids=ids, labels=ids).loss.backward()
     told = [record.message for record in caplog.records if "larger than the 1 x 16 tokens" in record.message]
     assert len(told) == 1 and told[0].startswith("HyC-LoRA: a micro-step of 1 x 17 tokens")
@@ -173,4 +173,4 @@ def test_a_plan_is_of_a_gpu():
     with pytest.raises(
         ValueError, match="memory_budget needs all layers on one GPU; the layers are on cpu: move them there, or drop"
     ):
-        apply_hyclora(llama(), HycloraConfig(memory_budget="20GiB"))
+        apply_hyclora(llama().cpu(), HycloraConfig(memory_budget="20GiB"))

@@ -61,7 +61,7 @@ def test_inputs_are_those_of_a_patched_model():
 def test_statistics_are_those_of_calibration():
     model, config = llama(), HycloraConfig(layernorm_outlier_ratio=0.1)
     apply_hyclora(model, config)
-    ids = torch.arange(16)[None]
+    ids = torch.arange(16, device=model.device)[None]
     model.train()(input_ids=ids, labels=ids).loss.backward()
     patch, wide = find_patch(model), lambda t: t.numel() > 1 and t.dtype == torch.float32
     quantizers = [s for b in patch.blocks for s in b.savers.values() if isinstance(s, ChannelQuant)]
