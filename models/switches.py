@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hyclora.models.sharding import is_sharded
+from hyclora.models.sharding import is_part, is_sharded
 
 
 class Switches:
@@ -25,7 +25,8 @@ class Switches:
         self._drops += [(m, "attention_dropout") for m in modules if "attention_dropout" in vars(m)]
         named = ((m._parameters, name) for m in modules for name in m._parameters)
         places = {id(held[name]): (held, name) for held, name in named}  # those that are shared once
-        self._places = None if any(map(is_sharded, modules)) else list(zip(*places.values(), strict=True))
+        self._sharded = [m for m in modules if is_sharded(m)]
+        self._places = None if self._sharded else list(zip(*places.values(), strict=True))
 
     def read(self) -> tuple:
         """All of it, as it is now, to be compared."""
@@ -37,6 +38,10 @@ class Switches:
         """Parameters of the layer that may get a gradient."""
         parameters = self._layer.parameters() if self._places is None else self._parameters()
         return [p for p in parameters if p.requires_grad]
+
+    def are_gathered_later(self) -> bool:
+        """Whether some weight is a part, in whose place fully_shard gathers the whole where the layer's modules run."""
+        return any(is_part(m, p) for m in self._sharded for p in m.parameters(recurse=False))
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in map(dict.get, *self._places) if p is not None]
