@@ -168,8 +168,7 @@ class CheckpointBlock(Block):
     def hides_from_hooks(self) -> bool:
         """Whether hooks run inside of a layer whose input is kept by ours whatever they do."""
         checkpointed = getattr(self.module, "gradient_checkpointing", False)
-        kept = self.better if checkpointed else self.own
-        return kept and self.layer is not None and self._is_watched()
+        return (self.better if checkpointed else self.own) and self._is_watched()
 
     def keeper(self) -> InputKeeper:
         return InputKeeper(self.savers, self.step, self.active_store, self.span, self.leads)
@@ -265,8 +264,7 @@ class CheckpointBlock(Block):
 
     def _is_watched(self) -> bool:
         """Whether hooks of somebody run inside: torch's gives gradients to what they add, and by what they take."""
-        inside = [block.module for block in self.layer.blocks] + [self.module] * CALL_IS_CHECKPOINTED
-        return any(map(is_watched, inside))
+        return self._list_switches().is_hooked() or CALL_IS_CHECKPOINTED and is_watched(self.module)
 
     def _guarded(self, function) -> Callable:
         """A function that torch's checkpointing may not run again for another model than it ran for."""
