@@ -218,10 +218,10 @@ class CheckpointBlock(Block):
         return self.store is not None or not isinstance(self.savers["layer_in"], Exact)
 
     def bind(self) -> None:
-        if not getattr(self.module, "gradient_checkpointing", False):
-            return
         installed = getattr(self.module, "_gradient_checkpointing_func", None)
-        if self.bound is None or installed is not self.bound:
+        if installed is None or not getattr(self.module, "gradient_checkpointing", False):
+            return  # without a function Hugging Face's code says so
+        if installed is not self.bound:
             if isinstance(installed, BoundForward):  # a copied layer's, which has no block any more
                 installed = installed.former
             self.usual = self._is_usual(installed)

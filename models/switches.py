@@ -24,11 +24,10 @@ class Switches:
         self._adapted = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         self._drops = [(m, "p") for m in modules if isinstance(m, nn.Dropout)]
         self._drops += [(m, "attention_dropout") for m in modules if "attention_dropout" in vars(m)]
-        named = ((m._parameters, name) for m in modules for name in m._parameters)
-        places = {id(held[name]): (held, name) for held, name in named}  # those that are shared once
+        places = [(m._parameters, name) for m in modules for name in m._parameters]
         self._hooks = [m.__dict__[name] for m in modules if m is not layer for name in HOOKS]
         self._sharded = [m for m in modules if is_sharded(m)]
-        self._places = None if self._sharded else list(zip(*places.values(), strict=True))
+        self._places = None if self._sharded else list(zip(*places, strict=True))
 
     def read(self) -> tuple:
         """All of it, as it is now, to be compared."""
@@ -50,7 +49,8 @@ class Switches:
         return any(is_part(m, p) for m in self._sharded for p in m.parameters(recurse=False))
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in map(dict.get, *self._places) if p is not None]
+        """Those that are shared once; a recording has another tensor in each place of one."""
+        return list({id(p): p for p in map(dict.get, *self._places) if p is not None}.values())
 
 
 def _adapter(module: nn.Module) -> tuple:

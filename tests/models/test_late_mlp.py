@@ -223,3 +223,15 @@ def test_a_norm_after_the_mlp_reads_it(late):
     apply_hyclora(model, config(layers="input"))
     assert not any(isinstance(block, LayerBlock) for block in find_patch(model).blocks)
     assert largest_error(gradients(model, batch)[1], expected) < 1e-5 and not late
+
+
+@pytest.mark.parametrize("savers", [{}, INPUT8], ids=["exact", "8 bit"])
+def test_a_flag_without_a_function_is_hugging_faces_to_refuse(savers):
+    model = llama()
+    apply_hyclora(model, config(**savers))
+    layer = model.get_base_model().model.layers[1]
+    layer.gradient_checkpointing = True
+    with pytest.raises(AttributeError, match="has no attribute '_gradient_checkpointing_func'"):
+        model(**padded_batch())
+    model.gradient_checkpointing_enable()
+    gradients(model, padded_batch())

@@ -165,3 +165,19 @@ def test_inputs_of_a_stream_that_were_not_there_to_calibrate_on(some):
     assert len({kind[1] for kind in graphs.recordings}) == 2 + some
     assert all(equal(a.statistics, b.statistics) and a.statistics for a, b in zip(*savers, strict=True))
     assert all(equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("layers", ["slots", "input"])
+def test_a_weight_that_two_projections_of_a_layer_share(layers):
+    """Its gradient is the sum of both, as in stock."""
+    found = []
+    for recorded in (False, True):
+        model = llama()
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.k_proj.lora_A["default"].weight = layer.self_attn.q_proj.lora_A["default"].weight
+        graphs = graphed(model, {"layer_type": "baseline", "layers": layers}) if recorded else None
+        if layers == "slots":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(train(model, batches(CALIBRATION + 4)))
+    assert len(graphs.recordings) == 1
+    assert all(largest_error(a, b) < 1e-5 for a, b in zip(*found, strict=True))
