@@ -109,17 +109,30 @@ def run(model, seed: int, folder, events=EVENTS) -> list[dict]:
     return found
 
 
-def compare(family, lora: dict, options: dict, events: tuple, seed: int, folder, exact: bool = False) -> None:
-    """Replayed steps with those of layers by themselves; exact: and with stock's."""
-    stock = half(family(lora, num_hidden_layers=3))
-    reference, ours = copy.deepcopy(stock), copy.deepcopy(stock)
+def by_layers(model, options: dict) -> None:
+    apply_hyclora(model, config(**options, cuda_graphs=False))
+
+
+def filled(model, options: dict) -> None:
+    """Layer by layer too, of rows that are filled up: a sum that is rounded otherwise may turn a code."""
+    graphed(model, options, recorder=Rerun())._possible = lambda: False
+
+
+def stock(model, options: dict) -> None:
+    pass
+
+
+def compare(family, lora: dict, options: dict, events: tuple, seed: int, folder, *references) -> None:
+    """Replayed steps with those of references."""
+    model = half(family(lora, num_hidden_layers=3))
+    others = [copy.deepcopy(model) for _ in references]
     options = {"layer_type": "baseline", "stream": True} | options
-    apply_hyclora(reference, config(**options, cuda_graphs=False))
-    graphs = graphed(ours, options, recorder=Rerun())
-    found, *others = (run(model, seed, folder, events) for model in (ours, reference, stock)[: 2 + exact])
+    graphs = graphed(model, options, recorder=Rerun())
+    found = run(model, seed, folder, events)
     assert graphs.recordings
-    for expected in others:
-        for ours, theirs in zip(found, expected, strict=True):
+    for other, prepare in zip(others, references, strict=True):
+        prepare(other, options)
+        for ours, theirs in zip(found, run(other, seed, folder, events), strict=True):
             assert ours.keys() == theirs.keys()
             assert largest_error(ours, theirs) < (5e-2 if DEVICE == "cuda" else 1e-5)
 
@@ -128,7 +141,7 @@ def compare(family, lora: dict, options: dict, events: tuple, seed: int, folder,
     "family, seed", [*((llama, seed) for seed in range(10)), *((roberta, seed) for seed in range(4))]
 )
 def test_replays_give_what_layers_give(family, seed, tmp_path):
-    compare(family, {"lora_dropout": 0.1}, {}, EVENTS, seed, tmp_path)
+    compare(family, {"lora_dropout": 0.1}, {}, EVENTS, seed, tmp_path, by_layers)
 
 
 KEPT = {
@@ -139,17 +152,17 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kept", ["slots", "inputs"])
 @pytest.mark.parametrize("family", [llama, roberta], ids=lambda f: f.__name__)
 def test_checkpointing_that_comes_and_goes_is_stocks(family, kept, seed, tmp_path):
     """Of which layers, and by what, without anything that drops."""
     events = (*(event for event in EVENTS if event is not switch_dropout), *CHECKPOINTING, checkpoint_otherwise)
-    compare(family, {}, KEPT[kept], events, seed, tmp_path, exact=True)
+    compare(family, {}, KEPT[kept], events, seed, tmp_path, by_layers, stock)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kept", ["inputs", "4 bit", "8 bit"])
 def test_checkpointing_that_comes_and_goes(kept, seed, tmp_path):
     """With dropout, and inputs that are quantized."""
-    compare(llama, {"lora_dropout": 0.1}, KEPT[kept], (*EVENTS, *CHECKPOINTING), seed, tmp_path)
+    compare(llama, {"lora_dropout": 0.1}, KEPT[kept], (*EVENTS, *CHECKPOINTING), seed, tmp_path, filled)
