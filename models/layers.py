@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hyclora.models.binding import BoundForward
 from hyclora.models.blocks import AttentionBlock, Block, MlpBlock, NormBlock
-from hyclora.models.sharding import is_part, is_sharded
+from hyclora.models.sharding import is_sharded
 from hyclora.models.switches import Switches
 from hyclora.models.trust import is_watched
 from hyclora.operators.checkpoint import CheckpointFunction
@@ -168,8 +168,7 @@ class CheckpointBlock(Block):
     def hides_from_hooks(self) -> bool:
         """Whether hooks run inside of a layer whose input is kept by ours whatever they do."""
         checkpointed = getattr(self.module, "gradient_checkpointing", False)
-        kept = self.better if checkpointed else self.own
-        return kept and self.layer is not None and self._is_watched()
+        return (self.better if checkpointed else self.own) and self._is_watched()
 
     def keeper(self) -> InputKeeper:
         return InputKeeper(self.savers, self.step, self.active_store, self.span, self.leads)
@@ -189,9 +188,7 @@ class CheckpointBlock(Block):
 
         ValueError if backward would run what is set otherwise by then.
         """
-        if self.switches is None or self.step.running is None:  # outside of the decoder's forward nobody has looked
-            self.switches = Switches(self.module)
-        switches = self.switches
+        switches = self._list_switches()
         whole, before = self.module if whole else None, switches.read()
 
         def run_as_set(x):
@@ -200,6 +197,11 @@ class CheckpointBlock(Block):
             return run(x)
 
         return CheckpointFunction.apply(hidden_states, run_as_set, self.keeper(), whole, *switches.trained())
+
+    def _list_switches(self) -> Switches:
+        if self.switches is None or self.step.running is None:  # outside of the decoder's forward nobody has looked
+            self.switches = Switches(self.module)
+        return self.switches
 
     def _check_unchanged(self, same: bool) -> None:
         if not self.step.patched:
@@ -216,10 +218,10 @@ class CheckpointBlock(Block):
         return self.store is not None or not isinstance(self.savers["layer_in"], Exact)
 
     def bind(self) -> None:
-        if not getattr(self.module, "gradient_checkpointing", False):
-            return
         installed = getattr(self.module, "_gradient_checkpointing_func", None)
-        if self.bound is None or installed is not self.bound:
+        if installed is None or not getattr(self.module, "gradient_checkpointing", False):
+            return  # without a function Hugging Face's code says so
+        if installed is not self.bound:
             if isinstance(installed, BoundForward):  # a copied layer's, which has no block any more
                 installed = installed.former
             self.usual = self._is_usual(installed)
@@ -248,26 +250,21 @@ class CheckpointBlock(Block):
                 return output
         if not torch.is_grad_enabled() or self.step.whole is self.module:  # it is in one of its runs
             return function(hidden_states, *args)
-        run, gathers = self._run_of(function), self._gathers_inside()
+        run, gathers = self._run_of(function), self._list_switches().are_gathered_later()
         other = _want_gradients(args, getattr(function, "keywords", {}))
         if other or not self.better and (run is None or gathers or not self.usual or self._is_watched()):
             return self.bound.run_stock(self._guarded(function), hidden_states, *args)
         if gathers:
             raise ValueError(
-                f"{self.name}: in this transformers fully_shard gathers weights inside of a checkpoint, where "
-                "offload=True or a quantized layer_in would leave them without gradients; install transformers 5.24 or "
+                f"{self.name}: fully_shard gathers weights inside of a checkpoint, where offload=True or a quantized "
+                "layer_in would leave them without gradients; give it whole layers, and install transformers 5.24 or "
                 "newer, or train without gradient checkpointing"
             )
         return self.keep_input(lambda x: (run or function)(x, *args), hidden_states, whole=run is not None)
 
     def _is_watched(self) -> bool:
         """Whether hooks of somebody run inside: torch's gives gradients to what they add, and by what they take."""
-        inside = [block.module for block in self.layer.blocks] + [self.module] * CALL_IS_CHECKPOINTED
-        return any(map(is_watched, inside))
-
-    def _gathers_inside(self) -> bool:
-        """Whether fully_shard gathers weights inside of a checkpoint."""
-        return any(is_part(module, p) for module in self.module.modules() for p in module.parameters(recurse=False))
+        return self._list_switches().is_hooked() or CALL_IS_CHECKPOINTED and is_watched(self.module)
 
     def _guarded(self, function) -> Callable:
         """A function that torch's checkpointing may not run again for another model than it ran for."""

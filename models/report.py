@@ -229,7 +229,7 @@ def tell_of_unused_input() -> None:
 def tell_of_hooks_that_run_twice(name: str) -> None:
     """Warn if a hook is inside of a layer of which the input alone is kept otherwise than torch does."""
     logger.warning(
-        f"HyC-LoRA: there are hooks inside of {name}, which is run again in backward. They may look, but what they "
-        "take has no gradient, and what they add gets none: to train by it have the layer keep slots (layers=slots), "
-        "without gradient checkpointing"
+        f"HyC-LoRA: there are hooks inside of {name}, which is run again in backward, and they with it: leave them on "
+        "until then. They may look, but what they take has no gradient, and what they add gets none: to train by it "
+        "have the layer keep slots (layers=slots), without gradient checkpointing"
     )

@@ -43,6 +43,7 @@ class StepHook:
         self.patch, self.step, self.attention, self.adapted = patch, patch.step, attention, adapted
         self.family = patch.watch.family
         self.told = self.without_cache = self.counted = False
+        self.hooked: set[str] = set()  # layers that were told to have hooks inside
         self.load = None  # the largest micro-step that memory was planned for, until a larger one was told of
 
     def register(self, decoder: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
@@ -101,8 +102,6 @@ class StepHook:
             if any(reads_labelled_positions(block.module) for block in self.patch.blocks):
                 tell_of_late_trainer()
             tell_of_checkpointing([c.module for c in self.patch.checkpoints if not (c.better or c.own)])
-            if hooked := next((c.name for c in self.patch.checkpoints if c.hides_from_hooks), None):
-                tell_of_hooks_that_run_twice(hooked)
             checkpointed = any(getattr(c.module, "gradient_checkpointing", False) for c in self.patch.checkpoints)
             if "layer_in" in self.patch.config.slot_savers and not checkpointed:
                 tell_of_unused_input()
@@ -128,7 +127,16 @@ class StepHook:
         if self.patch.watch.changed():
             self.patch.watch.look()
             given = self._begin(decoder, stock, args, dict(kwargs), early=False)
+        if self.patch.watch.is_hooked():
+            self._tell_of_hooks()
         return given
+
+    def _tell_of_hooks(self) -> None:
+        """Tell of hooks whose gradients are lost, whenever they, or checkpointing, came."""
+        hidden = [c.name for c in self.patch.checkpoints if c.name not in self.hooked and c.hides_from_hooks]
+        if hidden:
+            self.hooked.update(hidden)
+            tell_of_hooks_that_run_twice(hidden[0])
 
     def _weigh(self, given: torch.Tensor | None) -> None:
         """Tell of the first micro-step that is larger than planned."""

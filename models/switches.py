@@ -1,4 +1,4 @@
-"""What may be changed of a layer between its forward and a backward that runs it again.
+"""What may be changed of a layer between its forward and a backward that runs it again, and who looks inside.
 
 A walk through a layer's modules takes the host longer than to launch some of its kernels. So what is to be read is
 listed once, and found anew when modules were replaced (models/watch.py).
@@ -8,7 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hyclora.models.sharding import is_sharded
+from hyclora.models.sharding import is_part, is_sharded
+from hyclora.models.trust import HOOKS, look
 
 
 class Switches:
@@ -23,9 +24,10 @@ class Switches:
         self._adapted = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         self._drops = [(m, "p") for m in modules if isinstance(m, nn.Dropout)]
         self._drops += [(m, "attention_dropout") for m in modules if "attention_dropout" in vars(m)]
-        named = ((m._parameters, name) for m in modules for name in m._parameters)
-        places = {id(held[name]): (held, name) for held, name in named}  # those that are shared once
-        self._places = None if any(map(is_sharded, modules)) else list(zip(*places.values(), strict=True))
+        places = [(m._parameters, name) for m in modules for name in m._parameters]
+        self._hooks = [m.__dict__[name] for m in modules if m is not layer for name in HOOKS]
+        self._sharded = [m for m in modules if is_sharded(m)]
+        self._places = None if self._sharded else list(zip(*places, strict=True))
 
     def read(self) -> tuple:
         """All of it, as it is now, to be compared."""
@@ -38,8 +40,17 @@ class Switches:
         parameters = self._layer.parameters() if self._places is None else self._parameters()
         return [p for p in parameters if p.requires_grad]
 
+    def is_hooked(self) -> bool:
+        """Whether hooks of somebody on what is inside of the layer may look at what passes."""
+        return any(self._hooks) and any(map(look, self._hooks))
+
+    def are_gathered_later(self) -> bool:
+        """Whether some weight is a part, in whose place fully_shard gathers the whole where the layer's modules run."""
+        return any(is_part(m, p) for m in self._sharded for p in m.parameters(recurse=False))
+
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in map(dict.get, *self._places) if p is not None]
+        """Those that are shared once; a recording has another tensor in each place of one."""
+        return list({id(p): p for p in map(dict.get, *self._places) if p is not None}.values())
 
 
 def _adapter(module: nn.Module) -> tuple:

@@ -74,9 +74,8 @@ class LayerGraphs(Pausable):
             "_store": None,
             "_pending": nothing,
             "_arguments": [],
-            **dict.fromkeys(("_kind", "_latest", "_asked", "_started", "_first")),
+            **dict.fromkeys(("_kind", "_latest", "_asked", "_started", "_first", "_warm")),
             "_passing": False,
-            "_warm": False,
             "sizes": Sizes(),
             "_listener": Listener.NOBODY,
         }
@@ -237,9 +236,10 @@ class LayerGraphs(Pausable):
 
     def _record(self, hidden: Tensor, leaves: list, spec) -> Recording | None:
         """Record a kind of input that came before, or a size of rows; None while it should still run layer by layer."""
-        seen = hash(self._kind)  # a kind is long, and with padding to the longest row there are many
+        seen, state = hash(self._kind), self._kind[1]  # a kind is long, and with padding to the longest row many come
         self._seen[seen] += 1
-        chosen, self._warm = self._warm and self.step.stream is not None, True
+        # in each state layers run by themselves first, which calibrates slots that were not kept before
+        chosen, self._warm = self._warm == state and self.step.stream is not None, state
         if self._seen[seen] == 1 and not chosen or not self._make_room():
             return None
         eager = self.patch.store

@@ -45,15 +45,18 @@ class Rerun(Recorder):
     """A replay runs again into the same output: for stores, whose late copies are no operations of torch."""
 
     def replayable(self, run):
-        result, step = run(), self.graphs.step
+        step, before = self.graphs.step, torch.get_rng_state()
+        result, draws = run(), not torch.equal(before, torch.get_rng_state())
 
         def replay():
-            step.recording = True  # what is done is what was recorded
+            step.recording, before = True, torch.get_rng_state()  # what is done is what was recorded
             try:
                 with torch.enable_grad():  # which is off where autograd calls a Function
                     again = run()
             finally:
                 step.recording = False
+            if not draws:  # as a graph, whatever dropout is set by now: it is another recording's
+                torch.set_rng_state(before)
             if result is not None:
                 result.copy_(again)
 

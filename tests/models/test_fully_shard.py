@@ -219,6 +219,22 @@ def test_gradient_checkpointing(exact, way):
     assert error_of(model, exact) < 1e-5
 
 
+@pytest.mark.parametrize("way", ["exact", "8 bit"])
+def test_a_part_of_a_layer_that_is_sharded_after_checkpointed_steps(exact, way):
+    """Torch's own checkpointing gathers it in both runs; ours would not, and is refused."""
+    model = llama()
+    savers = {"slot_savers": {"layer_in": "quant8"}} if way == "8 bit" else {}
+    apply_hyclora(model, replace(CONFIGS["exact"], **savers))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert error_of(model, exact) < (1e-5 if way == "exact" else 0.1)
+    fully_shard(model.get_base_model().model.layers[1].mlp)
+    if way == "exact":
+        assert error_of(model, exact) < 1e-5
+        return
+    with pytest.raises(ValueError, match=r"layers\.1: fully_shard gathers weights inside .* give it whole layers"):
+        train(model, [padded_batch()])
+
+
 @pytest.mark.parametrize("base", ["float32", "nf4 as bfloat16"])
 @pytest.mark.parametrize("mixed", [None, "bf16"])
 @pytest.mark.parametrize("sent", [False, True], ids=["each loads", "the first one sends"])

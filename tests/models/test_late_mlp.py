@@ -107,7 +107,7 @@ def test_a_layer_that_hooks_look_at(late, checkpointing):
     assert len(late) == 3
 
 
-@pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm", ""])
+@pytest.mark.parametrize("part", ["self_attn", "self_attn.q_proj", "mlp", "input_layernorm", ""])
 def test_what_hooks_add_and_take_is_part_of_the_loss(part):
     """Under exact checkpointing too: a trained shift of a part's output, and that output as a term of the loss."""
     found = []
@@ -132,20 +132,42 @@ def test_what_hooks_add_and_take_is_part_of_the_loss(part):
     assert largest_error(*found) < 1e-5
 
 
+@pytest.mark.parametrize("part", ["mlp", "self_attn.q_proj.base_layer"])
+@pytest.mark.parametrize("comes", ["first", "later", "before checkpointing"])
 @pytest.mark.parametrize(
     ("settings", "checkpointing", "expected"),
     [({"layers": "input"}, False, True), (INPUT8, True, True), ({}, True, False), ({}, False, False)],
     ids=["input", "8 bit", "exact checkpointing", "slots"],
 )
-def test_hooks_whose_gradients_are_lost_are_told_of(settings, checkpointing, expected, caplog):
-    model = llama()
-    model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *_: None)
+def test_hooks_whose_gradients_are_lost_are_told_of(settings, checkpointing, expected, comes, part, caplog):
+    """Once for a layer, and once for all that come together."""
+    model = llama(num_hidden_layers=4)
+    layers = model.get_base_model().model.layers
     apply_hyclora(model, config(layer_type="baseline", **settings))
-    if checkpointing:
+
+    def hook(*indices):
+        for i in indices:
+            layers[i].get_submodule(part).register_forward_hook(lambda *_: None)
+
+    def told(i):
+        return caplog.text.count(f"there are hooks inside of base_model.model.model.layers.{i},")
+
+    if checkpointing and comes != "before checkpointing":
+        model.gradient_checkpointing_enable()
+    if comes != "first":
+        gradients(model, padded_batch())
+    hook(1, 2)
+    gradients(model, padded_batch())
+    if checkpointing and comes == "before checkpointing":
+        assert not told(1)
         model.gradient_checkpointing_enable()
     for _ in range(2):
         gradients(model, padded_batch())
-    assert caplog.text.count("there are hooks inside of base_model.model.model.layers.1,") == expected
+    assert [told(i) for i in range(4)] == [0, expected, 0, 0]
+    hook(2, 3)
+    for _ in range(2):
+        gradients(model, padded_batch())
+    assert [told(i) for i in range(4)] == [0, expected, 0, expected]
 
 
 def test_a_function_that_does_more_than_the_layer(late):
@@ -201,3 +223,15 @@ def test_a_norm_after_the_mlp_reads_it(late):
     apply_hyclora(model, config(layers="input"))
     assert not any(isinstance(block, LayerBlock) for block in find_patch(model).blocks)
     assert largest_error(gradients(model, batch)[1], expected) < 1e-5 and not late
+
+
+@pytest.mark.parametrize("savers", [{}, INPUT8], ids=["exact", "8 bit"])
+def test_a_flag_without_a_function_is_hugging_faces_to_refuse(savers):
+    model = llama()
+    apply_hyclora(model, config(**savers))
+    layer = model.get_base_model().model.layers[1]
+    layer.gradient_checkpointing = True
+    with pytest.raises(AttributeError, match="has no attribute '_gradient_checkpointing_func'"):
+        model(**padded_batch())
+    model.gradient_checkpointing_enable()
+    gradients(model, padded_batch())

@@ -148,3 +148,24 @@ def test_before_the_backward_of_a_replay(layers, change):
     with pytest.raises(ValueError, match="weights were changed between") if refused else nullcontext():
         found = backward(model, loss)
         assert largest_error(found, {name: g for name, g in expected.items() if name != "loss"}) < 1e-5
+
+
+@pytest.mark.parametrize("kept", [{}, KINDS["checkpointing"]], ids=["exact", "quant8"])
+@pytest.mark.parametrize("family", [llama, roberta], ids=lambda f: f.__name__)
+def test_a_checkpointed_layer_is_not_walked_in_each_forward(family, kept, monkeypatch):
+    """What was listed of its modules holds until these are others."""
+    model, walks = family(), []
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    apply_hyclora(model, HycloraConfig(**kept, cuda_graphs=False))
+    gradients(model, padded_batch())
+    layers = {checkpoint.module for checkpoint in find_patch(model).checkpoints}
+    walk = torch.nn.Module.named_modules
+
+    def counted(module, memo=None, *args, **kwargs):
+        if module in layers and memo is None:  # not in a walk through the model, which HF does
+            walks.append(module)
+        return walk(module, memo, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    model(**padded_batch()).loss.backward()
+    assert not walks

@@ -7,12 +7,13 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hyclora import apply_hyclora
+from hyclora.models.patch import find_patch
 from hyclora.operators import token_tiles
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
-from tests.helpers.replaying import CALIBRATION, batches, config, graphed, train
-from tests.helpers.small_models import llama, padded_batch, roberta
-from tests.models.test_stream import half
+from tests.helpers.replaying import CALIBRATION, Rerun, batches, config, graphed, train
+from tests.helpers.small_models import largest_error, llama, padded_batch, qwen3, roberta
+from tests.models.test_stream import half, ragged
 
 
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.3}], ids=["plain", "dropout"])
@@ -116,3 +117,67 @@ def test_a_stream_of_other_rows():
     near = {"atol": 1e-5, "rtol": 1e-4} if DEVICE == "cpu" else {"atol": 1e-2, "rtol": 0}
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], **near) for n in a)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("drops", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", [llama, qwen3, roberta], ids=lambda f: f.__name__)
+def test_gradient_checkpointing_of_a_stream_of_other_rows(family, side, drops, reentrant):
+    """As layer by layer bit for bit, rows filled up alike; and as stock does it, but for what that drops."""
+    stock = half(family({"lora_dropout": 0.3} if drops else {}, num_hidden_layers=3))
+    theirs, ours = copy.deepcopy(stock), copy.deepcopy(stock)
+    options = {"layer_type": "baseline", "stream": True}
+    by_layers, graphs = graphed(theirs, options, recorder=Rerun()), graphed(ours, options, recorder=Rerun())
+    by_layers._possible = lambda: False
+    steps, found = [ragged(seed, side=side) for seed in range(CALIBRATION + 6)], []
+    for model in (stock, theirs, ours):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(7)
+        found.append(train(model, steps))
+    exact, expected, found = found
+    assert graphs.recordings and len({int(batch["attention_mask"].sum()) for batch in steps}) > len(graphs.recordings)
+    assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+    near = 0.1 if DEVICE == "cuda" else 1e-5
+    assert drops or all(largest_error(a, b) < near for a, b in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+def test_inputs_of_a_stream_that_were_not_there_to_calibrate_on(some):
+    """Checkpointing begins after calibration: the first such step calibrates, layer by layer, and what is frozen then
+    is what all replays read."""
+    stock = half(llama({"lora_dropout": 0.3}))
+    ours = copy.deepcopy(stock)
+    options = {"slot_savers": {"layer_in": "quant8"}, "stream": True}
+    by_layers, graphs = graphed(stock, options, recorder=Rerun()), graphed(ours, options, recorder=Rerun())
+    by_layers._possible = lambda: False
+    found, savers = [], []
+    for model in (stock, ours):
+        torch.manual_seed(7)
+        found.append(train(model, [ragged(seed) for seed in range(CALIBRATION + 4)]))
+        model.gradient_checkpointing_enable()
+        first, *_ = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+        first.gradient_checkpointing = not some
+        found[-1] += train(model, [ragged(seed) for seed in range(9, 15)])
+        first.gradient_checkpointing = True
+        found[-1] += train(model, [ragged(seed) for seed in range(15, 20)])
+        savers.append([checkpoint.savers["layer_in"] for checkpoint in find_patch(model).checkpoints])
+    assert len({kind[1] for kind in graphs.recordings}) == 2 + some
+    assert all(equal(a.statistics, b.statistics) and a.statistics for a, b in zip(*savers, strict=True))
+    assert all(equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("layers", ["slots", "input"])
+def test_a_weight_that_two_projections_of_a_layer_share(layers):
+    """Its gradient is the sum of both, as in stock."""
+    found = []
+    for recorded in (False, True):
+        model = llama()
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.k_proj.lora_A["default"].weight = layer.self_attn.q_proj.lora_A["default"].weight
+        graphs = graphed(model, {"layer_type": "baseline", "layers": layers}) if recorded else None
+        if layers == "slots":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(train(model, batches(CALIBRATION + 4)))
+    assert len(graphs.recordings) == 1
+    assert all(largest_error(a, b) < 1e-5 for a, b in zip(*found, strict=True))

@@ -5,10 +5,11 @@ import random
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hyclora import apply_hyclora
 from tests.helpers.kernel_checks import DEVICE
-from tests.helpers.replaying import Rerun, config, graphed
+from tests.helpers.replaying import Rerun, config, graphed, nothing_around
 from tests.helpers.small_models import largest_error, llama, padded_batch, roberta
 from tests.models.test_stream import half, ragged
 
@@ -61,16 +62,44 @@ def forget(model, draw: random.Random, folder) -> None:
     model(**BATCHES["right"](draw))
 
 
+@torch.no_grad()
+def generate(model, draw: random.Random, folder) -> None:
+    """By a decoder, in training too, as TRL's trainers do in between."""
+    if model.get_base_model().can_generate():
+        model.train(draw.random() < 0.5)
+        model.generate(input_ids=torch.arange(5, device=DEVICE)[None], max_new_tokens=3, do_sample=False)
+        model.train()
+
+
+def checkpoint(model, draw: random.Random, folder, **options) -> None:
+    """Every so-many-th layer."""
+    model.gradient_checkpointing_enable({"use_reentrant": draw.random() < 0.5} | options)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    every = draw.choice((1, 1, 2, 3))
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i % every == every - 1
+
+
+def checkpoint_otherwise(model, draw: random.Random, folder) -> None:
+    """With an option of somebody's, which no graph knows."""
+    checkpoint(model, draw, folder, use_reentrant=False, context_fn=nothing_around)
+
+
+def stop_checkpointing(model, draw: random.Random, folder) -> None:
+    model.gradient_checkpointing_disable()
+
+
 EVENTS = (evaluate, save, switch_dropout, freeze, forget)
+CHECKPOINTING = (checkpoint, checkpoint, stop_checkpointing, generate)
 
 
-def run(model, seed: int, folder) -> list[dict]:
+def run(model, seed: int, folder, events=EVENTS) -> list[dict]:
     """Losses and gradients; both are added up over some steps."""
     draw, found = random.Random(seed), []
     for step in range(N_STEPS):
         torch.manual_seed(step)
         if draw.random() < 0.3:
-            draw.choice(EVENTS)(model, draw, folder)
+            draw.choice(events)(model, draw, folder)
         if draw.random() < 0.7:
             model.zero_grad(set_to_none=draw.random() < 0.5)
         loss = model(**BATCHES[draw.choice(list(BATCHES))](draw)).loss
@@ -80,17 +109,60 @@ def run(model, seed: int, folder) -> list[dict]:
     return found
 
 
+def by_layers(model, options: dict) -> None:
+    apply_hyclora(model, config(**options, cuda_graphs=False))
+
+
+def filled(model, options: dict) -> None:
+    """Layer by layer too, of rows that are filled up: a sum that is rounded otherwise may turn a code."""
+    graphed(model, options, recorder=Rerun())._possible = lambda: False
+
+
+def stock(model, options: dict) -> None:
+    pass
+
+
+def compare(family, lora: dict, options: dict, events: tuple, seed: int, folder, *references) -> None:
+    """Replayed steps with those of references."""
+    model = half(family(lora, num_hidden_layers=3))
+    others = [copy.deepcopy(model) for _ in references]
+    options = {"layer_type": "baseline", "stream": True} | options
+    graphs = graphed(model, options, recorder=Rerun())
+    found = run(model, seed, folder, events)
+    assert graphs.recordings
+    for other, prepare in zip(others, references, strict=True):
+        prepare(other, options)
+        for ours, theirs in zip(found, run(other, seed, folder, events), strict=True):
+            assert ours.keys() == theirs.keys()
+            assert largest_error(ours, theirs) < (5e-2 if DEVICE == "cuda" else 1e-5)
+
+
 @pytest.mark.parametrize(
     "family, seed", [*((llama, seed) for seed in range(10)), *((roberta, seed) for seed in range(4))]
 )
 def test_replays_give_what_layers_give(family, seed, tmp_path):
-    options = {"layer_type": "baseline", "stream": True}
-    reference = half(family({"lora_dropout": 0.1}))
-    ours = copy.deepcopy(reference)
-    apply_hyclora(reference, config(**options, cuda_graphs=False))
-    graphs = graphed(ours, options, recorder=Rerun())
-    found, expected = run(ours, seed, tmp_path), run(reference, seed, tmp_path)
-    assert graphs.recordings
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        assert largest_error(ours, theirs) < (5e-2 if DEVICE == "cuda" else 1e-5)
+    compare(family, {"lora_dropout": 0.1}, {}, EVENTS, seed, tmp_path, by_layers)
+
+
+KEPT = {
+    "slots": {},
+    "inputs": {"layers": "input"},
+    "4 bit": {"layers": "1*slots,input4"},
+    "8 bit": {"slot_savers": {"layer_in": "quant8"}},
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kept", ["slots", "inputs"])
+@pytest.mark.parametrize("family", [llama, roberta], ids=lambda f: f.__name__)
+def test_checkpointing_that_comes_and_goes_is_stocks(family, kept, seed, tmp_path):
+    """Of which layers, and by what, without anything that drops."""
+    events = (*(event for event in EVENTS if event is not switch_dropout), *CHECKPOINTING, checkpoint_otherwise)
+    compare(family, {}, KEPT[kept], events, seed, tmp_path, by_layers, stock)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kept", ["inputs", "4 bit", "8 bit"])
+def test_checkpointing_that_comes_and_goes(kept, seed, tmp_path):
+    """With dropout, and inputs that are quantized."""
+    compare(llama, {"lora_dropout": 0.1}, KEPT[kept], (*EVENTS, *CHECKPOINTING), seed, tmp_path, filled)
