@@ -29,6 +29,6 @@ report_kills.py       and of runs that were killed           report_plan.py     
 report_scaling.py     and of several GPUs                   report_longest_rows.py  and of the longest row a card
 report_plan_check.py  and how far off that is, by kind      report_plan_times.py  and of times
 report_generation.py  and of writing                        report_steady.py   and of memory over many steps
-report_combinations.py  and of what was combined
+report_combinations.py  and of what was combined            report_attention.py  and of attention's kernels
 tables.py             a table in Markdown
 """

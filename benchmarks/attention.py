@@ -21,6 +21,7 @@ from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 
 NAME = "attention"
+CUDNN, FLASH, VARLEN = "cuDNN", "torch's flash", "torch's, for runs"
 SECONDS = 0.4  # of replays for each number
 HEAD_DIM, SCALING = 128, 0.088
 
@@ -35,6 +36,17 @@ class Cell:
     kv_heads: int = 32
     window: int | None = None
     heads: int = 32
+
+    @property
+    def whole(self) -> bool:
+        """Whether its rows are."""
+        return self.runs == 1 and self.window is None
+
+    def __str__(self) -> str:
+        words = [f"{self.rows} x {self.seq_len} tokens"]
+        words += [f"in {self.runs} runs"] * (self.runs > 1)
+        words += [f"window of {self.window}"] * (self.window is not None)
+        return ", ".join([*words, f"{self.heads} heads, {self.kv_heads} of k and v"])
 
 
 CELLS = (
@@ -69,28 +81,27 @@ def graph_ms(call: Callable) -> float:
     return replays(max(3, int(1000 * SECONDS / replays(2))))
 
 
-def kernels(cell: Cell) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """By name, attention of q [B, S, H, D], k and v [B, S, H_kv, D]."""
-    if cell.runs == 1 and cell.window is None:
+def kernels(cell: Cell, device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """By name, attention of whole rows, q [B, S, H, D], or of runs, q [T, H, D]; k and v have heads of their own."""
+    if cell.whole:
         found = {
             name: lambda q, k, v, kind=kind: _sdpa(kind, q, k, v)
-            for name, kind in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("torch's flash", SDPBackend.FLASH_ATTENTION))
+            for name, kind in ((CUDNN, SDPBackend.CUDNN_ATTENTION), (FLASH, SDPBackend.FLASH_ATTENTION))
         }
         return found | {flash4.PACKAGE: lambda q, k, v: flash4.of_rows(q, k, v, None, SCALING, True)}
-    starts = torch.arange(cell.runs + 1, dtype=torch.int32, device="cuda") * (cell.seq_len // cell.runs)
-    starts[-1] = cell.seq_len
+    starts = torch.arange(cell.runs + 1, dtype=torch.int32, device=device) * (cell.seq_len // cell.runs)
+    starts[-1], left = cell.seq_len, -1 if cell.window is None else cell.window - 1
 
     def torchs(q, k, v):
-        left = -1 if cell.window is None else cell.window - 1
+        longest = cell.seq_len  # as of a stream, of whose runs the host knows no more
         return flash.varlen_attn(
-            *(t[0] for t in (q, k, v)), starts, starts, cell.seq_len, cell.seq_len, scale=SCALING,
-            window_size=(left, 0), **flash.GROUPED,
+            q, k, v, starts, starts, longest, longest, scale=SCALING, window_size=(left, 0), **flash.GROUPED
         )  # fmt: skip
 
     def theirs(q, k, v):
-        return flash4.of_runs(*(t[0] for t in (q, k, v)), starts, cell.seq_len, cell.window, SCALING, True)
+        return flash4.of_runs(q, k, v, starts, cell.seq_len, cell.window, SCALING, True)
 
-    return {"torch's varlen": torchs, flash4.PACKAGE: theirs}
+    return {VARLEN: torchs, flash4.PACKAGE: theirs}
 
 
 def _sdpa(kind, q, k, v) -> Tensor:
@@ -102,14 +113,14 @@ def _sdpa(kind, q, k, v) -> Tensor:
     return o.transpose(1, 2)
 
 
-def measure(cell: Cell) -> dict[str, dict]:
+def measure(cell: Cell, device: str = "cuda") -> dict[str, dict]:
     """By kernel, forward_ms and both_ms, or the error."""
-    shape = (cell.rows, cell.seq_len)
-    made = [torch.randn(*shape, n, HEAD_DIM, device="cuda") for n in (cell.heads, cell.kv_heads, cell.kv_heads)]
+    shape = (cell.rows, cell.seq_len) if cell.whole else (cell.seq_len,)
+    made = [torch.randn(*shape, n, HEAD_DIM, device=device) for n in (cell.heads, cell.kv_heads, cell.kv_heads)]
     q, k, v = (t.bfloat16().requires_grad_() for t in made)
     do = torch.randn_like(q)
     found = {}
-    for name, attend in kernels(cell).items():
+    for name, attend in kernels(cell, device).items():
 
         def forward(attend=attend):
             with torch.no_grad():
@@ -140,8 +151,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for cell in CELLS:
         found = measure(cell)
         lines.append(record(NAME, {"cell": asdict(cell), "kernels": found}, args.output_dir))
-        told = "  ".join(f"{name} {times.get('forward_ms')} {times.get('both_ms')}" for name, times in found.items())
-        print(f"{cell.rows}x{cell.seq_len} runs {cell.runs} kv {cell.kv_heads} window {cell.window}: {told}")
+        told = "  ".join(f"{name} {' '.join(map(str, times.values()))}" for name, times in found.items())
+        print(f"{cell}: {told}", flush=True)
     return lines
 
 

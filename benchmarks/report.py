@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import RESULTS
+from benchmarks.report_attention import attention
 from benchmarks.report_combinations import combinations
 from benchmarks.report_experiments import alpaca_texts, experiments, other_experiments
 from benchmarks.report_generation import generation
@@ -354,6 +355,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "other_experiments": other_experiments,
         "finetune": finetune,
         "kernels": kernels,
+        "attention": attention,
     },
 }
 

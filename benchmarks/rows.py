@@ -4,6 +4,7 @@ import json
 
 from benchmarks.record import RESULTS, read
 from hyclora.models.config import KEPT, PRESETS, HycloraConfig
+from hyclora.operators.attention.flash4 import PACKAGE
 
 CELL = ("device", "shape", "base", "lora_rank", "batch_size", "seq_len")
 LSE_KEPT = {"lse": "exact"}
@@ -19,12 +20,14 @@ SAID = {
 
 
 def load(name: str, *keys: str) -> list[dict]:
-    """The last line of each setting, in the order of first appearance.
+    """The last line of each setting, in the order of first appearance; none that ran flash-attn-4.
 
     keys: what else tells two measurements apart, names of a line's values or arguments.
     """
     latest = {}
     for line in read(RESULTS / f"{name}.jsonl"):
+        if PACKAGE in line["versions"]:
+            continue
         if isinstance(line["setting"], dict):
             line["setting"] = _as_measured(name, whole(DEFAULTS_THEN | line["setting"]))
         values = {**line["arguments"], **line}

@@ -1,5 +1,7 @@
 """A table in Markdown, and where its numbers come from."""
 
+from hyclora.operators.attention.flash4 import PACKAGE
+
 # of rows that are not of one run
 SITTINGS = "*Commits differ where rows were measured in other sittings, on other cards of this kind.*"
 
@@ -13,8 +15,10 @@ def source(lines: list[dict], command: str) -> str:
     """Where the numbers of a table come from."""
     devices = sorted({line["device"] for line in lines})
     commits = sorted({(line["commit"] or "unknown")[:8] for line in lines})
-    names = ("torch", "triton", "transformers", "peft")
-    stacks = dict.fromkeys(", ".join(f"{name} {line['versions'][name]}" for name in names) for line in lines)
+    names = ("torch", "triton", "transformers", "peft", PACKAGE)
+    stacks = dict.fromkeys(
+        ", ".join(f"{name} {line['versions'][name]}" for name in names if name in line["versions"]) for line in lines
+    )
     stack = " or ".join(stacks)
     return f"*{', '.join(devices)}; {stack}; commit {', '.join(commits)}; `{command}`.*"
 

@@ -1,8 +1,8 @@
 """FlashAttention-4 of the package flash-attn-4, where it is installed and takes less time than torch's kernels.
 
-torch has cuDNN's kernel for whole rows, and for runs of tokens and windows one that was written for the GPUs before
-Hopper. benchmarks/attention.py measures all of them; MEASURED is where flash-attn-4 was the fastest. Nothing else
-changes: the same o, lse and random bits of rounding, and memory in a backward that is never more than torch's.
+torch has cuDNN's kernel for whole rows, and for runs of tokens and windows its flash kernel, which is of before Hopper.
+benchmarks/attention.py measures them beside flash-attn-4, which takes more of the host: so few tokens are left to
+torch. What is kept is the same, and what a backward works in no larger (benchmarks/README.md).
 """
 
 import logging
@@ -17,8 +17,8 @@ PACKAGE = "flash-attn-4"
 HALF = (torch.bfloat16, torch.float16)
 CAPABILITY = (9, 0)
 HEAD_DIMS = (64, 96, 128)
-# tokens from which it is faster: of a row, as cuDNN is taken for it elsewise, and of all runs
-ROWS, RUNS = 4096, 2048
+# tokens of a row, or of all runs, from which the host has time enough
+LEAST = 4096
 
 logger = logging.getLogger("hyclora")
 
@@ -51,14 +51,14 @@ def suits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     )
 
 
-def takes(q: Tensor, dropout: float, n_tokens: int, least: int) -> bool:
+def takes(q: Tensor, dropout: float, n_tokens: int) -> bool:
     """Whether attention of n_tokens is faster so; q [..., D].
 
     Not with dropout, which it does not do; where deterministic algorithms are asked for, as its dq is added up in any
     order; nor where torch's flash attention is switched off, as sdpa_kernel and the like do.
     """
     return (
-        n_tokens >= least
+        n_tokens >= LEAST
         and dropout == 0
         and torch.backends.cuda.flash_sdp_enabled()
         and not torch.are_deterministic_algorithms_enabled()
@@ -97,4 +97,4 @@ def told(device: torch.device, head_dim: int) -> str | None:
     """What a report says of it, None where it is never taken."""
     if not suits(device, torch.bfloat16, head_dim):
         return None
-    return f"{PACKAGE} {version(PACKAGE)} for rows of {ROWS} tokens or more, and runs of {RUNS} or more in all"
+    return f"{PACKAGE} {version(PACKAGE)} for rows, or packed ones, of {LEAST} tokens or more"

@@ -48,8 +48,7 @@ def taken(monkeypatch):
     found = stand_in()
     monkeypatch.setattr(flash4, "package", lambda: found)
     monkeypatch.setattr(flash4, "suits", lambda device, dtype, head_dim: True)
-    monkeypatch.setattr(flash4, "ROWS", 1)
-    monkeypatch.setattr(flash4, "RUNS", 1)
+    monkeypatch.setattr(flash4, "LEAST", 1)
     monkeypatch.setattr(flash, "takes_varlen", lambda q, dropout: True)
     monkeypatch.setattr(flash, "_sdpa", lambda *args: pytest.fail("torch's attention"))
     return found
@@ -77,18 +76,19 @@ def test_starts(starts, window, taken):
         torch.testing.assert_close(got.double(), want.double(), atol=1e-5, rtol=1e-5)
 
 
-def test_when_it_is_taken(taken):
+def test_when_it_is_taken(taken, monkeypatch):
     """Not for few tokens, with dropout, with deterministic algorithms, or where flash attention is switched off."""
+    monkeypatch.setattr(flash4, "LEAST", 100)
     q = torch.empty(1, 100, 4, 128)
-    assert flash4.takes(q, 0.0, 100, 100) and not flash4.takes(q, 0.0, 99, 100) and not flash4.takes(q, 0.1, 100, 100)
+    assert flash4.takes(q, 0.0, 100) and not flash4.takes(q, 0.0, 99) and not flash4.takes(q, 0.1, 100)
     torch.use_deterministic_algorithms(True)
     try:
-        assert not flash4.takes(q, 0.0, 100, 100)
+        assert not flash4.takes(q, 0.0, 100)
     finally:
         torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_flash_sdp(False)
     try:
-        assert not flash4.takes(q, 0.0, 100, 100)
+        assert not flash4.takes(q, 0.0, 100)
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
 
@@ -117,7 +117,7 @@ def test_a_package_that_is_missing_or_broken(monkeypatch, caplog):
 def test_the_report_says_so(installed, monkeypatch):
     monkeypatch.setattr(flash4, "suits", lambda device, dtype, head_dim: installed)
     monkeypatch.setattr(flash4, "version", lambda package: "4.0")
-    line = "  attention: flash-attn-4 4.0 for rows of"
+    line = "  attention: flash-attn-4 4.0 for rows, or packed ones, of 4096"
     assert (line in str(apply_hyclora(llama(), HycloraConfig()))) == installed
 
 
@@ -140,8 +140,7 @@ def test_results_on_the_gpu(rows, window, causal, head_dim, dtype, monkeypatch):
 
     exact = results(lambda q, k, v: dense(q, k, v, mask, 0.125), *qkv, do)
     theirs = results(attend, *qkv, do)
-    monkeypatch.setattr(flash4, "ROWS", 1)
-    monkeypatch.setattr(flash4, "RUNS", 1)
+    monkeypatch.setattr(flash4, "LEAST", 1)
     monkeypatch.setattr(flash, "_sdpa", lambda *args: pytest.fail("torch's attention"))
     monkeypatch.setattr(flash, "varlen_attn", lambda *args, **kwargs: pytest.fail("torch's attention"))
     for got, stock, want in zip(results(attend, *qkv, do), theirs, exact, strict=True):
@@ -152,8 +151,7 @@ def test_results_on_the_gpu(rows, window, causal, head_dim, dtype, monkeypatch):
 @pytest.mark.parametrize("starts", [None, [0, 700, 1240, 1240, 1240]], ids=["row", "runs with places left"])
 def test_recorded_in_a_cuda_graph_without_its_inputs(starts, monkeypatch):
     """As attention with a kept lse does it: nothing but lse and the starts is saved, and a replay gives the same."""
-    monkeypatch.setattr(flash4, "ROWS", 1)
-    monkeypatch.setattr(flash4, "RUNS", 1)
+    monkeypatch.setattr(flash4, "LEAST", 1)
     (q, k, v), do = heads(batch=1, seq_len=1240, head_dim=128, dtype=torch.bfloat16)
     runs = bounds_of([[0, 1240], [1, 0]])
     if starts is not None:
