@@ -6,6 +6,7 @@ torch. What is kept is the same, and what a backward works in no larger (benchma
 """
 
 import logging
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,8 @@ def package():
         found = version(PACKAGE)
     except PackageNotFoundError:
         return None
+    # of an argument that is not given, once a kernel that its compiler (nvidia-cutlass-dsl 4.8.1) makes
+    warnings.filterwarnings("ignore", "Argument aux_data .*cannot be converted", UserWarning)
     try:
         return import_module("flash_attn.cute")
     except Exception as error:  # whatever its compiler raises where it does not fit torch, CUDA or Python

@@ -1,5 +1,6 @@
 """flash-attn-4 where it is installed: what it is asked for, when it is taken, and its results on a GPU."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,21 @@ def test_a_package_that_is_missing_or_broken(monkeypatch, caplog):
         assert flash4.package() is None and flash4.package() is None
         (told,) = caplog.records
         assert "cannot be imported (RuntimeError: its compiler is another)" in told.getMessage()
+    finally:
+        flash4.package.cache_clear()
+
+
+def test_what_its_compiler_says_of_each_kernel_is_not_passed_on(monkeypatch):
+    monkeypatch.setattr(flash4, "PACKAGE", "torch")
+    monkeypatch.setattr(flash4, "import_module", lambda name: name)
+    flash4.package.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert flash4.package() == "flash_attn.cute"
+            warnings.warn("Argument aux_data (position 17) cannot be converted to a JitArgument", stacklevel=1)
+            warnings.warn("another", stacklevel=1)
+        assert [str(one.message) for one in told] == ["another"]
     finally:
         flash4.package.cache_clear()
 
