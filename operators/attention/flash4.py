@@ -2,7 +2,7 @@
 
 torch has cuDNN's kernel for whole rows, and for runs of tokens and windows its flash kernel, which is of before Hopper.
 benchmarks/attention.py measures them beside flash-attn-4, which takes more of the host: so few tokens are left to
-torch. What is kept is the same, and what a backward works in no larger (benchmarks/README.md).
+torch. What is kept is the same, and a step takes 1 MiB more (benchmarks/README.md).
 """
 
 import logging
