@@ -147,7 +147,7 @@ def _varlen(q, k, v, starts, seeing, longest: int, window: int | None, scaling: 
     """All runs in one kernel."""
     on_device = starts.to(q.device, non_blocking=True)
     tokens = [t.flatten(0, 1) for t in (q, k, v)]
-    if flash4.takes(q, 0.0, len(tokens[0])):
+    if flash4.takes(q, 0.0, len(tokens[0]), "runs", q.shape[2] // k.shape[2], window is None, causal):
         o = flash4.of_runs(*tokens, on_device, longest, window, scaling, causal)
     else:
         window_size = (-1 if window is None else window - 1, 0 if causal else -1)
@@ -161,7 +161,7 @@ def _varlen(q, k, v, starts, seeing, longest: int, window: int | None, scaling: 
 
 def _of_rows(q, k, v, window: int | None, scaling: float, dropout: float, causal: bool) -> Tensor:
     """Attention within each row, torch's by chunks of `window` queries, which see their own and the one before."""
-    if flash4.takes(q, dropout, q.shape[1]):
+    if flash4.takes(q, dropout, q.shape[1], "rows", q.shape[2] // k.shape[2], window is None, causal):
         return flash4.of_rows(q, k, v, window, scaling, causal)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if window is None or window >= q.shape[2]:

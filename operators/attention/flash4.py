@@ -22,6 +22,7 @@ HEAD_DIMS = (64, 96, 128)
 LEAST = 4096
 
 logger = logging.getLogger("hyclora")
+_compiled: set[tuple] = set()
 
 
 @cache
@@ -54,19 +55,24 @@ def suits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     )
 
 
-def takes(q: Tensor, dropout: float, n_tokens: int) -> bool:
-    """Whether attention of n_tokens is faster so; q [..., D].
+def takes(q: Tensor, dropout: float, n_tokens: int, *kind) -> bool:
+    """Whether attention of n_tokens runs so; q [..., D]; kind: what else another kernel is compiled for.
 
     Not with dropout, which it does not do; where deterministic algorithms are asked for, as its dq is added up in any
-    order; nor where torch's flash attention is switched off, as sdpa_kernel and the like do.
+    order; nor where torch's flash attention is switched off, as sdpa_kernel and the like do. In a recording of a CUDA
+    graph, where nothing should be compiled, only if it has run before.
     """
-    return (
+    taken = (
         n_tokens >= LEAST
         and dropout == 0
         and torch.backends.cuda.flash_sdp_enabled()
         and not torch.are_deterministic_algorithms_enabled()
         and suits(q.device, q.dtype, q.shape[-1])
     )
+    kernel = (q.device, q.dtype, q.shape[-1], *kind)
+    if taken and not torch.cuda.is_current_stream_capturing():
+        _compiled.add(kernel)
+    return taken and kernel in _compiled
 
 
 def of_rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scaling: float, causal: bool) -> Tensor:

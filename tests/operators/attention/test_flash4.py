@@ -50,6 +50,7 @@ def taken(monkeypatch):
     monkeypatch.setattr(flash4, "package", lambda: found)
     monkeypatch.setattr(flash4, "suits", lambda device, dtype, head_dim: True)
     monkeypatch.setattr(flash4, "LEAST", 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(flash, "takes_varlen", lambda q, dropout: True)
     monkeypatch.setattr(flash, "_sdpa", lambda *args: pytest.fail("torch's attention"))
     return found
@@ -92,6 +93,16 @@ def test_when_it_is_taken(taken, monkeypatch):
         assert not flash4.takes(q, 0.0, 100)
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
+
+
+def test_nothing_is_compiled_in_a_recording(taken, monkeypatch):
+    """A kernel that has not run before is not taken there, whatever others have."""
+    q = torch.empty(1, 100, 4, 128)
+    monkeypatch.setattr(flash4, "_compiled", set())
+    assert flash4.takes(q, 0.0, 100, "rows")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert flash4.takes(q, 0.0, 100, "rows") and not flash4.takes(q, 0.0, 100, "runs")
+    assert not flash4.takes(q[..., :64], 0.0, 100, "rows") and not flash4.takes(q.bfloat16(), 0.0, 100, "rows")
 
 
 def test_a_package_that_is_missing_or_broken(monkeypatch, caplog):
