@@ -89,11 +89,21 @@ def peak(
         (LAYER_IN, True),
         ({"layers": "input8"}, False),
         ({"layers": "1*slots,input"}, False),
+        ({"layers": "1*slots,input8", "offload": True}, False),
         ({"layer_type": "baseline"}, False),
         ({"slot_savers": {"q": "exact"}}, False),
         ({"slot_savers": {"gate": "exact", "up": "exact"}}, False),
     ],
-    ids=["8 bit", "checkpointing, 8 bit", "inputs, 8 bit", "slots, exact input", "exact", "exact q", "exact gate, up"],
+    ids=[
+        "8 bit",
+        "checkpointing, 8 bit",
+        "inputs, 8 bit",
+        "slots, exact input",
+        "slots, input, offloaded",
+        "exact",
+        "exact q",
+        "exact gate, up",
+    ],
 )
 def test_the_peak_of_a_step(settings, checkpointing):
     config = HycloraConfig(cuda_graphs=False, iteration_threshold=1, **settings)
@@ -132,7 +142,14 @@ def test_the_peak_with_other_adapters(targets, dropout):
 @pytest.mark.parametrize("offload", [False, True], ids=["resident", "offloaded"])
 @pytest.mark.parametrize(
     "layers, checkpointing",
-    [("slots", False), ("input", False), ("input8", False), ("2*slots,input8", False), ("slots", True)],
+    [
+        ("slots", False),
+        ("input", False),
+        ("input8", False),
+        ("2*slots,input8", False),
+        ("1*slots,input", False),
+        ("slots", True),
+    ],
 )
 def test_the_peak_of_a_recording(layers, checkpointing, offload):
     """Exact inputs keep the place of the graph's; below those of a store slots may be asked for."""
