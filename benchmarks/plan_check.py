@@ -39,6 +39,8 @@ LAYER_BY_LAYER, LONGEST = {"cuda_graphs": False}, {"offload": True, "cuda_graphs
 DOCUMENTS = 4  # of a packed row
 # before this the gradients of attention of long rows had memory of their own, and those of all heads at once
 IN_PIECES = "2026-11-30T03:50"
+# and a forward layer by layer had the GEMM workspace of the backward before in lines before this (models/step_hook.py)
+GIVEN_BACK = "2026-11-30T07:25"
 # and of layers that are run again lines before this, in which the second run kept q and k before RoPE beside v, and its
 # input beside the residual stream; o was there in pieces and joined
 LATE = "2026-11-30T17:40"
@@ -147,13 +149,17 @@ def predict(case: Case, layers: int) -> dict:
 
 
 def is_of_earlier_build(line: dict) -> bool:
-    """Whether a line's rows are so long, or its layers run again by our code, that they take less than was measured."""
+    """Whether a line's rows are so long, its layers run again by our code, or its peak in a forward layer by layer, so
+    that it takes less than was measured."""
     from hyclora.operators.attention.flash import head_pieces
 
     case = Case(**line["arguments"])
     config = case.config(0)
     again = case.setting.get("layers", "slots") != "slots" or case.checkpointing and case.setting.get("offload", False)
     if again and line["time"] < LATE or case.checkpointing and line["time"] < OUR_CHECKPOINTING:
+        return True
+    forward = line["predicted"]["peak"].startswith("forward") and not case.setting.get("cuda_graphs", True)
+    if forward and line["time"] < GIVEN_BACK:
         return True
     heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     return line["time"] < IN_PIECES and head_pieces(case.batch_size * case.seq_len, 0, *heads) > 1

@@ -29,8 +29,8 @@ def test_static_and_host_memory(one):
 
 @pytest.mark.parametrize("one", [one for one in LINES if not one.earlier], ids=named)
 def test_live_memory_of_the_present_build(one):
-    long = one.line["arguments"]["seq_len"] > 16384  # whose attention goes back in pieces
-    most = 2.5 if long or "layer inputs" in one.mode.name else 0.5
+    # attention of long rows goes back in pieces, each with a copy of do, which cuDNN does not make
+    most = 2.5 if one.line["arguments"]["seq_len"] > 16384 else 0.5
     assert -0.4 <= one.off("dyn") <= most  # lines of when W of q, k, v was whole in backward have up to .4 % more
     if one.line["arguments"]["seq_len"] <= 65536:  # with longer ones the allocator takes what it may give back
         assert one.off("held") >= -0.2  # the allowance for gaps is one

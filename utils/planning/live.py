@@ -31,7 +31,8 @@ def count(
     that are packed, and so attention by the kernel for runs. processes: more than one train data parallel. steps: with
     a step of torch's AdamW, which has for a time a copy of what is trained (foreach; its fused form has none). It runs
     when all but the graphs' memory is free.
-    Where layers are of both kinds, the last one of each is looked at: most is kept there of those before it.
+    Of layers that keep alike, above others that do, the last is looked at: most is there of those before it. With
+    graphs that is once the last layer of all, and once the last of those below it.
     """
     shape, config, T = savers.shape, savers.config, batch * length
     # by itself it is off with attention=eager
@@ -39,8 +40,10 @@ def count(
     windows = any(window is not None and window < length for window in shape.windows)
     runs = documents or (batch if windows else 0)
     again = [checkpointing or own for own in savers.again]
-    highest = {kind: i for i, kind in enumerate(again)}.values()
-    tops = [_Step(savers, T, length, runs, graphs, again[: top + 1], checkpointing) for top in highest]
+    kept_by = [x if own else unit for x, unit, own in zip(savers.inputs_kept, savers.units, again, strict=True)]
+    pairs = zip([None, *kept_by], kept_by, strict=False)
+    highest = {(pair, graphs and i == savers.n - 1): i for i, pair in enumerate(pairs)}.values()
+    tops = [_Step(savers, T, length, runs, graphs, again, top, checkpointing) for top in highest]
     elsewhere = shape.embeddings if config.offload_embeddings else 0
     static = {
         "weights": shape.weights - elsewhere,
@@ -71,18 +74,21 @@ def count(
 class _Step:
     """The moments of a micro-step of T tokens at its top layer; t of them are an MLP's tile.
 
-    again: of each layer up to the top one, whether it keeps its input alone. The top layer is that whose backward is
-    looked at, with all that is kept of those before. below: with graphs, what the layer under it has beside that, less
-    what is free by then (models/graphs/layer_graphs.py: backward).
-    checkpointing: the embeddings, which then need a gradient, are a leaf that autograd holds till the end, however
-    layer inputs are kept; a resident exact one is the same memory.
+    again: of each layer, whether it keeps its input alone. The top layer is that whose backward is looked at, with all
+    that is kept of those before. above: of a recorded backward that has been through other layers, dx of the caller of
+    autograd.grad, and the gradients found for the layer before (models/graphs/layer_graphs.py: backward).
+    embeddings: what has their memory till the end, beside all else. With checkpointing they need a gradient, and are a
+    leaf that autograd holds. And the place of a graph's input is that of its output too, but not where a layer before
+    the output keeps its input exactly, and so does not write there. Of resident exact inputs the first is that memory.
+    ahead: of a token, what a store has on the way: of the layer below, its input or the half asked for next.
     """
 
     def __init__(
-        self, savers: Savers, T: int, length: int, runs: int, graphs: bool, again: list[bool], checkpointing: bool
-    ):
+        self, savers: Savers, T: int, length: int, runs: int, graphs: bool, again: list[bool], top: int,
+        checkpointing: bool,
+    ):  # fmt: skip
         self.shape, self.savers, self.T, self.t = savers.shape, savers, T, min(T, TILE_TOKENS)
-        self.runs, self.graphs, self.again, self.top = runs, graphs, again[-1], len(again) - 1
+        self.runs, self.graphs, self.again, self.top = runs, graphs, again[top], top
         self.offload, shape, groups = savers.config.offload, savers.shape, savers.shape.groups
         # cos and sin of all rows, and a recording's own (layer_graphs.py: _capture)
         self.angles = (2 if graphs else 1) * 2 * E * shape.head_dim * length
@@ -97,35 +103,41 @@ class _Step:
         if self.again:
             norm_in, mlp_in = savers.norms[self.top]["mlp"]["norm_in"], savers.halves[self.top]["mlp"]["mlp_in"]
             self.unit = replace(self.unit, mlp=self.x if mlp_in.stored or not isinstance(norm_in, Exact) else 0)
-        self.slots = [unit for unit, run_again in zip(units, again[:-1], strict=False) if not run_again]
-        same = not self.offload and isinstance(savers.inputs[0], Exact)
-        self.leaf = self.x if checkpointing and not same else 0
+        self.slots = [unit for unit, run_again in zip(units[:top], again, strict=False) if not run_again]
+        alone = [saver if run_again else None for saver, run_again in zip(savers.inputs, again, strict=True)]
+        exact = [isinstance(saver, Exact) for saver in alone]
+        counted = not self.offload and any(exact[:top])
+        leaf, place = checkpointing and (graphs or not counted), graphs and any(exact) and not counted
+        self.embeddings = T * self.x * (leaf + place)
         # of a chain of differences, what is restored of the last input while the layer runs for the first time
-        links = [saver for saver, run_again in zip(savers.inputs, again, strict=False) if run_again]
-        self.restored = self.x if any(isinstance(saver, Difference) for saver in links) else 0
-        self.inputs = [x for x, run_again in zip(savers.inputs_kept, again, strict=False) if run_again]
-        self.under = None if not self.top or again[-2] else units[self.top - 1]
+        self.restored = self.x if any(isinstance(saver, Difference) for saver in alone[: top + 1]) else 0
+        self.inputs = [x for x, run_again in zip(savers.inputs_kept[: top + 1], again, strict=False) if run_again]
+        self.ahead = 0
+        if top:
+            below = units[top - 1]
+            self.ahead = savers.inputs_kept[top - 1] if again[top - 1] else below.mlp_norm + below.mlp
         # an attention map of all heads, in 16 bit, and what is kept of it a token; 0 where none is made
         self.map_kept = savers.map_kept(self.top, length)
         self.map = E * T * length * shape.q // shape.head_dim if savers.config.attention == "eager" else 0
         self.n = 1 + len(self.slots)
         attention, mlp = (E * (one.R + two.R) for one, two in ((self.qkv, self.out), (self.gate_up, self.down)))
         self.low_rank = attention + mlp + 8  # x A^T of the four groups, and 4 bytes for each norm
-        self.grads = sum(group.grads for group in groups.values())
+        grads = sum(group.grads for group in groups.values())
+        self.above = T * self.x + grads if graphs and top < savers.n - 1 else 0
 
     def kept(self, where: str) -> float:
         """Bytes of slots on the device when the top layer's backward is at its MLP or attention, or forward at its end.
 
-        Of a store half a layer is on the device, and the half asked for next (store.py: window, ahead). By the code a
-        norm's slot of 64 MiB would be fetched by itself, later; the line of 131,072 tokens has it there, so it counts.
-        In attention's backward its own slots are free, but for heads with norms.
+        Of a store half a layer is on the device, and the half asked for next (store.py: window, ahead). A norm's slot
+        of 64 MiB is fetched by itself, but as early: a block asks for the slot of the norm before it, of which it
+        derives its input. In attention's backward its own slots are free, but for heads with norms.
         """
-        T, top, under = self.T, self.unit, self.under
+        T, top = self.T, self.unit
         own = top.attention_norm + (top.attention if self._keeps_packed else 0)
         if self.offload and not self.again:
             halves = {
                 "mlp": top.layer,
-                "attention": own + (under.mlp_norm + under.mlp if under else sum(self.inputs[-1:])),
+                "attention": own + self.ahead,
                 "end": top.layer if self.graphs else top.mlp_norm + top.mlp,
             }
             return T * halves[where]
@@ -145,49 +157,43 @@ class _Step:
         return exact and not self.shape.family.head_norms
 
     def _inputs(self, where: str) -> float:
-        """Kept layer inputs, of a store the last and the largest before, and dy of a layer that is run again beside its
-        attention's.
+        """Kept layer inputs, of a store what is asked for next, or the last; and dy of a layer that is run again beside
+        its attention's.
 
         At a late MLP it is that of the MLP. Our second run has the layer's own input as it was, in the memory of the
         residual stream, and what was kept of it is gone.
         """
-        inputs = [max(self.inputs[:-1], default=0), *self.inputs[-1:]] if self.offload else self.inputs
-        kept = sum(inputs[:-1] if self.again and where != "end" else inputs)
-        beside = self.again and where != "mlp"
-        return self.T * (kept + self.leaf + (self.x if beside else 0))
+        again, backward = self.again, where != "end"
+        if self.offload:
+            kept = self.ahead if backward else self.inputs[-1]
+        else:
+            kept = sum(self.inputs[:-1] if again and backward else self.inputs)
+        return self.T * (kept + (self.x if again and where != "mlp" else 0))
 
     def moments(self) -> dict[str, float]:
-        T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles
-        above = self._graph_layer_below()
-        found = {}
+        T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles + self.embeddings
+        found, forward = {}, {}
         for name, size in self._mlp_backward().items():
-            found[f"backward of an MLP: {name}"] = size + low_rank + self.kept("mlp") + above
+            found[f"backward of an MLP: {name}"] = size + low_rank + self.kept("mlp") + self.above
         fixed = T * self.x if self.graphs else 0  # the graphs' input, output and its gradient, in one place
         gradients = self.mlp_grads + self.out.grads if self.graphs else self.out.grads
-        beside = low_rank + self.kept("attention") + above + fixed + gradients
+        beside = low_rank + self.kept("attention") + self.above + fixed + gradients
         for name, size in self._attention_backward().items():
             found[f"backward of attention: {name}"] = size + beside
-        for name, size in self._mlp_forward().items():
-            found[f"forward of an MLP: {name}"] = size + low_rank + self.kept("end" if self.again else "mlp")
         for name, size in (self._second_forward() if self.again else {}).items():
-            found[f"second forward: {name}"] = size + low_rank + above
+            found[f"second forward: {name}"] = size + low_rank + self.above
+        for name, size in self._mlp_forward().items():
+            forward[f"forward of an MLP: {name}"] = size + low_rank + self.kept("end" if self.again else "mlp")
         if self.map:
-            found["forward of attention: softmax"] = self._softmax() + low_rank
-        found["loss"] = self.loss() + low_rank + self.kept("end") + fixed
-        return found
+            forward["forward of attention: softmax"] = self._softmax() + low_rank
+        forward["loss"] = self.loss() + low_rank + self.kept("end") + fixed
+        # given back before a forward, which is in one thread (models/step_hook.py); graphs have one all the time
+        unused = 0 if self.graphs else WORKSPACE
+        return found | {name: size - unused for name, size in forward.items()}
 
     @property
     def mlp_grads(self) -> int:
         return self.gate_up.grads + self.down.grads
-
-    def _graph_layer_below(self) -> float:
-        """What the second layer of a recorded backward has more than the first: dx of autograd.grad's caller, and the
-        gradients found for the layer before; less what that layer has freed."""
-        if not self.graphs or not self.top:
-            return 0
-        above = self.inputs[-1] if self.again else self.unit.layer
-        freed = self.T * ((0 if self.again else self.low_rank) + (0 if self.offload else above))
-        return max(0, self.T * self.x + self.grads - freed)
 
     def _mlp_backward(self) -> dict[str, float]:
         """mlp.py: _backward_tile of the first tile, dy [T, C] among them; slots of gate and up are free once read.
@@ -210,8 +216,8 @@ class _Step:
             + self.gate_up.stack + self.down.grads + self.gate_up.early_grads - freed,
             "adapters": T * x + whole + dgate_up + 2 * t * x + below + self.gate_up.stack + self.mlp_grads - freed,
         }  # fmt: skip
-        if self.again:  # _down_late of a later tile; activation is as if fused
-            before = T * x + whole + dgate_up + stacks + self.mlp_grads
+        if self.again:  # _down_late, of a later tile if there is one; activation is as if fused
+            before = T * x + whole + dgate_up + stacks + (self.mlp_grads if T > t else 0)
             found["gate, up again"] = before + t * x + max(below, self.gate_up.piece(t, by_rows=True, below=True))
             found["down"] = before + t * f + max(above, self.down.piece(t, by_rows=False, below=False))
         elif not self.savers.fuses_mlp(self.top):
@@ -238,7 +244,10 @@ class _Step:
         n = self.pieces
         gradients, works_in = T * qkv, T * (2 * q if kv < q else 0) + 2 * q * (T + PLACE * self.runs)
         if n > 1:
-            # those of a piece before they take the memory of q, k, v (but for an exact v that was kept), and its do
+            # those of a piece before they take the memory of q, k, v (but for an exact v that was kept), and its do,
+            # which lies between that of others: torch's flash attention copies it. cuDNN, which torch has for whole
+            # rows on Hopper, asks for the strides of o, which it has, so that this is a bound there: 64 MiB of the 70
+            # that the line of 32,768 tokens has less, 2.2 %
             gradients = T * kv * self._heads_are_slots * (not self.again)
             works_in = (works_in + T * (qkv + q)) / n
         core = T * (qkv + 2 * q + numbers) + gradients + works_in
@@ -271,7 +280,7 @@ class _Step:
             attn_out = self.savers.halves[self.top]["attention"]["attn_out"]
             own += self.unit.attention - self.map_kept - (attn_out.bits(self.shape.q) / 8 if attn_out.stored else 0)
         if self.offload and not self.again:
-            kept = T * (own + (self.under.mlp_norm + self.under.mlp if self.under else sum(self.inputs[-1:])))
+            kept = T * (own + self.ahead)
         else:
             kept = self.kept("end") + T * (own if self.again else own - self.unit.layer)
         return T * (2 * self.x + (self.restored if self.again else 0)) + heads + 5 * self.map + kept

@@ -17,9 +17,10 @@ from hyclora.models.patch import find_patch
 from hyclora.operators import dispatch
 from hyclora.operators.linear import lora
 from hyclora.utils.args import LINEARS
-from hyclora.utils.planning import Savers, Shape, count
+from hyclora.utils.planning import Savers, Shape, count, live
 from tests.helpers.counting import Live, step_of
 from tests.helpers.offloading import offloaded
+from tests.helpers.replaying import Recorder
 
 RANK, BATCH, LENGTH = 4, 2, 128
 SIZES = LlamaConfig(
@@ -30,37 +31,55 @@ LAYER_IN = {"slot_savers": {"layer_in": "quant8"}}
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """A GEMM gives fp32 without copies of its factors, and what kernels would write is left as it is."""
+    """A GEMM gives fp32 without copies of its factors, and what kernels would write is left as it is.
+
+    But a CPU has no GEMM workspaces.
+    """
+    monkeypatch.setattr(live, "WORKSPACE", 0)
     monkeypatch.setattr(dispatch, "INTERPRETING", True)
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)
     monkeypatch.setattr(lora, "_mm32", lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32))
+
+
+class Once(Recorder):
+    """Records by running, of which a peak is taken, and replays nothing."""
+
+    def record(self, run):
+        return run(), lambda: None
 
 
 def peak(
     config: HycloraConfig, checkpointing: bool = False, targets=LINEARS, dropout: float = 0.0, sizes=SIZES,
     rows: tuple[int, int] = (BATCH, LENGTH),
 ) -> int:  # fmt: skip
-    """Bytes alive at the peak of a step after calibration, beside what is there before it, on the host and else."""
+    """Bytes alive at the peak of a step after calibration, beside what is there before it, on the host and else.
+
+    With CUDA graphs the step is that which records them, the second after calibration.
+    """
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=dropout)
     model = get_peft_model(LlamaForCausalLM(sizes).to(torch.bfloat16), lora)
+    without = replace(config, offload=False, cuda_graphs=False)
     slabs = []
     if config.offload:
-        slabs = offloaded(model, replace(config, offload=False)).arena.slabs
+        slabs = offloaded(model, without).arena.slabs
     else:
-        apply_hyclora(model, config)
+        apply_hyclora(model, without)
     model.train()
-    step, ids = step_of(model, *rows, checkpointing)
-    for _ in range(3):
-        step()
     patch = find_patch(model)
+    if config.cuda_graphs:
+        patch.add_graphs(Once())
+    step, ids = step_of(model, *rows, checkpointing)
+    for _ in range(config.iteration_threshold + 1 if config.cuda_graphs else 3):
+        step()
     savers = [saver for block in [*patch.blocks, *patch.checkpoints] for saver in block.savers.values()]
     owned = [value for saver in savers for value in vars(saver).values()]
     owned += [value for pair in owned if isinstance(pair, tuple) for value in pair]
     tensors = [t for t in owned if isinstance(t, torch.Tensor)]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    with Live(ids, *model.parameters(), *model.buffers(), *tensors, *gradients, *slabs) as live:
+    with Live(ids, *model.parameters(), *model.buffers(), *tensors, *gradients, *slabs) as alive:
         step()
-    return live.peak
+    assert not config.cuda_graphs or patch.graphs.recordings
+    return alive.peak
 
 
 @pytest.mark.parametrize(
@@ -70,11 +89,21 @@ def peak(
         (LAYER_IN, True),
         ({"layers": "input8"}, False),
         ({"layers": "1*slots,input"}, False),
+        ({"layers": "1*slots,input8", "offload": True}, False),
         ({"layer_type": "baseline"}, False),
         ({"slot_savers": {"q": "exact"}}, False),
         ({"slot_savers": {"gate": "exact", "up": "exact"}}, False),
     ],
-    ids=["8 bit", "checkpointing, 8 bit", "inputs, 8 bit", "slots, exact input", "exact", "exact q", "exact gate, up"],
+    ids=[
+        "8 bit",
+        "checkpointing, 8 bit",
+        "inputs, 8 bit",
+        "slots, exact input",
+        "slots, input, offloaded",
+        "exact",
+        "exact q",
+        "exact gate, up",
+    ],
 )
 def test_the_peak_of_a_step(settings, checkpointing):
     config = HycloraConfig(cuda_graphs=False, iteration_threshold=1, **settings)
@@ -108,3 +137,24 @@ def test_the_peak_with_other_adapters(targets, dropout):
     shape = Shape(SIZES, "bf16", RANK, targets, dropout > 0)
     measured = peak(config, targets=targets, dropout=dropout)
     assert 0.99 <= count(Savers(shape, config), BATCH, LENGTH).dyn / measured <= 1.1
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["resident", "offloaded"])
+@pytest.mark.parametrize(
+    "layers, checkpointing",
+    [
+        ("slots", False),
+        ("input", False),
+        ("input8", False),
+        ("2*slots,input8", False),
+        ("1*slots,input", False),
+        ("slots", True),
+    ],
+)
+def test_the_peak_of_a_recording(layers, checkpointing, offload):
+    """Exact inputs keep the place of the graph's; below those of a store slots may be asked for."""
+    sizes = LlamaConfig(**SIZES.to_dict() | {"num_hidden_layers": 4})
+    config = HycloraConfig(cuda_graphs=True, iteration_threshold=1, layers=layers, offload=offload)
+    counted = count(Savers(Shape(sizes, "bf16", RANK), config), BATCH, LENGTH, checkpointing)
+    measured = peak(config, checkpointing, sizes=sizes)
+    assert 0.99 <= counted.dyn / measured <= 1.1

@@ -8,7 +8,7 @@ import torch
 from hyclora import HycloraConfig, apply_hyclora
 from hyclora.models.patch import find_patch
 from hyclora.operators.savers import ChannelQuant
-from hyclora.utils.planning import Savers, Shape, count
+from hyclora.utils.planning import Savers, Shape, count, live
 from tests.helpers.small_models import llama, qwen3
 
 SETTINGS = [
@@ -84,6 +84,20 @@ def test_a_window_that_rows_reach_takes_the_kernel_for_runs(shapes):
     mistral = shapes("mistral-7b")
     inside, beyond = (need(mistral, 1, n, **LAYER_BY_LAYER).moments[CORE] for n in (4096, 8192))
     assert beyond > 2 * inside
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_forward_layer_by_layer_has_one_workspace(shapes, graphs, monkeypatch):
+    """Static memory has that of autograd's thread, which a forward gives back before it starts."""
+    shape, found = shapes("llama-2-7b"), []
+    for size in (2**25, 2**26):
+        monkeypatch.setattr(live, "WORKSPACE", size)
+        found.append(need(shape, cuda_graphs=graphs).moments)
+    small, large = found
+    ahead = {name for name in small if large[name] != small[name]}
+    forward = {name for name in small if name.startswith("forward") or name == "loss"}
+    assert forward and ahead == (set() if graphs else forward)
+    assert all(small[name] - large[name] == 2**25 for name in ahead)
 
 
 def test_fewer_bits_and_the_host_take_less(shapes):
