@@ -118,6 +118,7 @@ _refuse_settings_of_others() {
 start() {
     _refuse_settings_of_others || exit
     export HYCLORA_SCRIPT=$0 HYCLORA_PASSED="${options[*]@Q}"
+    export PYTHONUNBUFFERED=1  # a file or a pipe has each line when it is told, between those of progress bars
     exec "$PYTHON" "$_root/$1" "${options[@]}" "${@:2}"
 }
 

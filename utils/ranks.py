@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from accelerate.state import PartialState
 from tqdm import tqdm
 
 Found = TypeVar("Found")
@@ -28,6 +29,16 @@ def of_first(compute: Callable[[], Found]) -> Found:
     found = [compute() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(found)
     return found[0]
+
+
+def wait_on(device: torch.device) -> None:
+    """Have processes that compute on the CPU wait for each other there too.
+
+    accelerate's wait_for_everyone gives each process a GPU of its own wherever torch sees one, and there may be fewer
+    of them than processes. torch's barrier takes the CPU where the processes talk by gloo.
+    """
+    if device.type == "cpu" and n_ranks() > 1:
+        PartialState().wait_for_everyone = torch.distributed.barrier  # all instances share what one has
 
 
 def share_batches(

@@ -20,6 +20,7 @@ from hyclora.models.sharding import is_unit
 from hyclora.models.state import load_calibration, save_calibration
 from hyclora.utils.errors import Interrupted, UserError
 from hyclora.utils.profiling import pinned_bytes
+from hyclora.utils.ranks import wait_on
 from hyclora.utils.runs.card import tidy
 from hyclora.utils.runs.checkpoints import prune, seal, state_of
 from hyclora.utils.runs.room import telling
@@ -140,6 +141,7 @@ class HycloraTrainer(Trainer):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         take_cpu_too(self)
+        wait_on(self.args.device)
 
     def create_optimizer(self, *args, **kwargs):
         with _making("optimizer", "--optim and --optim_args"):

@@ -33,9 +33,6 @@ def _run(rank: int, function, folder: str, args: tuple, processes: int) -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(rank)
-        else:
-            # barriers and fully_shard would take what torch was built for, whether it is seen or not
-            torch._C._get_accelerator = lambda *_: torch.device("cpu")
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
         function(rank, *args)
         dist.barrier()

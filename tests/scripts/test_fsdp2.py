@@ -60,7 +60,9 @@ def stopping_at(step: int):
 
 
 def train(rank: int, folder: str, model: str, stop: int, options: tuple[str, ...]) -> None:
-    """By DDP, by fsdp2, and by fsdp2 with a stop."""
+    """By DDP, by fsdp2, and by fsdp2 with a stop: on the CPU, where torch sees a GPU too."""
+    if not torch.cuda.is_available():
+        torch._C._get_accelerator = lambda *_: torch.device("cuda")
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -52,10 +52,14 @@ def test_a_script_ends_well_in_its_shortest_form(tmp_path):
     command = ["bash", ROOT / "run_gsm8k.sh", *SHORTEST["run_gsm8k"].split(), "--output_dir", tmp_path]
     environment = {**os.environ, "PYTHON": sys.executable}
     environment.pop("TRITON_INTERPRET", None)  # kernels are for other tests
-    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "gemm_4bit" not in done.stderr, "bitsandbytes misses a package that nothing here needs"
+    environment.pop("PYTHONUNBUFFERED", None)
+    one_file = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd="/", env=environment, text=True, **one_file)
+    assert done.returncode == 0, done.stdout
+    assert "gemm_4bit" not in done.stdout, "bitsandbytes misses a package that nothing here needs"
     assert "MiB" in done.stdout and list(tmp_path.glob("*.json*"))
+    from_loss, *_ = done.stdout.partition("{'loss'")[2].partition("evaluating: ")
+    assert "| 1/1 [" in from_loss, "a file has a loss before the bar of its training ends, as a terminal has it"
 
 
 @pytest.mark.parametrize("driver", sorted(GROUPS.keys() - {"run_gsm8k"}))
