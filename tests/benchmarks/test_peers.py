@@ -229,7 +229,7 @@ def test_lines_mean_the_defaults_of_their_time(tmp_path, monkeypatch):
     """What was recorded before settings were whole is intra_inter where it does not say."""
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     settings = [{"q_bit": 4}, rows.whole({"q_bit": 4}), {"layer_type": "intra_inter_full_fuse"}, "Liger", None]
-    lines = [{"setting": setting, "arguments": {}, "number": i} for i, setting in enumerate(settings)]
+    lines = [{"setting": setting, "arguments": {}, "versions": {}, "number": i} for i, setting in enumerate(settings)]
     (tmp_path / "fidelity.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = {rows.name_of(line["setting"]): line["number"] for line in rows.load("fidelity")}
     assert found == {"intra_inter, 4 bit": 0, "HyC-LoRA default, 4 bit": 2, "Liger": 3, "PEFT LoRA": 4}
@@ -242,7 +242,7 @@ def test_lines_say_what_their_numbers_show(tmp_path, monkeypatch):
     settings = [{"cuda_graphs": True, "stream": False}, {"layer_type": "intra_inter_full_fuse"}, rows.whole({})]
     settings += [{"cuda_graphs": False, "offload": True, "stream": False}]
     for name in ("memory_throughput", "buffered"):
-        lines = [{"setting": {"layer_type": "intra_inter_full_fuse"} | s, "arguments": {}, "i": i}
+        lines = [{"setting": {"layer_type": "intra_inter_full_fuse"} | s, "arguments": {}, "versions": {}, "i": i}
                  for i, s in enumerate(settings)]  # fmt: skip
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = {rows.name_of(line["setting"]): line["i"] for line in rows.load("memory_throughput")}

@@ -107,7 +107,7 @@ class Plan:
             "host",
             "fits",
             "longest row",
-            "embeddings on host",
+            "longest, embeddings on host",
             "a micro-step",
             "real tokens/s",
             "count of dyn, where measured",

@@ -14,14 +14,14 @@ from hyclora.utils.planning import Savers, Shape, count, live
 from tests.utils.planning.test_counting import RANK, as_on_a_gpu, peak
 
 assert as_on_a_gpu  # the fixture
-LENGTH, HIDDEN, HEADS = 2048, 1024, 8
+LENGTH, HIDDEN, HEADS = 2048, 512, 8
 HIDDEN_STATE = 2 * LENGTH * HIDDEN
 PACKED = {"offload": True, "slot_savers": {"layer_in": "quant8"}}
 
 
 def sizes(kv_heads: int, layers: int = 2) -> LlamaConfig:
     return LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=2752, num_hidden_layers=layers, num_attention_heads=HEADS,
+        hidden_size=HIDDEN, intermediate_size=1376, num_hidden_layers=layers, num_attention_heads=HEADS,
         num_key_value_heads=kv_heads, vocab_size=256, use_cache=False, max_position_embeddings=LENGTH,
     )  # fmt: skip
 
@@ -37,12 +37,12 @@ def small_pieces(monkeypatch):
 
 # settings, checkpointing, heads of k, and how many hidden states there are at most beside what grows with nothing
 CASES = {
-    "4-bit inputs, offloaded": ({"layers": "input4", "offload": True}, False, 8, 10.1),
+    "4-bit inputs, offloaded": ({"layers": "input4", "offload": True}, False, 8, 10.2),
     "8-bit inputs": ({"layers": "input8"}, False, 8, 10.25),
-    "exact inputs": ({"layers": "input"}, False, 8, 11.35),
-    "4-bit inputs, grouped queries": ({"layers": "input4"}, False, 4, 9.1),
-    "checkpointing, packed slots, offloaded": (PACKED, True, 8, 10.25),
-    "checkpointing, packed slots, grouped queries": (PACKED, True, 4, 8.75),
+    "exact inputs": ({"layers": "input"}, False, 8, 11.4),
+    "4-bit inputs, grouped queries": ({"layers": "input4"}, False, 4, 9.2),
+    "checkpointing, packed slots, offloaded": (PACKED, True, 8, 11.95),
+    "checkpointing, packed slots, grouped queries": (PACKED, True, 4, 10.2),
 }
 
 
@@ -56,7 +56,7 @@ def test_the_peak_of_a_long_row(small_pieces, settings, checkpointing, kv_heads,
     assert measured / HIDDEN_STATE <= most
 
 
-@pytest.mark.parametrize("settings, most", [({"offload": True}, 10.1), ({}, 12.5)], ids=["offloaded", "resident"])
+@pytest.mark.parametrize("settings, most", [({"offload": True}, 10.2), ({}, 12.6)], ids=["offloaded", "resident"])
 def test_the_peak_of_a_chain_of_inputs(small_pieces, settings, most):
     """What is added up for a layer is gone when that runs again."""
     config = HycloraConfig(cuda_graphs=False, iteration_threshold=1, layers="input4", **settings)
