@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass, replace
 from benchmarks.jobs import number
 from benchmarks.peers import OUT_OF_MEMORY, alone, answer
 from benchmarks.plan_check import Case, batch_of, beside_allocator, line_of, model_of, predict
-from benchmarks.record import RESULTS, read, record
+from benchmarks.record import RESULTS, is_alike, read, record
 from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 
@@ -214,11 +214,7 @@ def main(argv: list[str] | None = None):
     rows = [planned(args, shape, *pair) for pair in zip(args.cards, tokens, strict=True)]
     firsts = [next(tries) for tries in rows]  # a card without room is told of before anything is run
     now, lines = environment(), read(args.output_dir / f"{NAME}.jsonl")
-    known = {
-        (line["card_gib"], json.dumps(line["arguments"])): line
-        for line in lines
-        if (line["commit"], line["device"]) == (now["commit"], now["device"])
-    }
+    known = {(line["card_gib"], json.dumps(line["arguments"])): line for line in lines if is_alike(line, now)}
     for first, shorter in zip(firsts, rows, strict=True):
         for row in (first, *shorter):
             line = known.get((row.card, json.dumps(asdict(row.case))))

@@ -18,7 +18,7 @@ import sys
 
 from benchmarks.jobs import Job, add_arguments, cell, make_job
 from benchmarks.peers import NOT_DONE, NOT_INSTALLED, PEERS, run
-from benchmarks.record import read, record
+from benchmarks.record import is_alike, read, record
 from benchmarks.rows import LSE_KEPT, name_of, whole
 from hyclora.models.config import PRESETS, HycloraConfig
 from hyclora.utils.disk import check_output
@@ -73,7 +73,7 @@ def measured(job: Job, lines: list[dict], now: dict, timeout: float) -> bool:
     A peer may have been installed since, and what was not done in time may have more of it now.
     """
     return any(
-        (line["commit"], line["device"]) == (now["commit"], now["device"])
+        is_alike(line, now)
         and whole(line["setting"]) == whole(job.setting)
         and line["arguments"] == job.arguments
         and line.get("error") != NOT_INSTALLED

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from benchmarks.jobs import SHAPES, Job, number
 from benchmarks.peers import alone, answer
-from benchmarks.record import RESULTS, read, record
+from benchmarks.record import RESULTS, is_alike, read, record
 from hyclora.models.config import PRESETS
 from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None):
         raise UserError("this measures GPU memory: it needs a GPU (or --device cpu)")
     check_output(args.output_dir, needed=2**20)
     now, lines = environment(), read(args.output_dir / f"{NAME}.jsonl")
-    known = [x["arguments"] for x in lines if (x["commit"], x["device"]) == (now["commit"], now["device"])]
+    known = [line["arguments"] for line in lines if is_alike(line, now)]
     chosen = [case for case in cases(args.layers, args.device) if args.match in str(case) and asdict(case) not in known]
     chosen = chosen[: args.limit]
     with ThreadPoolExecutor(args.at_once) as pool:

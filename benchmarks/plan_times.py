@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.jobs import SHAPES, cell, number
 from benchmarks.peers import OUT_OF_MEMORY, alone, answer
-from benchmarks.record import RESULTS, read, record
+from benchmarks.record import RESULTS, is_alike, read, record
 from hyclora.utils.disk import check_output, to_path
 from hyclora.utils.errors import UserError, entry_point
 
@@ -132,11 +132,7 @@ def main(argv: list[str] | None = None):
             )
     check_output(args.output_dir, needed=2**20)
     now, lines = environment(), read(args.output_dir / f"{NAME}.jsonl")
-    known = [
-        (line["mode"], line["arguments"])
-        for line in lines
-        if (line["commit"], line["device"]) == (now["commit"], now["device"])
-    ]
+    known = [(line["mode"], line["arguments"]) for line in lines if is_alike(line, now)]
     for case in cases:
         missing = [name for name in names if (name, asdict(case)) not in known]
         for name, found in in_a_process(case, missing, args.timeout).items() if missing else ():

@@ -20,6 +20,17 @@ def read(file: Path) -> list[dict]:
     return lines
 
 
+def is_alike(line: dict, now: dict) -> bool:
+    """Whether a line is of the commit, the device and the attention of environment(), so that it need not be again.
+
+    A package that takes over where it is installed makes another line.
+    """
+    from hyclora.operators.attention.flash4 import PACKAGE
+
+    mine, here = ((one["commit"], one["device"], one.get("versions", {}).get(PACKAGE)) for one in (line, now))
+    return mine == here
+
+
 def record(name: str, result: dict, folder: Path = RESULTS) -> dict:
     """Append result to folder/name.jsonl and return the whole line."""
     from hyclora.utils.results import environment  # it imports Transformers, which some peers have to patch first

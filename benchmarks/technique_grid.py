@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from benchmarks import technique_peers
-from benchmarks.record import read, record
+from benchmarks.record import is_alike, read, record
 from benchmarks.technique_tables import report
 from benchmarks.workers import NOT_DONE, require_gpus, run_all, visible_gpus
 from hyclora.utils import results
@@ -163,7 +163,7 @@ def answer(lines: list[dict], one: Combination, common: dict, now: dict, timeout
     found = (
         line
         for line in reversed(lines)
-        if (line["commit"], line["device"]) == (now["commit"], now["device"])
+        if is_alike(line, now)
         and line["setting"] == asdict(one)
         and line["arguments"] == common
         and is_answer(line)

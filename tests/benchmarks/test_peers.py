@@ -89,6 +89,9 @@ def test_a_job_that_was_not_done_in_time_gets_more_of_it(job):
     assert memory_throughput.measured(job, [line], now, timeout=112)
     assert not memory_throughput.measured(job, [line], now, timeout=300)
     assert not memory_throughput.measured(job, [line], now | {"commit": "c-1234abcd"}, timeout=112)
+    with_it = now | {"versions": {"flash-attn-4": "4.0"}}
+    assert not memory_throughput.measured(job, [line], with_it, timeout=112), "attention is another's"
+    assert memory_throughput.measured(job, [line | with_it], with_it, timeout=112)
 
 
 def begin_sweep(options: list[str], said: Path) -> None:

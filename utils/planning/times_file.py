@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from hyclora.operators.attention import flash4
 from hyclora.utils.args import LoraArguments
 from hyclora.utils.errors import UserError
 from hyclora.utils.planning.recorded import SIZES
@@ -24,7 +25,7 @@ from hyclora.utils.planning.shape import Shape
 from hyclora.utils.planning.times import Batch, Time
 from hyclora.utils.results import write_json
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", flash4.PACKAGE)
 FIELDS = {"device": str, "versions": dict, "of": dict, "ms": dict}
 
 

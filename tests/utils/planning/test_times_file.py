@@ -1,5 +1,6 @@
 """Measured times in a file: whose they are, what else is in it, and what is refused."""
 
+import importlib.metadata
 import json
 from dataclasses import replace
 
@@ -138,6 +139,11 @@ def test_a_file_that_is_not_there(kept, tmp_path):
     for place, said in ((tmp_path / "no" / "times.json", "cannot be written"), (tmp_path, "is no file: name one")):
         with pytest.raises(UserError, match=said):
             check_place(place)
+
+
+def test_a_package_that_takes_over_attention_makes_other_times(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1")
+    assert times_file.versions()["flash-attn-4"] == "1"
 
 
 def test_versions_that_are_null_are_others(kept):
