@@ -9,8 +9,8 @@
 What the settings of the run have on is measured off and on: accumulation x checkpointing x precision x (LoRA with
 HyC-LoRA, LoRA, all weights). A JSON line each is appended to technique_grid.jsonl in output_dir; a combination that
 runs out of memory or time, or fails, is a line with the cause. What this commit has measured on this device with the
-same settings is not measured again, so that an interrupted grid goes on where it stopped. technique_grid.md has the
-tables and .png the picture, made of these lines (benchmarks/technique_tables.py).
+same settings, rows and model is not measured again, so that an interrupted grid goes on where it stopped.
+technique_grid.md has the tables and .png the picture, made of these lines (benchmarks/technique_tables.py).
 """
 
 import importlib.util
@@ -27,6 +27,7 @@ from benchmarks import technique_peers
 from benchmarks.record import is_alike, read, record
 from benchmarks.technique_tables import report
 from benchmarks.workers import NOT_DONE, require_gpus, run_all, visible_gpus
+from hyclora.models.config import LAUNCH
 from hyclora.utils import results
 from hyclora.utils.args import require
 from hyclora.utils.disk import check_output
@@ -35,9 +36,10 @@ from hyclora.utils.errors import Interrupted, RunStopped, is_out_of_memory
 from hyclora.utils.plain.arguments import OFF
 from hyclora.utils.plain.breakdown import counted_peak
 from hyclora.utils.profiling import MIB
-from hyclora.utils.runs.identity import identity
+from hyclora.utils.runs.identity import content_of, identity, in_effect
 
 NAME = "technique_grid"
+MACHINE = (*LAUNCH, "use_cpu")  # how and where it is computed
 KILLED = f"exit code {-signal.SIGKILL}"
 # of a combination alone: no evaluation, no texts, nothing saved
 BARE = {"sweep": False, "sweep_peers": False, "max_eval_samples": 0, "test_prompts": False, "save_steps": 0}
@@ -84,11 +86,16 @@ def combinations(groups: tuple) -> list[Combination]:
     return list(dict.fromkeys(found))  # an axis that is off has one value twice
 
 
-def arguments_of(groups: tuple) -> dict:
-    """What a line says of the settings that all combinations share."""
+def arguments_of(groups: tuple, content: dict[str, str]) -> dict:
+    """What a line says of what all combinations share: settings, and content, of rows and model.
+
+    A run's identity leaves out what changes no loss: of that, what changes memory or time is told too.
+    """
+    settings = results.settings(*groups)
+    values = {name: value for group in settings.values() for name, value in group.items()}
+    told = identity(settings) | {name: values[name] for name in MACHINE if in_effect(name, values)} | content
     techniques = {f.name for f in fields(Combination)}
-    shared = {name: value for name, value in identity(results.settings(*groups)).items() if name not in techniques}
-    return json.loads(json.dumps(shared, default=str))
+    return json.loads(json.dumps({name: value for name, value in told.items() if name not in techniques}, default=str))
 
 
 def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
@@ -99,10 +106,11 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     """
     begun, training = time.monotonic(), groups[-1]
     check(groups)
-    *_, task = driver.read(groups, tell=lambda line: None)  # its mistakes would be those of every combination
+    source, _, task = driver.read(groups, tell=lambda line: None)  # its mistakes would be those of every combination
     folder = Path(training.output_dir).resolve()
     check_output(folder)
-    options, common = list(sys.argv[1:] if argv is None else argv), arguments_of(groups)
+    options = list(sys.argv[1:] if argv is None else argv)
+    common = arguments_of(groups, content_of(source, task.train))
     now, file = results.environment(), folder / f"{NAME}.jsonl"
     grid, before = combinations(groups), read(file)
     lines = {one: answer(before, one, common, now, training.sweep_timeout) for one in grid}

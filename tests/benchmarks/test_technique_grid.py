@@ -63,8 +63,13 @@ def test_a_line_answers_for_its_settings_commit_and_device():
         assert not answer([other], one, common, NOW, 60)
     assert not answer([line()], one, {"model_name": "n"}, NOW, 60)
     techniques = {"gradient_accumulation", "gradient_checkpointing", "mixed_precision", "use_lora", "use_hyclora"}
-    shared = [arguments_of(DRIVER.parse(options)) for options in ([], ALL_ON, ["--learning_rate", "1"])]
-    assert shared[0] == shared[1] != shared[2] and not techniques & shared[0].keys()
+    shared = [arguments_of(DRIVER.parse(options), {"rows": "1"}) for options in ([], ALL_ON)]
+    assert shared[0] == shared[1] and not techniques & shared[0].keys() and shared[0]["rows"] == "1"
+
+
+@pytest.mark.parametrize("option", ["--learning_rate 1", "--stream False", "--use_cpu True"])
+def test_a_line_is_of_what_changes_memory_or_time_too(option):
+    assert arguments_of(DRIVER.parse(option.split()), {}) != arguments_of(DRIVER.parse([]), {})
 
 
 @pytest.mark.parametrize(

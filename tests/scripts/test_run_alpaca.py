@@ -184,6 +184,10 @@ def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):
     assert not list(folder.glob("grid/*/*.safetensors")), "a combination saves nothing"
     _, _, said, code = run(*more)
     assert code == 0 and "2 combinations, 2 measured already" in said
+    monkeypatch.setattr(technique_grid, "run_all", lambda *_, **__: iter(()))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[::-1]))
+    _, _, said, code = run(*more)
+    assert code == 1 and "2 combinations, 0 measured already" in said, "they were measured on other rows"
 
 
 def test_a_grid_in_processes_of_their_own_ends_in_time_and_goes_on(run, tmp_path):
