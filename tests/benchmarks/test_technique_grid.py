@@ -138,7 +138,7 @@ class FreshMeter:
     "more, named",
     [
         (["--dtype", "float32"], "its frozen weights are bfloat16 or NF4: set dtype=bfloat16"),
-        (["--mixed_precision", "fp16", "--dtype", "float32"], "it computes in bfloat16"),
+        (["--mixed_precision", "off", "--dtype", "float32"], "it computes in bfloat16"),
         (["--num_train_epochs", "2"], "it takes each row once"),
         (["--data_name", "demo", "--data_dir", ""], "it reads rows of a file"),
         (["--sweep_gpus", "99", "--use_cpu", "False"], "sweep_gpus 99, and there are "),

@@ -15,6 +15,7 @@ import run_alpaca
 from benchmarks import technique_grid
 from benchmarks.workers import _run
 from hyclora.utils import driver
+from hyclora.utils.plain.arguments import PlainArguments
 from tests.helpers.drivers import run_script
 
 ROWS = [
@@ -54,6 +55,13 @@ def run(options, tmp_path, capsys):
     return run
 
 
+@pytest.fixture
+def fp16_on_cpu(monkeypatch):
+    """In place of the GPU that it needs."""
+    monkeypatch.setattr(PlainArguments, "check", lambda self: None)
+
+
+@pytest.mark.usefixtures("fp16_on_cpu")
 def test_a_run_tells_and_keeps_everything(run):
     folder, found, said, code = run("--evaluate_before", "True", "--mixed_precision", "fp16")
     assert code == 0, said
@@ -99,6 +107,7 @@ def test_techniques_in_other_combinations_train(run, more):
     assert (taken["weight_copies"] > 0) == ("bf16" in more)
 
 
+@pytest.mark.usefixtures("fp16_on_cpu")
 @pytest.mark.parametrize(
     "more",
     [
@@ -136,6 +145,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, more, monkeypatch):
     assert code == 0 and "is finished" in said
 
 
+@pytest.mark.usefixtures("fp16_on_cpu")
 @pytest.mark.parametrize(
     "more, told",
     [
@@ -220,6 +230,8 @@ def refused(run, tmp_path, monkeypatch):
     "more, named",
     [
         (["--mixed_precision", "fp8"], "invalid choice: 'fp8' (choose from 'off', 'fp16', 'bf16')"),
+        (["--mixed_precision", "fp16"], "needs a GPU, and this would run on the CPU: set mixed_precision=bf16, or off"),
+        (["--mixed_precision", "fp16", "--sweep", "True"], "mixed_precision=fp16 needs a GPU"),
         (["--gradient_checkpointing", "some"], "gradient_checkpointing 'some' is not off, all, or"),
         (["--gradient_checkpointing", "1 of 3"], "gradient_checkpointing '1 of 3' is not off, all, or"),
         (["--gradient_checkpointing", "0 of 1"], "checkpoints no layer: write off"),
