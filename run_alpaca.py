@@ -113,7 +113,7 @@ def fit(job: Fitting) -> Fitted:
     print(f"trainable parameters: {parameters['trained']:,} of {parameters['total']:,} ({parameters['share']:.4%})")
 
     job.verify(lambda batch: {name: tensor.to(device) for name, tensor in batch.items()}, autocast)
-    progress, stop = Progress(model, device, job.steps, args.logging_steps), StopOnSignal()
+    progress, stop = Progress(model, device, job.steps, args.logging_steps, scaler.get_scale()), StopOnSignal()
     if job.run.checkpoint:
         progress.resume(*checkpoints.restore(job.run.checkpoint, model, optimizer, scaler))
     finite = FiniteGradients(model, args.non_finite)

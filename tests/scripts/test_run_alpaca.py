@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -173,6 +174,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_or_is_skipped(run, monkeypatch, 
         assert [math.isfinite(entry["loss"]) for entry in found["log_history"]] == [True] * 3
     else:
         assert (found, code) == (None, 1) and told in said
+
+
+@pytest.mark.usefixtures("fp16_on_cpu")
+def test_steps_that_overflow_are_counted_from_the_first_one(run, monkeypatch):
+    """Six of six, as the scale is still too large at the end."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**60))
+    _, found, said, code = run("--test_prompts", "False", "--use_hyclora", "False", "--mixed_precision", "fp16")
+    assert code == 0 and found["train"]["skipped_steps"] == 6 and "steps that were not finite, skipped" in said
 
 
 def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):
