@@ -74,6 +74,7 @@ def test_a_run_tells_and_keeps_everything(run):
     assert loss["after"] < loss["before"] - 0.05
     seconds, late = found["train"]["seconds"], found["train"]["row_ms"] / 1e3 * 6
     assert 0 < late < seconds, "six of twelve rows are in the second half"
+    assert "\n4 held-out rows, 0 cut at seq_len, 0 dropped" in said
     assert f"average loss {found['train']['average_loss']:.4f}, " in said and " s of training" in said
     assert set(found["texts"]) == {"before", "after"}
     for time in ("before", "after"):
