@@ -80,6 +80,7 @@ def test_a_run_tells_and_keeps_everything(run):
     for time in ("before", "after"):
         assert len(found["texts"][time]["texts"]) == 4 and found["texts"][time]["cache"]["alike"] == 3
         assert f"{time} training: I believe the meaning of life is\n> " in said
+        assert f"{time} training, greedy: 3 of 3 tokens alike with and without a cache of " in said
     taken = found["breakdown"]
     assert taken["optimizer_state"] // taken["gradients"] == 2, "AdamW's moments, and a number of steps each"
     assert taken["weight_copies"] == 0 < taken["activations"] and found["buffered_bytes"].keys() == {"hyclora"}
