@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 from functools import partial
 
@@ -84,6 +85,8 @@ def test_a_run_tells_and_keeps_everything(run):
     taken = found["breakdown"]
     assert taken["optimizer_state"] // taken["gradients"] == 2, "AdamW's moments, and a number of steps each"
     assert taken["weight_copies"] == 0 < taken["activations"] and found["buffered_bytes"].keys() == {"hyclora"}
+    counted = sum(size for name, size in taken.items() if name not in ("host", "flops"))
+    assert re.search(rf"\nall of these on the device +{counted / 2**20:.2f} MiB\n", said)
     assert (folder / "adapter_model.safetensors").is_file() and "| mixed_precision | fp16 |" in (
         folder / "README.md"
     ).read_text()
