@@ -167,6 +167,14 @@ def test_a_grid_of_two_precisions_compares_each_with_float32():
     assert "mixed precision (2 pairs)" in rows[0] and rows[-1] == "| run time | – 1.00x (0.50 to 2.00) |"
 
 
+@pytest.mark.parametrize("device, noted", [("a GPU", True), ("CPU x86_64", False)])
+def test_flops_of_kernels_that_torch_does_not_see_are_said_to_be_missing(device, noted):
+    """On a CPU there are none."""
+    lines = [line(hyclora=on) | {"device": device} for on in (False, True)]
+    assert ("kernels of our own, which HyC-LoRA has on a GPU" in technique_tables.arrows_table(lines)) == noted
+    assert "kernels of our own" not in technique_tables.arrows_table([line(), line(accumulation=8)])
+
+
 def test_nothing_to_compare_is_said():
     assert technique_tables.arrows_table([line(), line(hyclora=True, error="x")]).startswith("*No two combinations")
 
