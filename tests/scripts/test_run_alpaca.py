@@ -101,10 +101,13 @@ def test_a_run_tells_and_keeps_everything(run):
     ],
     ids=" ".join,
 )
-def test_techniques_in_other_combinations_train(run, more):
+def test_techniques_in_other_combinations_train(run, more, monkeypatch):
+    left_out, stock = [], run_alpaca.checkpoint_layers
+    monkeypatch.setattr(run_alpaca, "checkpoint_layers", lambda model, k: left_out.append(k) or stock(model, k))
     folder, found, said, code = run("--test_prompts", "False", *more)
     assert code == 0, said
     assert found["log_history"][-1]["loss"] < found["log_history"][0]["loss"] and "texts" not in found
+    assert left_out == ([2] if "1 of 2" in more else [None] if "all" in more else [])
     full = "--use_lora" in more
     assert (folder / ("model.safetensors" if full else "adapter_model.safetensors")).is_file()
     taken = found["breakdown"]
