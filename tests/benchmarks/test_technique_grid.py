@@ -35,6 +35,18 @@ def test_every_technique_that_is_on_is_measured_off_and_on():
     assert {(one.use_lora, one.use_hyclora) for one in found} == {(False, False), (True, False), (True, True)}
 
 
+def test_a_combination_is_run_with_its_own_settings_and_the_sweeps(tmp_path):
+    """Each is read as it would be in its process: what comes again in the options is replaced."""
+    options = [*ALL_ON, "--gradient_accumulation", "4", "--sweep", "True", "--learning_rate", "3e-4"]
+    groups = DRIVER.parse(options)
+    for one in combinations(groups):
+        module, argv = technique_grid.job(one, groups, options, tmp_path, 8)
+        values = {name: value for group in DRIVER.parse(argv) for name, value in vars(group).items()}
+        assert module == "run_alpaca" and not values["sweep"] and values["save_steps"] == 0
+        assert {name: values[name] for name in vars(one) if name != "peer"} | {"peer": ""} == vars(one)
+        assert values["learning_rate"] == 3e-4 and values["output_dir"] == str(tmp_path / "grid")
+
+
 @pytest.mark.parametrize(
     "options, count",
     [
