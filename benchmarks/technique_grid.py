@@ -86,16 +86,17 @@ def combinations(groups: tuple) -> list[Combination]:
     return list(dict.fromkeys(found))  # an axis that is off has one value twice
 
 
-def arguments_of(groups: tuple, content: dict[str, str]) -> dict:
-    """What a line says of what all combinations share: settings, and content, of rows and model.
-
-    A run's identity leaves out what changes no loss: of that, what changes memory or time is told too.
-    """
-    settings = results.settings(*groups)
-    values = {name: value for group in settings.values() for name, value in group.items()}
-    told = identity(settings) | {name: values[name] for name in MACHINE if in_effect(name, values)} | content
+def arguments_of(groups: tuple) -> dict:
+    """What a line says of the settings that all combinations share."""
     techniques = {f.name for f in fields(Combination)}
-    return json.loads(json.dumps({name: value for name, value in told.items() if name not in techniques}, default=str))
+    shared = {name: value for name, value in identity(results.settings(*groups)).items() if name not in techniques}
+    return json.loads(json.dumps(shared, default=str))
+
+
+def conditions_of(groups: tuple, content: dict[str, str]) -> dict:
+    """What else a line is of: content, of rows and model, and settings that change memory or time, though no loss."""
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    return content | {name: values[name] for name in MACHINE if in_effect(name, values)}
 
 
 def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
@@ -110,7 +111,10 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     folder = Path(training.output_dir).resolve()
     check_output(folder)
     options = list(sys.argv[1:] if argv is None else argv)
-    common = arguments_of(groups, content_of(source, task.train))
+    common = {
+        "arguments": arguments_of(groups),
+        "conditions": conditions_of(groups, content_of(source, task.train)),
+    }
     now, file = results.environment(), folder / f"{NAME}.jsonl"
     grid, before = combinations(groups), read(file)
     lines = {one: answer(before, one, common, now, training.sweep_timeout) for one in grid}
@@ -123,7 +127,7 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     (folder / "grid").mkdir(exist_ok=True)
     try:
         for (one, *_), found in run_all(jobs, n, gpus, folder / "grid", until, training.sweep_timeout, alone=True):
-            line = {"setting": asdict(one), **kept(found), "arguments": common} | ({"gpus": n} if n > 1 else {})
+            line = {"setting": asdict(one), **kept(found), **common} | ({"gpus": n} if n > 1 else {})
             lines[one] = record(NAME, line, folder)
             print(f"{time.monotonic() - begun:5.0f} s  {one.name:<24}{told(lines[one])}", flush=True)
     except KeyboardInterrupt:
@@ -164,7 +168,7 @@ def is_answer(line: dict) -> bool:
 
 
 def answer(lines: list[dict], one: Combination, common: dict, now: dict, timeout: float) -> dict | None:
-    """The line of this commit, device and settings that has the combination.
+    """The line of this commit and device that has the combination, and what all of them have in common.
 
     A failure is tried again, and what was not done in time if there is more of it now.
     """
@@ -173,7 +177,7 @@ def answer(lines: list[dict], one: Combination, common: dict, now: dict, timeout
         for line in reversed(lines)
         if is_alike(line, now)
         and line["setting"] == asdict(one)
-        and line["arguments"] == common
+        and all(line.get(name) == value for name, value in common.items())
         and is_answer(line)
         and not (line.get("error", "").startswith(NOT_DONE) and timeout > float(line["error"].split()[-2]))
     )

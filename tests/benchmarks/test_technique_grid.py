@@ -10,13 +10,14 @@ from benchmarks import technique_grid, technique_peers, technique_tables
 from benchmarks.peers import build
 from benchmarks.real_rows import Training
 from benchmarks.seed_reports import REPORTS
-from benchmarks.technique_grid import Combination, answer, arguments_of, combinations, kept
+from benchmarks.technique_grid import Combination, answer, arguments_of, combinations, conditions_of, kept
 from hyclora.utils.errors import UserError
 from run_alpaca import DRIVER
 
 ALL_ON = ["--gradient_checkpointing", "2 of 3", "--mixed_precision", "bf16"]
 NOW = {"commit": "abc", "device": "a GPU"}
 HERE = Combination(1, "off", "off", True, False)
+COMMON = {"arguments": {"model_name": "m"}}
 VERSIONS = {"versions": dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")}
 
 
@@ -68,20 +69,24 @@ def test_nf4_weights_are_not_trained():
 
 
 def test_a_line_answers_for_its_settings_commit_and_device():
-    one, common = HERE, {"model_name": "m"}
+    one, common = HERE, COMMON
     assert answer([line()], one, common, NOW, 60)
     assert answer([{**line(), "error": "out of memory"}], one, common, NOW, 60), "it would run out of memory again"
     for other in ({**line(), "error": "ValueError"}, {**line(), "commit": "def"}, line(accumulation=8)):
         assert not answer([other], one, common, NOW, 60)
-    assert not answer([line()], one, {"model_name": "n"}, NOW, 60)
+    assert not answer([line()], one, {"arguments": {"model_name": "n"}}, NOW, 60)
     techniques = {"gradient_accumulation", "gradient_checkpointing", "mixed_precision", "use_lora", "use_hyclora"}
-    shared = [arguments_of(DRIVER.parse(options), {"rows": "1"}) for options in ([], ALL_ON)]
-    assert shared[0] == shared[1] and not techniques & shared[0].keys() and shared[0]["rows"] == "1"
+    shared = [arguments_of(DRIVER.parse(options)) for options in ([], ALL_ON, ["--learning_rate", "1"])]
+    assert shared[0] == shared[1] != shared[2] and not techniques & shared[0].keys()
 
 
-@pytest.mark.parametrize("option", ["--learning_rate 1", "--stream False", "--use_cpu True"])
-def test_a_line_is_of_what_changes_memory_or_time_too(option):
-    assert arguments_of(DRIVER.parse(option.split()), {}) != arguments_of(DRIVER.parse([]), {})
+@pytest.mark.parametrize("option", ["--stream False", "--use_cpu True"])
+def test_a_line_is_of_its_rows_and_of_what_changes_memory_or_time_too(option):
+    now, other = (conditions_of(DRIVER.parse(options), {"rows": "1"}) for options in ([], option.split()))
+    assert now != other and now["rows"] == other["rows"] == "1"
+    common = COMMON | {"conditions": now}
+    assert answer([line(conditions=now)], HERE, common, NOW, 60)
+    assert not answer([line(conditions=other), line()], HERE, common, NOW, 60)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +102,8 @@ def test_a_line_is_of_what_changes_memory_or_time_too(option):
 def test_a_failure_is_its_cause(told, error, answers):
     found = kept({"error": told})
     assert found.keys() == {"error"} and found["error"].startswith(error)
-    assert bool(answer([line(**found)], HERE, {"model_name": "m"}, NOW, 60)) == answers
-    assert not answer([line(**found)], HERE, {"model_name": "m"}, NOW, 61) or "60" not in told, "there is more time now"
+    assert bool(answer([line(**found)], HERE, COMMON, NOW, 60)) == answers
+    assert not answer([line(**found)], HERE, COMMON, NOW, 61) or "60" not in told, "there is more time now"
 
 
 def test_what_tells_most_comes_first():
