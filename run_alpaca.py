@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import technique_grid
 from hyclora.models.finite import FiniteGradients
 from hyclora.utils.args import DataArguments, option
-from hyclora.utils.data.alpaca import TEST_PROMPTS, load_examples
-from hyclora.utils.data.tokens import IGNORED, tokenize_rows
+from hyclora.utils.data.alpaca import HUB_ID, TEST_PROMPTS, load_examples
+from hyclora.utils.data.tokens import IGNORED, TokenizedRows, tokenize_rows
 from hyclora.utils.driver import Driver, Fitted, Fitting
 from hyclora.utils.errors import Interrupted, entry_point
 from hyclora.utils.generate import WritingArguments, sample
@@ -48,18 +48,20 @@ class AlpacaArguments(DataArguments):
 
 
 def instructions(data: AlpacaArguments, evaluation: WritingArguments, tokenizer: PreTrainedTokenizerBase) -> Task:
-    examples, held_out = load_examples(data)
-    train, test = tokenize_rows(examples, tokenizer, data.seq_len), []
+    examples, held_out, unanswered = load_examples(data)
+    train, test = tokenize_rows(examples, tokenizer, data.seq_len), TokenizedRows([], 0, 0, "held-out")
     if held_out:
-        test = tokenize_rows(held_out, tokenizer, data.seq_len, kind="held-out").rows
+        test = tokenize_rows(held_out, tokenizer, data.seq_len, kind="held-out")
 
     def loss(model):
-        return {"held-out loss": evaluate_loss(model, test, tokenizer.pad_token_id, evaluation)}, []
+        return {"held-out loss": evaluate_loss(model, test.rows, tokenizer.pad_token_id, evaluation)}, []
 
     write = partial(sample, tokenizer=tokenizer, prompts=TEST_PROMPTS, args=evaluation)
-    summary = f"{train}\n{len(test)} held-out rows"
+    summary = f"{train}\n{test}"
+    if unanswered:
+        summary += f"\n{unanswered} rows of {HUB_ID} have no response, and are left out"
     forms = {"held-out loss": ".4f"}
-    return Task(train.rows, test, summary, forms, loss, write=write if evaluation.test_prompts else None)
+    return Task(train.rows, test.rows, summary, forms, loss, write=write if evaluation.test_prompts else None)
 
 
 def train_step(model, batches: list[dict], optimizer, scaler, autocast, allows=lambda loss: True) -> tuple[Tensor, int]:
@@ -113,7 +115,7 @@ def fit(job: Fitting) -> Fitted:
     print(f"trainable parameters: {parameters['trained']:,} of {parameters['total']:,} ({parameters['share']:.4%})")
 
     job.verify(lambda batch: {name: tensor.to(device) for name, tensor in batch.items()}, autocast)
-    progress, stop = Progress(model, device, job.steps, args.logging_steps), StopOnSignal()
+    progress, stop = Progress(model, device, job.steps, args.logging_steps, scaler.get_scale()), StopOnSignal()
     if job.run.checkpoint:
         progress.resume(*checkpoints.restore(job.run.checkpoint, model, optimizer, scaler))
     finite = FiniteGradients(model, args.non_finite)

@@ -31,7 +31,7 @@ if [[ "$sweep" == True ]]; then
     fi
 else
     gradient_checkpointing=${gradient_checkpointing:-off}  # off, all, or '2 of 3': every third layer is left out
-    mixed_precision=${mixed_precision:-off}                # off (float32), fp16 or bf16
+    mixed_precision=${mixed_precision:-off}                # off (float32), bf16, or fp16 (GPU)
 fi
 gradient_accumulation=${gradient_accumulation:-8}          # micro-batches a step; 1 is off
 max_train_samples=${max_train_samples:-200}                # the first rows

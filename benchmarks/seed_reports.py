@@ -77,8 +77,8 @@ REPORTS = (FIRST, SECOND)
 IN_WORDS = (
     "first report: the text under the arrows has gradient accumulation lower the memory of parameters, activations, "
     "gradients and optimizer state, the table has none of the four; the text has the time rise, the table fall",
-    "first report: the text has checkpointing raise the memory of activations and gradients and lower the time; the "
-    "table has the opposite of all three",
+    "first report: the text has checkpointing raise the memory of activations and gradients and lower the time, which "
+    "its next sentence has rise; the table has both kinds of memory fall and the time rise",
     "first report: the text has mixed precision lower parameters and the time; the table has none and up",
     "first report: the text has LoRA lower parameters; the table has up",
     "first report: with accumulation, mixed precision and LoRA there is a peak of 39350.5 MB, and x as the time: the "

@@ -9,8 +9,8 @@
 What the settings of the run have on is measured off and on: accumulation x checkpointing x precision x (LoRA with
 HyC-LoRA, LoRA, all weights). A JSON line each is appended to technique_grid.jsonl in output_dir; a combination that
 runs out of memory or time, or fails, is a line with the cause. What this commit has measured on this device with the
-same settings is not measured again, so that an interrupted grid goes on where it stopped. technique_grid.md has the
-tables and .png the picture, made of these lines (benchmarks/technique_tables.py).
+same settings, rows and model is not measured again, so that an interrupted grid goes on where it stopped.
+technique_grid.md has the tables and .png the picture, made of these lines (benchmarks/technique_tables.py).
 """
 
 import importlib.util
@@ -27,6 +27,7 @@ from benchmarks import technique_peers
 from benchmarks.record import is_alike, read, record
 from benchmarks.technique_tables import report
 from benchmarks.workers import NOT_DONE, require_gpus, run_all, visible_gpus
+from hyclora.models.config import LAUNCH
 from hyclora.utils import results
 from hyclora.utils.args import require
 from hyclora.utils.disk import check_output
@@ -35,9 +36,10 @@ from hyclora.utils.errors import Interrupted, RunStopped, is_out_of_memory
 from hyclora.utils.plain.arguments import OFF
 from hyclora.utils.plain.breakdown import counted_peak
 from hyclora.utils.profiling import MIB
-from hyclora.utils.runs.identity import identity
+from hyclora.utils.runs.identity import content_of, identity, in_effect
 
 NAME = "technique_grid"
+MACHINE = (*LAUNCH, "use_cpu")  # how and where it is computed
 KILLED = f"exit code {-signal.SIGKILL}"
 # of a combination alone: no evaluation, no texts, nothing saved
 BARE = {"sweep": False, "sweep_peers": False, "max_eval_samples": 0, "test_prompts": False, "save_steps": 0}
@@ -91,6 +93,12 @@ def arguments_of(groups: tuple) -> dict:
     return json.loads(json.dumps(shared, default=str))
 
 
+def conditions_of(groups: tuple, content: dict[str, str]) -> dict:
+    """What else a line is of: content, of rows and model, and settings that change memory or time, though no loss."""
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    return content | {name: values[name] for name in MACHINE if in_effect(name, values)}
+
+
 def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     """Measure what no line answers, and write the report of all lines of these settings.
 
@@ -99,10 +107,14 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     """
     begun, training = time.monotonic(), groups[-1]
     check(groups)
-    *_, task = driver.read(groups, tell=lambda line: None)  # its mistakes would be those of every combination
+    source, _, task = driver.read(groups, tell=lambda line: None)  # its mistakes would be those of every combination
     folder = Path(training.output_dir).resolve()
     check_output(folder)
-    options, common = list(sys.argv[1:] if argv is None else argv), arguments_of(groups)
+    options = list(sys.argv[1:] if argv is None else argv)
+    common = {
+        "arguments": arguments_of(groups),
+        "conditions": conditions_of(groups, content_of(source, task.train)),
+    }
     now, file = results.environment(), folder / f"{NAME}.jsonl"
     grid, before = combinations(groups), read(file)
     lines = {one: answer(before, one, common, now, training.sweep_timeout) for one in grid}
@@ -115,7 +127,7 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     (folder / "grid").mkdir(exist_ok=True)
     try:
         for (one, *_), found in run_all(jobs, n, gpus, folder / "grid", until, training.sweep_timeout, alone=True):
-            line = {"setting": asdict(one), **kept(found), "arguments": common} | ({"gpus": n} if n > 1 else {})
+            line = {"setting": asdict(one), **kept(found), **common} | ({"gpus": n} if n > 1 else {})
             lines[one] = record(NAME, line, folder)
             print(f"{time.monotonic() - begun:5.0f} s  {one.name:<24}{told(lines[one])}", flush=True)
     except KeyboardInterrupt:
@@ -156,7 +168,7 @@ def is_answer(line: dict) -> bool:
 
 
 def answer(lines: list[dict], one: Combination, common: dict, now: dict, timeout: float) -> dict | None:
-    """The line of this commit, device and settings that has the combination.
+    """The line of this commit and device that has the combination, and what all of them have in common.
 
     A failure is tried again, and what was not done in time if there is more of it now.
     """
@@ -165,7 +177,7 @@ def answer(lines: list[dict], one: Combination, common: dict, now: dict, timeout
         for line in reversed(lines)
         if is_alike(line, now)
         and line["setting"] == asdict(one)
-        and line["arguments"] == common
+        and all(line.get(name) == value for name, value in common.items())
         and is_answer(line)
         and not (line.get("error", "").startswith(NOT_DONE) and timeout > float(line["error"].split()[-2]))
     )

@@ -25,6 +25,7 @@ LATE = (
     "*s is of all rows, with what is compiled, calibrated and recorded for the first ones; ms a row, and the run time "
     "of arrows, is the mean of the second half.*"
 )
+UNSEEN = "*FLOPs are those that torch sees: kernels of our own, which HyC-LoRA has on a GPU, are not among them.*"
 ROWS = {
     "parameters": "parameters",
     "activations": "activations kept",
@@ -195,7 +196,9 @@ def pairs(lines: list[dict], technique: str) -> list[tuple[dict, dict]]:
 
 
 def arrows_table(lines: list[dict]) -> str:
-    """A column a technique: arrow and factor of each resource over all pairs; a sentence without any."""
+    """A column a technique: arrow and factor of each resource over all pairs, and what they leave out; a sentence
+    without any.
+    """
     lines = latest(lines)
     compared = {name: found for name in OURS if (found := pairs(lines, name))}
     if not compared:
@@ -211,7 +214,8 @@ def arrows_table(lines: list[dict]) -> str:
     ):
         rows.append([words, *(arrow([(a[key], b[key]) for a, b in found], least) for found in compared.values())])
     titles = [f"{name} ({len(found)} pairs)" for name, found in compared.items()]
-    return table(["", *titles], rows)
+    unseen = "HyC-LoRA" in compared and not lines[0]["device"].startswith("CPU")
+    return "\n\n".join([table(["", *titles], rows), *([UNSEEN] if unseen else [])])
 
 
 def arrow(found: list[tuple[float, float]], least: float) -> str:

@@ -9,14 +9,16 @@ import gc
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 
+from benchmarks.ranks import PARENT, end_with_parent
 from hyclora.utils.errors import RunStopped, UserError
 from hyclora.utils.runs.script import PROGRAM
 
@@ -24,6 +26,7 @@ ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_ALLOC_CONF": "expanda
 # A small run has few threads' worth of work on the host, and there are many of them.
 THREADS = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
 NOT_DONE = "not done after"
+LONGEST_WAIT = 3600.0  # seconds; the system takes no more than some weeks
 
 
 class Worker:
@@ -38,7 +41,8 @@ class Worker:
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=_serve, args=(theirs, log, first), daemon=True)
         # what is imported may look for GPUs already
-        with given({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}):
+        seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        with given(seen | {PARENT: str(os.getpid())}), deaf_to_interrupts():
             self.process.start()
         theirs.close()
 
@@ -65,6 +69,17 @@ class Worker:
         self.process.join(wait)
         self.process.kill()
         self.process.join()
+
+
+@contextlib.contextmanager
+def deaf_to_interrupts():
+    """What is started inside never gets Ctrl-C, which a terminal sends to all: this process gets it, and ends it."""
+    resource_tracker.ensure_running()  # the first start would have it running, which hears them again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def require_gpus(option: str, n: int) -> None:
@@ -136,8 +151,8 @@ def run_all(
                 if alone and waiting:
                     ready[number] = started(number)
             ends = min(until, *(end for *_, end in busy.values()))
-            left = None if ends == float("inf") else max(ends - time.monotonic(), 0)
-            answered = connection.wait(list(busy), left)
+            left = max(ends - time.monotonic(), 0)
+            answered = connection.wait(list(busy), min(left, LONGEST_WAIT))
             late = [pipe for pipe, (*_, end) in busy.items() if pipe not in answered and time.monotonic() >= end]
             for pipe in [*answered, *late]:
                 number, job, _ = busy.pop(pipe)
@@ -161,14 +176,15 @@ def run_all(
 
 
 def _serve(pipe: connection.Connection, log: Path, first: str | None) -> None:
-    """Run what comes through the pipe, until it is closed or something has failed."""
+    """Run what comes through the pipe, until it is closed or something has failed, or the other end is gone."""
+    end_with_parent()
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if first is not None:
         importlib.import_module(first)
     usable = True
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError):
         while usable:
             found, usable = _run(*pipe.recv())
             pipe.send((found, usable))

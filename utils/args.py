@@ -9,6 +9,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import typing
@@ -147,7 +148,10 @@ class GenerationArguments(EvalArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.temperature > 0, f"temperature must be positive, not {self.temperature}: use --greedy for argmax")
+        require(
+            0 < self.temperature < math.inf,
+            f"temperature must be a positive number, not {self.temperature}: use --greedy for argmax",
+        )
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
         require(self.top_k > 0, f"top_k must be positive, not {self.top_k}")
         require(self.max_new_tokens >= 0, f"max_new_tokens must not be negative, as {self.max_new_tokens} is")

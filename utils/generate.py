@@ -8,6 +8,7 @@
 """
 
 import inspect
+import math
 import time
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class WritingArguments(EvalArguments):
     def __post_init__(self):
         super().__post_init__()
         require(self.max_new_tokens > 0, f"max_new_tokens must be positive, not {self.max_new_tokens}")
-        require(self.temperature >= 0, f"temperature must not be negative, not {self.temperature}")
+        require(0 <= self.temperature < math.inf, f"temperature must be 0 or a positive number, not {self.temperature}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
 
 
@@ -54,7 +55,9 @@ def next_token(logits: Tensor, decoding: Decoding, generator: torch.Generator | 
     """A token for logits [vocabulary]."""
     if decoding.temperature == 0:
         return int(logits.argmax())
-    probability, token = (logits.float() / decoding.temperature).softmax(-1).sort(descending=True)
+    # less the largest, in float64: the others are at worst infinitely far from it
+    scaled = (logits.double() - logits.max()) / decoding.temperature
+    probability, token = scaled.float().softmax(-1).sort(descending=True)
     before = probability.cumsum(-1) - probability  # of the likelier tokens: the first one is always kept
     probability[before >= decoding.top_p] = 0
     # drawn on the CPU, so that a seed means the same everywhere

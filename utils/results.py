@@ -247,7 +247,18 @@ def texts_of(texts: dict[str, dict]) -> str:
     lines = []
     for time_, found in texts.items():
         lines += [f"{time_} training: {row['prompt']}\n> {row['text']}" for row in found["texts"]]
+        lines.append(f"{time_} training, greedy: {_cache_told(found['cache'])}")
     return "\n\n".join(lines)
+
+
+def _cache_told(cache: dict) -> str:
+    """What `generate.compare_cache` found, in words."""
+    kept, without = cache["with"], cache["without"]
+    told = (
+        f"{cache['alike']} of {cache['tokens']} tokens alike with and without a cache of {kept['cache_mib']} MiB, "
+        f"{kept['seconds']} and {without['seconds']} s"
+    )
+    return told if kept["peak_mib"] is None else f"{told}, {kept['peak_mib']} and {without['peak_mib']} MiB at the peak"
 
 
 def closing_table(found: dict) -> str:

@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +87,11 @@ def test_what_is_at_work_is_ended_in_time(jobs):
     assert [job[0] for job, _ in jobs("a", "sleep", "b", seconds=6)] == ["a"]
 
 
+@pytest.mark.parametrize("seconds", [1e9, float("inf")])
+def test_there_may_be_more_time_than_the_system_can_wait(jobs, seconds):
+    assert [job[0] for job, _ in jobs("a", seconds=seconds)] == ["a"]
+
+
 def test_each_in_a_process_of_its_own_on_its_gpu(jobs):
     found = [result for _, result in jobs("a", "b", "c", "d", n_workers=2, gpus=("0", "1"), alone=True)]
     assert len({result["process"] for result in found}) == 4 and {result["gpu"] for result in found} == {"0", "1"}
@@ -125,6 +134,69 @@ def test_too_few_gpus_for_experiments_are_refused(data, tiny_llama_folder, tmp_p
 def test_a_run_that_takes_too_long_is_ended_and_the_others_are_run(jobs, alone):
     found = {job[0]: result for job, result in jobs("a", "sleep", "b", limit=4, alone=alone)}
     assert found["sleep"] == {"error": "not done after 4 s"} and found["b"]["process"] != found["a"]["process"]
+
+
+SWEEP = """
+import os, pathlib, sys, time
+from benchmarks.workers import run_all
+if __name__ == "__main__":
+    jobs = [(word, "fake_driver", [word]) for word in ("a", "sleep")]
+    for job, found in run_all(jobs, 1, [None], pathlib.Path("logs"), 1e9):
+        print(found["process"], flush=True)
+else:
+    pathlib.Path(f"{os.getpid()}.importing").touch()
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def sweep(jobs, tmp_path):
+    """Start a process with a worker that sleeps: seconds while it imports, and for an hour in its second job."""
+    (tmp_path / "sweep.py").write_text(SWEEP)
+
+    def sweep(seconds: float) -> subprocess.Popen:
+        path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, "sweep.py", str(seconds)]
+        return subprocess.Popen(command, cwd=tmp_path, env=os.environ | path, start_new_session=True, **streams)
+
+    return sweep
+
+
+def test_a_process_at_work_ends_with_the_sweep(sweep, tmp_path):
+    """However that ends: it would go on using the GPU."""
+    with sweep(0) as started:
+        worker, log = int(started.stdout.readline()), tmp_path / "logs" / "worker0.txt"
+        assert becomes_true(lambda: "fake_driver sleep" in log.read_text())
+        started.kill()
+        assert becomes_true(lambda: not is_alive(worker))
+
+
+def test_an_interrupt_of_all_is_the_sweeps_alone(sweep, tmp_path):
+    """A terminal sends Ctrl-C to all processes: one that still imports would tell where it was."""
+    with sweep(0.5) as started:
+        assert becomes_true(lambda: list(tmp_path.glob("*.importing")))
+        worker = int(next(tmp_path.glob("*.importing")).stem)
+        os.kill(worker, signal.SIGINT)
+        assert int(started.stdout.readline()) == worker
+        started.send_signal(signal.SIGINT)
+        _, said = started.communicate(timeout=10)
+    assert said.count("Traceback") == 1 and "KeyboardInterrupt" in said and not is_alive(worker)
+
+
+def becomes_true(holds: Callable) -> bool:
+    until = time.monotonic() + 10
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.02)
+    return bool(holds())
+
+
+def is_alive(process: int) -> bool:
+    """Whether it is there, and not one that has ended and that nobody has asked for."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 @pytest.fixture

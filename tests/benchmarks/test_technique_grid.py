@@ -10,13 +10,14 @@ from benchmarks import technique_grid, technique_peers, technique_tables
 from benchmarks.peers import build
 from benchmarks.real_rows import Training
 from benchmarks.seed_reports import REPORTS
-from benchmarks.technique_grid import Combination, answer, arguments_of, combinations, kept
+from benchmarks.technique_grid import Combination, answer, arguments_of, combinations, conditions_of, kept
 from hyclora.utils.errors import UserError
 from run_alpaca import DRIVER
 
 ALL_ON = ["--gradient_checkpointing", "2 of 3", "--mixed_precision", "bf16"]
 NOW = {"commit": "abc", "device": "a GPU"}
 HERE = Combination(1, "off", "off", True, False)
+COMMON = {"arguments": {"model_name": "m"}}
 VERSIONS = {"versions": dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")}
 
 
@@ -33,6 +34,18 @@ def test_every_technique_that_is_on_is_measured_off_and_on():
     assert len(found) == 24 == len({one.name for one in found})
     assert {one.gradient_accumulation for one in found} == {1, 8}
     assert {(one.use_lora, one.use_hyclora) for one in found} == {(False, False), (True, False), (True, True)}
+
+
+def test_a_combination_is_run_with_its_own_settings_and_the_sweeps(tmp_path):
+    """Each is read as it would be in its process: what comes again in the options is replaced."""
+    options = [*ALL_ON, "--gradient_accumulation", "4", "--sweep", "True", "--learning_rate", "3e-4"]
+    groups = DRIVER.parse(options)
+    for one in combinations(groups):
+        module, argv = technique_grid.job(one, groups, options, tmp_path, 8)
+        values = {name: value for group in DRIVER.parse(argv) for name, value in vars(group).items()}
+        assert module == "run_alpaca" and not values["sweep"] and values["save_steps"] == 0
+        assert {name: values[name] for name in vars(one) if name != "peer"} | {"peer": ""} == vars(one)
+        assert values["learning_rate"] == 3e-4 and values["output_dir"] == str(tmp_path / "grid")
 
 
 @pytest.mark.parametrize(
@@ -56,15 +69,24 @@ def test_nf4_weights_are_not_trained():
 
 
 def test_a_line_answers_for_its_settings_commit_and_device():
-    one, common = HERE, {"model_name": "m"}
+    one, common = HERE, COMMON
     assert answer([line()], one, common, NOW, 60)
     assert answer([{**line(), "error": "out of memory"}], one, common, NOW, 60), "it would run out of memory again"
     for other in ({**line(), "error": "ValueError"}, {**line(), "commit": "def"}, line(accumulation=8)):
         assert not answer([other], one, common, NOW, 60)
-    assert not answer([line()], one, {"model_name": "n"}, NOW, 60)
+    assert not answer([line()], one, {"arguments": {"model_name": "n"}}, NOW, 60)
     techniques = {"gradient_accumulation", "gradient_checkpointing", "mixed_precision", "use_lora", "use_hyclora"}
     shared = [arguments_of(DRIVER.parse(options)) for options in ([], ALL_ON, ["--learning_rate", "1"])]
     assert shared[0] == shared[1] != shared[2] and not techniques & shared[0].keys()
+
+
+@pytest.mark.parametrize("option", ["--stream False", "--use_cpu True"])
+def test_a_line_is_of_its_rows_and_of_what_changes_memory_or_time_too(option):
+    now, other = (conditions_of(DRIVER.parse(options), {"rows": "1"}) for options in ([], option.split()))
+    assert now != other and now["rows"] == other["rows"] == "1"
+    common = COMMON | {"conditions": now}
+    assert answer([line(conditions=now)], HERE, common, NOW, 60)
+    assert not answer([line(conditions=other), line()], HERE, common, NOW, 60)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +102,8 @@ def test_a_line_answers_for_its_settings_commit_and_device():
 def test_a_failure_is_its_cause(told, error, answers):
     found = kept({"error": told})
     assert found.keys() == {"error"} and found["error"].startswith(error)
-    assert bool(answer([line(**found)], HERE, {"model_name": "m"}, NOW, 60)) == answers
-    assert not answer([line(**found)], HERE, {"model_name": "m"}, NOW, 61) or "60" not in told, "there is more time now"
+    assert bool(answer([line(**found)], HERE, COMMON, NOW, 60)) == answers
+    assert not answer([line(**found)], HERE, COMMON, NOW, 61) or "60" not in told, "there is more time now"
 
 
 def test_what_tells_most_comes_first():
@@ -133,7 +155,7 @@ class FreshMeter:
     "more, named",
     [
         (["--dtype", "float32"], "its frozen weights are bfloat16 or NF4: set dtype=bfloat16"),
-        (["--mixed_precision", "fp16", "--dtype", "float32"], "it computes in bfloat16"),
+        (["--mixed_precision", "off", "--dtype", "float32"], "it computes in bfloat16"),
         (["--num_train_epochs", "2"], "it takes each row once"),
         (["--data_name", "demo", "--data_dir", ""], "it reads rows of a file"),
         (["--sweep_gpus", "99", "--use_cpu", "False"], "sweep_gpus 99, and there are "),
@@ -160,6 +182,14 @@ def test_a_grid_of_two_precisions_compares_each_with_float32():
     lines = [line(precision=name, seconds=s) for name, s in (("off", 4.0), ("fp16", 2.0), ("bf16", 8.0))]
     rows = technique_tables.arrows_table(lines).splitlines()
     assert "mixed precision (2 pairs)" in rows[0] and rows[-1] == "| run time | – 1.00x (0.50 to 2.00) |"
+
+
+@pytest.mark.parametrize("device, noted", [("a GPU", True), ("CPU x86_64", False)])
+def test_flops_of_kernels_that_torch_does_not_see_are_said_to_be_missing(device, noted):
+    """On a CPU there are none."""
+    lines = [line(hyclora=on) | {"device": device} for on in (False, True)]
+    assert ("kernels of our own, which HyC-LoRA has on a GPU" in technique_tables.arrows_table(lines)) == noted
+    assert "kernels of our own" not in technique_tables.arrows_table([line(), line(accumulation=8)])
 
 
 def test_nothing_to_compare_is_said():

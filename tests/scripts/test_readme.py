@@ -8,6 +8,7 @@ import pytest
 from benchmarks.report import PARTS, ROOT, render
 from hyclora.utils import checks
 from hyclora.utils.args import Parser, parse_arguments
+from hyclora.utils.plain.arguments import PlainArguments
 from hyclora.utils.runs.script import settings_of
 from tests.helpers.drivers import DEFAULTS, GROUPS
 
@@ -48,19 +49,21 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
 def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
     """Their variables are settings of the script, and values and options are parsed as on a machine with a GPU."""
     monkeypatch.setattr(checks, "NEED_GPU", ())
+    monkeypatch.setattr(PlainArguments, "check", lambda self: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.chdir(tmp_path)
     for name in ("my_rows.jsonl", "my_text.txt"):
         (tmp_path / name).touch()
     (tmp_path / "my_texts").mkdir()
-    commands = re.findall(r"^((?:\w+=\S+ )*)bash (run_\w+\.sh)([^#\n]*)", "\n".join(blocks("bash")), re.MULTILINE)
-    assert len(commands) > 5
+    text, setting = "\n".join(blocks("bash")), r"\w+=(?:'[^']*'|\S+) "
+    commands = re.findall(rf"^((?:{setting})*)bash (run_\w+\.sh)([^#\n]*)", text, re.MULTILINE)
+    assert len(commands) == text.count("bash run_") > 5
     for given, script, options in commands:
         driver = script.removesuffix(".sh")
         if driver not in GROUPS:
             continue
         settings, argv = settings_of(ROOT / script), shlex.split(options)
-        for variable in given.split():
+        for variable in shlex.split(given):
             name, _, value = variable.partition("=")
             assert name in settings, f"{script} has no {name}"
             argv += [f"--{name}", value]

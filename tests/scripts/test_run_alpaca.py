@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import run_alpaca
 from benchmarks import technique_grid
 from benchmarks.workers import _run
 from hyclora.utils import driver
+from hyclora.utils.plain.arguments import PlainArguments
 from tests.helpers.drivers import run_script
 
 ROWS = [
@@ -54,6 +57,13 @@ def run(options, tmp_path, capsys):
     return run
 
 
+@pytest.fixture
+def fp16_on_cpu(monkeypatch):
+    """In place of the GPU that it needs."""
+    monkeypatch.setattr(PlainArguments, "check", lambda self: None)
+
+
+@pytest.mark.usefixtures("fp16_on_cpu")
 def test_a_run_tells_and_keeps_everything(run):
     folder, found, said, code = run("--evaluate_before", "True", "--mixed_precision", "fp16")
     assert code == 0, said
@@ -65,14 +75,18 @@ def test_a_run_tells_and_keeps_everything(run):
     assert loss["after"] < loss["before"] - 0.05
     seconds, late = found["train"]["seconds"], found["train"]["row_ms"] / 1e3 * 6
     assert 0 < late < seconds, "six of twelve rows are in the second half"
+    assert "\n4 held-out rows, 0 cut at seq_len, 0 dropped" in said
     assert f"average loss {found['train']['average_loss']:.4f}, " in said and " s of training" in said
     assert set(found["texts"]) == {"before", "after"}
     for time in ("before", "after"):
         assert len(found["texts"][time]["texts"]) == 4 and found["texts"][time]["cache"]["alike"] == 3
         assert f"{time} training: I believe the meaning of life is\n> " in said
+        assert f"{time} training, greedy: 3 of 3 tokens alike with and without a cache of " in said
     taken = found["breakdown"]
     assert taken["optimizer_state"] // taken["gradients"] == 2, "AdamW's moments, and a number of steps each"
     assert taken["weight_copies"] == 0 < taken["activations"] and found["buffered_bytes"].keys() == {"hyclora"}
+    counted = sum(size for name, size in taken.items() if name not in ("host", "flops"))
+    assert re.search(rf"\nall of these on the device +{counted / 2**20:.2f} MiB\n", said)
     assert (folder / "adapter_model.safetensors").is_file() and "| mixed_precision | fp16 |" in (
         folder / "README.md"
     ).read_text()
@@ -87,10 +101,13 @@ def test_a_run_tells_and_keeps_everything(run):
     ],
     ids=" ".join,
 )
-def test_techniques_in_other_combinations_train(run, more):
+def test_techniques_in_other_combinations_train(run, more, monkeypatch):
+    left_out, stock = [], run_alpaca.checkpoint_layers
+    monkeypatch.setattr(run_alpaca, "checkpoint_layers", lambda model, k: left_out.append(k) or stock(model, k))
     folder, found, said, code = run("--test_prompts", "False", *more)
     assert code == 0, said
     assert found["log_history"][-1]["loss"] < found["log_history"][0]["loss"] and "texts" not in found
+    assert left_out == ([2] if "1 of 2" in more else [None] if "all" in more else [])
     full = "--use_lora" in more
     assert (folder / ("model.safetensors" if full else "adapter_model.safetensors")).is_file()
     taken = found["breakdown"]
@@ -99,6 +116,7 @@ def test_techniques_in_other_combinations_train(run, more):
     assert (taken["weight_copies"] > 0) == ("bf16" in more)
 
 
+@pytest.mark.usefixtures("fp16_on_cpu")
 @pytest.mark.parametrize(
     "more",
     [
@@ -136,6 +154,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, more, monkeypatch):
     assert code == 0 and "is finished" in said
 
 
+@pytest.mark.usefixtures("fp16_on_cpu")
 @pytest.mark.parametrize(
     "more, told",
     [
@@ -165,6 +184,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_or_is_skipped(run, monkeypatch, 
         assert (found, code) == (None, 1) and told in said
 
 
+@pytest.mark.usefixtures("fp16_on_cpu")
+def test_steps_that_overflow_are_counted_from_the_first_one(run, monkeypatch):
+    """Six of six, as the scale is still too large at the end."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**60))
+    _, found, said, code = run("--test_prompts", "False", "--use_hyclora", "False", "--mixed_precision", "fp16")
+    assert code == 0 and found["train"]["skipped_steps"] == 6 and "steps that were not finite, skipped" in said
+
+
 def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):
     """LoRA on and off, by the runs that would be processes of their own; the second time nothing is measured."""
     monkeypatch.setattr(technique_grid, "run_all", lambda jobs, *_, **__: ((job, _run(*job[1:])[0]) for job in jobs))
@@ -184,6 +211,10 @@ def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):
     assert not list(folder.glob("grid/*/*.safetensors")), "a combination saves nothing"
     _, _, said, code = run(*more)
     assert code == 0 and "2 combinations, 2 measured already" in said
+    monkeypatch.setattr(technique_grid, "run_all", lambda *_, **__: iter(()))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[::-1]))
+    _, _, said, code = run(*more)
+    assert code == 1 and "2 combinations, 0 measured already" in said, "they were measured on other rows"
 
 
 def test_a_grid_in_processes_of_their_own_ends_in_time_and_goes_on(run, tmp_path):
@@ -216,6 +247,8 @@ def refused(run, tmp_path, monkeypatch):
     "more, named",
     [
         (["--mixed_precision", "fp8"], "invalid choice: 'fp8' (choose from 'off', 'fp16', 'bf16')"),
+        (["--mixed_precision", "fp16"], "needs a GPU, and this would run on the CPU: set mixed_precision=bf16, or off"),
+        (["--mixed_precision", "fp16", "--sweep", "True"], "mixed_precision=fp16 needs a GPU"),
         (["--gradient_checkpointing", "some"], "gradient_checkpointing 'some' is not off, all, or"),
         (["--gradient_checkpointing", "1 of 3"], "gradient_checkpointing '1 of 3' is not off, all, or"),
         (["--gradient_checkpointing", "0 of 1"], "checkpoints no layer: write off"),
@@ -224,7 +257,8 @@ def refused(run, tmp_path, monkeypatch):
         (["--use_lora", "False", "--use_hyclora", "False", "--load_in_4bit", "True"], "set load_in_4bit=False"),
         (["--use_lora", "False", "--use_hyclora", "False", "--dtype", "bfloat16"], "dtype=bfloat16 is too coarse"),
         (["--dtype", "bfloat16"], "mixed_precision=off computes in float32, and dtype=bfloat16"),
-        (["--temperature", "-1"], "temperature must not be negative"),
+        (["--temperature", "-1"], "temperature must be 0 or a positive number, not -1.0"),
+        (["--temperature", "inf"], "temperature must be 0 or a positive number, not inf"),
         (["--top_p", "0"], "top_p must lie in (0, 1]"),
         (["--max_new_tokens", "0"], "max_new_tokens must be positive"),
         (["--save_steps", "-1"], "save_steps must not be negative"),

@@ -31,6 +31,10 @@ def test_temperature_0_takes_the_likeliest():
     assert draw(Decoding(temperature=0, top_p=0.1)) == {1: 400}
 
 
+def test_the_least_temperature_draws_the_likeliest():
+    assert draw(Decoding(temperature=1e-320), n=5) == {1: 5}
+
+
 @pytest.mark.parametrize(
     "top_p, kept", [(0.4, {1}), (0.5, {1}), (0.6, {1, 3}), (0.84, {1, 3}), (0.9, {0, 1, 3}), (1.0, {0, 1, 2, 3})]
 )

@@ -5,6 +5,7 @@ prompt as it is and ends with the eos token, is what is learned. Of one file the
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from hyclora.utils.args import DataArguments
 from hyclora.utils.data.files import read_each, response_of, text_of
@@ -39,12 +40,21 @@ def prompt_of(instruction: str, input: str = "") -> str:
     return (WITH_INPUT if input else WITHOUT_INPUT).format(instruction=instruction, input=input)
 
 
-def load_examples(args: DataArguments) -> tuple[list[Example], list[Example]]:
+class Rows(NamedTuple):
+    """unanswered: rows of the hub without a response, which are in neither list."""
+
+    train: list[Example]
+    held_out: list[Example]
+    unanswered: int
+
+
+def load_examples(args: DataArguments) -> Rows:
     """The first max_train_samples examples, and the last max_eval_samples (a tenth, at most 100) of the same file.
 
-    UserError names the first mistaken row, and says if nothing is left to train on.
+    UserError names the first mistaken row of a file, and says if nothing is left to train on. Alpaca itself has rows
+    without a response: those of the hub, which a user cannot correct, are left out.
     """
-    examples = _read(args)
+    examples, unanswered = _read(args)
     held_out = min(len(examples) // HELD_OUT_SHARE, MOST_HELD_OUT)
     held_out = held_out if args.max_eval_samples is None else args.max_eval_samples
     if held_out >= len(examples):
@@ -52,23 +62,29 @@ def load_examples(args: DataArguments) -> tuple[list[Example], list[Example]]:
             f"max_eval_samples {held_out} would hold out all of the {len(examples)} rows: leave some to train on"
         )
     kept = len(examples) - held_out
-    return examples[:kept][: args.max_train_samples], examples[kept:]
+    return Rows(examples[:kept][: args.max_train_samples], examples[kept:], unanswered)
 
 
-def _read(args: DataArguments) -> list[Example]:
+def _read(args: DataArguments) -> tuple[list[Example], int]:
+    """All examples, and how many rows of the hub are none."""
     if args.data_name == "demo":
-        return [_example("demo", row) for row in demo_rows(DEMO_ROWS, DEMO_SEED)]
+        return [_example("demo", row) for row in demo_rows(DEMO_ROWS, DEMO_SEED)], 0
     if not args.data_dir:
-        return [_example(f"{HUB_ID}: row {i}", row) for i, row in enumerate(download(HUB_ID, None, "train", BY_HAND))]
+        rows = list(enumerate(download(HUB_ID, None, "train", BY_HAND)))
+        answered = [(i, row) for i, row in rows if row["output"].strip()]
+        return [_example(f"{HUB_ID}: row {i}", row) for i, row in answered], len(rows) - len(answered)
     file = Path(args.data_dir)
     if not file.is_file():
         raise UserError(f"data_dir {file} is no file: {BY_HAND}")
-    return read_each(file, _example)
+    return read_each(file, _example), 0
 
 
 def _example(place: str, row: dict) -> Example:
+    instruction = text_of(row, "instruction", place)
     input = text_of(row, "input", place) if row.get("input") is not None else ""
-    return Example([(prompt_of(text_of(row, "instruction", place), input), response_of(row, "output", place))])
+    if not (instruction + input).strip():
+        raise UserError(f'{place}: neither "instruction" nor "input" asks anything: write or remove it')
+    return Example([(prompt_of(instruction, input), response_of(row, "output", place))])
 
 
 def demo_rows(n: int, seed: int) -> list[dict[str, str]]:

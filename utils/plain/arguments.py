@@ -70,7 +70,7 @@ class PlainArguments(SweepArguments):
         "leaves every third one out.",
     )
     mixed_precision: Literal["off", "fp16", "bf16"] = option(
-        OFF, "Compute in 16 bit under autocast (fp16 with a GradScaler); off: in float32."
+        OFF, "Compute in 16 bit under autocast (fp16 on a GPU, with a GradScaler); off: in float32."
     )
     learning_rate: float = option(1e-5, "Of AdamW, constant.")
     weight_decay: float = option(0.0, "Of AdamW.")
@@ -99,6 +99,13 @@ class PlainArguments(SweepArguments):
         require(
             not (self.sweep and self.resume_from_checkpoint),
             "sweep goes on where it stopped by itself: drop resume_from_checkpoint",
+        )
+
+    def check(self) -> None:
+        """UserError for fp16 without a GPU: it is there for tensor cores, and a CPU computes it slowest of all."""
+        require(
+            self.mixed_precision != "fp16" or self.device.type == "cuda",
+            "mixed_precision=fp16 needs a GPU, and this would run on the CPU: set mixed_precision=bf16, or off",
         )
 
     @property

@@ -113,6 +113,7 @@ def counted_peak(found: dict[str, int]) -> int:
 def told(found: dict[str, int]) -> str:
     """A breakdown as a table."""
     rows = [(words, f"{found[name] / MIB:.2f} MiB") for name, words in NAMES.items()]
+    rows.insert(-1, ("all of these on the device", f"{counted_peak(found) / MIB:.2f} MiB"))
     return table([*rows, ("FLOPs of a forward and a backward", f"{found['flops']:.3g}")])
 
 

@@ -17,16 +17,17 @@ PEAKS = ("peak_bytes", "held_bytes", "host_bytes")
 class Progress:
     """state: step, number of steps and the losses told; totals: sums and peaks of all sessions of the run.
 
-    A loss stays on its device until it is told or saved: steps need not wait for the GPU.
+    A loss stays on its device until it is told or saved: steps need not wait for the GPU. scale: that of losses before
+    the first step.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, steps: int, logging_steps: int):
+    def __init__(self, model: nn.Module, device: torch.device, steps: int, logging_steps: int, scale: float):
         self.model, self.on_gpu, self.logging_steps = model, device.type == "cuda", logging_steps
         self.state = TrainerState(global_step=0, max_steps=steps, log_history=[])
         self.totals = dict.fromkeys((*SUMS, *PEAKS), 0)
         self.unread: list[tuple[Tensor | None, int]] = []
         self.untold: list[float] = []
-        self.scale = 0.0
+        self.scale = scale
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         self.start = time.perf_counter()

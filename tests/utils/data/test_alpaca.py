@@ -5,6 +5,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from hyclora.utils.data import alpaca
 from hyclora.utils.data.alpaca import demo_rows, load_examples, prompt_of
 from hyclora.utils.data.tokens import IGNORED, tokenize_rows
 from hyclora.utils.errors import UserError
@@ -37,7 +38,7 @@ def test_prompts_are_alpacas():
 
 def test_only_the_response_is_learned(write, tiny_llama_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
-    examples, _ = load_examples(write(ROWS))
+    examples = load_examples(write(ROWS)).train
     for row, example in zip(tokenize_rows(examples, tokenizer, 512).rows, ROWS, strict=False):
         learned = [token for token in row["labels"] if token != IGNORED]
         assert tokenizer.decode(learned) == example["output"] + tokenizer.eos_token
@@ -46,19 +47,32 @@ def test_only_the_response_is_learned(write, tiny_llama_folder):
 
 def test_the_first_rows_are_trained_on_and_the_last_held_out(write):
     args = write(ROWS)
-    train, test = load_examples(args)
+    train, test, _ = load_examples(args)
     assert (len(train), len(test)) == (27, 3)
     args.max_train_samples, args.max_eval_samples = 5, 10
-    train, test = load_examples(args)
+    train, test, _ = load_examples(args)
     assert [e.exchanges[0][1] for e in train] == [row["output"] for row in ROWS[:5]]
     assert [e.exchanges[0][1] for e in test] == [row["output"] for row in ROWS[20:]]
     args.max_eval_samples = 0
-    assert load_examples(args)[1] == []
+    assert load_examples(args).held_out == []
+
+
+def test_rows_of_the_hub_without_a_response_are_left_out_and_counted(monkeypatch):
+    """Alpaca has some, which its user cannot correct."""
+    rows = [row | {"output": ""} if i in (0, 29) else row for i, row in enumerate(ROWS)]
+    monkeypatch.setattr(alpaca, "download", lambda *_: rows)
+    found = load_examples(AlpacaArguments(data_name="alpaca", max_train_samples=2, max_eval_samples=1))
+    assert [e.exchanges[0][1] for e in found.train + found.held_out] == ["It is 1.", "It is 2.", "It is 28."]
+    assert found.unanswered == 2 and load_examples(AlpacaArguments()).unanswered == 0
+
+
+def test_a_question_may_be_in_the_input_alone(write):
+    assert load_examples(write([row | {"instruction": "", "input": "2 + 2"} for row in ROWS])).unanswered == 0
 
 
 def test_input_may_be_missing_and_rows_may_be_lines(write):
     lines = "\n".join(json.dumps({"instruction": row["instruction"], "output": row["output"]}) for row in ROWS)
-    assert "### Input" not in load_examples(write(lines, "rows.jsonl"))[0][0].exchanges[0][0]
+    assert "### Input" not in load_examples(write(lines, "rows.jsonl")).train[0].exchanges[0][0]
 
 
 def test_demo_rows_have_both_formats():
@@ -78,6 +92,10 @@ def test_demo_rows_have_both_formats():
         ),
         ([{"instruction": "Say 1."}], 'item 1: the key "output" is missing, found the keys instruction'),
         ([ROWS[0], ROWS[1] | {"output": " \n"}], 'item 2: the response under "output" is empty: write or remove it'),
+        (
+            [ROWS[0] | {"instruction": " "}],
+            'item 1: neither "instruction" nor "input" asks anything: write or remove it',
+        ),
         ([ROWS[0] | {"input": 3}], 'item 1: the value of "input" is not a text but 3'),
         ([ROWS[0] | {"output": ["a"]}], 'item 1: the value of "output" is not a text'),
         ([], "rows.json is empty"),
