@@ -74,7 +74,7 @@ def one_bit_of_a_name(folder):
 
 
 def one_bit_of_a_number(folder):
-    flip(folder, rb'\"begun\": 0', offset=11)
+    flip(folder, rb"\"begun\": 0", offset=11)
 
 
 DAMAGES = [cut, swap, no_config, one_bit_of_a_statistic, one_bit_of_a_name, one_bit_of_a_number]
