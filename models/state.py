@@ -1,12 +1,15 @@
 """Calibration state beside a checkpoint, so that a resumed run quantizes exactly as the interrupted one did."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hyclora.models.config import LAUNCH, HycloraConfig
 from hyclora.models.patch import find_patch
@@ -15,14 +18,14 @@ from hyclora.operators.savers.difference import SAID
 
 FILE_NAME = "hyclora_calibration.safetensors"
 FORMAT = "2"
-PROGRESS, KEPT = "calibration", "kept"
+PROGRESS, KEPT, DIGEST = "calibration", "kept", "digest"
 
 
 def save_calibration(model: PeftModel, folder: str | Path) -> Path:
     """Write the calibrated statistics of a patched model, and how far calibration is, to folder, atomically.
 
-    12 bytes a channel of each quantized slot, 16 a slot; while calibrating, 8 a context that was seen. ValueError if
-    the model is not patched.
+    12 bytes a channel of each quantized slot, 16 a slot; while calibrating, 8 a context that was seen; and a digest of
+    it all. ValueError if the model is not patched.
     """
     patch = find_patch(model)
     tensors = {f"{key}.{name}": t for key, saver in _savers(patch) for name, t in saver.state_dict().items()}
@@ -30,6 +33,7 @@ def save_calibration(model: PeftModel, folder: str | Path) -> Path:
     tensors |= {f"{PROGRESS}.{name}": t for name, t in progress.items()}
     metadata = {"format": FORMAT, PROGRESS: numbers, "config": json.dumps(patch.config.to_dict())}
     metadata[KEPT] = json.dumps({key: str(saver) for key, saver in _savers(patch)})
+    metadata[DIGEST] = _digest(tensors, metadata)
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -57,9 +61,12 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        # earlier versions wrote none
+        if metadata.pop(DIGEST, None) not in (None, _digest(tensors, metadata)):
+            raise ValueError(DIGEST)
         # a setting that is newer than the file was what its default is now
         saved, current = HycloraConfig().to_dict() | json.loads(metadata["config"]), patch.config.to_dict()
-    except (SafetensorError, TypeError, KeyError, ValueError):
+    except (SafetensorError, AttributeError, TypeError, KeyError, ValueError):
         raise ValueError(f"{path} is torn, or no calibration of HyC-LoRA: resume from another checkpoint") from None
     changed = [name for name in current if name not in LAUNCH and saved.get(name) != current[name]]
     if metadata["format"] != FORMAT or changed:
@@ -79,6 +86,15 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
     if patch.graphs is not None:
         patch.graphs.clear()
     tell_of_other_savers(path, {key.rpartition(".")[2] for key, how in now.items() if before.get(key) != how})
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of all that a file of calibration says; safetensors itself notices no more than one that is too short."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _kept_before(patch, metadata: dict) -> dict[str, str]:

@@ -63,9 +63,11 @@ class CheckpointFunction(torch.autograd.Function):
             if needs_dx:
                 (x,) = enter(x)
                 inputs.append(get_gradient_edge(x))
-            y = get_gradient_edge(ctx.run(x))
+            y = ctx.run(x)
+            # none where nothing that is trained was used: adapters that are merged or not active
+            y = get_gradient_edge(y) if y.requires_grad else None
         del x  # neither it nor the output is looked at by what comes now
-        found = torch.autograd.grad(y, inputs, dy, allow_unused=True)
+        found = [None] * len(inputs) if y is None else torch.autograd.grad(y, inputs, dy, allow_unused=True)
         grads = iter(found)
         dparameters = [next(grads) if need else None for need in needed]
         return found[-1] if needs_dx else None, *[None] * 3, *dparameters

@@ -65,8 +65,10 @@ def check_tokenizer_of(folder: Path) -> None:
 
 def check_weights_of(folder: Path) -> None:
     """UserError if a folder has no weights that are no pickle, or one of their files is missing or torn."""
-    if (folder / INDEX).exists() and not isinstance(_object(folder / INDEX, "an index").get("weight_map"), dict):
-        raise UserError(f"{folder / INDEX} names no files of weights: copy the file again")
+    if (folder / INDEX).exists():
+        shards = _object(folder / INDEX, "an index").get("weight_map")
+        if not (isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values())):
+            raise UserError(f"{folder / INDEX} names no files of weights: copy the file again")
     files = weight_files(folder)
     if not files:
         if list(folder.glob("*.bin")):

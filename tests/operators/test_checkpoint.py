@@ -116,3 +116,15 @@ def test_checkpointing_passes_gradients_the_usual_way():
     expected = grads()
     model.gradient_checkpointing_enable()
     assert mean_cosine(grads(), expected) > 0.999
+
+
+def test_a_layer_of_which_nothing_that_is_trained_is_used():
+    """Adapters that are merged, below a weight that is trained: there is nothing to go back to, as in stock."""
+    model, batch = llama(), padded_batch()
+    model.merge_adapter()
+    apply_hyclora(model, HycloraConfig(layers="input"))
+    model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight.requires_grad_()
+    ours = gradients(model, batch)[1]
+    remove_hyclora(model)
+    expected = gradients(model, batch)[1]
+    assert len(expected) == 1 and largest_error(ours, expected) < 1e-5

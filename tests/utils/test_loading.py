@@ -205,6 +205,7 @@ BROKEN = {
     "only PyTorch .bin weights": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
     "model.safetensors is torn, or no safetensors file": lambda folder: cut(folder / "model.safetensors"),
     "model.safetensors.index.json names no files": lambda folder: index(folder, []),
+    "model.safetensors.index.json names no files of weights": lambda folder: index(folder, {"x": 1}),
     "lacks b.safetensors, which model.safetensors.index.json names": lambda folder: index(
         folder, {"x": "b.safetensors"}
     ),

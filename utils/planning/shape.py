@@ -216,7 +216,7 @@ def read_config(source):
         found = AutoConfig.from_pretrained(file)
     except StrictDataclassError as error:
         raise UserError(f"{file} cannot work: {error.__cause__ or error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         raise UserError(f"{file} is not the configuration of a model: copy the file again") from None
     return _known(found, file)
 

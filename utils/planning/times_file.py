@@ -52,7 +52,7 @@ def entries(file: Path) -> list[dict]:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, list) or not all(map(_is_entry, found)):
             raise ValueError
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{file} cannot be read as times that --measure wrote: remove it, or name another") from None
     return found
 

@@ -101,6 +101,7 @@ def test_a_model_without_config(tmp_path, name):
     [
         ("{", "is not the configuration of a model"),
         ("[]", "is not the configuration of a model"),
+        ("[" * 100_000, "is not the configuration of a model"),
         ('{"model_type": "llama", "num_hidden_layers": 2001}', "cannot work: num_hidden_layers is 2001: copy"),
         ('{"model_type": "gpt2"}', "is of a gpt2 model: supported are"),
         ('{"model_type": "roberta"}', "is of no model that a plan can be made for"),

@@ -121,6 +121,7 @@ def entry(**changes):
         json.dumps([entry(versions=[])]),
         json.dumps([entry(more=1)]),
         "\x00\xff",
+        "[" * 100_000,
     ],
 )
 def test_what_measure_did_not_write_is_refused(kept, text):
