@@ -19,6 +19,8 @@ MIB = 2**20
 # lines before this, and before LATE those of layers that are run again, are of builds in which more was alive at the
 # peak (benchmarks/NOTES.md)
 PRESENT = "2026-11-28T15:30"
+# and before this slots of rows longer than LONG, as the rotation back of q and k had memory of its own
+IN_PLACE, LONG = "2026-12-01T06:20", 65536
 EXPANDABLE = "expandable_segments:True"  # what a plan is for
 SIZES = ("static", "dyn", "held")
 JUDGED = (("dyn", ("dyn",)), ("held", ("held",)), ("static and held", ("static", "held")))
@@ -43,7 +45,8 @@ class Compared:
 
     @property
     def earlier(self) -> bool:
-        return self.line["time"] < (PRESENT if self.mode.config.layers == "slots" else LATE)
+        of_slots = IN_PLACE if self.line["arguments"]["seq_len"] > LONG else PRESENT
+        return self.line["time"] < (of_slots if self.mode.config.layers == "slots" else LATE)
 
     def off(self, *names: str) -> float | None:
         """By how many percent the count of static, dyn, held, host, or of a sum of them, is above what was measured."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hyclora.operators.attention.flash import backward_pieces, flash_attention, place_heads, tells_runs
-from hyclora.operators.attention.fused_qkv import fused_qkv_fwd, fused_qkv_restore, packed_qkv
+from hyclora.operators.attention.fused_qkv import fused_norms, fused_qkv_fwd, fused_qkv_restore, packed_qkv
 from hyclora.operators.attention.hollow_graph import HollowGraph, record
 from hyclora.operators.attention.rope import HeadNorm, rope, rope_bwd
 from hyclora.operators.attention.softmax import softmax_bwd
@@ -319,11 +319,11 @@ class AttentionFunction(torch.autograd.Function):
             return do
 
         low_rank = spec.qkv.kept_low_rank(keeper, switches, dy.dtype)
+        place = None
         if ctx.fused:
             slots = packed_qkv(keeper)
-            y = fused_qkv_restore(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
-            heads = [spec.to_heads(y[:, columns], batch) for columns in spec.qkv.columns]
-            del y
+            place = fused_qkv_restore(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
+            heads = [spec.to_heads(place[:, columns], batch) for columns in spec.qkv.columns]
             if not spec.norms:  # nobody reads them again, and attention's backward is the peak
                 slots.clear()
             overwrite = [True] * 3
@@ -333,9 +333,11 @@ class AttentionFunction(torch.autograd.Function):
         dheads = spec.core.backward(do_fn, heads, attn_out, mask, ctx.kwargs, keeper, ctx.rng, ctx.graphs, overwrite)
         del attn_out
         if ctx.fused:
-            norms = _fused_norms(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
+            norms = fused_norms(spec, slots, cos, sin, batch, dy.dtype, low_rank, keeper)
             del slots
-        dqkv = rope_bwd(*dheads, cos, sin, spec.qkv.buffer(dy.shape[0], low_rank, dy), norms)
+        # q, k and v have been read: gradients go where they were, and are there already if they came in pieces of heads
+        place = spec.qkv.buffer(dy.shape[0], low_rank, dy) if place is None else place
+        dqkv = rope_bwd(*dheads, cos, sin, place, norms)
         del dheads, norms
         g, dB = spec.qkv.backward_low_rank(dqkv, low_rank, keeper)
         x = keeper.restore("attn_in", dy.dtype)
@@ -389,11 +391,3 @@ def _rotate_restored(
         y = spec.to_heads(y, batch)
         heads.append(rope(y, cos, sin, norm=norm) if rotates else y)
     return heads, norms, own
-
-
-def _fused_norms(spec: AttentionSpec, slots, cos, sin, batch: int, dtype, low_rank, keeper: Keeper) -> list[HeadNorm]:
-    """The norms of q and k with what they normalized, restored once more rather than held while attention runs."""
-    if not spec.norms:
-        return []
-    y = fused_qkv_restore(spec, slots, cos, sin, batch, dtype, low_rank, keeper, rotate=False)
-    return [replace(spec.norm(name, keeper), x=y[:, own]) for name, own in zip("qk", spec.qkv.columns, strict=False)]

@@ -8,7 +8,8 @@ Groups are tiles here: a program writes over what others would look at. The pack
 operators/packing/quantize.py.
 """
 
-import torch
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -262,11 +263,22 @@ def fused_qkv_restore(
     spec, slots: list[PackedSlot], cos, sin, batch: int, dtype, low_rank: LowRank | None, keeper: Keeper,
     rotate: bool = True,
 ) -> Tensor:  # fmt: skip
-    """The same [T, N] again from the packed slots; not rotated: q + LoRA and k + LoRA alone, which the norms get.
+    """The same [T, N or more] again from the packed slots, with the room that gradients in its place will need; not
+    rotated: q + LoRA and k + LoRA alone, which the norms get.
 
     It is all that is allocated.
     """
-    n_rows, width = slots[0].codes.shape[0], spec.qkv.width if rotate else spec.qkv.columns[1].stop
-    y = torch.empty(n_rows, width, dtype=dtype, device=slots[0].codes.device)
+    n_rows, like = slots[0].codes.shape[0], slots[0].codes.new_empty(0, dtype=dtype)
+    y = spec.qkv.buffer(n_rows, low_rank, like) if rotate else like.new_empty(n_rows, spec.qkv.columns[1].stop)
     _launch(spec, y, cos, sin, batch, slots, low_rank, keeper, rotate=rotate)
     return y
+
+
+def fused_norms(
+    spec, slots: list[PackedSlot], cos, sin, batch: int, dtype, low_rank: LowRank | None, keeper: Keeper
+) -> list[HeadNorm]:
+    """The norms of q and k with what they normalized, restored once more rather than held while attention runs."""
+    if not spec.norms:
+        return []
+    y = fused_qkv_restore(spec, slots, cos, sin, batch, dtype, low_rank, keeper, rotate=False)
+    return [replace(spec.norm(name, keeper), x=y[:, own]) for name, own in zip("qk", spec.qkv.columns, strict=False)]

@@ -143,8 +143,9 @@ def rope_bwd(
 ) -> Tensor:  # fmt: skip
     """Gradients of q, k before RoPE and of v, side by side [T, N]; dq, dk, dv [B, S, H, D] of any strides.
 
-    cos, sin: None where nothing was rotated. dy [T, N or more]: where to write them, else they are all that is
-    allocated on a GPU. norms: those of q and of k, if they have any, with their x [T, H D]; gradients are of x then.
+    cos, sin: None where nothing was rotated. dy [T, N or more]: where to write them, which may be where dq, dk and dv
+    are, side by side; else they are all that is allocated on a GPU. norms: those of q and of k, if they have any, with
+    their x [T, H D]; gradients are of x then.
     """
     batch, seq_len, q_heads, head_dim = dq.shape
     width = (q_heads + 2 * dk.shape[2]) * head_dim
@@ -153,7 +154,9 @@ def rope_bwd(
         heads = [d if cos is None else rope(d, cos, sin, inverse=True) for d in (dq, dk)]
         if norms:
             heads = [_norm_bwd(d, norm) for d, norm in zip(heads, norms, strict=True)]
-        torch.cat([d.reshape(batch * seq_len, -1) for d in (*heads, dv)], dim=1, out=dy[:, :width])
+        parts = [d.reshape(batch * seq_len, -1) for d in (*heads, dv)]
+        for place, part in zip(dy[:, :width].split([part.shape[1] for part in parts], dim=1), parts, strict=True):
+            place.copy_(part)  # nothing where it is there already
         return dy
     dq, dk, dv = (d if d.stride(-1) == 1 else d.contiguous() for d in (dq, dk, dv))
     cos, sin = cos.contiguous(), sin.contiguous()

@@ -26,6 +26,25 @@ def test_attention_goes_back_in_pieces_of_heads(kv_heads, settings, monkeypatch)
     assert all(largest_error(ours, theirs) < 1e-5 for ours, theirs in zip(found, expected, strict=True))
 
 
+def test_gradients_of_pieces_are_where_q_k_and_v_were(kernels, monkeypatch):
+    """Of the fused kernels, which leave room for them."""
+    sizes = {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    found, turned, rope_bwd = [], [], attention_module.rope_bwd
+
+    def turn(dq, dk, dv, cos, sin, dy, norms):
+        turned.append([t.data_ptr() - dy.data_ptr() for t in (dq, dk, dv)])
+        return rope_bwd(dq, dk, dv, cos, sin, dy, norms)
+
+    monkeypatch.setattr(attention_module, "rope_bwd", turn)
+    for pieces in (1, 2):
+        model, batch = llama(**sizes), padded_batch()
+        apply_hyclora(model, HycloraConfig(stream=False, iteration_threshold=1))
+        monkeypatch.setattr(attention_module, "backward_pieces", lambda *_, n=pieces: n)
+        found.append([gradients(model, batch)[1] for _ in range(2)])
+    assert turned[-1] == [0, 4 * 256, 4 * 512] and 0 not in turned[0]
+    assert all(largest_error(ours, theirs) < 1e-5 for ours, theirs in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"layer_type": "baseline"}, {"slot_savers": {"v": "exact"}}, {"layers": "input"}, {"layers": "input4"}],

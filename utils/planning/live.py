@@ -184,8 +184,8 @@ class _Step:
             found[f"second forward: {name}"] = size + low_rank + self.above
         for name, size in self._mlp_forward().items():
             forward[f"forward of an MLP: {name}"] = size + low_rank + self.kept("end" if self.again else "mlp")
-        if self.map:
-            forward["forward of attention: softmax"] = self._softmax() + low_rank
+        if self.map or not self.again:
+            forward[f"forward of attention: {'softmax' if self.map else 'core'}"] = self._attention_forward() + low_rank
         forward["loss"] = self.loss() + low_rank + self.kept("end") + fixed
         # given back before a forward, which is in one thread (models/step_hook.py); graphs have one all the time
         unused = 0 if self.graphs else WORKSPACE
@@ -250,29 +250,33 @@ class _Step:
             # that the line of 32,768 tokens has less, 2.2 %
             gradients = T * kv * self._heads_are_slots * (not self.again)
             works_in = (works_in + T * (qkv + q)) / n
-        core = T * (qkv + 2 * q + numbers) + gradients + works_in
+        fused = self.savers.fuses_attention(self.top)
+        # its q, k, v are where their gradients and x A^T will be
+        room = T * E * self.qkv.beside * fused
+        core = T * (qkv + 2 * q + numbers) + gradients + works_in + room
         if self.map:
             # EagerCore.backward: q, k, v, o and do; prob, its gradient and that of the scores, or two of these with dv,
             # dq and copies that a product makes of its factors
-            core = T * (qkv + 2 * q) + 2 * self.map + max(self.map, 4 * T * q)
+            core = T * (qkv + 2 * q) + 2 * self.map + max(self.map, 4 * T * q) + room
         dqkv = T * (qkv + E * self.qkv.beside)
         above, below = T * E * self.out.dropped, T * E * self.qkv.dropped
         norms = T * (q + kv) if self.shape.family.head_norms else 0
         # exact slots have room for x A^T beside them; an exact v that was kept is a part of q, k, v before RoPE
         beside = T * (E * self.qkv.beside + (0 if self.again else q + kv)) if self._heads_are_slots else 0
         return {
-            "out": dy + T * (qkv + 2 * q) + beside + self.out.stack + self.qkv.stack
+            "out": dy + T * (qkv + 2 * q) + beside + room + self.out.stack + self.qkv.stack
             + max(above, self.out.piece(T, by_rows=False, below=False)),
             "core": dy + core + beside + self.qkv.stack,
-            "rotation": dy + T * qkv + dqkv + norms + self.qkv.stack,
+            "rotation": dy + (0 if fused and n > 1 else T * qkv) + dqkv + norms + self.qkv.stack,
             "q, k, v": dy + dqkv + T * x + max(below, self.qkv.piece(T, by_rows=False, below=True))
             + self.qkv.stack + self.qkv.grads,
         }  # fmt: skip
 
-    def _softmax(self) -> float:
-        """attention.py: EagerCore.forward of the top layer, scores beside a map in fp32 and its softmax; x, residual,
-        q, k, v, and q, k as they are rotated where that is not fused; q, k, v as they are kept, but of a layer that is
-        run again its exact slots. A store still has the half layer before on the device."""
+    def _attention_forward(self) -> float:
+        """attention.py: the core's forward of the top layer: o and lse, or EagerCore's scores beside a map in fp32 and
+        its softmax; x, residual, q, k, v, and q, k as they are rotated where that is not fused; q, k, v as they are
+        kept, but of a layer that is run again its exact slots. A store still has the half layer before on the device.
+        """
         T, own = self.T, self.unit.attention_norm
         heads = T * (self.q + 2 * self.kv + E * self.qkv.beside)
         heads += 0 if self.savers.fuses_attention(self.top) else T * (self.q + self.kv)
@@ -283,7 +287,8 @@ class _Step:
             kept = T * (own + self.ahead)
         else:
             kept = self.kept("end") + T * (own if self.again else own - self.unit.layer)
-        return T * (2 * self.x + (self.restored if self.again else 0)) + heads + 5 * self.map + kept
+        made = 5 * self.map or T * (self.q + 4 * self.shape.q // self.shape.head_dim)
+        return T * (2 * self.x + (self.restored if self.again else 0)) + heads + made + kept
 
     def _second_forward(self) -> dict[str, float]:
         """layers.py: LayerBlock.run of our second run up to its late MLP: dy, the residual stream (a layer input that

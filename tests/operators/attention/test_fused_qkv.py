@@ -6,7 +6,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from hyclora.operators.attention import attention
 from hyclora.operators.attention.attention import AttentionSpec
-from hyclora.operators.attention.fused_qkv import fits, fused_qkv_fwd, fused_qkv_restore, packed_qkv
+from hyclora.operators.attention.fused_qkv import fits, fused_norms, fused_qkv_fwd, fused_qkv_restore, packed_qkv
 from hyclora.operators.linear.lora import Projection, ProjectionGroup
 from hyclora.operators.reference import padded_rank
 from hyclora.operators.savers import ChannelQuant, Exact, Keeper, Step
@@ -77,7 +77,7 @@ def test_fused_equals_unfused(kernels, heads, kv_heads, head_dim, norms, bits, d
             assert torch.equal(fused._tensors[first + i], plain._tensors[first_plain + i])
     slots = packed_qkv(plain)
     restored = fused_qkv_restore(spec, slots, cos, sin, BATCH, dtype, low_rank, plain)
-    normalized = attention._fused_norms(spec, slots, cos, sin, BATCH, dtype, low_rank, plain)
+    normalized = fused_norms(spec, slots, cos, sin, BATCH, dtype, low_rank, plain)
     heads_of, expected_norms, _ = attention._rotate_restored(spec, cos, sin, BATCH, low_rank, fused, False)
     for ours, theirs in zip(normalized, expected_norms, strict=True):
         assert ours.weight is theirs.weight and ours.eps == theirs.eps

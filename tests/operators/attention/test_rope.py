@@ -42,6 +42,21 @@ def test_rope_bwd_is_the_inverse_rotation_side_by_side(kernels, heads, kv_heads,
     assert torch.equal(rope_bwd(dq, dk, dv, cos, sin), torch.cat(rows, dim=1))
 
 
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "no rotation"])
+@pytest.mark.parametrize("norms", [False, True], ids=["", "norms"])
+def test_rope_bwd_where_the_gradients_are(kernels, rotated, norms):
+    """dq, dk, dv side by side in rows with room for more, which is left as it is."""
+    rows, widths = rand(14, 40 * 9 + 5), [40 * 5, 40 * 2, 40 * 2]
+    parts = rows[:, : 40 * 9].split(widths, dim=1)
+    heads = [part.view(2, 7, -1, 40) for part in parts]
+    angles = [rand(1, 7, 40, seed=i) for i in (3, 4)] if rotated else [None, None]
+    normed = [HeadNorm(rand(40, seed=i), 1e-6, rand(14, w, seed=i)) for i, w in zip((5, 6), widths, strict=False)]
+    apart = rope_bwd(*(t.clone() for t in heads), *angles, norms=normed if norms else ())
+    room = rows[:, 40 * 9 :].clone()
+    assert rope_bwd(*heads, *angles, rows, normed if norms else ()) is rows
+    assert torch.equal(rows, torch.cat([apart, room], dim=1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weights", [torch.float32, None], ids=["fp32 weights", "weights like x"])
 @pytest.mark.parametrize("heads, kv_heads, head_dim, batch", [(1, 1, 2, 1), (6, 2, 10, 2), (5, 5, 64, 2)])

@@ -56,6 +56,18 @@ def test_the_peak_of_a_long_row(small_pieces, settings, checkpointing, kv_heads,
     assert measured / HIDDEN_STATE <= most
 
 
+@pytest.mark.parametrize("q_bit, heads, kv_heads, most", [(2, 4, 4, 8.7), (8, 8, 4, 12.3)])
+def test_the_peak_of_a_long_row_of_slots(small_pieces, q_bit, heads, kv_heads, most):
+    """Of heads in the fused kernel, whose gradients come where q, k and v were; of others attention's forward."""
+    config = HycloraConfig(cuda_graphs=False, iteration_threshold=1, q_bit=q_bit, offload=True)
+    shape = sizes(kv_heads)
+    shape.num_attention_heads, shape.head_dim = heads, HIDDEN // heads
+    counted = count(Savers(Shape(shape, "bf16", RANK), config), 1, LENGTH)
+    measured = peak(config, sizes=shape, rows=(1, LENGTH))
+    assert 0.98 <= counted.dyn / measured <= 1.1, (counted.dyn / HIDDEN_STATE, measured / HIDDEN_STATE, counted.peak)
+    assert measured / HIDDEN_STATE <= most
+
+
 @pytest.mark.parametrize("settings, most", [({"offload": True}, 10.2), ({}, 12.6)], ids=["offloaded", "resident"])
 def test_the_peak_of_a_chain_of_inputs(small_pieces, settings, most):
     """What is added up for a layer is gone when that runs again."""
