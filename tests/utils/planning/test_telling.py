@@ -69,8 +69,9 @@ def test_modes_that_are_outdone_and_that_do_not_fit_come_last():
     stands = [cells[1] for cells in table_of(str(found))[1:]]
     assert {"yes", "outdone", "no"} == set(stands)
     assert stands == sorted(stands, key=["yes", "outdone", "no"].index) and len(stands) == len(MODES)
-    words = " ".join(str(found).split())
-    assert OUTDONE in words and OUTDONE not in " ".join(str(plan("llama-3-8b", "9GiB", "0", (1, 512))).split())
+    none = replace(found, rows=[replace(row, fits=False) for row in found.rows])
+    assert [OUTDONE in " ".join(str(one).split()) for one in (found, none)] == [True, False]
+    assert "\nno mode fits; the longest single row is " in str(none)
 
 
 def test_what_is_better_in_nothing_is_outdone(roomy):
@@ -120,9 +121,10 @@ def test_peers_have_the_same_columns(roomy):
 
 def test_the_longest_row_is_told_wherever_something_fits(roomy):
     longest = max(max(row.longest, row.hosted) for row in roomy.rows)
-    assert f"\nthe longest single row is {longest} tokens (offloaded layer inputs, layer by layer, 8 bit, em" in str(
-        roomy
-    )
+    told = f"\nthe longest single row is {longest} tokens (offloaded layer inputs, layer by layer, 8 bit, embeddings"
+    assert told in str(roomy)
+    short = replace(roomy, rows=[replace(row, longest=0, hosted=None) for row in roomy.rows])
+    assert "\nnot even a row of 64 tokens fits\n" in str(short)
 
 
 def test_details_are_asked_for(capsys):
