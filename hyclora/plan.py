@@ -4,14 +4,15 @@
     python -m hyclora.plan MODEL --gpu 24GiB --host 64GiB --tokens 4x512 --measure --times times.json
 
 MODEL: a folder with a config.json, that file, or a name in benchmarks/shapes. Bytes are counted from the slot table and
-the buffers of the operators, not measured on this machine. How near the count of live memory was to what was measured
-is told with each mode, and README.md has how near all of it was. What the allocator takes beside live tensors is an
-allowance (plan() says of what size), and 1 GB is left for the driver. Modes that were never measured, or only with
-earlier builds, say so; the preset `paper`, whose attention map is square, is not among them. The longest row of each is
-told with embeddings in host memory too (offload_embeddings=True), unless these are the head's weight; where no mode
-fits, those that do so follow. What PEFT alone, with or without checkpointing, and Unsloth with offloaded checkpointing
+the buffers of the operators, not measured on this machine. What the allocator takes beside live tensors is an allowance
+(plan() says of what size), and 1 GB is left for the driver. The preset `paper`, whose attention map is square, is not
+among the modes. Where none fits, those follow that do with embeddings in host memory (offload_embeddings=True), unless
+these are the head's weight. What PEFT alone, with or without checkpointing, and Unsloth with offloaded checkpointing
 need is counted beside them where weights are NF4 and all linear layers have adapters, without dropout; they are never
 chosen. All holds with PYTORCH_ALLOC_CONF=expandable_segments:True, which the scripts set.
+
+--details has wide tables, with the longest row of each mode with embeddings in host memory, and how near its count of
+live memory was to what was measured, or that it never was, or only with earlier builds. README.md has how near all was.
 
 Times of a micro-step (a forward and a backward) are unknown until they are measured: --measure runs a few layers of the
 shape with random weights on the GPU at hand, with some two seconds for each mode once kernels are compiled, and tells
@@ -63,11 +64,13 @@ def main(argv: list[str] | None = None):
         "--times", type=to_path, metavar="FILE", help="JSON file that --measure writes times to, else to read from"
     )
     parser.add_argument("--device", choices=DEVICES, help="to measure on (default: cuda; cpu tries it out)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--details", action="store_true", help="wide tables, with all that is known of each mode")
+    args = vars(parser.parse_args(argv))
+    details = args.pop("details")
     from hyclora.utils.planning.plan import plan  # which takes seconds, for torch, transformers and PEFT
 
-    found = plan(**vars(args), tell=lambda line: print(line, file=sys.stderr, flush=True))
-    print(found)
+    found = plan(**args, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    print(found.details() if details else found)
     if found.lost:
         raise RunStopped(found.lost)
     if found.chosen is None:

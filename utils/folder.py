@@ -16,7 +16,17 @@ from hyclora.utils.weights import INDEX, weight_files
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 CODE = "auto_map"  # where a file names Python code beside it
-MOST_LAYERS = 2000  # of a model: what is more is no number of layers, and to make so many takes for ever
+# of a model at most: what is more is no such size, and to make so much takes for ever, or all memory
+MOST = {
+    "num_hidden_layers": 2000,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**30,
+}
 
 
 def check_family(family: str, place) -> None:
@@ -25,11 +35,18 @@ def check_family(family: str, place) -> None:
         raise UserError(f"{place} is a {family} model: supported are {', '.join(sorted(FAMILIES))}")
 
 
-def check_depth(config: PretrainedConfig, place) -> None:
-    """UserError for more layers than any model has."""
-    layers = getattr(config, "num_hidden_layers", 1)
-    if layers > MOST_LAYERS:
-        raise UserError(f"{place} cannot work: num_hidden_layers is {layers}: copy the file again")
+def check_sizes(config: PretrainedConfig, place) -> None:
+    """UserError for a size that no model has, and for heads that cannot share keys and values."""
+    sizes = {name: size for name in MOST if (size := getattr(config, name, None)) is not None}
+    for name, size in sizes.items():
+        if not 1 <= size <= MOST[name]:
+            raise UserError(f"{place} cannot work: {name} is {size}: copy the file again")
+    heads = sizes.get("num_attention_heads", 1)
+    if heads % (groups := sizes.get("num_key_value_heads", 1)):
+        raise UserError(
+            f"{place} cannot work: num_attention_heads is {heads}, no multiple of num_key_value_heads, {groups}: copy "
+            "the file again"
+        )
 
 
 def check_settings_of(folder: Path) -> None:
@@ -85,23 +102,24 @@ def check_weights_of(folder: Path) -> None:
 
 
 def read_config(source: str, **changes) -> PretrainedConfig:
-    """The configuration of a folder or a hub id with some changes; UserError if a folder's cannot work."""
+    """The configuration of a folder, file or hub id with some changes; UserError if one that is here cannot work."""
+    place = Path(source) / CONFIG if Path(source).is_dir() else Path(source)
     try:
         found = AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
     except Exception as error:  # transformers checks some values, and fails over others in its own ways
-        if not Path(source).is_dir():
+        if not place.exists():
             raise
         reason = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
-        raise UserError(f"{Path(source) / CONFIG} cannot work: {reason}") from error
-    check_depth(found, Path(source) / CONFIG)
+        raise UserError(f"{place} cannot work: {reason}") from error
+    check_sizes(found, place)
     return found
 
 
-def bare_model(source: str, config: PretrainedConfig, auto: type) -> PreTrainedModel:
-    """The model without memory for its weights; UserError if the configuration cannot work."""
+def bare_model(source: str, config: PretrainedConfig, auto: type, **options) -> PreTrainedModel:
+    """The model without memory for its weights; UserError if the configuration cannot work. options: of from_config."""
     try:
         with torch.device("meta"):
-            return auto.from_config(config)
+            return auto.from_config(config, **options)
     except Exception as error:  # of any value, by torch or transformers
         raise UserError(f"{source}: a model of its {CONFIG} cannot be made ({error}): copy the file again") from error
 

@@ -222,9 +222,8 @@ BROKEN = {
         remove(folder, "config.json"),
         (folder / "config.json").mkdir(),
     ),
-    "config.json: a model of its|config.json cannot work": lambda folder: write_config(
-        folder, rms_norm_eps="no", vocab_size=-7
-    ),
+    "config.json: a model of its|config.json cannot work": lambda folder: write_config(folder, rms_norm_eps="no"),
+    "config.json cannot work: vocab_size is -7: copy": lambda folder: write_config(folder, vocab_size=-7),
     "config.json cannot work: num_hidden_layers is 10{30}: copy": lambda f: write_config(f, num_hidden_layers=10**30),
     "500 tokens, the model only 400": lambda folder: write_config(folder, vocab_size=400),
 }

@@ -8,7 +8,8 @@ fitting.py  the largest micro-step of a run, and whether it fits    budget.py   
 recorded.py result lines of a checkout: measured memory and time    units.py    24GiB and 4x512 as numbers
 peers.py    what PEFT alone and Unsloth need, to compare with       times.py    of a step, from those of a few layers
 measuring.py    a few layers of each mode, on the device at hand    times_file.py   what was measured, in a file
-kept.py     what each layer keeps, by the savers that it would get   plan.py     the table of hyclora/plan.py
+kept.py     what each layer keeps, by the savers that it would get   plan.py     the rows of hyclora/plan.py
+telling.py  how they are told
 """
 
 from importlib import import_module

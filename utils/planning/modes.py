@@ -10,6 +10,7 @@ DEFAULTS_THEN = {"layer_type": "intra_inter", "cuda_graphs": False}
 # what else tells two settings apart does not change the memory of full rows
 TOLD_BY = ("layer_type", "layers", "q_bit", "attention", "scale_rule", "offload", "slot_savers", "offload_embeddings")
 BITS_SAID = {"exact": "exact", **{f"quant{bits}": f"{bits} bit" for bits in BITS}}
+WHOLE = 16
 EMBEDDINGS = ", embeddings in host memory"
 NEAR = 10.0  # percent: a mode that is further off says so
 
@@ -45,6 +46,20 @@ class Mode:
     @property
     def needs_gpu(self) -> bool:
         return bool(self.config.offload or self.config.cuda_graphs)
+
+    @property
+    def bits(self) -> float:
+        """Of an element that is kept, WHOLE for exact ones."""
+        saver = _inputs(self.config, self.checkpointing)
+        if saver is None:
+            return self.config.q_bit if self.config.policy.compress else WHOLE
+        return WHOLE if saver == "exact" else int(saver.removeprefix("quant"))
+
+    @property
+    def slowed_by(self) -> tuple[bool, ...]:
+        """What makes a step slower on any GPU: layers that run again, the host, and launches one by one."""
+        again, config = _inputs(self.config, self.checkpointing) is not None, self.config
+        return again, bool(config.offload), bool(config.offload_embeddings), not config.cuda_graphs
 
     @property
     def accuracy(self) -> str:
@@ -90,15 +105,20 @@ def describe(config: HycloraConfig, checkpointing: bool = False) -> str:
     return _describe(config, checkpointing) + (EMBEDDINGS if config.offload_embeddings else "")
 
 
+def _inputs(config: HycloraConfig, checkpointing: bool) -> str | None:
+    """The saver of layer inputs where these are what is kept, None where slots are."""
+    inputs = KEPT.get(config.layers)
+    return inputs or config.slot_savers.get("layer_in", "exact") if checkpointing else inputs
+
+
 def _describe(config: HycloraConfig, checkpointing: bool) -> str:
     where = "offloaded" if config.offload else "resident"
     launched = "CUDA graphs" if config.cuda_graphs else "layer by layer"
-    inputs = KEPT.get(config.layers)
+    inputs = _inputs(config, checkpointing)
     mixed = "" if config.layers in KEPT else f", layers={config.layers}"
     if checkpointing:
-        said = BITS_SAID[inputs or config.slot_savers.get("layer_in", "exact")]
         launched = f"{launched}, " if config.cuda_graphs else ""
-        return f"checkpointing, {where} layer inputs, {launched}{said}{mixed}"
+        return f"checkpointing, {where} layer inputs, {launched}{BITS_SAID[inputs]}{mixed}"
     if inputs:
         return f"{where} layer inputs, {launched}, {BITS_SAID[inputs]}"
     if not config.policy.compress:

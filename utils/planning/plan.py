@@ -21,10 +21,10 @@ from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.peers import PEERS, Peer, most_tokens, peer_of
 from hyclora.utils.planning.recorded import times as recorded_times
 from hyclora.utils.planning.shape import Shape
+from hyclora.utils.planning.telling import DETAILS, SHORT, told
 from hyclora.utils.planning.times import Batch, Time, fastest
 from hyclora.utils.planning.times_file import KeptTimes, check_place, device_name
 from hyclora.utils.planning.units import DEVICES, is_whole, parse_size, parse_tokens, say_size
-from hyclora.utils.results import table
 
 NOT_MEASURED = "--measure measures them on the GPU that is planned for"
 SAME_CARD = 1.05  # a card has a little less than its name says
@@ -53,18 +53,11 @@ class Row:
         """Real tokens, as full rows have no padding; None where the time is unknown."""
         return None if self.time.ms is None else 1e3 * self.size / self.time.ms
 
-    def cells(self) -> tuple[str, ...]:
-        need = self.need
-        sizes = [say_size(n) for n in (sum(need.static.values()), need.dyn, need.gpu, need.on_host)]
-        rows = [f"{tokens} tokens" if tokens else "none" for tokens in (self.longest, self.hosted)]
-        rows = [rows[0] + " or more" * self.or_more, "" if self.hosted is None else rows[1]]
-        speed = "" if self.tokens_per_second is None else f"{self.tokens_per_second:.0f}"
-        return self.mode.name, *sizes, "yes" if self.fits else "no", *rows, str(self.time), speed, self.near
-
 
 @dataclass(frozen=True)
 class Plan:
-    """A row a mode, of those that fit the fastest chosen, or while times are unknown the least. str() is for a person.
+    """A row a mode, of those that fit the fastest chosen, or while times are unknown the least. str() is for a person
+    at a terminal.
 
     Where none does, rows of those follow that would fit with embeddings in host memory.
     timed: where times are from, or why they are unknown. lost: why those that were measured are in no file, though they
@@ -99,53 +92,11 @@ class Plan:
         return min((row for row in self.rows if row.fits), key=lambda row: row.need.gpu, default=None)
 
     def __str__(self) -> str:
-        head = (
-            "mode",
-            "static",
-            "dyn",
-            "GPU in all",
-            "host",
-            "fits",
-            "longest row",
-            "longest, embeddings on host",
-            "a micro-step",
-            "real tokens/s",
-            "count of dyn, where measured",
-        )
-        first = self.rows[0].need
-        parts = [f"  {name}: {say_size(size)}" for name, size in first.static.items()]
-        budget = f"{say_size(self.gpu)} of GPU and {say_size(self.host)} of host memory"
-        budget = f"{self.batch[0]} x {self.batch[1]} tokens, {budget}"
-        lines = [head, *(row.cells() for row in self.rows)]
-        told = [budget, table(lines), self.timed, f"static, {self.rows[0].mode.name}:", *parts, self._verdict()]
-        if self.peers:
-            told += [
-                "",
-                "for comparison, counted, and never chosen:",
-                table([head, *(row.cells() for row in self.peers)]),
-            ]
-        return "\n".join(told)
+        return told(self, SHORT)
 
-    def _verdict(self) -> str:
-        if self.least is None:
-            found = [(row.longest, row.mode) for row in self.rows]
-            found += [(row.hosted, row.mode.with_embeddings_on_host) for row in self.rows if row.hosted is not None]
-            tokens, mode = max(found, key=lambda pair: pair[0])
-            longest = f"; the longest single row is {tokens} tokens ({mode.name})" if tokens else ""
-            return f"no mode fits{longest}"
-        parts = []
-        if row := self.fastest:
-            parts.append(f"fastest: {_said(row)}; {row.time}, {row.tokens_per_second:.0f} real tokens/s")
-        parts.append(f"least memory: {_said(self.least)}; the peak is in {self.least.need.peak}")
-        parts += [] if self.budget is None else [f"memory_budget={say_size(self.gpu)!r} takes {self.budget}"]
-        return "\n".join(parts)
-
-
-def _said(row: Row) -> str:
-    """A mode and how it is set."""
-    settings = ", ".join(f"{name}={value!r}" for name, value in row.mode.config_arguments.items())
-    checkpointing = " and gradient checkpointing" if row.mode.checkpointing else ""
-    return f"{row.mode.name}, HycloraConfig({settings}){checkpointing}"
+    def details(self) -> str:
+        """All that is known of each mode, in lines of some 230 characters."""
+        return told(self, DETAILS)
 
 
 def plan(

@@ -7,10 +7,9 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from hyclora.models.building import slot_widths
 from hyclora.models.families import FAMILIES
@@ -18,9 +17,9 @@ from hyclora.operators.dispatch import cdiv, rank_block
 from hyclora.operators.linear import low_rank_grad, nf4
 from hyclora.operators.linear.weight_pieces import MANY_TOKENS, weight_pieces
 from hyclora.operators.reference import padded_rank
+from hyclora.utils import folder
 from hyclora.utils.args import ALL_LINEAR, ROOT
 from hyclora.utils.errors import UserError
-from hyclora.utils.folder import check_depth
 from hyclora.utils.planning.units import BASES
 
 SHAPES = ROOT / "benchmarks" / "shapes"
@@ -112,8 +111,8 @@ class Shape:
             raise UserError(f"lora_rank {rank} is not positive")
         self.config, self.base, self.rank = read_config(source), base, rank
         self.family = FAMILIES[self.config.model_type]
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=HALF)
+        named = "the model" if isinstance(source, PretrainedConfig) else str(source)
+        self.model = folder.bare_model(named, self.config, AutoModelForCausalLM, dtype=HALF)
         decoder = self.model.base_model
         self.layers = list(attrgetter(self.family.layers)(decoder))
         named = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
@@ -208,17 +207,16 @@ def read_config(source):
     file = next(_candidates(str(source)), None)
     if file is None:
         shapes = ", ".join(sorted(path.name for path in SHAPES.glob("*"))) or "none here"
-        raise UserError(f"{source} has no config.json: name a folder of a model, its config.json or a shape ({shapes})")
+        raise UserError(
+            f"{Path(source)} has no config.json: name a folder of a model, its config.json or a shape ({shapes})"
+        )
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
         if given["model_type"] not in FAMILIES:
             raise UserError(f"{file} is of a {given['model_type']} model: supported are {', '.join(sorted(FAMILIES))}")
-        found = AutoConfig.from_pretrained(file)
-    except StrictDataclassError as error:
-        raise UserError(f"{file} cannot work: {error.__cause__ or error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         raise UserError(f"{file} is not the configuration of a model: copy the file again") from None
-    return _known(found, file)
+    return _known(folder.read_config(str(file)), file)
 
 
 def _candidates(source: str) -> Iterable[Path]:
@@ -232,5 +230,5 @@ def _known(config, where):
     if family is None or not family.causal:
         known = ", ".join(name for name, one in sorted(FAMILIES.items()) if one.causal)
         raise UserError(f"{where} is of no model that a plan can be made for: {known}")
-    check_depth(config, where)
+    folder.check_sizes(config, where)
     return config

@@ -23,6 +23,11 @@ class Time:
             return f"{self.ms:.0f} ms" if self.ms >= 100 else f"{self.ms:.1f} ms"
         return "unknown" + (f": {self.why}" if self.why else f" here, {self.elsewhere}" if self.elsewhere else "")
 
+    @property
+    def short(self) -> str:
+        """The same for a narrow column, "" for what is unknown."""
+        return self.why or self.elsewhere if self.ms is None else str(self)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -105,7 +105,7 @@ def test_they_are_counted_for_what_was_read_alone():
 
 def test_a_plan_tells_them_apart_and_chooses_none():
     found = plan("llama-2-7b", "7GiB", "64GiB", (4, 512))
-    modes, peers = str(found).split("for comparison, counted, and never chosen:\n")
+    modes, peers = found.details().split("for comparison, counted, and never chosen:\n")
     assert [row.mode for row in found.peers] == PEERS and [row.fits for row in found.peers] == [False, True, True]
     assert not any(peer.name in modes for peer in PEERS) and all(peer.name in peers for peer in PEERS)
     assert found.chosen in found.rows and "within 0.2 % of 3 measured lines" in peers
@@ -116,4 +116,5 @@ def test_other_shapes_and_longer_rows_are_marked():
     found = plan("mistral-7b", "20GiB", "64GiB", (1, 2048))
     assert found.peers[2].near == "no line of this shape here; of others within 0.2 % of 3 measured lines"
     assert found.peers[1].near == "within 0.0 % of 1 measured line" and str(found.peers[1].time) == "unknown"
-    assert [row.or_more for row in found.peers] == [False, True, True] and "4096 tokens or more" in str(found)
+    assert [row.or_more for row in found.peers] == [False, True, True]
+    assert "4096 tokens or more" in found.details() and " 4096+" in str(found)

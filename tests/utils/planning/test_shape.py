@@ -96,6 +96,12 @@ def test_a_model_without_config(tmp_path, name):
         Shape(tmp_path / name)
 
 
+def test_no_name_is_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^\. has no config.json"):
+        Shape("")
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
@@ -103,6 +109,17 @@ def test_a_model_without_config(tmp_path, name):
         ("[]", "is not the configuration of a model"),
         ("[" * 100_000, "is not the configuration of a model"),
         ('{"model_type": "llama", "num_hidden_layers": 2001}', "cannot work: num_hidden_layers is 2001: copy"),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', "cannot work: num_hidden_layers is 0: copy"),
+        ('{"model_type": "llama", "hidden_size": 1099511627776}', "cannot work: hidden_size is 1099511627776: copy"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "config.json cannot work: "),
+        ('{"model_type": "llama", "vocab_size": -5}', "cannot work: vocab_size is -5: copy"),
+        ('{"model_type": "llama", "intermediate_size": 0}', "cannot work: intermediate_size is 0: copy"),
+        (
+            '{"model_type": "llama", "num_key_value_heads": 5}',
+            "cannot work: num_attention_heads is 32, no multiple of num_key_value_heads, 5: copy",
+        ),
+        ('{"model_type": "llama", "dtype": "float99"}', "config.json cannot work: .*float99"),
+        ('{"model_type": "llama", "hidden_act": "foo"}', "a model of its config.json cannot be made .*foo"),
         ('{"model_type": "gpt2"}', "is of a gpt2 model: supported are"),
         ('{"model_type": "roberta"}', "is of no model that a plan can be made for"),
     ],
