@@ -228,7 +228,7 @@ def test_a_row_says_what_it_is(shape):
 
 
 def test_counts_are_near_what_long_rows_took():
-    """Never under by more than half a per cent. The allowance for gaps is one, which torch exceeds where it has room."""
+    """Never under by more than half a per cent. Of gaps it allows for what torch takes without room for more."""
     lines = [line for line in read(RESULTS / "longest_rows.jsonl") if "held_mib" in line["measured"]]
     found = [line for line in lines if not is_of_earlier_build(line)]
     assert found
