@@ -28,7 +28,8 @@ def kept(shape, tmp_path):
 
 
 def small(**config) -> Shape:
-    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "vocab_size": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     return Shape(Qwen2Config(**sizes | {"use_sliding_window": True, "sliding_window": 8} | config))
 
 
