@@ -33,7 +33,7 @@ class BoundForward:
         self.module, self.former, self.block = module, former, block
         self.left: str | None = None
 
-    @torch.compiler.disable  # to trace what a block does takes dynamo a minute, and gains nothing
+    @torch.compiler.disable  # to trace what a block does took dynamo a minute, for six tiny layers
     def __call__(self, *args, **kwargs):
         block = self.block
         if block is not None:
