@@ -7,8 +7,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from hyclora.utils.loading import checkpoint_layers
+
+aten = torch.ops.aten
+PRODUCTS = {
+    aten.mm, aten.addmm, aten.bmm, aten.baddbmm,
+    aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward,
+}  # fmt: skip
+PRODUCTS_IN_PLACE = {aten.addmm_, aten.baddbmm_}
 
 
 def step_of(model: nn.Module, rows: int, length: int, checkpointing: bool) -> tuple[Callable[[], None], Tensor]:
@@ -50,6 +58,24 @@ class Live(TorchDispatchMode):
         self._storages = {key: (ref, n) for key, (ref, n) in self._storages.items() if not ref.expired()}
         self.peak = max(self.peak, sum(n for _, n in self._storages.values()))
         return out
+
+
+class Uncomputed(TorchDispatchMode):
+    """Products of matrices and attention are left out, zeros are there instead: bytes do not depend on what they are.
+
+    A CPU without instructions for bf16 takes minutes for them.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket in PRODUCTS_IN_PLACE:
+            return args[0]
+        if func.overloadpacket not in PRODUCTS:
+            return func(*args, **kwargs)
+        if "out" in kwargs:
+            return kwargs["out"]
+        out = func(*tree_map_only(Tensor, lambda t: t.to("meta"), args), **kwargs)
+        return tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).zero_(), out)
 
 
 def kept(run: Callable, *given: Tensor) -> int:

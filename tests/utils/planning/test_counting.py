@@ -18,7 +18,7 @@ from hyclora.operators import dispatch
 from hyclora.operators.linear import lora
 from hyclora.utils.args import LINEARS
 from hyclora.utils.planning import Savers, Shape, count, live
-from tests.helpers.counting import Live, step_of
+from tests.helpers.counting import Live, Uncomputed, step_of
 from tests.helpers.offloading import offloaded
 from tests.helpers.replaying import Recorder
 
@@ -39,6 +39,8 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETING", True)
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)
     monkeypatch.setattr(lora, "_mm32", lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32))
+    with Uncomputed():
+        yield
 
 
 class Once(Recorder):

@@ -12,7 +12,7 @@ from hyclora.utils.args import LINEARS
 from hyclora.utils.planning import Shape
 from hyclora.utils.planning.fitting import LONGEST
 from hyclora.utils.planning.peers import PEERS, most_tokens, peer_of
-from tests.helpers.counting import Live, step_of
+from tests.helpers.counting import Live, Uncomputed, step_of
 
 RANK, BATCH = 4, 2
 SIZES = {
@@ -25,7 +25,8 @@ SIZES = {
 def autocast_of_a_gpu():
     """PEFT asks for that alone, and else has inputs in fp32."""
     torch.set_autocast_enabled("cuda", True)
-    yield
+    with Uncomputed():
+        yield
     torch.set_autocast_enabled("cuda", False)
 
 
