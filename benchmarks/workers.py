@@ -146,8 +146,9 @@ def run_all(
                 number, job = free.popleft(), waiting.popleft()
                 if number not in workers:
                     workers[number] = ready.pop(number, None) or started(number)
-                workers[number].begin(*job[1:])
+                # busy first: an interrupt in between would have the end wait for a job as for an idle worker
                 busy[workers[number].pipe] = number, job, time.monotonic() + limit
+                workers[number].begin(*job[1:])
                 if alone and waiting:
                     ready[number] = started(number)
             ends = min(until, *(end for *_, end in busy.values()))

@@ -87,6 +87,20 @@ def test_what_is_at_work_is_ended_in_time(jobs):
     assert [job[0] for job, _ in jobs("a", "sleep", "b", seconds=6)] == ["a"]
 
 
+def test_a_job_that_has_just_begun_is_ended_at_once(jobs, monkeypatch):
+    begin, end, ended = workers.Worker.begin, workers.Worker.end, []
+
+    def interrupted(worker, *job):
+        begin(worker, *job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers.Worker, "begin", interrupted)
+    monkeypatch.setattr(workers.Worker, "end", lambda worker, at_once: ended.append(at_once) or end(worker, True))
+    with pytest.raises(KeyboardInterrupt):
+        jobs("sleep")
+    assert ended == [True]
+
+
 @pytest.mark.parametrize("seconds", [1e9, float("inf")])
 def test_there_may_be_more_time_than_the_system_can_wait(jobs, seconds):
     assert [job[0] for job, _ in jobs("a", seconds=seconds)] == ["a"]
