@@ -46,6 +46,8 @@ GIVEN_BACK = "2026-11-30T07:25"
 LATE = "2026-11-30T17:40"
 # and where checkpointing keeps inputs exactly, which torch's did before this
 OUR_CHECKPOINTING = "2026-11-30T22:12"
+# and of offloaded slots where x A^T is LARGE, which stayed on the GPU before this
+SENT = "2026-12-01T11:30"
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,15 @@ def predict(case: Case, layers: int) -> dict:
     return {"layers": shape.config.num_hidden_layers, "peak": need.peak, **told}
 
 
+def sends_x_a(setting: dict, rank: int, T: int) -> bool:
+    """Whether a store gets x A^T of attention beside its slots (savers/base.py: LARGE)."""
+    from hyclora.operators.reference import padded_rank
+    from hyclora.operators.savers.base import LARGE
+
+    slots = setting.get("offload") and setting.get("layers", "slots") == "slots"
+    return bool(slots) and 2 * T * (padded_rank(3 * rank) + padded_rank(rank)) > LARGE
+
+
 def is_of_earlier_build(line: dict) -> bool:
     """Whether a line's rows are so long, its layers run again by our code, or its peak in a forward layer by layer, so
     that it takes less than was measured."""
@@ -160,6 +171,12 @@ def is_of_earlier_build(line: dict) -> bool:
         return True
     forward = line["predicted"]["peak"].startswith("forward") and not case.setting.get("cuda_graphs", True)
     if forward and line["time"] < GIVEN_BACK:
+        return True
+    if (
+        not case.checkpointing
+        and sends_x_a(case.setting, case.lora_rank, case.batch_size * case.seq_len)
+        and line["time"] < SENT
+    ):
         return True
     heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     return line["time"] < IN_PIECES and head_pieces(case.batch_size * case.seq_len, 0, *heads) > 1

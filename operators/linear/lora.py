@@ -253,7 +253,7 @@ class ProjectionGroup:
             for i, (p, ranks) in enumerate(zip(self.projections, self.ranks, strict=True)):
                 if p.has_adapter:
                     torch.mm(self._drop(x, i, seed), low_rank.A[ranks].t(), out=xa[:, ranks])
-        keeper.keep_exact(self.xa_name, xa)
+        keeper.keep_rows(self.xa_name, xa)
 
     def add(
         self, y: Tensor, low_rank: LowRank | None, keeper, index: int | None = None, in_place: bool = True

@@ -13,6 +13,8 @@ from torch import Tensor
 from hyclora.operators.random_state import Draws
 from hyclora.operators.store.store import Home, Store, redeem, ticket
 
+# bytes of a block's x A^T above which they are worth copies of their own, which take some microseconds each
+LARGE = 2**19
 # on a forward's cos: whether attentions run stock code, and what is known of its values
 STOCK, ROTATES = "_hyclora_stock", "_hyclora_rotates"
 
@@ -220,7 +222,8 @@ class Keeper:
 
     Everything goes through ctx.save_for_backward, so that saved-tensor hooks (offloading, checkpointing, counting)
     see it; restore() drops its references, so that a slot is freed as soon as it is used. With a store, the packed
-    tensors of slots go there (as a unit of that span), and what autograd saves instead is a ticket for them, 0 bytes.
+    tensors of slots go there (as a unit of that span), with x A^T where that is LARGE, and what autograd saves
+    instead is a ticket for them, 0 bytes.
     Keeps what its savers do; keep_exact and derive keep a reference. Allocates what a saver packs or restores.
     """
 
@@ -230,6 +233,7 @@ class Keeper:
         self._layout: dict[str, tuple] = {}
         self._parts: dict[int, dict[str, tuple]] = {}
         self._slots: list[int] = []
+        self._rows: list[int] = []
         self._homes: dict[int, Home] = {}
 
     def part(self, index: int) -> "Keeper":
@@ -274,9 +278,14 @@ class Keeper:
         self._add(name, packed, shape, dtype, saver)
 
     def keep_exact(self, name: str, x: Tensor | None) -> None:
-        """Keep a small tensor (rstd, x A^T, a parameter, an input) as it is."""
+        """Keep a small tensor (rstd, a parameter, a seed) or an input as it is."""
         if x is not None:
             self._add(name, (x,), x.shape, x.dtype, None)
+
+    def keep_rows(self, name: str, x: Tensor) -> None:
+        """Keep x A^T, rows of a few numbers, as they are; a store gets them too if they are LARGE together."""
+        self._rows.append(len(self._tensors))
+        self.keep_exact(name, x)
 
     def derive(self, name: str, source: Source) -> None:
         """Keep slot = x_hat * w (+ b) by sharing the norm's packed x_hat; w, b are read again at backward time."""
@@ -298,8 +307,10 @@ class Keeper:
     def save(self, ctx) -> None:
         """Hand all kept tensors to autograd, those of slots by way of the store if there is one."""
         if self.store is not None:
-            homes = self.store.put([self._tensors[i] for i in self._slots], self.span)
-            self._homes |= dict(zip(self._slots, homes, strict=True))
+            rows = self._rows if sum(self._tensors[i].nbytes for i in self._rows) > LARGE else []
+            slots, large = ([self._tensors[i] for i in positions] for positions in (self._slots, rows))
+            homes = self.store.put(slots, self.span, large)
+            self._homes |= dict(zip(self._slots + rows, homes, strict=True))
         for i in self._homes:
             self._tensors[i] = None
         ctx.save_for_backward(*self._tensors, *([ticket(self._homes)] if self._homes else []))

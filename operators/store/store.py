@@ -40,21 +40,28 @@ class Home(NamedTuple):
 
 
 class Unit:
-    """Packed tensors that are put and read together.
+    """Tensors that are put and read together; in parts, each of which has its own memory when it is fetched.
 
     buffers: their bytes on the device, None while they are on the host alone; extent: their bytes on the host, None if
     they were not sent or the host had no room.
     """
 
-    def __init__(self, group: "Group", first: int, last: int, tensors: list[Tensor]):
+    def __init__(self, group: "Group", first: int, last: int, parts: list[list[Tensor]]):
         self.group, self.first, self.last = group, first, last
         self.extent: tuple[int, int] | None = None
-        self.buffers, self.views = as_buffers(tensors)
-        self._spans = []
+        self.buffers, self.views = [], []
+        self._parts: list[tuple[int, int]] = []
+        self._spans: list[tuple[int, int, int]] = []
         self.nbytes = 0
-        for buffer in self.buffers:
-            self._spans.append((self.nbytes, buffer.numel()))
-            self.nbytes += -(-buffer.numel() // ALIGNMENT) * ALIGNMENT
+        for part, tensors in enumerate(parts):
+            buffers, views = as_buffers(tensors)
+            self.views += [view._replace(buffer=view.buffer + len(self.buffers)) for view in views]
+            self.buffers += buffers
+            start = self.nbytes
+            for buffer in buffers:
+                self._spans.append((part, self.nbytes, buffer.numel()))
+                self.nbytes += -(-buffer.numel() // ALIGNMENT) * ALIGNMENT
+            self._parts.append((start, self.nbytes - start))
         self._versions = [(buffer, buffer._version) for buffer in self.buffers]
 
     def __del__(self):
@@ -70,17 +77,24 @@ class Unit:
         self.extent = arena.take(self.nbytes)
         if self.extent is None:
             return []
-        hosts = [arena.pieces(self.extent[0] + start, size) for start, size in self._spans]
+        hosts = [arena.pieces(self.extent[0] + start, size) for _, start, size in self._spans]
         return [pair for host, buffer in zip(hosts, self.buffers, strict=True) for pair in _pairs(host, buffer)]
 
-    def incoming(self, arena: Arena, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Copies back to a buffer for all of it, as the host has it in one extent."""
-        host = arena.pieces(self.extent[0], self.nbytes)
-        return [(target, source) for source, target in _pairs(host, whole)]
+    def make_room(self, device: torch.device) -> list[Tensor]:
+        """A buffer for each part."""
+        return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _, nbytes in self._parts]
 
-    def place(self, whole: Tensor) -> None:
-        """The bytes are in this buffer from now on."""
-        self.buffers = [whole[start : start + size] for start, size in self._spans]
+    def incoming(self, arena: Arena, room: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Copies back to the buffers of all parts, as the host has them in one extent."""
+        hosts = [arena.pieces(self.extent[0] + start, nbytes) for start, nbytes in self._parts]
+        return [
+            (target, source) for host, part in zip(hosts, room, strict=True) for source, target in _pairs(host, part)
+        ]
+
+    def place(self, room: list[Tensor]) -> None:
+        """The bytes are in these buffers from now on."""
+        starts = [start for start, _ in self._parts]
+        self.buffers = [room[part][start - starts[part] :][:size] for part, start, size in self._spans]
 
     def leave(self) -> None:
         """Leave the bytes to the host alone."""
@@ -131,16 +145,15 @@ class Group:
         return all(unit.extent is not None for unit in units)
 
     def fetch(self) -> None:
-        """Start the copy back of what is on the host alone; each unit gets memory of its own, to be freed by itself."""
+        """Start the copy back of what is on the host alone."""
         away = [unit for unit in self.units if unit.buffers is None]
         if not away:
             return
-        wholes = [torch.empty(unit.nbytes, dtype=torch.uint8, device=self.store.device) for unit in away]
-        found = list(zip(away, wholes, strict=True))
-        pairs = [pair for unit, whole in found for pair in unit.incoming(self.store.arena, whole)]
+        found = [(unit, unit.make_room(self.store.device)) for unit in away]
+        pairs = [pair for unit, room in found for pair in unit.incoming(self.store.arena, room)]
         self.pending, self.coming = self.store.copies.copy(pairs), True
-        for unit, whole in found:
-            unit.place(whole)
+        for unit, room in found:
+            unit.place(room)
 
     def wait(self) -> None:
         """Have the work queued from now on run after the copy."""
@@ -207,29 +220,31 @@ class Store(Pausable):
         storages = [buffer.untyped_storage() for unit in units for buffer in unit.buffers]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def put(self, tensors: list[Tensor], span: int = 1) -> list[Home]:
+    def put(self, tensors: list[Tensor], span: int = 1, longer: list[Tensor] | tuple = ()) -> list[Home]:
         """Have tensors sent to the host as one unit, with its group; where each is from now on.
 
-        Allocates nothing on the device, but a contiguous copy of what has holes in its memory.
+        longer: more of them, which backward needs when it has freed the others. Allocates nothing on the device, but a
+        contiguous copy of what has holes in its memory.
         """
-        if not tensors:
+        parts = [list(part) for part in (tensors, longer) if part]
+        if not parts:
             return []
         stream = self.copies.current()
         if self._open is None or self._open.stream != stream or not self._open.units:
             self._open = Group(self, stream, self._serial + 1)
         group, self._serial = self._open, self._serial + span
-        self._units[self._serial] = unit = Unit(group, self._serial - span + 1, self._serial, tensors)
+        self._units[self._serial] = unit = Unit(group, self._serial - span + 1, self._serial, parts)
         group.add(unit)
         if unit.last - group.first + 1 >= self.group or group.nbytes >= self.group_bytes:
             self._close()
         self._shift(self._serial)
-        return [Home(unit, index) for index in range(len(tensors))]
+        return [Home(unit, index) for index in range(len(unit.views))]
 
     def read(self, unit: Unit, ahead: int | None = None) -> list[Tensor]:
         """The tensors of a unit; those put before it, self.ahead places or as many as given, are on their way then.
 
-        A group that is fetched takes its bytes on the device, each unit in one piece. RuntimeError for a tensor that
-        was written to since it was put.
+        A group that is fetched takes its bytes on the device, each part of a unit in one piece. RuntimeError for a
+        tensor that was written to since it was put.
         """
         self._open = None  # what is put now belongs to another forward
         ahead = self.ahead if ahead is None else ahead

@@ -1,5 +1,6 @@
 """Whether the largest micro-step of a run fits, and the longest rows that do."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,14 +51,23 @@ class Load:
         What is streamed is one row of the real tokens. With graphs it is filled up to a size, that of the longest row
         seen and an eighth more where longer ones may come, and has places for more documents (models/graphs/sizes.py).
         """
-        config, options = savers.config, {"checkpointing": self.checkpointing, "processes": self.processes}
+        rows, tokens, documents = self._computed(savers.config)
+        return count(savers, rows, tokens, self.checkpointing, documents, self.processes)
+
+    def sent(self, savers: Savers) -> float:
+        """Bytes of x A^T a token of a layer that a store has: none of few tokens; less is on the card then."""
+        rows, tokens, _ = self._computed(savers.config)
+        return 0 if self.checkpointing else savers.low_rank(rows * tokens)[1].layer
+
+    def _computed(self, config) -> tuple[int, int, int | None]:
+        """Rows and tokens of what is computed, and the documents that are packed in it."""
         if not (self.ragged and config.stream and config.attention == "flash"):
-            return count(savers, self.rows, self.tokens, **options)
+            return self.rows, self.tokens, None
         if not config.cuda_graphs:
-            return count(savers, 1, self.real, documents=self.rows, **options)
+            return 1, self.real, self.rows
         sizes = Sizes()
         sizes.make_places(self.rows + 1)
-        return count(savers, 1, filled_size(self.real * 9 // 8), documents=sizes.places, **options)
+        return 1, filled_size(self.real * 9 // 8), sizes.places
 
 
 def fits(need: Need, gpu: int, host: int) -> bool:
@@ -67,13 +77,28 @@ def fits(need: Need, gpu: int, host: int) -> bool:
 
 def longest(savers: Savers, load: Load, gpu: int, host: int) -> int:
     """Tokens of the longest rows of which load.rows fit, were all of that length; a multiple of STEP, 0 if none do."""
-    return longest_of(lambda tokens: replace(load, tokens=tokens, real=load.rows * tokens).need(savers), gpu, host)
+
+    def of(tokens: int) -> Load:
+        return replace(load, tokens=tokens, real=load.rows * tokens)
+
+    return longest_of(lambda tokens: of(tokens).need(savers), gpu, host, sent=lambda tokens: of(tokens).sent(savers))
 
 
-def longest_of(need: Callable[[int], Need], gpu: int, host: int, most: int = LONGEST) -> int:
-    """The most tokens whose need fits, at most so many; a multiple of STEP, 0 if none do."""
-    low, high = 0, most // STEP
-    while low < high:
-        middle = -(-(low + high) // 2)
-        low, high = (middle, high) if fits(need(middle * STEP), gpu, host) else (low, middle - 1)
-    return low * STEP
+def longest_of(
+    need: Callable[[int], Need], gpu: int, host: int, most: int = LONGEST, sent: Callable[[int], float] = lambda _: 0
+) -> int:
+    """The most tokens whose need fits, at most so many; a multiple of STEP, 0 if none do.
+
+    It grows with the tokens, but where more is sent to the host of each of them.
+    """
+    starts, high = [0], most // STEP
+    while (level := sent(starts[-1] * STEP)) < sent(high * STEP):
+        starts.append(bisect_left(range(high), True, key=lambda n, level=level: sent(n * STEP) > level))
+    for low in reversed(starts):
+        if low and not fits(need(low * STEP), gpu, host):
+            high = low - 1
+            continue
+        while low < high:
+            middle = -(-(low + high) // 2)
+            low, high = (middle, high) if fits(need(middle * STEP), gpu, host) else (low, middle - 1)
+        return low * STEP

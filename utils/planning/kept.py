@@ -7,7 +7,7 @@ from hyclora.models.building import HALVES, Builder
 from hyclora.models.config import HycloraConfig
 from hyclora.operators.attention import fused_qkv
 from hyclora.operators.mlp import fused_mlp
-from hyclora.operators.savers import ChannelQuant, Exact, Step
+from hyclora.operators.savers import ChannelQuant, Exact, Step, base
 from hyclora.utils.errors import UserError
 from hyclora.utils.planning.shape import HALF, Shape
 
@@ -64,6 +64,13 @@ class Savers:
         if self.config.attention != "eager" or not self.halves[i]["attention"]["prob"].stored:
             return 0.0
         return self.shape.q // self.shape.head_dim * self.halves[i]["attention"]["prob"].bits(length) / 8
+
+    def low_rank(self, T: int) -> tuple[Units, Units]:
+        """x A^T of a layer, which a store does not get of T tokens, and does (Keeper.keep_rows)."""
+        groups = self.shape.groups
+        attention, mlp = (E * (groups[one].R + groups[two].R) for one, two in (("qkv", "out"), ("gate_up", "down")))
+        sent = [size if self.config.offload and T * size > base.LARGE else 0 for size in (attention, mlp)]
+        return Units(0, attention - sent[0], 0, mlp - sent[1]), Units(0, sent[0], 0, sent[1])
 
     def _units(self, i: int) -> Units:
         widths = self.shape.widths(i)

@@ -13,7 +13,7 @@ from hyclora.operators.cross_entropy import CHUNK_BYTES, TILE_ROWS
 from hyclora.operators.savers import Difference, Exact
 from hyclora.operators.store.store import GROUP_BYTES
 from hyclora.operators.token_tiles import TILE_TOKENS
-from hyclora.utils.planning.kept import E, Savers
+from hyclora.utils.planning.kept import E, Savers, Units
 from hyclora.utils.planning.need import Need
 from hyclora.utils.planning.shape import TRAINED
 
@@ -58,8 +58,8 @@ def count(
     if config.offload:
         # the last norm's slot is sent if it is a group by itself
         last = T * savers.last.bits(shape.hidden) / 8
-        kept = zip(again, savers.inputs_kept, savers.units, strict=True)
-        host = T * sum(x if run_again else unit.layer for run_again, x, unit in kept)
+        kept, sent = zip(again, savers.inputs_kept, savers.units, strict=True), savers.low_rank(T)[1].layer
+        host = T * sum(x if run_again else unit.layer + sent for run_again, x, unit in kept)
         host += T * sum(savers.map_kept(i, length) for i, run_again in enumerate(again) if not run_again)
         host += last if last >= GROUP_BYTES else 0
     found = [top.moments() for top in tops]
@@ -95,8 +95,14 @@ class _Step:
         self.x, self.f = E * shape.hidden, E * shape.ffn
         self.q, self.kv = E * shape.q, E * shape.k
         self.qkv, self.out, self.gate_up, self.down = (groups[n] for n in ("qkv", "out", "gate_up", "down"))
+        # x A^T of the four groups, and 4 bytes for each norm; of layers that are not run again a store may have a part
+        stays, large = savers.low_rank(T)
+        sent = [Units(0, 0, 0, 0) if run_again else large for run_again in again]
+        self.sent = sent[top]
+        self.low_rank = (1 + again[:top].count(False)) * (stays.layer + 8) + (large.layer if self.again else 0)
         units = [
-            replace(unit, attention=unit.attention + savers.map_kept(i, length)) for i, unit in enumerate(savers.units)
+            replace(unit, attention=unit.attention + savers.map_kept(i, length) + x.attention, mlp=unit.mlp + x.mlp)
+            for i, (unit, x) in enumerate(zip(savers.units, sent, strict=True))
         ]
         # of a layer that is run again all slots are there for a time, but of its late MLP x alone, exactly
         self.unit = units[self.top]
@@ -119,9 +125,6 @@ class _Step:
         # an attention map of all heads, in 16 bit, and what is kept of it a token; 0 where none is made
         self.map_kept = savers.map_kept(self.top, length)
         self.map = E * T * length * shape.q // shape.head_dim if savers.config.attention == "eager" else 0
-        self.n = 1 + len(self.slots)
-        attention, mlp = (E * (one.R + two.R) for one, two in ((self.qkv, self.out), (self.gate_up, self.down)))
-        self.low_rank = attention + mlp + 8  # x A^T of the four groups, and 4 bytes for each norm
         grads = sum(group.grads for group in groups.values())
         self.above = T * self.x + grads if graphs and top < savers.n - 1 else 0
 
@@ -133,7 +136,7 @@ class _Step:
         derives its input. In attention's backward its own slots are free, but for heads with norms.
         """
         T, top = self.T, self.unit
-        own = top.attention_norm + (top.attention if self._keeps_packed else 0)
+        own = top.attention_norm + (top.attention if self._keeps_packed else self.sent.attention)
         if self.offload and not self.again:
             halves = {
                 "mlp": top.layer,
@@ -171,7 +174,7 @@ class _Step:
         return self.T * (kept + (self.x if again and where != "mlp" else 0))
 
     def moments(self) -> dict[str, float]:
-        T, low_rank = self.T, self.T * self.low_rank * self.n + self.angles + self.embeddings
+        T, low_rank = self.T, self.T * self.low_rank + self.angles + self.embeddings
         found, forward = {}, {}
         for name, size in self._mlp_backward().items():
             found[f"backward of an MLP: {name}"] = size + low_rank + self.kept("mlp") + self.above
@@ -204,7 +207,7 @@ class _Step:
         above, below = t * E * self.down.dropped, t * E * self.gate_up.dropped
         whole = T * x if T > t else 0  # dx of all tiles
         dgate_up = t * E * (self.gate_up.width + self.gate_up.beside)
-        freed = 0 if self.again else t * self.unit.mlp
+        freed = 0 if self.again else t * (self.unit.mlp - self.sent.mlp)
         stacks = self.down.stack + self.gate_up.stack
         found = {
             "down": T * x + t * f + max(above, self.down.piece(t, by_rows=False, below=False)) + self.down.stack,
@@ -321,7 +324,7 @@ class _Step:
             stream = T * (x + self.restored)  # the norm's output; kept() has dy, and so the stream's bytes
         y = t * E * (self.gate_up.width + self.gate_up.beside)
         return {
-            "gate, up": stream + y + self.gate_up.stack - (0 if self.again else t * self.unit.mlp)
+            "gate, up": stream + y + self.gate_up.stack - (0 if self.again else t * (self.unit.mlp - self.sent.mlp))
             + max(t * E * self.gate_up.dropped, self.gate_up.piece(t, by_rows=True, below=True)),
             "activation": stream + y + t * f + self.gate_up.stack,
             "down": stream + t * (f + x) + self.down.stack

@@ -128,3 +128,17 @@ def test_tensors_survive_whatever_their_layout():
     assert homes[0].unit.buffers is None
     for ours, theirs in zip(store.read(homes[0].unit), tensors, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("n_longer", [1, 2])
+def test_what_is_needed_longer_holds_no_memory_of_the_others(n_longer):
+    """Fetched parts have memory of their own; away and back each has its bytes."""
+    store = Store(LazyCopies(), group=1, window=0, slab=SLAB)
+    tensors, longer = [torch.randn(300), torch.randn(70)], [torch.randn(200, 3) for _ in range(n_longer)]
+    unit = store.put(tensors, 1, longer)[0].unit
+    assert unit.buffers is None
+    found = store.read(unit)
+    assert all(torch.equal(ours, t) for ours, t in zip(found, [*tensors, *longer], strict=True))
+    storages = [t.untyped_storage().data_ptr() for t in found]
+    assert len(set(storages[:2])) == len(set(storages[2:])) == 1 and storages[0] != storages[2]
+    assert store.put([], 1, longer)[0].index == 0 and store.put([], 1) == []

@@ -13,7 +13,9 @@ from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES
 from hyclora.models.layers import LayerBlock
 from hyclora.models.patch import find_patch
-from hyclora.operators.savers import Step
+from hyclora.operators import token_tiles
+from hyclora.operators.reference import padded_rank
+from hyclora.operators.savers import Step, base
 from hyclora.operators.store import CudaCopies
 from hyclora.utils.profiling import buffered_bytes
 from tests.helpers.kernel_checks import DEVICE
@@ -49,6 +51,27 @@ def test_gradients_are_those_of_resident_slots(config):
         assert store.host_bytes == 0 and store.device_bytes == 0
         pinned.append(store.arena.pinned)
     assert 0 < pinned[0] == pinned[-1]
+
+
+@pytest.mark.parametrize("layer_type", ["baseline", "intra_inter"])
+def test_x_a_is_sent_where_it_is_large(layer_type, monkeypatch):
+    """With dropout and tiles of an MLP too: gradients are the same bits, and hardly anything stays on the device."""
+    monkeypatch.setattr(token_tiles, "TILE_TOKENS", 32)
+    model, batch, found = llama({"r": 24, "lora_dropout": 0.1}, num_hidden_layers=4), padded_batch(), []
+    xa_bytes = 4 * 4 * int(batch["attention_mask"].sum()) * sum(padded_rank(24 * n) for n in (3, 1, 2, 1))
+    for large in (2**40, 0):
+        monkeypatch.setattr(base, "LARGE", large)
+        store = offloaded(model, HycloraConfig(layer_type=layer_type, iteration_threshold=1), window=0)
+        runs = [gradients(model, batch)[1] for _ in range(3)]
+        kept = buffered_bytes(model, batch)
+        loss = model(**batch).loss
+        found.append((runs, kept, store.host_bytes))
+        del loss
+        remove_hyclora(model)
+    (runs, kept, host), (theirs, kept_there, host_there) = found
+    assert all(equal(one, other) for one, other in zip(runs, theirs, strict=True))
+    assert xa_bytes <= host_there - host <= 1.2 * xa_bytes + 4 * 16 * 512
+    assert kept - kept_there == pytest.approx(xa_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("window, ahead", [(0, 0), (0, 3), (1, 1), (3, 0), (100, 100)])

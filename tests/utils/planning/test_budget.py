@@ -94,16 +94,16 @@ def test_settings_that_do_not_fit_name_the_nearest_that_do(shape):
 
 def test_rows_that_fit_in_no_way_name_the_longest_and_the_least_budget(shape):
     with pytest.raises(UserError) as error:
-        chosen(shape, 8, Load.full(4, 8192))
+        chosen(shape, 8, Load.full(4, 16384))
     said = str(error.value)
     tokens = int(said.partition("GiB of host memory: 4 x ")[2].partition(" tokens would fit (")[0])
     assert chosen(shape, 8, Load.full(4, tokens)).need.gpu <= 8 * GIB
     with pytest.raises(UserError):
         chosen(shape, 8, Load.full(4, tokens + 64))
     least = float(said.partition("all of it takes ")[2].partition(" GiB")[0])
-    assert chosen(shape, least + 0.01, Load.full(4, 8192)).need.gpu / GIB == pytest.approx(least, abs=0.01)
+    assert chosen(shape, least + 0.01, Load.full(4, 16384)).need.gpu / GIB == pytest.approx(least, abs=0.01)
     with pytest.raises(UserError, match="not even 2000 x 64 would fit"):
-        chosen(shape, 8, Load.full(2000, 8192))
+        chosen(shape, 8, Load.full(2000, 16384))
 
 
 @pytest.mark.parametrize("size, nbytes", [("20GiB", 20 * GIB), (20 * GIB, 20 * GIB)])

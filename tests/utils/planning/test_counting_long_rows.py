@@ -10,6 +10,8 @@ from hyclora import HycloraConfig
 from hyclora.operators import token_tiles
 from hyclora.operators.attention import flash
 from hyclora.operators.linear import low_rank_grad
+from hyclora.operators.reference import padded_rank
+from hyclora.operators.savers import base
 from hyclora.utils.planning import Savers, Shape, count, live
 from tests.utils.planning.test_counting import RANK, as_on_a_gpu, peak
 
@@ -66,6 +68,17 @@ def test_the_peak_of_a_long_row_of_slots(small_pieces, q_bit, heads, kv_heads, m
     measured = peak(config, sizes=shape, rows=(1, LENGTH))
     assert 0.98 <= counted.dyn / measured <= 1.1, (counted.dyn / HIDDEN_STATE, measured / HIDDEN_STATE, counted.peak)
     assert measured / HIDDEN_STATE <= most
+
+
+def test_the_peak_does_not_grow_with_x_a_of_layers_that_a_store_has(small_pieces, monkeypatch):
+    monkeypatch.setattr(base, "LARGE", 0)
+    config, found = HycloraConfig(cuda_graphs=False, iteration_threshold=1, q_bit=2, offload=True), []
+    for layers in (2, 6):
+        counted = count(Savers(Shape(sizes(4, layers), "bf16", RANK), config), 1, LENGTH)
+        found.append(peak(config, sizes=sizes(4, layers), rows=(1, LENGTH)))
+        assert 0.98 <= counted.dyn / found[-1] <= 1.1, counted.peak
+    x_a = 4 * 2 * LENGTH * 4 * padded_rank(3 * RANK)
+    assert found[1] - found[0] < 0.3 * x_a, "statistics of a token that stay: rstd, a mask"
 
 
 @pytest.mark.parametrize("settings, most", [({"offload": True}, 10.2), ({}, 12.6)], ids=["offloaded", "resident"])

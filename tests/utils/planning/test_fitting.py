@@ -1,11 +1,14 @@
 """The largest micro-step of rows of many lengths: what is computed of it, and what graphs fill it up to."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from hyclora import HycloraConfig
 from hyclora.models.graphs.sizes import Sizes
 from hyclora.utils.planning import Savers, Shape, count
-from hyclora.utils.planning.fitting import Load
+from hyclora.utils.planning.fitting import STEP, Load, longest
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +55,15 @@ def test_a_step_of_adamw_can_be_the_peak():
     savers = Savers(Shape("llama-3.2-1b", rank=256), HycloraConfig(offload=True, cuda_graphs=False))
     with_step, without = (count(savers, 1, 64, steps=steps) for steps in (True, False))
     assert with_step.peak == "the optimizer's step" and with_step.dyn == savers.shape.trained // 4 > without.dyn
+
+
+@pytest.mark.parametrize("graphs, ragged", [(False, False), (True, False), (True, True)])
+def test_longer_rows_may_need_less(shape, graphs, ragged):
+    """From some length on x A^T is in host memory too; a card that lacks a little before has room for longer rows."""
+    savers, load = Savers(shape, HycloraConfig(offload=True, cuda_graphs=graphs)), Load(2, 0, 0, ragged=ragged)
+    of = {tokens: replace(load, tokens=tokens, real=2 * tokens) for tokens in range(STEP, 4096, STEP)}
+    needs = {tokens: one.need(savers).gpu for tokens, one in of.items()}
+    falls = [tokens for tokens in of if needs.get(tokens + STEP, math.inf) < needs[tokens]]
+    assert falls
+    for gpu in (needs[tokens] - 1 for tokens in falls):
+        assert longest(savers, load, gpu, 2**60) == max(tokens for tokens, need in needs.items() if need <= gpu)
