@@ -16,8 +16,7 @@ from transformers import LlamaForCausalLM
 import run_alpaca
 from benchmarks import technique_grid
 from benchmarks.workers import _run
-from hyclora.utils import driver
-from hyclora.utils.plain.arguments import PlainArguments
+from hyclora.utils import checks, driver
 from tests.helpers.drivers import run_script
 
 ROWS = [
@@ -60,7 +59,7 @@ def run(options, tmp_path, capsys):
 @pytest.fixture
 def fp16_on_cpu(monkeypatch):
     """In place of the GPU that it needs."""
-    monkeypatch.setattr(PlainArguments, "check", lambda self: None)
+    monkeypatch.delitem(checks.NEED_GPU, "mixed_precision")
 
 
 @pytest.mark.usefixtures("fp16_on_cpu")

@@ -141,6 +141,18 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         ([*SHARED, "--offload_embeddings", "True"], "offload_embeddings=True needs the whole table"),
         ([*SHARED, "--lora_init_type", "pissa"], "lora_init_type=pissa is saved by whole ones"),
         ([*SHARED, "--save_only_model", "True"], "save_only_model=True leaves out what resumes them"),
+        (
+            ["--fp16", "True", "--use_cpu", "True"],
+            "fp16=True needs a GPU, and this would run on the CPU: drop fp16, or",
+        ),
+        (
+            ["--preset", "paper", "--fp16", "True", "--use_cpu", "True"],
+            "fp16=True needs a GPU, and this would run on the CPU: drop fp16, or set bf16=True in its place",
+        ),
+        (
+            ["--preset", "paper", "--cuda_graphs", "True", "--use_cpu", "True"],
+            "cuda_graphs=True needs a GPU, and this would run on the CPU: drop cuda_graphs",
+        ),
         (["--offload", "True", "--use_cpu", "True"], "offload=True needs a GPU"),
         (["--cuda_graphs", "True", "--use_cpu", "True"], "cuda_graphs=True needs a GPU"),
     ],
