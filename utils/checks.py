@@ -10,6 +10,7 @@ from hyclora.utils.runs.identity import in_effect
 _POSITIVE = (lambda x: 0 < x < math.inf, "a positive number")
 _COUNT = (lambda x: x >= 1, "at least 1")
 _NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "0 or a positive number")
+_SEED = (lambda x: x is None or 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")
 _SHARE = (lambda x: 0 <= x < 1, "0 or more, and less than 1")
 
 # What the Trainer would take, and then train nothing or fail late.
@@ -29,7 +30,7 @@ RANGES = {
     "adam_epsilon": _POSITIVE,
     "label_smoothing_factor": _SHARE,
     "save_total_limit": (lambda x: x is None or x >= 1, "at least 1"),
-    "seed": _NOT_NEGATIVE,
+    **dict.fromkeys(("seed", "data_seed", "generation_seed"), _SEED),
     "eval_strategy": (lambda x: x == "no", "no: the evaluation is before and after the training"),
 }
 # Settings that do not go together: values of each, and why not, which may name any setting.
