@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from functools import partial
 
@@ -275,6 +276,14 @@ def refused(run, tmp_path, monkeypatch):
 )
 def test_mistaken_options(refused, more, named):
     assert named in refused(*more)
+
+
+def test_checkpointing_that_leaves_out_the_only_layer(refused, tiny_llama_folder, tmp_path):
+    copy = shutil.copytree(tiny_llama_folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (copy / "config.json").write_text(json.dumps(config))
+    said = refused("--model_dir", tmp_path, "--model_name", "copy", "--gradient_checkpointing", "2 of 3")
+    assert f"gradient_checkpointing '2 of 3' leaves out the first layer, and {copy} has no other: write all, or" in said
 
 
 @pytest.mark.parametrize(
