@@ -151,6 +151,8 @@ def check(driver: Driver, groups: tuple) -> None:
             f"{name} has no effect with sweep=True, which measures combinations without evaluation, texts and "
             "checkpoints, under names of their own: drop it, or set sweep=False",
         )
+    for name in ("verify", "memory_budget"):
+        require(not values[name], f"{name} is of HyC-LoRA alone, and a sweep measures LoRA beside it: drop it")
     if training.sweep_gpus > 1:
         require(not training.use_cpu, f"sweep_gpus {training.sweep_gpus} with use_cpu=True: drop one of them")
         require_gpus("sweep_gpus", training.sweep_gpus)

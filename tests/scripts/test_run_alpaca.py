@@ -274,6 +274,7 @@ def refused(run, tmp_path, monkeypatch):
         (["--sweep_timeout", "60", "--sweep", "False"], "sweep_timeout has no effect with sweep=False"),
         (["--sweep_peers", "True"], "sweep_peers has no effect with sweep=False"),
         (["--sweep", "True", "--run_name", "mine"], "run_name has no effect with sweep=True, which measures"),
+        (["--sweep", "True", "--verify", "True"], "verify is of HyC-LoRA alone, and a sweep measures LoRA beside it"),
         (["--sweep", "True", "--max_eval_samples", "4"], "max_eval_samples has no effect with sweep=True"),
         (["--sweep", "True", "--temperature", "0.5"], "temperature has no effect with sweep=True"),
         (["--sweep", "True", "--evaluate_before", "True"], "evaluate_before has no effect with sweep=True"),
