@@ -23,12 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import technique_grid
 from hyclora.models.finite import FiniteGradients
 from hyclora.utils.args import DataArguments, option
+from hyclora.utils.checkpointing import checkpoint_layers
 from hyclora.utils.data.alpaca import HUB_ID, TEST_PROMPTS, load_examples
 from hyclora.utils.data.tokens import IGNORED, TokenizedRows, tokenize_rows
 from hyclora.utils.driver import Driver, Fitted, Fitting
 from hyclora.utils.errors import Interrupted, entry_point
 from hyclora.utils.generate import WritingArguments, sample
-from hyclora.utils.loading import checkpoint_layers
 from hyclora.utils.metrics import evaluate_loss
 from hyclora.utils.plain import checkpoints
 from hyclora.utils.plain.arguments import OFF, OptionalLoraArguments, PlainArguments

@@ -32,6 +32,9 @@ if [[ "$sweep" == True ]]; then
 else
     gradient_checkpointing=${gradient_checkpointing:-off}  # off, all, or '2 of 3': every third layer is left out
     mixed_precision=${mixed_precision:-off}                # off (float32), bf16, or fp16 (GPU)
+    evaluate_before=${evaluate_before:-True}
+    # tokens that are written after the four test prompts, before and after training
+    max_new_tokens=${max_new_tokens:-$([[ "$data_name" == demo ]] && echo 32 || echo 64)}
 fi
 gradient_accumulation=${gradient_accumulation:-8}          # micro-batches a step; 1 is off
 max_train_samples=${max_train_samples:-200}                # the first rows
@@ -46,10 +49,8 @@ learning_rate=${learning_rate:-$([[ "$data_name" == demo ]] && echo 1e-3 || echo
 num_train_epochs=${num_train_epochs:-1}
 per_device_train_batch_size=${per_device_train_batch_size:-1}
 load_in_4bit=${load_in_4bit:-False}
-evaluate_before=${evaluate_before:-True}
 
-# writing after the four test prompts, before and after training
-max_new_tokens=${max_new_tokens:-$([[ "$data_name" == demo ]] && echo 32 || echo 64)}
+# how it is written
 temperature=${temperature:-0}
 top_p=${top_p:-0.9}
 use_cache=${use_cache:-True}

@@ -20,10 +20,11 @@ from hyclora.models.patch import find_patch
 from hyclora.operators.savers.sparse import Sparse
 from hyclora.utils import results
 from hyclora.utils.args import HycloraArguments, LoraArguments, ModelArguments, ProfileArguments, parse_arguments
+from hyclora.utils.checkpointing import checkpoint_layers
 from hyclora.utils.disk import check_output
 from hyclora.utils.errors import RunStopped, UserError, entry_point, is_out_of_memory
 from hyclora.utils.heads import NEXT_TOKEN
-from hyclora.utils.loading import check_embeddings, check_layers, check_model, checkpoint_layers, find_base, load_model
+from hyclora.utils.loading import check_embeddings, check_layers, check_model, find_base, load_model
 from hyclora.utils.planning.fitting import Load
 from hyclora.utils.profiling import random_micro_step
 from hyclora.utils.within_budget import settle

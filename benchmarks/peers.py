@@ -44,7 +44,8 @@ def lora(job: Job, *, base: str | None = None, checkpointing: dict | None = None
     import torch
 
     from hyclora.utils.args import LINEARS, LoraArguments, ModelArguments
-    from hyclora.utils.loading import checkpoint_layers, load_model
+    from hyclora.utils.checkpointing import checkpoint_layers
+    from hyclora.utils.loading import load_model
 
     folder = job.folder.resolve()
     in_4bit = (base or job.base) == "nf4"

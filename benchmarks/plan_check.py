@@ -204,7 +204,7 @@ def batch_of(case: Case, vocab: int) -> dict:
 def model_of(case: Case):
     """The case's model, of so many layers as it says."""
     from benchmarks.peers import build
-    from hyclora.utils.loading import checkpoint_layers
+    from hyclora.utils.checkpointing import checkpoint_layers
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(case.config(case.layers)), encoding="utf-8")

@@ -20,7 +20,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from benchmarks import technique_peers
@@ -29,10 +29,11 @@ from benchmarks.technique_tables import report
 from benchmarks.workers import NOT_DONE, require_gpus, run_all, visible_gpus
 from hyclora.models.config import LAUNCH
 from hyclora.utils import results
-from hyclora.utils.args import require
+from hyclora.utils.args import Parser, require
 from hyclora.utils.disk import check_output
 from hyclora.utils.driver import Driver
 from hyclora.utils.errors import Interrupted, RunStopped, is_out_of_memory
+from hyclora.utils.generate import WritingArguments
 from hyclora.utils.plain.arguments import OFF
 from hyclora.utils.plain.breakdown import counted_peak
 from hyclora.utils.profiling import MIB
@@ -43,6 +44,8 @@ MACHINE = (*LAUNCH, "use_cpu")  # how and where it is computed
 KILLED = f"exit code {-signal.SIGKILL}"
 # of a combination alone: no evaluation, no texts, nothing saved
 BARE = {"sweep": False, "sweep_peers": False, "max_eval_samples": 0, "test_prompts": False, "save_steps": 0}
+# what is of no effect then
+IDLE = ("run_name", "max_eval_samples", *(f.name for f in fields(WritingArguments)), "save_steps", "save_total_limit")
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,9 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     sweep_minutes did not do for all of them: the lines are kept. UserError for a mistake of all combinations.
     """
     begun, training = time.monotonic(), groups[-1]
-    check(groups)
+    check(driver, groups)
+    model, data, *others = groups
+    groups = (model, replace(data, max_eval_samples=BARE["max_eval_samples"]), *others)  # the rows that are measured
     source, _, task = driver.read(groups, tell=lambda line: None)  # its mistakes would be those of every combination
     folder = Path(training.output_dir).resolve()
     check_output(folder)
@@ -135,9 +140,19 @@ def sweep(driver: Driver, groups: tuple, argv: list[str] | None) -> None:
     conclude([line for line in lines.values() if line is not None], len(grid), folder)
 
 
-def check(groups: tuple) -> None:
-    """UserError if there are too few GPUs, or peers cannot be measured."""
-    training = groups[-1]
+def check(driver: Driver, groups: tuple) -> None:
+    """UserError for settings without effect, too few GPUs, or peers that cannot be measured."""
+    training, parser = groups[-1], Parser(driver.groups, driver.all_defaults)
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    for name in IDLE:
+        default = parser.get_default(name)
+        require(
+            values[name] in (default, BARE.get(name, default)),
+            f"{name} has no effect with sweep=True, which measures combinations without evaluation, texts and "
+            "checkpoints, under names of their own: drop it, or set sweep=False",
+        )
+    for name in ("verify", "memory_budget"):
+        require(not values[name], f"{name} is of HyC-LoRA alone, and a sweep measures LoRA beside it: drop it")
     if training.sweep_gpus > 1:
         require(not training.use_cpu, f"sweep_gpus {training.sweep_gpus} with use_cpu=True: drop one of them")
         require_gpus("sweep_gpus", training.sweep_gpus)

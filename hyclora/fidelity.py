@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hyclora import BEGUN, Verification
 from hyclora.utils.args import HycloraArguments, LoraArguments, option, parse_arguments, require
-from hyclora.utils.errors import entry_point
+from hyclora.utils.errors import RunStopped, entry_point, is_out_of_memory
 
 
 @dataclass
@@ -83,7 +83,15 @@ def main(argv: list[str] | None = None) -> Verification:
     check_new_adapters(args, lora)
     from hyclora.utils.fidelity import run  # torch, transformers and PEFT take seconds: mistakes above are told before
 
-    return run(args, lora, hyclora, BEGUN if argv is None else None)
+    try:
+        return run(args, lora, hyclora, BEGUN if argv is None else None)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunStopped(
+            "out of memory: exact LoRA, with which gradients are compared, keeps all activations of a batch; lower "
+            "--batch_size or --seq_len, or set load_in_4bit=True"
+        ) from error
 
 
 if __name__ == "__main__":

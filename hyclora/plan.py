@@ -45,8 +45,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python -m hyclora.plan --help)")
 
 
-@entry_point
-def main(argv: list[str] | None = None):
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = _Parser(
         "python -m hyclora.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
@@ -65,7 +65,12 @@ def main(argv: list[str] | None = None):
     )
     parser.add_argument("--device", choices=DEVICES, help="to measure on (default: cuda; cpu tries it out)")
     parser.add_argument("--details", action="store_true", help="wide tables, with all that is known of each mode")
-    args = vars(parser.parse_args(argv))
+    return parser
+
+
+@entry_point
+def main(argv: list[str] | None = None):
+    args = vars(parser().parse_args(argv))
     details = args.pop("details")
     from hyclora.utils.planning.plan import plan  # which takes seconds, for torch, transformers and PEFT
 

@@ -40,9 +40,10 @@ class Calibration:
     It lasts iteration_threshold forwards, and longer, up to PATIENCE times as many, until ENOUGH contexts were seen.
     Forwards add up, but what repetition alone gave is replaced by the first that is novel, from which it lasts as long
     anew; one that has all that was seen replaces it; one without news adds nothing once there is enough.
-    It begins again if the gauge (None: nobody looks) reads more than TOO_WIDE in most of SAMPLES forwards: after
-    EVERY * SAMPLES, then twice as many each time. The ranks of a distributed run decide together. Allocates 3 BUCKETS
-    bytes while calibrating, and waits for the device then; no more afterwards.
+    It begins again if no token of a slot was finite, and if the gauge (None: nobody looks) reads more than TOO_WIDE in
+    most of SAMPLES forwards: after EVERY * SAMPLES, then twice as many each time. The ranks of a distributed run decide
+    together. Allocates 3 BUCKETS bytes while calibrating, and waits for the device then and once behind; no more
+    afterwards.
     counted: tokens in the statistics. lost: why a resumed run has no calibration to go on with, if that is known.
     """
 
@@ -61,7 +62,7 @@ class Calibration:
         """Weigh the forward that begins, by its ids [B, S] or embeddings [B, S, C]; whether calibration begins anew."""
         if not self.quantizers or tokens is None:
             return False
-        again = self.gauge is not None and not self.step.calibrating and self._contradicted()
+        again = not self.step.calibrating and (self._is_of_nothing() or self.gauge is not None and self._contradicted())
         if again:
             self.begin_again(self.step.index - 1)
             self.restarts += 1
@@ -110,6 +111,18 @@ class Calibration:
         before = torch.zeros_like(own) if self.seen is None else self.seen.to(own.device)
         self.seen = before | found["high"]
         return torch.stack((before.sum(), found["high"].sum(), self.seen.sum(), found["tokens"])).tolist()
+
+    def _is_of_nothing(self) -> bool:
+        """Whether calibration has just ended, and a quantizer has seen no token that is finite in it."""
+        if self.seen is None or not self.counted:
+            return False
+        counts = [q.statistics["count"] for q in self.quantizers if q.is_of(self.step)]
+        if not counts or torch.stack([count.to(counts[0].device) for count in counts]).all():
+            return False
+        logger.warning(
+            "HyC-LoRA: no activation of a slot was finite while calibrating (did the loss overflow?): calibrating again"
+        )
+        return True
 
     def _contradicted(self) -> bool:
         """Whether the gauge says so; has it look at this forward, or its numbers fetched, if it is time for that."""

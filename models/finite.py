@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from hyclora.models.blocks import autocast_dtype
 from hyclora.models.origin import Batch, origin
+from hyclora.models.patch import Patch, patch_of
 
 logger = logging.getLogger("hyclora")
 ACTIONS = ("stop", "skip")
@@ -45,7 +46,8 @@ class FiniteGradients:
 
     Keeps references to the batches of a step, and for each step takes the norms of the gradients and waits for the
     device once. To trace takes a forward and a backward in stock PEFT, and one more a slot and layer if HyC-LoRA is the
-    cause; statistics, recordings, random state and gradients stay as they are. Processes of a distributed run decide
+    cause; statistics, recordings, random state and gradients stay as they are. But where forwards of such a step have
+    calibrated, that is forgotten, and those behind it do so in their place. Processes of a distributed run decide
     together. skipped: how many steps were.
 
     Raises FloatingPointError whatever the action where a weight is not finite already (BrokenWeight if it is frozen),
@@ -59,9 +61,12 @@ class FiniteGradients:
         self._batches: deque[Batch] = deque(maxlen=REMEMBERED)
         self._losses: list[Tensor] = []
         self._hook = None
+        self._patch: Patch | None = None
+        self._forget()
 
     def listen(self) -> None:
         """Remember the batches of each step from now on."""
+        self._forget()
         # a hook on a module that has a block of ours would change how that runs
         if isinstance(self.model, PeftModel) and self._hook is None:
             self._hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
@@ -89,8 +94,25 @@ class FiniteGradients:
             self._batches.append(Batch(args, dict(kwargs), autocast_dtype(device_type)))
 
     def _forget(self) -> None:
+        """Whatever comes from now on is of another step."""
         self._batches.clear()
         self._losses.clear()
+        if self._patch is None or not self._patch.step.patched:
+            self._patch = patch_of(self.model)
+        self._begun = 0 if self._patch is None else self._patch.step.index
+
+    def _calibrates_again(self) -> bool:
+        """Whether forwards of this step have calibrated, so that it begins again behind them.
+
+        Numbers that are large, and no more than that, come before those that are not finite, and statistics kept them.
+        """
+        patch = self._patch
+        if patch is None or not patch.step.patched or not patch.calibration.quantizers:
+            return False
+        if not patch.step.index > self._begun < patch.step.threshold:
+            return False
+        patch.calibrate_again()
+        return True
 
     def note(self, loss: Tensor | float) -> None:
         """Have a micro-batch's loss looked at with the gradients: it may be infinite by itself."""
@@ -129,6 +151,7 @@ class FiniteGradients:
         return bool(finite)
 
     def _act(self, step: int) -> None:
+        again = ", and calibration begins again" if self._calibrates_again() else ""
         found = origin(self.model, list(self._batches))
         sentence = f"step {step} has a loss or gradients that are not finite: {found}"
         self._in_a_row += 1
@@ -140,7 +163,7 @@ class FiniteGradients:
         self.skipped += 1
         for p in self.model.parameters():
             p.grad = None
-        logger.warning(f"HyC-LoRA: {sentence}; the step is skipped")
+        logger.warning(f"HyC-LoRA: {sentence}; the step is skipped{again}")
 
 
 class NonFiniteCallback(TrainerCallback):

@@ -188,13 +188,16 @@ class CheckpointBlock(Block):
 
         ValueError if backward would run what is set otherwise by then.
         """
-        switches = self._list_switches()
-        whole, before = self.module if whole else None, switches.read()
+        switches, whole, before = self._list_switches(), self.module if whole else None, None
 
         def run_as_set(x):
+            nonlocal before
             if not self.step.passing:
                 self._check_unchanged(switches.read() == before)
-            return run(x)
+                return run(x)
+            y = run(x)
+            before = switches.read()  # a layer of PEFT's whose adapters are switched off unmerges them by itself
+            return y
 
         return CheckpointFunction.apply(hidden_states, run_as_set, self.keeper(), whole, *switches.trained())
 

@@ -69,7 +69,8 @@ def origin(model: nn.Module, batches: list[Batch]) -> Origin:
         sentence = f"the {'frozen ' if frozen else ''}weight {found} is not finite before the step"
         return Origin(sentence, is_lasting=True, is_given=frozen)
     patch = patch_of(model)
-    if patch is not None and (found := _scale(patch)):
+    # those of a calibration are replaced
+    if patch is not None and not patch.step.calibrating and (found := _scale(patch)):
         return Origin(found, is_lasting=True)
     of_grads = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
     known = f"the gradient of {of_grads[0]}, one of {len(of_grads)}" if of_grads else "the loss"

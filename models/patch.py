@@ -70,6 +70,12 @@ class Patch:
         for block in [*self.blocks, *self.checkpoints]:
             block.store = store
 
+    def calibrate_again(self) -> None:
+        """Have the forwards behind the last one calibrate, in the place of all before."""
+        self.calibration.begin_again(self.step.index)
+        if self.graphs is not None:
+            self.graphs.clear()
+
     def add_graphs(self, recorder) -> None:
         """Have the layers replayed by a recorder where that can be done."""
         layers = [block for block in self.blocks if isinstance(block, WholeLayer)]

@@ -82,8 +82,8 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
         saver.load_state_dict({} if key in foreign else _under(key, tensors))
     patch.calibration.load_state_dict(metadata[PROGRESS], _under(PROGRESS, tensors))
     if foreign:
-        patch.calibration.begin_again(patch.step.index)
-    if patch.graphs is not None:
+        patch.calibrate_again()
+    elif patch.graphs is not None:
         patch.graphs.clear()
     tell_of_other_savers(path, {key.rpartition(".")[2] for key, how in now.items() if before.get(key) != how})
 

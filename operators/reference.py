@@ -15,6 +15,7 @@ LOG_SCALE_STEPS = 8
 MIDDLE_STEPS = 127
 SCALE_ZERO = 128
 IGNORED = -100
+LARGEST = 1e15  # norm of a token that calibration counts: squares of 1e8 of them can be added in fp32
 PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Salmon et al. 2011, table 2)
 
 
@@ -79,9 +80,9 @@ def dequantize(packed: Tensor, scale: Tensor, mean: Tensor, std: Tensor, book: C
 
 
 def measure(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Measures of the tokens of x [T, C] that mask [T] has and that are finite: operators/savers/measure.py."""
+    """Measures of the tokens of x [T, C] that mask [T] has and that are not too large: operators/savers/measure.py."""
     x = x.float()
-    mask = mask[:, None] & x.isfinite().all(dim=1, keepdim=True)
+    mask = mask[:, None] & (torch.linalg.vector_norm(x, dim=1, keepdim=True) < LARGEST)
     x = torch.where(mask, x, 0.0)
     return {
         "count": mask.sum().float(),

@@ -13,5 +13,6 @@ generate.py     token by token, with and without a cache     errors.py         h
 plain/          for a training loop without the Trainer      folder.py        a base model's files, looked at first
 runs/           a run's folder, resume and endings           results.py        what a run leaves behind
 planning/       memory of a run, before it begins            within_budget.py  memory_budget of the scripts
+checkpointing.py  layers that run again in backward
 sharded.py      weights shared by processes (FSDP2)          ranks.py         what the processes of a run do together
 """

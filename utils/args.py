@@ -113,7 +113,7 @@ class LoraArguments:
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_rank) instead.")
 
     def __post_init__(self):
-        require(self.lora_rank > 0, f"lora_rank must be positive, not {self.lora_rank}")
+        require(0 < self.lora_rank < 10**9, f"lora_rank must be positive, of at most 9 digits, not {self.lora_rank}")
         require(self.lora_alpha > 0, f"lora_alpha must be positive, not {self.lora_alpha}")
         require(0 <= self.lora_dropout < 1, f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
         self.target_modules = [name for words in self.target_modules for name in re.split(r"[,\s]+", words) if name]

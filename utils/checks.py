@@ -3,12 +3,14 @@
 import importlib.util
 import math
 
+from hyclora.models.config import PRESETS
 from hyclora.utils.errors import UserError
 from hyclora.utils.runs.identity import in_effect
 
 _POSITIVE = (lambda x: 0 < x < math.inf, "a positive number")
 _COUNT = (lambda x: x >= 1, "at least 1")
 _NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "0 or a positive number")
+_SEED = (lambda x: x is None or 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")
 _SHARE = (lambda x: 0 <= x < 1, "0 or more, and less than 1")
 
 # What the Trainer would take, and then train nothing or fail late.
@@ -28,7 +30,7 @@ RANGES = {
     "adam_epsilon": _POSITIVE,
     "label_smoothing_factor": _SHARE,
     "save_total_limit": (lambda x: x is None or x >= 1, "at least 1"),
-    "seed": _NOT_NEGATIVE,
+    **dict.fromkeys(("seed", "data_seed", "generation_seed"), _SEED),
     "eval_strategy": (lambda x: x == "no", "no: the evaluation is before and after the training"),
 }
 # Settings that do not go together: values of each, and why not, which may name any setting.
@@ -77,8 +79,16 @@ EMPTY = {
     "run_name": "drop it, and the run is named after model, data and method",
     "resume_from_checkpoint": "write True, or a checkpoint, or drop it",
 }
-# What the GPU alone can do.
-NEED_GPU = ("offload", "cuda_graphs", "memory_budget")
+# What the GPU alone can do: which values ask for it, and what to do. fp16 is there for tensor cores: on a CPU autocast
+# computes in it slowest of all, and the Trainer computes in float32 and says nothing.
+NEED_GPU = {
+    **{
+        name: (lambda value: value not in (None, False, "auto"), f"drop {name}")
+        for name in ("offload", "cuda_graphs", "memory_budget")
+    },
+    "fp16": (bool, "drop fp16, or set bf16=True in its place"),
+    "mixed_precision": (lambda value: value == "fp16", "set mixed_precision=bf16, or off"),
+}
 NEED_PACKAGE = {"load_in_4bit": "bitsandbytes", "use_liger_kernel": "liger-kernel"}
 
 
@@ -101,12 +111,12 @@ def check_settings(groups) -> None:
     if active.get("device") == "cuda" and not present:
         raise UserError("device cuda: torch sees no GPU here; install a torch with CUDA, or set device=cpu")
     on_gpu = present and not active.get("use_cpu") and active.get("device") != "cpu"
-    for name in NEED_GPU:
-        value, preset = active.get(name), active.get("preset")
-        if value not in (None, False, "auto") and not on_gpu:
-            asks = preset != "default" and value is True
-            hint = f"preset={preset} asks for it, preset=default does not" if asks else f"drop {name}"
-            raise UserError(f"{name}={value} needs a GPU, and this would run on the CPU: {hint}")
+    preset = active.get("preset")
+    for name, (asks, hint) in NEED_GPU.items():
+        if not on_gpu and asks(active.get(name)):
+            if preset in PRESETS and name in PRESETS[preset].settings:
+                hint = f"preset={preset} asks for it, preset=default does not"
+            raise UserError(f"{name}={active[name]} needs a GPU, and this would run on the CPU: {hint}")
     for name, package in NEED_PACKAGE.items():
         if active.get(name) and importlib.util.find_spec(package.replace("-", "_")) is None:
             raise UserError(f"{name} needs the package {package}: pip install {package}, or drop {name}")

@@ -23,6 +23,7 @@ from hyclora.utils.args import (
     ModelArguments,
     parse_arguments,
 )
+from hyclora.utils.checkpointing import check_checkpointing, checkpoint_layers, checkpointed
 from hyclora.utils.data.tokens import Collator
 from hyclora.utils.disk import check_output, checkpoint_bytes
 from hyclora.utils.errors import UserError, entry_point
@@ -33,8 +34,6 @@ from hyclora.utils.loading import (
     check_model,
     check_positions,
     check_windows,
-    checkpoint_layers,
-    checkpointed,
     find_base,
     keep_initial_adapters,
     load_model,
@@ -204,6 +203,7 @@ class Driver:
         task = replace(task, head=task.head.of(source))
         check_model(source, task.head, lora_args)
         check_layers(source, task.head, hyclora_args.config())
+        check_checkpointing(source, task.head, getattr(training, "leave_out", None))
         check_embeddings(source, task.head, lora_args, hyclora_args.config())
         check_positions(source, task.head, task.longest)
         check_windows(source, task.head, len(task.train[0]["input_ids"]))

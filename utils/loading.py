@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
@@ -352,32 +351,6 @@ def _adapted(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
-
-
-def checkpoint_layers(model: PreTrainedModel | PeftModel, leave_out: int | None = None, **options) -> None:
-    """Keep the layers' inputs alone and run each layer again in backward; options: transformers' own.
-
-    leave_out: the first and then every such layer keeps what it needs and is not run again.
-    """
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False}, **options)
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers[::leave_out] if leave_out else ():
-        layer.gradient_checkpointing = False
-
-
-@contextlib.contextmanager
-def checkpointed(model: PreTrainedModel | PeftModel, on: bool):
-    """The layers are checkpointed inside, if asked for, and not afterwards."""
-    if not on:
-        yield
-        return
-    checkpoint_layers(model)
-    try:
-        yield
-    finally:
-        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-        disable()
 
 
 def keep_initial_adapters(model: PeftModel | PreTrainedModel, folder: Path) -> Path | None:

@@ -56,6 +56,10 @@ class ChannelQuant(StoringSaver):
     def due(self, step: Step) -> bool:
         return step.calibrating and self._last_step < (step.index if step.informative else step.since)
 
+    def is_of(self, step: Step) -> bool:
+        """Whether there are statistics of the calibration that is going on, or was the last one."""
+        return bool(self.statistics) and self._last_step >= step.since
+
     def prepare(self, x: Tensor, step: Step) -> None:
         """Calibrate on x if this is a calibration forward not counted yet, or the first time that there is an x."""
         self.follow(x.device)
@@ -93,7 +97,7 @@ class ChannelQuant(StoringSaver):
         batch = sum_over_ranks(batch)
         batch["steps"] = torch.ones_like(batch["count"])
         batch["range"] = (batch.pop("high") - batch.pop("low")).nan_to_num(neginf=0.0)
-        old = self.statistics if self._last_step >= step.since else {}
+        old = self.statistics if self.is_of(step) else {}
         # measures are views of one tensor, of which not all are kept
         self.statistics = {name: old[name].to(t.device) + t if old else t.clone() for name, t in batch.items()}
         self._last_step = step.index

@@ -47,9 +47,9 @@ def measure(x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     """Measures in fp32 of the tokens of x [T, C] that count: their count, and "total" sum x, "total_square" sum x^2,
     "low" min x, "high" max x, each [C]; inf and -inf where there is none.
 
-    Those count that mask [T] (None: all) does not leave out and whose channels are all finite: a step that overflows is
-    skipped by whoever trains, and statistics would keep it. Allocates 16 bytes a channel and some a token; on a CPU
-    fp32 copies of a tile of tokens as well.
+    Those count that mask [T] (None: all) does not leave out and whose norm is below LARGEST, so that all sums are
+    finite: a step that overflows is skipped by whoever trains, and statistics would keep it. Allocates 16 bytes a
+    channel and some a token; on a CPU fp32 copies of a tile of tokens as well.
     """
     mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
     if use_triton(x):
@@ -60,8 +60,7 @@ def measure(x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
 def _measure(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
     x = as_rows(x)
     n_rows, n_cols = x.shape
-    # finite if all of them are
-    mask = mask & x.sum(dim=1, dtype=torch.float32).isfinite()
+    mask = mask & (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) < reference.LARGEST)
     out = torch.empty(len(NAMES), n_cols, dtype=torch.float32, device=x.device)
     with device_guard(x):
         _measure_kernel[(cdiv(n_cols, BLOCK_COLS),)](

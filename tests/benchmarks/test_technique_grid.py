@@ -164,7 +164,7 @@ class FreshMeter:
 )
 def test_what_a_sweep_cannot_do_is_refused(peers, more, named):
     with pytest.raises(UserError, match=named):
-        technique_grid.check(DRIVER.parse([*peers, *more]))
+        technique_grid.check(DRIVER, DRIVER.parse([*peers, *more]))
 
 
 def test_unsloth_has_a_column_and_no_arrows():

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from hyclora.utils.loading import checkpoint_layers
+from hyclora.utils.checkpointing import checkpoint_layers
 
 aten = torch.ops.aten
 PRODUCTS = {

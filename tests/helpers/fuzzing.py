@@ -1,4 +1,4 @@
-"""Hostile input for the drivers: options, data files and model folders that are nearly right, drawn from a seed."""
+"""Hostile input for the programs: options, files of data and model folders that are nearly right, drawn from a seed."""
 
 import json
 import random
@@ -6,6 +6,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
+import torch
+from peft import LoraConfig
+
+from hyclora import fidelity, plan
 from hyclora.utils.args import Parser
 from hyclora.utils.data.glue import GLUE
 from tests.helpers.drivers import DEFAULTS, GROUPS
@@ -31,6 +36,7 @@ VALUES = [
         "auto",
     ),
     *("None", "null", "[]", "{}", "[1", '{"gate": "exact"}', '{"gate": 4}', '{"no": "quant4"}', '{"layer_in": null}'),
+    *("24GiB", "0GiB", "1MB", "999999999TiB", ".GB", "4x512", "1x2", "0x9", "999999999x999999999", "q_proj,up_proj"),
     *("4", "8", "quant4", "8*slots,input4", "0*slots", ",", "*", "slots", "1*1*1", "2 of 3", "0 of 1", "3 of 2"),
     *(
         "demo",
@@ -85,17 +91,13 @@ JSON_VALUES = [
     ),
 ]
 # what goes elsewhere than to a file of the test: other machines, processes, services, and the results' place
-OUTSIDE = (
-    "output_dir",
-    "report_to",
-    "trackio",
-    "local_rank",
-    "ddp_",
-    "deepspeed",
-    "fsdp",
-    "tpu",
+OUTSIDE = tuple(
+    f"--{name}"
+    for name in (
+        *("output_dir", "report_to", "trackio", "local_rank", "ddp_", "deepspeed", "fsdp", "tpu"),
+        *("num_gpus", "project", "parallelism", "logging_dir", "sweep", "log_level"),
+    )
 )
-OUTSIDE += ("num_gpus", "project", "parallelism", "logging_dir", "sweep", "log_level")
 
 _PAIRS = [{"prompt": f"{n} + 1?", "response": str(n + 1)} for n in range(6)]
 _CHATS = [
@@ -119,7 +121,21 @@ def _lines(rows: list[dict]) -> str:
     return "\n".join(map(json.dumps, rows))
 
 
-# of each driver: options that make it read files of a folder, and the files
+def _adapters() -> dict[str, bytes]:
+    """Of the first layer's q_proj of the tests' tiny LLaMA, as save_pretrained writes them."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM").to_dict()
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    place = "base_model.model.model.layers.0.self_attn.q_proj"
+    weights = {f"{place}.lora_A.weight": torch.ones(2, 64), f"{place}.lora_B.weight": torch.ones(64, 2)}
+    return {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.safetensors": safetensors.torch.save(weights),
+    }
+
+
+_TIMES = [{"device": "CPU x", "versions": {"torch": "2"}, "of": {"base": "bf16"}, "ms": {"exact": 2.5, "other": "no"}}]
+SHORT = "--iteration_threshold 1 --device cpu"
+# of each program: options that make it read files of a folder, and the files
 READ = {
     "run_gsm8k": [
         ("--data_name json --data_dir {}", {"train.jsonl": _lines(_PAIRS), "test.jsonl": _lines(_PAIRS[:2])}),
@@ -145,12 +161,23 @@ READ = {
         ("--data_name text --data_dir {} --seq_len 64", {"train.txt": _TEXT, "test.txt": _TEXT}),
         ("--data_name text --data_dir {} --seq_len 64", {"train.bin": "\x05\x00" * 500, "test.bin": "\x05\x00" * 90}),
     ],
+    "hyclora.fidelity": [
+        (f"--batch_size 1 --exact_steps 1 {SHORT} --data {{}}/rows.jsonl", {"rows.jsonl": _lines(_PAIRS)}),
+        (f"--batch_size 1 --exact_steps 1 {SHORT} --data {{}}", {"train.json": json.dumps(_CHATS)}),
+        (f"--batch_size 1 --exact_steps 1 {SHORT} --seq_len 32 --data {{}}/a.txt", {"a.txt": _TEXT}),
+        (f"--batch_size 1 {SHORT} --adapters {{}}", _adapters()),
+    ],
+    "hyclora.plan": [
+        ("--gpu 24GiB --host 64GiB --tokens 2x64 --base bf16", {}),
+        ("--gpu 24GiB --host 64GiB --tokens 2x64 --times {}/times.json", {"times.json": json.dumps(_TIMES)}),
+    ],
 }
+_PARSERS = {"hyclora.fidelity": lambda: Parser(fidelity.GROUPS), "hyclora.plan": plan.parser}
 
 
 @dataclass
 class Case:
-    """A run: a driver's name, its options, and whether the model is what is wrong, so that it has to be loaded."""
+    """A run: a program's module, its options, and whether the model is what is wrong, so that it has to be loaded."""
 
     driver: str
     options: list[str]
@@ -162,11 +189,14 @@ class Fuzzer:
 
     def __init__(self, model: Path, seed: int):
         self.model, self.seed = model, seed
-        self.names = {}
+        self.names: dict[str, dict[str, bool]] = {}  # of each program's options: whether it takes a value
         for driver in READ:
-            actions = Parser(GROUPS[driver], DEFAULTS[driver])._actions
-            names = [action.option_strings[0] for action in actions if action.option_strings]
-            self.names[driver] = [n for n in names if n != "-h" and not any(n[2:].startswith(o) for o in OUTSIDE)]
+            parser = _PARSERS[driver]() if driver in _PARSERS else Parser(GROUPS[driver], DEFAULTS[driver])
+            self.names[driver] = {
+                action.option_strings[0]: action.nargs != 0
+                for action in parser._actions
+                if action.option_strings and not action.option_strings[0].startswith(("-h", *OUTSIDE))
+            }
 
     def case(self, number: int, folder: Path) -> Case:
         draw = random.Random(f"{self.seed}-{number}")
@@ -174,22 +204,32 @@ class Fuzzer:
         options, files = draw.choice(READ[driver])
         kind = draw.choice(("options", "data", "model", "options and data"))
         data = folder / "data"
+        data.mkdir(parents=True)
         for name, text in files.items():
             (data / name).parent.mkdir(parents=True, exist_ok=True)
-            (data / name).write_bytes(text.encode("utf-8"))
+            (data / name).write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
         model = self.model
         if kind == "model":
             model = shutil.copytree(self.model, folder / "model")
             spoil(draw, draw.choice(sorted(file for file in model.iterdir() if file.name != "README.md")))
-        if "data" in kind:
+        if "data" in kind and files:
             spoil(draw, data / draw.choice(sorted(files)))
-        given = ["--model_dir", str(model.parent), "--model_name", model.name, "--output_dir", str(folder / "results")]
-        given += ["--use_cpu", "True", *options.format(data).split()]
+        given = [*_named(driver, model, folder / "results"), *options.format(data).split()]
         if "options" in kind:
             for _ in range(draw.randint(1, 3)):
-                name = draw.choice(self.names[driver])
-                given += [name] if draw.random() < 0.05 else [name, draw.choice(VALUES)]
+                name, takes_value = draw.choice(list(self.names[driver].items()))
+                given += [name, draw.choice(VALUES)] if takes_value and draw.random() > 0.05 else [name]
         return Case(driver, given, kind == "model")
+
+
+def _named(driver: str, model: Path, results: Path) -> list[str]:
+    """Options that name the model and where to write."""
+    if driver == "hyclora.plan":
+        return [str(model)]
+    if driver == "hyclora.fidelity":
+        return ["--model", str(model)]
+    place = ["--model_dir", str(model.parent), "--model_name", model.name, "--output_dir", str(results)]
+    return [*place, "--use_cpu", "True"]
 
 
 def spoil(draw: random.Random, file: Path) -> None:

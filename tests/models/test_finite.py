@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from hyclora import FiniteGradients, HycloraConfig, NonFiniteCallback, apply_hyclora
 from hyclora.models import finite as module
 from hyclora.models import origin
+from hyclora.models.config import POLICIES
 from hyclora.models.patch import find_patch
 from hyclora.operators.savers import ChannelQuant
 from tests.helpers.offloading import equal
@@ -19,6 +20,7 @@ POISON = 127  # a token whose embedding is infinite
 MARK = 77.0
 LAYER = "base_model.model.model.layers"
 STOCK = "stock PEFT has it too"
+BASELINE = {"layer_type": "baseline"}
 
 
 def patched(make=llama, **config):
@@ -177,6 +179,46 @@ def test_a_skipped_step_leaves_all_as_it_was(config):
         found[-1] += (list(gradients(model, padded_batch(vocab=POISON, seed=5))[1].values()),)
     for ours, theirs in zip(*found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("of, autocast", [(1e10, False), (1e20, True), (math.inf, True)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{"layer_type": name} for name in POLICIES] + [{"layers": "input4"}, {"scale_rule": "paper", "attention": "eager"}],
+    ids=str,
+)
+def test_a_calibrating_step_that_is_skipped_is_not_calibrated_on(config, of, autocast, caplog):
+    """Bit for bit, though numbers before those that overflow are finite, and wide enough for errors of 1e7."""
+    found = []
+    for poisoned in (False, True):
+        model = patched(llama, **config)
+        finite = FiniteGradients(model, "skip")
+        with finite.listening(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if poisoned:
+                up = weights(model, f"{LAYER}.0.mlp.up_proj")
+                before = up.clone()
+                up.mul_(of)
+                (model(**padded_batch(seed=1)).loss * math.inf).backward()
+                up.copy_(before)
+                assert not finite.allows(1)
+                assert (", and calibration begins again" in caplog.text) == (config != BASELINE)
+            found.append(gradients(model, padded_batch(seed=2))[1])
+            assert finite.allows(2)
+    assert equal(*found)
+
+
+def test_a_calibration_on_numbers_that_are_not_finite_is_another_ones_place(caplog):
+    """A GradScaler, or a loop that skips steps by itself, tells nobody."""
+    found = []
+    for poisoned in (False, True):
+        model = overflow_embedding(patched(layer_type="intra_inter"))
+        if poisoned:
+            batch = padded_batch()
+            batch["input_ids"][:, 0] = POISON
+            gradients(model, batch)
+        gradients(model, padded_batch(vocab=POISON, seed=1))
+        found.append(gradients(model, padded_batch(vocab=POISON, seed=2))[1])
+    assert equal(*found) and caplog.text.count("no activation of a slot was finite while calibrating") == 1
 
 
 def test_a_model_that_fails_at_every_step_is_not_skipped_for_ever(monkeypatch):

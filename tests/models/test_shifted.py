@@ -6,7 +6,7 @@ import torch
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.shifted import shifted_sparse
 from hyclora.operators import reference
-from hyclora.utils.loading import checkpoint_layers
+from hyclora.utils.checkpointing import checkpoint_layers
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.small_models import gradients, largest_error, llama, mean_cosine, padded_batch, qwen2
 

@@ -57,6 +57,28 @@ def test_what_was_merged_and_unmerged_is_no_change(kind):
     assert largest_error(backward(model, loss), expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("family", [llama, roberta], ids=lambda f: f.__name__)
+def test_merged_adapters_that_are_switched_off(family, kind):
+    """PEFT unmerges them in the layer's forward, and so between the two runs of a layer."""
+    found = []
+    for merged in (True, False):
+        model = family({})
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.fill_(0.1)
+        if kind == "checkpointing":
+            model.gradient_checkpointing_enable()
+        if kind is not None:
+            apply_hyclora(model, HycloraConfig(**KINDS[kind]))
+        model.get_input_embeddings().weight.requires_grad_(True)
+        if merged:
+            model.merge_adapter()
+        with model.disable_adapter():
+            found.append(gradients(model, padded_batch())[1])
+    assert found[0] and largest_error(*found) < (1e-5 if kind != "checkpointing" else 1e-2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_adapter_that_is_not_used_is_no_change(kind):
     model, expected, loss = forward(llama, kind, {"lora_dropout": 0.1})

@@ -13,7 +13,7 @@ from hyclora.models.verification import ALWAYS_ZERO, AT_START, MISSING, NOT_FINI
 from hyclora.models.verify import _Measurement
 from hyclora.operators.linear.lora import ProjectionGroup
 from hyclora.operators.savers import ChannelQuant
-from hyclora.utils.loading import checkpoint_layers
+from hyclora.utils.checkpointing import checkpoint_layers
 from tests.helpers.calibrating import statistics
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.replaying import record

@@ -7,7 +7,7 @@ import torch
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.patch import find_patch
-from hyclora.utils.loading import checkpoint_layers
+from hyclora.utils.checkpointing import checkpoint_layers
 from run_longseq import WHOLE
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.small_models import (

@@ -8,7 +8,6 @@ import pytest
 from benchmarks.report import PARTS, ROOT, render
 from hyclora.utils import checks
 from hyclora.utils.args import Parser, parse_arguments
-from hyclora.utils.plain.arguments import PlainArguments
 from hyclora.utils.runs.script import settings_of
 from tests.helpers.drivers import DEFAULTS, GROUPS
 
@@ -48,8 +47,7 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
 
 def test_commands_of_the_scripts_are_understood(monkeypatch, tmp_path):
     """Their variables are settings of the script, and values and options are parsed as on a machine with a GPU."""
-    monkeypatch.setattr(checks, "NEED_GPU", ())
-    monkeypatch.setattr(PlainArguments, "check", lambda self: None)
+    monkeypatch.setattr(checks, "NEED_GPU", {})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.chdir(tmp_path)
     for name in ("my_rows.jsonl", "my_text.txt"):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from functools import partial
 
@@ -16,8 +17,7 @@ from transformers import LlamaForCausalLM
 import run_alpaca
 from benchmarks import technique_grid
 from benchmarks.workers import _run
-from hyclora.utils import driver
-from hyclora.utils.plain.arguments import PlainArguments
+from hyclora.utils import checks, driver
 from tests.helpers.drivers import run_script
 
 ROWS = [
@@ -25,6 +25,7 @@ ROWS = [
     for n in range(30)
 ]
 RESUME = "--resume_from_checkpoint"
+EVALUATED = ["--max_eval_samples", "4", "--max_new_tokens", "3", "--save_steps", "2"]  # which a sweep is not
 
 
 @pytest.fixture
@@ -35,8 +36,8 @@ def options(tiny_llama_folder, tmp_path):
     return (
         ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name, "--use_cpu", "True"]
         + ["--data_name", "alpaca", "--data_dir", str(file), "--output_dir", str(tmp_path / "runs")]
-        + ["--max_train_samples", "12", "--max_eval_samples", "4", "--max_new_tokens", "3", "--lora_rank", "4"]
-        + ["--gradient_accumulation", "2", "--logging_steps", "2", "--save_steps", "2", "--learning_rate", "1e-2"]
+        + ["--max_train_samples", "12", "--lora_rank", "4", "--learning_rate", "1e-2"]
+        + ["--gradient_accumulation", "2", "--logging_steps", "2"]
         + ["--iteration_threshold", "2"]
     )
 
@@ -47,7 +48,8 @@ def run(options, tmp_path, capsys):
 
     def run(*more):
         before = set((tmp_path / "runs").glob("*/"))
-        code, said = run_script(run_alpaca.main, [*options, *more], capsys)
+        given = [*options, *([] if "--sweep" in more else EVALUATED), *more]
+        code, said = run_script(run_alpaca.main, given, capsys)
         new = set((tmp_path / "runs").glob("*/")) - before
         folder = new.pop() if new else None
         results = folder.with_name(f"{folder.name}.json") if folder else tmp_path / "none"
@@ -60,7 +62,7 @@ def run(options, tmp_path, capsys):
 @pytest.fixture
 def fp16_on_cpu(monkeypatch):
     """In place of the GPU that it needs."""
-    monkeypatch.setattr(PlainArguments, "check", lambda self: None)
+    monkeypatch.delitem(checks.NEED_GPU, "mixed_precision")
 
 
 @pytest.mark.usefixtures("fp16_on_cpu")
@@ -196,6 +198,7 @@ def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):
     """LoRA on and off, by the runs that would be processes of their own; the second time nothing is measured."""
     monkeypatch.setattr(technique_grid, "run_all", lambda jobs, *_, **__: ((job, _run(*job[1:])[0]) for job in jobs))
     more = ["--sweep", "True", "--use_hyclora", "False", "--gradient_accumulation", "1", "--max_steps", "2"]
+    more += ["--max_train_samples", "100"]
     _, _, said, code = run(*more)
     assert code == 0, said
     folder = tmp_path / "runs"
@@ -209,6 +212,10 @@ def test_the_smallest_grid_has_two_rows(run, tmp_path, monkeypatch):
     assert "| off | off | off | " in text and "first report (7B), mixed precision" in text and text in said
     assert (folder / "technique_grid.png").stat().st_size > 1000
     assert not list(folder.glob("grid/*/*.safetensors")), "a combination saves nothing"
+    rows = {
+        json.loads(file.read_text())["content"]["content of the training rows"] for file in folder.glob("grid/*.json")
+    }
+    assert rows == {line["conditions"]["content of the training rows"] for line in lines} and len(rows) == 1
     _, _, said, code = run(*more)
     assert code == 0 and "2 combinations, 2 measured already" in said
     monkeypatch.setattr(technique_grid, "run_all", lambda *_, **__: iter(()))
@@ -266,6 +273,15 @@ def refused(run, tmp_path, monkeypatch):
         (["--sweep_gpus", "2"], "sweep_gpus has no effect with sweep=False"),
         (["--sweep_timeout", "60", "--sweep", "False"], "sweep_timeout has no effect with sweep=False"),
         (["--sweep_peers", "True"], "sweep_peers has no effect with sweep=False"),
+        (["--sweep", "True", "--run_name", "mine"], "run_name has no effect with sweep=True, which measures"),
+        (["--sweep", "True", "--verify", "True"], "verify is of HyC-LoRA alone, and a sweep measures LoRA beside it"),
+        (["--sweep", "True", "--max_eval_samples", "4"], "max_eval_samples has no effect with sweep=True"),
+        (["--sweep", "True", "--temperature", "0.5"], "temperature has no effect with sweep=True"),
+        (["--sweep", "True", "--evaluate_before", "True"], "evaluate_before has no effect with sweep=True"),
+        (
+            ["--sweep", "True", "--save_steps", "5", "--max_eval_samples", "0"],
+            "save_steps has no effect with sweep=True",
+        ),
         (["--sweep", "True", RESUME, "True"], "sweep goes on where it stopped by itself"),
         (["--max_eval_samples", "30"], "would hold out all of the 30 rows"),
         (["--tokenizer_dir", "nowhere"], "nowhere has no tokenizer"),
@@ -276,6 +292,14 @@ def refused(run, tmp_path, monkeypatch):
 )
 def test_mistaken_options(refused, more, named):
     assert named in refused(*more)
+
+
+def test_checkpointing_that_leaves_out_the_only_layer(refused, tiny_llama_folder, tmp_path):
+    copy = shutil.copytree(tiny_llama_folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (copy / "config.json").write_text(json.dumps(config))
+    said = refused("--model_dir", tmp_path, "--model_name", "copy", "--gradient_checkpointing", "2 of 3")
+    assert f"gradient_checkpointing '2 of 3' leaves out the first layer, and {copy} has no other: write all, or" in said
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,13 @@ def test_adapters_that_are_none_of_this_model_are_told_in_a_sentence(ask, drive,
     assert code == 2 and f"adapters {folder} cannot be loaded for" in told and "save_pretrained has written" in told
 
 
+def test_exact_steps_that_have_no_room(ask, monkeypatch):
+    """Exact LoRA takes more than the training that is to be looked at, so it may be the only one without."""
+    monkeypatch.setattr(work, "train_exactly", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of")))
+    code, told = ask()
+    assert code == 1 and "error: out of memory: exact LoRA" in told and "lower --batch_size or --seq_len" in told
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

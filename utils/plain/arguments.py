@@ -101,13 +101,6 @@ class PlainArguments(SweepArguments):
             "sweep goes on where it stopped by itself: drop resume_from_checkpoint",
         )
 
-    def check(self) -> None:
-        """UserError for fp16 without a GPU: it is there for tensor cores, and a CPU computes it slowest of all."""
-        require(
-            self.mixed_precision != "fp16" or self.device.type == "cuda",
-            "mixed_precision=fp16 needs a GPU, and this would run on the CPU: set mixed_precision=bf16, or off",
-        )
-
     @property
     def gradient_accumulation_steps(self) -> int:
         """As the Trainer calls it."""

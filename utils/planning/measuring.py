@@ -22,8 +22,9 @@ from torch import nn
 
 from hyclora.models.patch import apply_hyclora, remove_hyclora
 from hyclora.utils.args import LoraArguments, ModelArguments
+from hyclora.utils.checkpointing import checkpointed
 from hyclora.utils.errors import is_out_of_memory
-from hyclora.utils.loading import checkpointed, load_model
+from hyclora.utils.loading import load_model
 from hyclora.utils.planning.modes import Mode
 from hyclora.utils.planning.shape import HALF, Shape
 from hyclora.utils.planning.times import Batch, Time, Work, expected

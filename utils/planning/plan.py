@@ -139,7 +139,7 @@ def plan(
         raise UserError(f"{documents} documents do not fill {batch[0]} rows: each row has one at least")
     if documents is not None and documents > batch[0] * batch[1]:
         raise UserError(f"{documents} documents are more than {batch[0]} x {batch[1]} tokens: each has one at least")
-    shape = Shape(model, base, lora_rank, target_modules, lora_dropout > 0)
+    shape = Shape(model, base, lora_rank, lora.target_modules, lora_dropout > 0)
     kept = KeptTimes(shape, lora, Batch(*batch, documents), where, times)
     known = {} if measure else kept.read()
     comparable = documents is None and target_modules is None and not lora_dropout

@@ -5,7 +5,7 @@ import torch
 
 from hyclora import apply_hyclora, remove_hyclora
 from hyclora.models.graphs import layer_graphs
-from hyclora.utils.loading import checkpoint_layers
+from hyclora.utils.checkpointing import checkpoint_layers
 from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.offloading import equal
 from tests.helpers.replaying import CALIBRATION, batches, config, graphed, nothing_around, replayed, train

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.state import save_calibration
+from hyclora.utils.checkpointing import checkpoint_layers
 from hyclora.utils.data.tokens import IGNORED, Collator
-from hyclora.utils.loading import checkpoint_layers
 from run_alpaca import train_step
 
 RANK, ALPHA = 4, 12

@@ -102,6 +102,14 @@ def test_what_fits_is_measured_with_such_adapters_and_rows(few_modes):
     assert little.timed == "times are unknown: no mode fits, so none was measured" and len(few_modes) == 2
 
 
+def test_targets_may_be_written_as_for_the_drivers():
+    """With spaces or commas in between."""
+    apart, together = (
+        plan("llama-3.2-1b", "16GiB", 0, target_modules=names) for names in (["q_proj", "k_proj"], ["q_proj,k_proj"])
+    )
+    assert [row.need for row in apart.rows] == [row.need for row in together.rows]
+
+
 def test_times_are_kept_in_a_file_and_read(few_modes, tmp_path, capsys):
     command = [
         "llama-3.2-1b",
