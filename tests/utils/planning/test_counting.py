@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from triton.runtime.jit import KernelInterface
 
 from hyclora import HycloraConfig, apply_hyclora
-from hyclora.models.calibration import BUCKETS
+from hyclora.models.calibration import BUCKETS, Calibration
 from hyclora.models.patch import find_patch
 from hyclora.operators import dispatch
 from hyclora.operators.linear import lora
@@ -33,8 +33,9 @@ LAYER_IN = {"slot_savers": {"layer_in": "quant8"}}
 def as_on_a_gpu(monkeypatch):
     """A GEMM gives fp32 without copies of its factors, and what kernels would write is left as it is.
 
-    But a CPU has no GEMM workspaces.
+    So are statistics, which may say that they are of no token. And a CPU has no GEMM workspaces.
     """
+    monkeypatch.setattr(Calibration, "_is_of_nothing", lambda calibration: False)
     monkeypatch.setattr(live, "WORKSPACE", 0)
     monkeypatch.setattr(dispatch, "INTERPRETING", True)
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)
