@@ -205,7 +205,7 @@ class Driver:
         check_model(source, task.head, lora_args)
         check_layers(source, task.head, hyclora_args.config())
         check_embeddings(source, task.head, lora_args, hyclora_args.config())
-        check_positions(source, task.head, task.longest)
+        check_positions(source, task.head, *task.longest)
         check_windows(source, task.head, len(task.train[0]["input_ids"]))
         task.head.check(training, hyclora_args)
         if hyclora_args.has_budget:
