@@ -133,7 +133,7 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1"),
         (["--num_train_epochs", "-1"], "num_train_epochs must be a positive number"),
         (["--max_steps", "0"], "max_steps must be at least 1"),
-        (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_strategy must be no"),
+        (["--eval_strategy", "steps", "--eval_steps", "5"], "before and after the training, not steps"),
         (["--fsdp", "True"], "fsdp: the scripts share weights by parallel=fsdp2 and in no other way; drop it"),
         (["--deepspeed", "zero3.json"], "deepspeed: the scripts share weights by parallel=fsdp2"),
         (["--parallel", "fsdp2"], "parallel=fsdp2 shares the weights among processes, and this is one: set num_gpus"),
