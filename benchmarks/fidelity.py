@@ -28,6 +28,7 @@ from hyclora.models.verify import compare, gradients
 from hyclora.utils.args import LINEARS, DataArguments
 from hyclora.utils.data.gsm8k import examples_of, load_rows
 from hyclora.utils.data.tokens import Collator, tokenize_rows
+from hyclora.utils.errors import entry_point
 from hyclora.utils.fidelity import train_exactly
 from hyclora.utils.loading import load_tokenizer
 
@@ -127,6 +128,7 @@ def slot_settings(bits: int) -> dict[str, dict]:
     return settings
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["ckpt/tiny-llama"], help="checkpoint folders")

@@ -17,6 +17,7 @@ from benchmarks.fidelity import load_batches, load_model
 from benchmarks.record import record
 from benchmarks.rows import whole
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
+from hyclora.utils.errors import entry_point
 
 SETTINGS = [None, *({"layer_type": "intra_inter", "q_bit": bits} for bits in (8, 4, 3, 2))]
 SETTINGS += [{"layer_type": "intra_inter", "q_bit": "auto", "average_bits": bits} for bits in (3.0, 2.5)]
@@ -50,6 +51,7 @@ def train(model: torch.nn.Module, batches: list[dict], learning_rate: float, lab
     return torch.stack(losses).tolist()
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ckpt/tiny-llama", help="checkpoint folder")

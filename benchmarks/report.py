@@ -39,6 +39,7 @@ from benchmarks.tables import SITTINGS, remarks, source, table
 from benchmarks.technique_tables import technique_grid, techniques
 from hyclora.models.config import BITS, PRESETS, SLOTS, HycloraConfig
 from hyclora.models.patch import FAMILIES
+from hyclora.utils.errors import entry_point
 
 ROOT = RESULTS.parent.parent
 FIGURES = ROOT / "figures"
@@ -369,6 +370,7 @@ def render(file: Path) -> str:
     return text
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")

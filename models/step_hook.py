@@ -81,16 +81,16 @@ class StepHook:
             self.patch.embedding.check(decoder)
         if not torch.is_grad_enabled():
             return None
-        self.patch.watch.open()
         tokens = _tokens(args, kwargs)
         if tokens is not None and tokens.is_cuda:
             free_workspaces()  # that of the backward before
         if tokens is not None and not tokens.numel():
             raise ValueError(f"a batch of shape {list(tokens.shape)} has no token: leave it out")
         if not decoder.training:
-            if self.patch.watch.changed():  # layers may be in training by themselves
+            if self.patch.watch.changed() and any(m.training for m in decoder.modules()):  # layers by themselves
                 self.patch.watch.look()
             return None
+        self.patch.watch.open()
         if not self.told:
             self.told = True
             if not any(p.requires_grad for p in decoder.parameters()):

@@ -62,6 +62,8 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything may be otherwise than at the last look; no loop over modules is in Python."""
+        if self._seen is None:
+            return True
         try:
             same = all(map(is_, map(getitem, self._owners, self._keys), self._owned))
             same = same and all(map(is_, map(ref, map(getitem, self._holders, self._names_of)), self._tensors))
@@ -113,6 +115,7 @@ class Watch:
         reasons = self._reasons()
         if all(block.reason for _, block in self.halves):
             first = next((reason for reason in reasons if AGAIN in reason), reasons[0])
+            self._seen = None  # whoever tries again is told again
             raise ValueError(f"{first}; so no layer of this model can be patched")
         # a part may go to and fro, as where layers are unfrozen in turn, and is told of once
         if new := [reason for reason in reasons if reason not in self.told]:

@@ -101,7 +101,8 @@ def check_settings(groups) -> None:
             raise UserError(f"{name} is empty: {hint}")
     for name, (fits, meaning) in RANGES.items():
         if name in active and not fits(active[name]):
-            raise UserError(f"{name} must be {meaning}, not {active[name]}")
+            value = getattr(active[name], "value", active[name])  # of an enumeration as users write it
+            raise UserError(f"{name} must be {meaning}, not {value}")
     for together, sentence in CONFLICTS:
         if all(active.get(name) in refused for name, refused in together.items()):
             raise UserError(sentence.format(**active))

@@ -205,7 +205,7 @@ class Driver:
         check_layers(source, task.head, hyclora_args.config())
         check_checkpointing(source, task.head, getattr(training, "leave_out", None))
         check_embeddings(source, task.head, lora_args, hyclora_args.config())
-        check_positions(source, task.head, task.longest)
+        check_positions(source, task.head, *task.longest)
         check_windows(source, task.head, len(task.train[0]["input_ids"]))
         task.head.check(training, hyclora_args)
         if hyclora_args.has_budget:

@@ -147,13 +147,13 @@ def check_embeddings(source: str, head: Head, lora: LoraArguments, hyclora: Hycl
         raise UserError(f"offload_embeddings=True is for frozen embeddings of their own, and {why}: drop it")
 
 
-def check_positions(source: str, head: Head, longest: int) -> None:
-    """UserError if a row of so many tokens is longer than what the model has positions for."""
+def check_positions(source: str, head: Head, longest: int, option: str = "seq_len") -> None:
+    """UserError if a row of so many tokens, as option says, is longer than what the model has positions for."""
     positions = positions_of(read_config(source, **head.config))
     if longest > positions:
         factor = math.ceil(longest / positions * (head.rope_scaling or 1))
         stretch = "" if head.rope_scaling is None else f", or stretch them: --rope_scaling {factor}"
-        raise UserError(f"a row has {longest} tokens, {source} only {positions} positions: lower --seq_len{stretch}")
+        raise UserError(f"a row has {longest} tokens, {source} only {positions} positions: lower --{option}{stretch}")
 
 
 def check_windows(source: str, head: Head, seq_len: int) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from termcolor import colored
 
 from hyclora.utils.args import ROOT
 from hyclora.utils.errors import UserError
@@ -181,7 +180,13 @@ def print_settings(groups, more: dict | None = None) -> None:
     values = {name: value for group in (*map(vars, groups), more or {}) for name, value in group.items()}
     for name, value in values.items():
         if in_effect(name, values):
-            print(colored(f"{name}: {value}", "green"))
+            print(_green(f"{name}: {value}"))
+
+
+def _green(text: str) -> str:
+    """The same as a terminal shows it in green, if it is one that shows colors and they are wanted."""
+    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\x1b[32m{text}\x1b[0m" if wanted else text
 
 
 def steps_of(training: TrainingArguments, n_rows: int) -> int:

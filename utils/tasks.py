@@ -33,9 +33,9 @@ class Task:
     reach: int = 0
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest row that the model is going to read."""
-        return max(self.reach, *(len(row["input_ids"]) for row in self.train))
+    def longest(self) -> tuple[int, str]:
+        """Tokens of the longest row that the model is going to read, and the option that says how many."""
+        return max((max(len(row["input_ids"]) for row in self.train), "seq_len"), (self.reach, "eval_lengths"))
 
     def shown(self, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
         """The numbers found "before" and "after" training as a reader sees them: by name with its remark, then when."""

@@ -20,7 +20,7 @@ SMALL += ["--compare", "False"]
 def run(tiny_llama_folder, tmp_path, capsys, monkeypatch):
     """Run with options; the line that was appended and what was printed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(results, "colored", "<{1}>{0}".format)
+    monkeypatch.setattr(results, "_green", "<green>{}".format)
 
     def run(*options):
         folder = ["--model_dir", str(tiny_llama_folder.parent), "--model_name", tiny_llama_folder.name]

@@ -71,12 +71,26 @@ def test_hooks_on_all_modules_are_refused_while_they_are_there():
     apply_hyclora(model, BASELINE)
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
     try:
-        with pytest.raises(ValueError, match="hooks on all modules"):
-            gradients(model, batch)
+        for _ in range(2):  # as who runs a cell of a notebook again
+            with pytest.raises(ValueError, match="hooks on all modules"):
+                gradients(model, batch)
     finally:
         handle.remove()
     gradients(model, batch)
     assert find_patch(model).watch.whole
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_what_has_nothing_left_to_patch_evaluates(how):
+    """Adapters were merged, or taken off, with the patch still on: stock code runs, with gradients on or off."""
+    model, stock, batch = llama(), llama(), padded_batch()
+    apply_hyclora(model, BASELINE)
+    gradients(model, batch)
+    model, stock = getattr(model, how)().eval(), getattr(stock, how)().eval()
+    for _ in range(2):
+        assert model(**batch).loss == stock(**batch).loss
+    with pytest.raises(ValueError, match="no layer of this model can be patched"):
+        model.train()(**batch)
 
 
 def test_a_function_with_a_borrowed_name(monkeypatch):

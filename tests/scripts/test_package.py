@@ -1,6 +1,7 @@
 """The package: what is in it, what it needs, and that it gets on with a user's own models, operators and utils."""
 
 import ast
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -65,6 +66,21 @@ def test_all_folders_are_packaged():
     listed = re.search(r"^packages = \[(.*?)\]", PROJECT, re.MULTILINE | re.DOTALL)[1]
     assert set(re.findall(r'"(.*?)"', listed)) == wanted
     assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_the_package_imports_what_it_brings():
+    """Each packaged module, as soon as it is imported: what extras bring is asked for where it is used."""
+    needs = re.search(r"^dependencies = \[(.*?)^\]", PROJECT, re.MULTILINE | re.DOTALL)[1]
+    theirs = [line for line in importlib.metadata.requires("transformers") if "extra ==" not in line]
+    brought = set(re.findall(r'"([\w-]+)', needs)) | {re.match(r"[\w-]+", line)[0] for line in theirs}
+    brought = {name.replace("-", "_") for name in brought} | {*sys.stdlib_module_names, "hyclora"}
+    missing = []
+    for file in [file for part in ("hyclora", *PARTS) for file in (ROOT / part).rglob("*.py")]:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            missing += [(file.name, name) for name in names if name.partition(".")[0] not in brought]
+    assert len(brought) > 100 and not missing
 
 
 def rooms():

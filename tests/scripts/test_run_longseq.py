@@ -170,6 +170,7 @@ TEXTS = ["--data_name", "text", "--data_dir", "{folder}"]
         (["--seq_len", "4096"], "a row has 4096 tokens, "),
         (["--seq_len", "4096"], "lower --seq_len, or stretch them: --rope_scaling 2"),
         (["--eval_lengths", "32 3000"], "a row has 3000 tokens, "),
+        (["--eval_lengths", "32 3000"], "lower --eval_lengths, or stretch them: --rope_scaling 2"),
         (
             ["--seq_len", "6000", "--rope_scaling", "2"],
             "only 4096 positions: lower --seq_len, or stretch them: --rope_s",

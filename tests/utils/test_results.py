@@ -27,8 +27,7 @@ METHOD = ("layer_type", "q_bit", "average_bits", "softmax_outlier_ratio", "atten
     ],
     ids=str,
 )
-def test_only_settings_that_have_an_effect_are_printed(capsys, monkeypatch, options, shown, hidden):
-    monkeypatch.setattr(results, "colored", lambda text, color: text)
+def test_only_settings_that_have_an_effect_are_printed(capsys, options, shown, hidden):
     groups = DRIVER.parse([*options, "--use_cpu", "True"])
     results.print_settings(groups[:-1])
     printed = {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hyclora.utils.args import DataArguments
-from hyclora.utils.data.files import read_each, response_of, text_of
+from hyclora.utils.data.files import read_each, refuse_unread, response_of, text_of
 from hyclora.utils.data.hub import download
 from hyclora.utils.data.tokens import Example
 from hyclora.utils.data.word_problems import word_problems
@@ -80,6 +80,7 @@ def _read(args: DataArguments) -> tuple[list[Example], int]:
 
 
 def _example(place: str, row: dict) -> Example:
+    refuse_unread(row, place)
     instruction = text_of(row, "instruction", place)
     input = text_of(row, "input", place) if row.get("input") is not None else ""
     if not (instruction + input).strip():

@@ -12,6 +12,10 @@ from pathlib import Path
 from hyclora.utils.errors import UserError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What rows and messages of other trainers have beside their texts: to leave it out is to train on something else
+_UNREAD = ("tools", "tool_calls", "functions", "function_call", "system", "history", "reasoning_content", "thinking")
+_UNREAD += ("weight", "chat_template_kwargs")
+_WITHOUT_EFFECT = (None, "", [], {}, 1)
 
 
 def read_rows(file: Path) -> list[tuple[str, dict]]:
@@ -116,6 +120,13 @@ def response_of(row: dict, key: str, place: str) -> str:
     if not text.strip():
         raise UserError(f'{place}: the response under "{key}" is empty: write or remove it')
     return text
+
+
+def refuse_unread(row: dict, place: str) -> None:
+    """UserError if a row or message has what is meant to be learned, and no format here has a place for."""
+    for key in _UNREAD:
+        if row.get(key) not in _WITHOUT_EFFECT:
+            raise UserError(f'{place}: "{key}" would not be trained on: write it into the texts, or remove it')
 
 
 def listed(row: dict) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hyclora.utils.args import DataArguments
-from hyclora.utils.data.files import listed, read_each, read_rows, response_of, text_of
+from hyclora.utils.data.files import listed, read_each, read_rows, refuse_unread, response_of, text_of
 from hyclora.utils.data.gsm8k import prompt_of, target_of
 from hyclora.utils.data.tokens import Example
 from hyclora.utils.errors import UserError
@@ -56,6 +56,7 @@ def _chat(row: dict, keys: tuple[str], place: str) -> Example:
         at = f"{place}: message {number}"
         if not isinstance(message, dict):
             raise UserError(f"{at} is not an object with role and content")
+        refuse_unread(message, at)
         role = text_of(message, "role", at)
         if role not in ROLES:
             raise UserError(f'{at}: the role "{role}" is unknown, known are {", ".join(ROLES)}')
@@ -91,6 +92,7 @@ def load_examples(args: DataArguments, split: str) -> list[Example]:
         keys = _format_of(row, place, first)
         if keys != first:
             raise UserError(f"{place}: a row of {_named(keys)} in a file of {_named(first)}: use one format a file")
+        refuse_unread(row, place)
         return FORMATS[keys](row, keys, place)
 
     examples = read_each(file, read)

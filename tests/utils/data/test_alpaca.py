@@ -98,6 +98,7 @@ def test_demo_rows_have_both_formats():
         ),
         ([ROWS[0] | {"input": 3}], 'item 1: the value of "input" is not a text but 3'),
         ([ROWS[0] | {"output": ["a"]}], 'item 1: the value of "output" is not a text'),
+        ([ROWS[0], ROWS[1] | {"system": "Be brief."}], 'item 2: "system" would not be trained on: write it into'),
         ([], "rows.json is empty"),
         ("[1, 2", "rows.json: not a JSON list"),
     ],

@@ -68,6 +68,10 @@ def learned_texts(row: dict, tokenizer) -> list[str]:
         ({"instruction": "Add.", "output": "2"}, ("Task:\nAdd.\n\nAnswer:\n", "2")),
         ({"question": "1 + 1?", "answer": "2\n#### 2"}, (prompt_of("1 + 1?"), target_of("2\n#### 2"))),
         ({"messages": CHAT[1:3]}, ("User:\nOne and one?\n\nAssistant:\n", "two")),
+        (
+            {"messages": [{**CHAT[1], "tool_calls": None}, {**CHAT[2], "weight": 1, "name": "A"}], "tools": []},
+            ("User:\nOne and one?\n\nAssistant:\n", "two"),
+        ),
     ],
 )
 def test_a_format_is_a_way_to_write_prompt_and_response(row, exchange, load, tokenizer):
@@ -192,6 +196,11 @@ BAD_ROWS = [
         messages({**ASKED, "role": "human"}, SAID),
         ':1: message 1: the role "human" is unknown, known are system, user, ',
     ),
+    (messages(ASKED, {**SAID, "tool_calls": [{"id": "1"}]}), ':1: message 2: "tool_calls" would not be trained on'),
+    (messages(ASKED, {**SAID, "weight": 0}), ':1: message 2: "weight" would not be'),
+    ([{"messages": [ASKED, SAID], "tools": [{"name": "add"}]}], ':1: "tools" would not be'),
+    ([{"instruction": "a", "output": "b", "history": [["c", "d"]]}], ':1: "history" would not be'),
+    ([{**GOOD, "system": "Be brief."}], ':1: "system" would not be'),
 ]
 
 
