@@ -61,6 +61,11 @@ class TrainingArguments(transformers.TrainingArguments):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
             self.use_cpu = True
         check_processes(self.num_gpus, self.use_cpu)
+        if self.load_best_model_at_end:
+            raise UserError(
+                "load_best_model_at_end needs evaluations in between, and the scripts evaluate before and after the "
+                "training: drop it"
+            )
         try:
             super().__post_init__()
         except Exception as error:  # ValueError for most, but whatever comes of files and packages that options name

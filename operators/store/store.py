@@ -1,10 +1,10 @@
 """Packed slots in pinned host memory between forward and backward.
 
-A block's packed tensors are one Unit. Units that are put one after another, those of half a decoder layer, are one
-Group: a fork to a side stream starts its copy to the host, and a join with the compute stream a few units later frees
-the GPU copy, with no host sync and no record_stream. read() gives a unit's tensors back, and fetches the groups that
-backward will ask for next, which are those that were put before. The youngest units are still on the GPU when backward
-starts, and are read there; a group that is not full then stays there.
+A block's packed tensors, and x A^T where it is large, are one Unit. Units that are put one after another, those of
+half a decoder layer, are one Group: a fork to a side stream starts its copy to the host, and a join with the compute
+stream a few units later frees the GPU copy, with no host sync and no record_stream. read() gives a unit's tensors back,
+and fetches the groups that backward will ask for next, which are those that were put before. The youngest units are
+still on the GPU when backward starts, and are read there; a group that is not full then stays there.
 
 A unit lives as long as an empty tensor that autograd saves with the block's other tensors: a backward that is done, a
 graph that is dropped, an exception or a checkpoint's discarded forward frees it as it frees any saved tensor.

@@ -20,12 +20,10 @@ def job(tiny_llama_folder):
 
 @pytest.mark.parametrize("kind", steady.KINDS)
 def test_memory_is_flat(job, kind):
-    """But for what a sample finds of the step itself."""
+    """But for what a sample finds of the step itself; what tests before have left may go meanwhile."""
     first, *_, last = peers.measure(job(kind, {"q_bit": 2}))["samples"]
     assert (first["step"], last["step"]) == (8, 24) and last["loss"] > 0
-    assert abs(last["tensors"] - first["tensors"]) <= 2 and last["tensor_mib"] == pytest.approx(
-        first["tensor_mib"], 0.01
-    )
+    assert last["tensors"] <= first["tensors"] + 2 and last["tensor_mib"] <= 1.01 * first["tensor_mib"]
 
 
 def test_memory_that_grows_is_seen(job, monkeypatch):

@@ -137,6 +137,7 @@ def test_bf16_is_on_exactly_on_a_gpu(available, monkeypatch):
         (["--data_seed", "-1"], r"data_seed must be a whole number from 0 to 2\*\*32 - 1, not -1"),
         (["--generation_seed", "9" * 30], "generation_seed must be a whole number from 0 to"),
         (["--lora_rank", "9" * 30], "lora_rank must be positive, of at most 9 digits, not 999"),
+        (["--load_best_model_at_end", "True"], "load_best_model_at_end needs evaluations in between"),
         (["--eval_strategy", "steps", "--eval_steps", "5"], "before and after the training, not steps"),
         (["--fsdp", "True"], "fsdp: the scripts share weights by parallel=fsdp2 and in no other way; drop it"),
         (["--deepspeed", "zero3.json"], "deepspeed: the scripts share weights by parallel=fsdp2"),

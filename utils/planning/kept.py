@@ -66,7 +66,7 @@ class Savers:
         return self.shape.q // self.shape.head_dim * self.halves[i]["attention"]["prob"].bits(length) / 8
 
     def low_rank(self, T: int) -> tuple[Units, Units]:
-        """x A^T of a layer, which a store does not get of T tokens, and does (Keeper.keep_rows)."""
+        """Bytes a token of a layer's x A^T: what of T tokens stays on the device, and what a store has (keep_rows)."""
         groups = self.shape.groups
         attention, mlp = (E * (groups[one].R + groups[two].R) for one, two in (("qkv", "out"), ("gate_up", "down")))
         sent = [size if self.config.offload and T * size > base.LARGE else 0 for size in (attention, mlp)]
