@@ -150,13 +150,16 @@ def predict(case: Case, layers: int) -> dict:
     return {"layers": shape.config.num_hidden_layers, "peak": need.peak, **told}
 
 
-def sends_x_a(setting: dict, rank: int, T: int) -> bool:
-    """Whether a store gets x A^T of attention beside its slots (savers/base.py: LARGE)."""
+def kept_x_a(line: dict, setting: dict) -> bool:
+    """Whether a line with this setting is of a build whose store had no x A^T, and one of today's has (LARGE)."""
     from hyclora.operators.reference import padded_rank
     from hyclora.operators.savers.base import LARGE
 
-    slots = setting.get("offload") and setting.get("layers", "slots") == "slots"
-    return bool(slots) and 2 * T * (padded_rank(3 * rank) + padded_rank(rank)) > LARGE
+    a, slots = line["arguments"], setting.get("offload") and setting.get("layers", "slots") == "slots"
+    if line["time"] >= SENT or not slots or a.get("checkpointing"):
+        return False
+    ranks = padded_rank(3 * a["lora_rank"]) + padded_rank(a["lora_rank"])  # attention's, an MLP's are fewer
+    return 2 * a["batch_size"] * a["seq_len"] * ranks > LARGE
 
 
 def is_of_earlier_build(line: dict) -> bool:
@@ -172,11 +175,7 @@ def is_of_earlier_build(line: dict) -> bool:
     forward = line["predicted"]["peak"].startswith("forward") and not case.setting.get("cuda_graphs", True)
     if forward and line["time"] < GIVEN_BACK:
         return True
-    if (
-        not case.checkpointing
-        and sends_x_a(case.setting, case.lora_rank, case.batch_size * case.seq_len)
-        and line["time"] < SENT
-    ):
+    if kept_x_a(line, case.setting):
         return True
     heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     return line["time"] < IN_PIECES and head_pieces(case.batch_size * case.seq_len, 0, *heads) > 1

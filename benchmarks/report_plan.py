@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks import rows
-from benchmarks.plan_check import LATE, SENT, sends_x_a
+from benchmarks.plan_check import LATE, kept_x_a
 from benchmarks.report_plan_check import checks, spread
 from benchmarks.tables import source, table
 from hyclora.utils.planning import MODES, Mode, Need, Savers, Shape, count, mode_of
@@ -45,10 +45,9 @@ class Compared:
 
     @property
     def earlier(self) -> bool:
-        a, setting = self.line["arguments"], self.mode.config.to_dict()
-        if sends_x_a(setting, a["lora_rank"], a["batch_size"] * a["seq_len"]) and self.line["time"] < SENT:
+        if kept_x_a(self.line, self.mode.config.to_dict()):
             return True
-        of_slots = IN_PLACE if a["seq_len"] > LONG else PRESENT
+        of_slots = IN_PLACE if self.line["arguments"]["seq_len"] > LONG else PRESENT
         return self.line["time"] < (of_slots if self.mode.config.layers == "slots" else LATE)
 
     def off(self, *names: str) -> float | None:

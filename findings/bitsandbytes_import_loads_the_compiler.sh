@@ -4,7 +4,7 @@
 # bitsandbytes 0.50.2 decorates two functions of its default backend by torch.compile, which torch 2.13.0 answers by
 # importing dynamo and inductor before anything is compiled. PEFT 0.21.2 has a helper that imports bitsandbytes where it
 # finds it, so that every program that imports PEFT pays, without a 4-bit weight too: seen on a busy CPU, 3328 modules
-# and 10.2 s instead of 2750 and 7.1 s. Fails if inductor comes with neither, or comes without bitsandbytes too.
+# and 10.2 s instead of 2750 and 7.1 s. Fails if inductor does not come with both, or comes without them.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

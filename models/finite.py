@@ -61,11 +61,12 @@ class FiniteGradients:
         self._batches: deque[Batch] = deque(maxlen=REMEMBERED)
         self._losses: list[Tensor] = []
         self._hook = None
-        self._patch: Patch | None = None
+        self._patch: Patch | None = patch_of(model)
         self._forget()
 
     def listen(self) -> None:
         """Remember the batches of each step from now on."""
+        self._patch = patch_of(self.model)
         self._forget()
         # a hook on a module that has a block of ours would change how that runs
         if isinstance(self.model, PeftModel) and self._hook is None:
@@ -97,8 +98,8 @@ class FiniteGradients:
         """Whatever comes from now on is of another step."""
         self._batches.clear()
         self._losses.clear()
-        if self._patch is None or not self._patch.step.patched:
-            self._patch = patch_of(self.model)
+        if self._patch is not None and not self._patch.step.patched:
+            self._patch = patch_of(self.model)  # another one, if there is: that walks through all modules
         self._begun = 0 if self._patch is None else self._patch.step.index
 
     def _calibrates_again(self) -> bool:

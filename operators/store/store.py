@@ -14,6 +14,7 @@ import sys
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -46,7 +47,7 @@ class Unit:
     they were not sent or the host had no room.
     """
 
-    def __init__(self, group: "Group", first: int, last: int, parts: list[list[Tensor]]):
+    def __init__(self, group: "Group", first: int, last: int, parts: list[Sequence[Tensor]]):
         self.group, self.first, self.last = group, first, last
         self.extent: tuple[int, int] | None = None
         self.buffers, self.views = [], []
@@ -59,7 +60,7 @@ class Unit:
             self.buffers += buffers
             start = self.nbytes
             for buffer in buffers:
-                self._spans.append((part, self.nbytes, buffer.numel()))
+                self._spans.append((part, self.nbytes - start, buffer.numel()))
                 self.nbytes += -(-buffer.numel() // ALIGNMENT) * ALIGNMENT
             self._parts.append((start, self.nbytes - start))
         self._versions = [(buffer, buffer._version) for buffer in self.buffers]
@@ -77,7 +78,8 @@ class Unit:
         self.extent = arena.take(self.nbytes)
         if self.extent is None:
             return []
-        hosts = [arena.pieces(self.extent[0] + start, size) for _, start, size in self._spans]
+        first = self.extent[0]
+        hosts = [arena.pieces(first + self._parts[part][0] + start, size) for part, start, size in self._spans]
         return [pair for host, buffer in zip(hosts, self.buffers, strict=True) for pair in _pairs(host, buffer)]
 
     def make_room(self, device: torch.device) -> list[Tensor]:
@@ -93,8 +95,7 @@ class Unit:
 
     def place(self, room: list[Tensor]) -> None:
         """The bytes are in these buffers from now on."""
-        starts = [start for start, _ in self._parts]
-        self.buffers = [room[part][start - starts[part] :][:size] for part, start, size in self._spans]
+        self.buffers = [room[part][start : start + size] for part, start, size in self._spans]
 
     def leave(self) -> None:
         """Leave the bytes to the host alone."""
@@ -220,13 +221,13 @@ class Store(Pausable):
         storages = [buffer.untyped_storage() for unit in units for buffer in unit.buffers]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def put(self, tensors: list[Tensor], span: int = 1, longer: list[Tensor] | tuple = ()) -> list[Home]:
+    def put(self, tensors: list[Tensor], span: int = 1, longer: Sequence[Tensor] = ()) -> list[Home]:
         """Have tensors sent to the host as one unit, with its group; where each is from now on.
 
         longer: more of them, which backward needs when it has freed the others. Allocates nothing on the device, but a
         contiguous copy of what has holes in its memory.
         """
-        parts = [list(part) for part in (tensors, longer) if part]
+        parts = [part for part in (tensors, longer) if part]
         if not parts:
             return []
         stream = self.copies.current()

@@ -44,7 +44,7 @@ def test_live_memory_of_earlier_builds_was_larger_or_near(one):
 
 def test_there_are_lines_of_every_measured_kind():
     present = {one.mode.name for one in LINES if not one.earlier}
-    assert len(present) == 6 and len(LINES) >= 25
+    assert len(present) >= 6 and len(LINES) >= 25
 
 
 def test_a_modes_accuracy_is_what_the_result_files_say():
