@@ -56,7 +56,7 @@ def qwen2(lora: dict | bool | None = None, base: str = "float32", **config) -> t
 
 def qwen3(lora: dict | bool | None = None, base: str = "float32", **config) -> torch.nn.Module:
     """The same as a Qwen3 with such windows, whose heads are normalized and larger than hidden_size / heads."""
-    return _small(Qwen3ForCausalLM, Qwen3Config, lora, base, {"head_dim": 20} | SECOND_LAYER_SLIDES | config)
+    return _small(Qwen3ForCausalLM, Qwen3Config, lora, base, {"head_dim": 24} | SECOND_LAYER_SLIDES | config)
 
 
 def roberta(lora: dict | None = None, base: str = "float32", task="masked", **config) -> torch.nn.Module:

@@ -39,6 +39,8 @@ class Switch(TrainerCallback):
 def train(folder, savers: dict, replays: bool, last: int = LAST, resume: bool = False) -> tuple:
     """Losses by step, of training and evaluation, adapters, and the graphs."""
     model = half(llama({"lora_dropout": 0.1}))
+    for p in model.parameters():  # adapters as PEFT makes them, and loads them in any case
+        p.data = p.data.float() if p.requires_grad else p.data
     arguments = TrainingArguments(
         str(folder), max_steps=LAST, save_steps=STOP, logging_steps=1, eval_strategy="steps", eval_steps=2,
         report_to=[], per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-2,
