@@ -25,20 +25,32 @@ def longest_rows() -> str:
 
 
 def one_table(cell: tuple, lines: list[dict]) -> str:
-    """A row a card: the longest that fits of all that were tried, else what became of the last one."""
+    """A card's rows, beside the published one."""
     theirs = published_tokens() if cell[1:] == OF else {}
-    best: dict[int, dict] = {}
-    for line in lines:
-        card = line["card_gib"]
-        best[card] = max(line, best.get(card, line), key=tokens_that_fit)
-    found = []
-    for card in sorted(theirs | best):
-        said = columns(best[card]) if card in best else [""] * 6
-        ours, other = tokens_that_fit(best[card]) if card in best else 0, theirs.get(card)
-        found.append([f"{card} GiB", *said, str(other or ""), f"{ours / other:.1f}x" if ours and other else ""])
+    found, shown = [], []
+    for card in sorted(theirs | {line["card_gib"]: 0 for line in lines}):
+        best = best_of([line for line in lines if line["card_gib"] == card])
+        shown += best
+        for line in best or [None]:
+            ours, other = tokens_that_fit(line) if line else 0, theirs.get(card)
+            said = columns(line) if line else [""] * 6
+            found.append([f"{card} GiB", *said, str(other or ""), f"{ours / other:.1f}x" if ours and other else ""])
     title = f"{describe_device(cell)}, {describe_model(cell)}" if lines else describe_model(cell)
-    told = [source(list(best.values()), f"python -m benchmarks.{NAME}")] if best else []
+    told = [source(shown, f"python -m benchmarks.{NAME}")] if shown else []
     return "\n\n".join([table([title, *HEAD], found), *told])
+
+
+def best_of(lines: list[dict]) -> list[dict]:
+    """The longest row that fits at full depth, and that of fewer layers if it is longer; if none fits the last one."""
+    kinds = [[line for line in lines if is_whole(line) is whole and line["fits"]] for whole in (True, False)]
+    whole, part = (max(kind, key=tokens_that_fit, default=None) for kind in kinds)
+    if whole and part and tokens_that_fit(part) <= tokens_that_fit(whole):
+        part = None
+    return [line for line in (whole, part) if line] or lines[-1:]
+
+
+def is_whole(line: dict) -> bool:
+    return line["predicted"]["layers"] == line["full"]["layers"]
 
 
 def published_tokens() -> dict[int, int]:

@@ -15,11 +15,12 @@ def source(lines: list[dict], command: str) -> str:
     """Where the numbers of a table come from."""
     devices = sorted({line["device"] for line in lines})
     commits = sorted({(line["commit"] or "unknown")[:8] for line in lines})
-    names = ("torch", "triton", "transformers", "peft", PACKAGE)
-    stacks = dict.fromkeys(
-        ", ".join(f"{name} {line['versions'][name]}" for name in names if name in line["versions"]) for line in lines
-    )
-    stack = " or ".join(stacks)
+    versions = [line["versions"] for line in lines]
+    names = ("torch", "triton", "transformers", "peft")
+    stack = " or ".join(dict.fromkeys(", ".join(f"{name} {of[name]}" for name in names) for of in versions))
+    package = " or ".join(dict.fromkeys(of[PACKAGE] for of in versions if PACKAGE in of))
+    if package:
+        stack += f"; {PACKAGE} {package}{' in some rows' if any(PACKAGE not in of for of in versions) else ''}"
     return f"*{', '.join(devices)}; {stack}; commit {', '.join(commits)}; `{command}`.*"
 
 

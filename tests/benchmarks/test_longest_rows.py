@@ -179,24 +179,31 @@ def test_published_cards_are_there_before_ours(tmp_path, monkeypatch):
     assert found[0] == ["8 GiB", *[""] * 6, "2972", ""] and found[-1][0] == "80 GiB"
 
 
-def test_the_table_has_the_longest_row_that_fits_at_full_depth(swept, tmp_path, monkeypatch):
+def test_the_table_has_the_longest_row_that_fits(swept, tmp_path, monkeypatch):
+    """At full depth, and of fewer layers where such a row is longer."""
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     for tokens in ("10240", "4096"):
         swept("--cards", "8", "--tokens", tokens)
     swept("--cards", "12", "--tokens", "20480")
+    swept("--cards", "16", "--tokens", "4096")
+    swept("--cards", "16", "8", "--tokens", "2048", "8192", "--layers", "0")
     lines = lines_in(tmp_path)
     for line in lines:
         line |= {"device": "NVIDIA H200", "versions": dict.fromkeys(("torch", "triton", "transformers", "peft"), "1")}
         line["arguments"]["shape"] = "llama-3-8b"
+    lines[-1]["versions"] |= {"flash-attn-4": "2"}
     (tmp_path / "longest_rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = report_longest_rows.longest_rows()
-    head, _, eight, twelve, *_ = cells(text)
+    head, _, whole, eight, twelve, *sixteen = cells(text)[:7]
     fits = lines[1]
     rest = sum(fits["full"][x] - fits["predicted"][x] for x in ("static_mib", "held_mib"))
     assert head[0] == "H200, llama-3-8b, NF4, rank 32" and "`python -m benchmarks.longest_rows`" in text
+    assert "torch 1, triton 1, transformers 1, peft 1; flash-attn-4 2 in some rows; commit" in text
     assert eight[:4] == ["8 GiB", "9216", fits["mode"], "4 of 16"] and rest > 0
     assert eight[4] == f"{(4096 + rest) / 1024:.1f}" and eight[6:] == ["2.0", "2972", "3.1x"]
+    assert whole[:2] == ["8 GiB", "8192"] and whole[3] == "16 of 16" and whole[-1] == "2.8x"
     assert twelve[1] == "" and twelve[2].endswith(f": 18432 tokens, {OUT_OF_MEMORY}") and twelve[-1] == ""
+    assert [(row[1], row[3]) for row in sixteen] == [("2048", "16 of 16"), ("4096", "4 of 16")]
 
 
 @pytest.mark.parametrize(
@@ -237,4 +244,4 @@ def test_counts_are_near_what_long_rows_took():
         counted = predict(case, case.layers)
         assert -0.005 <= counted["dyn_mib"] / measured["dyn_mib"] - 1 <= 0.07
         room = line["limit_mib"] - line["reserved_mib"]
-        assert -room / 4 <= counted["held_mib"] - measured["held_mib"] <= 4096
+        assert -room / 3 <= counted["held_mib"] - measured["held_mib"] <= 4096

@@ -19,22 +19,26 @@ DIFFERENCES = "2026-11-30T22:16"
 LINES = ROOT / "benchmarks" / "results" / "memory_throughput.jsonl"
 
 
-def measured(file: Path = LINES, of: Callable = mode_of) -> list[tuple]:
-    """The last line of each mode, model and batch that has memory, with its mode; of: that of a setting, or None."""
+def measured(file: Path = LINES, of: Callable = mode_of, timed: bool = False) -> list[tuple]:
+    """The last line of each mode, model and batch that has memory, with its mode; of: that of a setting, or None.
+
+    timed: of lines whose time is that of most installations; a package that few have makes attention faster.
+    """
     latest = {}
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         line = json.loads(text)
-        mode, arguments = None if _ran_otherwise(line) else of(line["setting"]), line["arguments"]
+        mode, arguments = None if _was_former(line) else of(line["setting"]), line["arguments"]
+        if timed and PACKAGE in line["versions"]:
+            continue
         if mode is not None and "dyn_mib" in line and arguments.get("device") == "cuda":
             latest[(mode.name, *_cell(arguments))] = mode, line
     return list(latest.values())
 
 
-def _ran_otherwise(line: dict) -> bool:
-    """Whether inputs were kept as they are no more, or attention was of a package that few have."""
+def _was_former(line: dict) -> bool:
+    """Whether inputs were kept as they are no more."""
     setting = line["setting"]  # a peer's is its name
-    former = isinstance(setting, dict) and setting.get("layers") in CHAINED and line["time"] < DIFFERENCES
-    return former or PACKAGE in line["versions"]
+    return isinstance(setting, dict) and setting.get("layers") in CHAINED and line["time"] < DIFFERENCES
 
 
 def _cell(arguments: dict) -> tuple:
@@ -44,7 +48,7 @@ def _cell(arguments: dict) -> tuple:
 def times(shape: Shape, batch: int, length: int, file: Path = LINES, of: Callable = mode_of) -> dict[str, str]:
     """Time of a micro-step by mode's name, with the GPU: recorded of this shape, base, rank and batch."""
     found = {}
-    for mode, line in measured(file, of):
+    for mode, line in measured(file, of, timed=True):
         name, *rest = _cell(line["arguments"])
         if rest == [shape.base, shape.rank, batch, length] and is_shape(shape, name) and "ms" in line:
             found[mode.name] = f"{line['ms']:.0f} ms ({line['device'].removeprefix('NVIDIA ').split()[0]})"
