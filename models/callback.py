@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -10,7 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hyclora.models.patch import find_patch
 from hyclora.models.state import FILE_NAME, load_calibration, save_calibration
 
-STATE = "trainer_state.json"
+STATE, ADAPTERS = "trainer_state.json", "adapter_model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 # what a checkpoint's state keeps through a resume, and tells two checkpoints apart
 _SAME = ("global_step", "log_history", "total_flos", "best_metric")
 
@@ -24,6 +28,9 @@ class CalibrationCallback(TrainerCallback):
     checkpoint: the folder that is resumed; needed only if it is neither in output_dir nor args.resume_from_checkpoint,
     as the Trainer tells nobody. Takes what save_calibration takes, on disk.
 
+    PEFT makes adapters of 16 bit float32 as it loads them (0.21.2), TRL's of a 4-bit base for instance, and then a run
+    is another one from there on: they get the dtype of the checkpoint again, as does what the optimizer has of them.
+
     A checkpoint that has no calibration is resumed with a warning: calibration begins anew. ValueError as training
     begins if the model is not patched, if the resumed checkpoint is not found, if its calibration is torn or of other
     settings, and for a hyper-parameter search, whose trials have folders of their own.
@@ -32,13 +39,14 @@ class CalibrationCallback(TrainerCallback):
     def __init__(self, checkpoint: str | Path | None = None):
         self.checkpoint = checkpoint
 
-    def on_train_begin(self, args, state: TrainerState, control, model=None, **kwargs):
+    def on_train_begin(self, args, state: TrainerState, control, model=None, optimizer=None, **kwargs):
         patch = find_patch(model)
         if state.is_hyper_param_search:
             raise ValueError("CalibrationCallback cannot follow a hyper-parameter search: leave it out there")
         if not state.global_step:
             return
         folder = self._resumed(args, state)
+        _restore_dtypes(model, folder, {} if optimizer is None else optimizer.state)
         if (folder / FILE_NAME).is_file():
             load_calibration(model, folder)
         else:
@@ -59,6 +67,26 @@ class CalibrationCallback(TrainerCallback):
             f"the checkpoint of step {state.global_step} that is resumed is not {' or '.join(map(str, folders))}: "
             "say where it is with CalibrationCallback(checkpoint=FOLDER)"
         )
+
+
+def _restore_dtypes(model: nn.Module, folder: Path, of_optimizer: dict) -> None:
+    """Adapters, and the optimizer's tensors of their shape, are as they were saved: each value fits."""
+    for adapter in getattr(model, "peft_config", ()):
+        file = folder / ADAPTERS if adapter == "default" else folder / adapter / ADAPTERS
+        if not file.is_file():
+            continue
+        with safe_open(file, "pt") as saved:
+            dtypes = {key: DTYPES.get(saved.get_slice(key).get_dtype()) for key in saved.keys()}  # noqa: SIM118
+        for name, p in model.named_parameters():
+            dtype = dtypes.get(name.replace(f".{adapter}", ""))
+            if dtype is not None and p.dtype == torch.float32:
+                p.data = p.data.to(dtype)
+                state = of_optimizer.get(p, {})
+                state |= {k: t.to(dtype) for k, t in state.items() if _is_of(t, p)}
+
+
+def _is_of(value, p: nn.Parameter) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape == p.shape
 
 
 def _folder(args, state: TrainerState) -> Path:
