@@ -236,10 +236,15 @@ def find_patch(model: nn.Module) -> Patch:
 
 def patch_of(model: nn.Module) -> Patch | None:
     """The patch on a model or on one inside it, None without any; ValueError if there are several."""
-    patches = [module.__dict__[PATCH] for module in model.modules() if PATCH in module.__dict__]
+    patches = patches_in(model)
     if len(patches) > 1:
         raise ValueError(f"there are {len(patches)} patched models in this one; give one of them")
     return patches[0] if patches else None
+
+
+def patches_in(model: nn.Module) -> list[Patch]:
+    """The patches on a model and on all inside it."""
+    return [module.__dict__[PATCH] for module in model.modules() if PATCH in module.__dict__]
 
 
 def _plan(model: PeftModel, config: HycloraConfig, layers: list[nn.Module]):
