@@ -155,7 +155,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     blocks += [] if head is None else [head, head.linear]
     if known:
         blocks.append(ForeignHead(_base(model), names[id(_base(model))], step, family, decoder))
-    calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
+    savers = {f"slot {slot} of {b.name}": saver for b in [*blocks, *checkpoints] for slot, saver in b.savers.items()}
+    calibration = Calibration(step, savers)
     patch = Patch(config, step, decoder, calibration, _starts_at_zero(model), blocks, checkpoints, embedding)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers, "offload=True"))))

@@ -220,7 +220,29 @@ def test_a_calibration_on_numbers_that_are_not_finite_is_another_ones_place(capl
             gradients(model, batch)
         gradients(model, padded_batch(vocab=POISON, seed=1))
         found.append(gradients(model, padded_batch(vocab=POISON, seed=2))[1])
-    assert equal(*found) and caplog.text.count("no activation of a slot was finite while calibrating") == 1
+    assert equal(*found) and caplog.text.count("was finite while calibrating") == 1
+
+
+def test_a_slot_that_is_never_finite_is_told_of_once(caplog):
+    """By its name, and with what to do; others have theirs when they are not finite either."""
+    model = overflow_embedding(patched(layer_type="intra_inter"))
+    up = weights(model, f"{LAYER}.1.mlp.up_proj")
+    before = up.clone()
+    up.fill_(math.inf)
+    batch = padded_batch(vocab=POISON)
+    for _ in range(4):
+        gradients(model, batch)
+    (told,) = [record.getMessage() for record in caplog.records if "while calibrating" in record.getMessage()]
+    assert f"no activation of slot up of {LAYER}.1.mlp (and " in told and "use bfloat16 in place of fp16" in told
+    assert find_patch(model).calibration.restarts == 0, "the gauge looks as often as before"
+    batch["input_ids"][:, 0] = POISON  # which all tokens see
+    for _ in range(2):
+        gradients(model, batch)
+    assert caplog.text.count("was finite while calibrating") == 2
+    up.copy_(before)
+    for seed in range(2):
+        gradients(model, padded_batch(vocab=POISON, seed=seed))
+    assert not find_patch(model).step.calibrating and caplog.text.count("was finite while calibrating") == 2
 
 
 def test_a_model_that_fails_at_every_step_is_not_skipped_for_ever(monkeypatch):
