@@ -9,6 +9,8 @@ are trained. The loop is below, `train_step` is its heart. The settings are at t
 utils/settings.sh; `python run_alpaca.py --help` lists all of them.
 """
 
+import hyclora.utils.interrupts
+
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext

@@ -9,6 +9,8 @@ beside the adapters. The settings are at the top of run_glue.sh and in utils/set
 lists all of them.
 """
 
+import hyclora.utils.interrupts
+
 from dataclasses import dataclass
 from typing import Literal
 

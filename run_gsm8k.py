@@ -7,6 +7,8 @@
 The settings are at the top of run_gsm8k.sh and in utils/settings.sh; `python run_gsm8k.py --help` lists all of them.
 """
 
+import hyclora.utils.interrupts
+
 from dataclasses import dataclass
 from typing import Literal
 

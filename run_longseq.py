@@ -12,6 +12,8 @@ positions need rope_scaling; group_size trains by shifted sparse attention, and 
 The settings are at the top of run_longseq.sh and in utils/settings.sh; `python run_longseq.py --help` lists all.
 """
 
+import hyclora.utils.interrupts
+
 import itertools
 import math
 import re

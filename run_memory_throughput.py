@@ -8,6 +8,8 @@ run_memory_throughput.sh; `python run_memory_throughput.py --help` lists all of 
 exp_results_memory_throughput/run_memory_throughput.jsonl.
 """
 
+import hyclora.utils.interrupts
+
 from pathlib import Path
 
 import torch

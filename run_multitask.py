@@ -8,6 +8,8 @@ The settings are at the top of run_multitask.sh and in utils/settings.sh; `pytho
 them. Test questions that are among the training rows are counted, and their accuracy is marked.
 """
 
+import hyclora.utils.interrupts
+
 import re
 from dataclasses import dataclass
 from functools import partial

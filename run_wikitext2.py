@@ -12,6 +12,8 @@ which compares across tokenizers: over the whole blocks of the test text, each b
 The settings are at the top of run_wikitext2.sh and in utils/settings.sh; `python run_wikitext2.py --help` lists all.
 """
 
+import hyclora.utils.interrupts
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -32,3 +32,5 @@ report_generation.py  and of writing                        report_steady.py   a
 report_combinations.py  and of what was combined            report_attention.py  and of attention's kernels
 tables.py             a table in Markdown
 """
+
+import hyclora.utils.interrupts

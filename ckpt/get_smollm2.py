@@ -11,6 +11,8 @@ Reading GGUF needs the package gguf (in requirements.txt, or pip install gguf). 
 that digits are split from what is before them; it is put back, so that ids are those that the model was trained with.
 """
 
+import hyclora.utils.interrupts
+
 import argparse
 import hashlib
 import importlib.util

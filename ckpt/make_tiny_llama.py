@@ -7,6 +7,8 @@ problems without ever meeting the format that fine-tuning teaches. With `--text`
     python -m ckpt.make_tiny_llama --shape small --text train.jsonl wiki.txt.gz --minutes 2 --output ckpt/small-llama
 """
 
+import hyclora.utils.interrupts
+
 import argparse
 import io
 import itertools

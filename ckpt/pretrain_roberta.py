@@ -9,6 +9,8 @@ are learned sooner), and every time that a row comes other tokens of it are mask
     python -m ckpt.pretrain_roberta --shape tiny --text wiki.train.txt.gz --minutes 5 --output ckpt/tiny-roberta
 """
 
+import hyclora.utils.interrupts
+
 import argparse
 import itertools
 import json

@@ -9,6 +9,8 @@ lora_A is 0 too, and tells nothing. The settings of HyC-LoRA and of LoRA are tho
 how long it took, and what took it: on a small model mostly what is imported.
 """
 
+import hyclora.utils.interrupts
+
 from dataclasses import dataclass
 from pathlib import Path
 

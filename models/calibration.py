@@ -44,15 +44,17 @@ class Calibration:
     most of SAMPLES forwards: after EVERY * SAMPLES, then twice as many each time. The ranks of a distributed run decide
     together. Allocates 3 BUCKETS bytes while calibrating, and waits for the device then and once behind; no more
     afterwards.
-    counted: tokens in the statistics. lost: why a resumed run has no calibration to go on with, if that is known.
+    savers: by the names that slots are told by; told: those that were, as nothing in them was finite. counted: tokens
+    in the statistics. lost: why a resumed run has no calibration to go on with, if that is known.
     """
 
-    def __init__(self, step: Step, savers: list[Saver]):
+    def __init__(self, step: Step, savers: dict[str, Saver]):
         self.step, self.length = step, step.threshold
-        own = [saver.own for saver in savers if isinstance(saver, Derived)]
-        self.quantizers = [saver for saver in (*savers, *own) if isinstance(saver, ChannelQuant)]
-        self.gauge = next((saver for saver in savers if isinstance(saver, GaugedQuant)), None)
+        own = {name: saver.own if isinstance(saver, Derived) else saver for name, saver in savers.items()}
+        self.quantizers = {name: saver for name, saver in own.items() if isinstance(saver, ChannelQuant)}
+        self.gauge = next((saver for saver in savers.values() if isinstance(saver, GaugedQuant)), None)
         self.begun, self.counted, self.restarts = 0, 0, 0
+        self.told: set[str] = set()
         self.lost: str | None = None
         self.seen: Tensor | None = None
         self._readback: Readback | None = None
@@ -65,12 +67,11 @@ class Calibration:
         again = not self.step.calibrating and (self._is_of_nothing() or self.gauge is not None and self._contradicted())
         if again:
             self.begin_again(self.step.index - 1)
-            self.restarts += 1
         if self.step.calibrating:
             self._weigh(tokens)
         elif self.seen is not None:
             self.seen = None
-            for quantizer in self.quantizers:
+            for quantizer in self.quantizers.values():
                 quantizer.rest()
         return again
 
@@ -116,13 +117,19 @@ class Calibration:
         """Whether calibration has just ended, and a quantizer has seen no token that is finite in it."""
         if self.seen is None or not self.counted:
             return False
-        counts = [q.statistics["count"] for q in self.quantizers if q.is_of(self.step)]
-        if not counts or torch.stack([count.to(counts[0].device) for count in counts]).all():
-            return False
-        logger.warning(
-            "HyC-LoRA: no activation of a slot was finite while calibrating (did the loss overflow?): calibrating again"
-        )
-        return True
+        device = self.seen.device
+        counts = {name: q.statistics["count"].to(device) for name, q in self.quantizers.items() if q.is_of(self.step)}
+        found = torch.stack(list(counts.values())).tolist() if counts else []
+        empty = [name for name, count in zip(counts, found, strict=True) if not count]
+        if news := [name for name in empty if name not in self.told]:
+            self.told.update(news)
+            more = f" (and {len(news) - 1} more)" if len(news) > 1 else ""
+            logger.warning(
+                f"HyC-LoRA: no activation of {news[0]}{more} was finite while calibrating: calibrating again, until "
+                "one is. The model itself overflows there: use bfloat16 in place of fp16, or a smaller learning rate, "
+                "and have FiniteGradients (--non_finite of the scripts) name what is not finite first"
+            )
+        return bool(empty)
 
     def _contradicted(self) -> bool:
         """Whether the gauge says so; has it look at this forward, or its numbers fetched, if it is time for that."""
@@ -133,6 +140,7 @@ class Calibration:
         if age % every:
             return False
         if age > window and age % window == every and self._too_wide():
+            self.restarts += 1
             return True
         self.gauge.ask(1 + (age // every - 1) % SAMPLES)
         return False

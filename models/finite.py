@@ -12,17 +12,18 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from hyclora.models.blocks import autocast_dtype
-from hyclora.models.origin import Batch, origin
-from hyclora.models.patch import Patch, patch_of
+from hyclora.models.origin import Batch, lasting, origin, peft_models
+from hyclora.models.patch import Patch, patches_in
 
 logger = logging.getLogger("hyclora")
 ACTIONS = ("stop", "skip")
 PATIENCE = 10  # steps in a row that may be skipped
+SCALES = 32  # steps in a row that a GradScaler may skip: from its usual 2^16 on it has gone down to 2^-16
 REMEMBERED = 64  # micro-batches of a step
 
 
@@ -41,8 +42,9 @@ class FiniteGradients:
                     optimizer.step()
                 optimizer.zero_grad()
 
-    model: a PEFT model, patched or not, without wrappers. action: "stop" raises FloatingPointError; "skip" warns, and
-    leaves all .grad None. Both name the step, and layer and slot in which the first number was that is not finite.
+    model: a PEFT model, patched or not, without wrappers, or a module that holds some, as an actor and a critic.
+    action: "stop" raises FloatingPointError; "skip" warns, and leaves all .grad None. Both name the step, and layer and
+    slot in which the first number was that is not finite.
 
     Keeps references to the batches of a step, and for each step takes the norms of the gradients and waits for the
     device once. To trace takes a forward and a backward in stock PEFT, and one more a slot and layer if HyC-LoRA is the
@@ -50,34 +52,33 @@ class FiniteGradients:
     calibrated, that is forgotten, and those behind it do so in their place. Processes of a distributed run decide
     together. skipped: how many steps were.
 
-    Raises FloatingPointError whatever the action where a weight is not finite already (BrokenWeight if it is frozen),
-    and after PATIENCE steps in a row; ValueError for another action.
+    Raises FloatingPointError whatever the action where a weight (BrokenWeight if it is frozen) or what was calibrated
+    is not finite already, and after PATIENCE steps in a row, or SCALES that a GradScaler skips; ValueError for another
+    action.
     """
 
     def __init__(self, model: nn.Module, action: Literal["stop", "skip"] = "stop"):
         check_action(action)
         self.model, self.action = model, action
-        self.skipped = self._in_a_row = 0
+        self.skipped = self._in_a_row = self._scaled = 0
         self._batches: deque[Batch] = deque(maxlen=REMEMBERED)
         self._losses: list[Tensor] = []
-        self._hook = None
-        self._patch: Patch | None = patch_of(model)
-        self._forget()
+        self._hooks: list[RemovableHandle] = []
+        self._begun: list[tuple[Patch, int]] = []  # the forwards that there were before the step
+        self.end()
 
     def listen(self) -> None:
         """Remember the batches of each step from now on."""
-        self._patch = patch_of(self.model)
-        self._forget()
+        self.end()
         # a hook on a module that has a block of ours would change how that runs
-        if isinstance(self.model, PeftModel) and self._hook is None:
-            self._hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        for model in peft_models(self.model).values():
+            self._hooks.append(model.register_forward_pre_hook(self._remember, with_kwargs=True))
 
     def end(self) -> None:
         """The model has no hook of this any more."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
-        self._forget()
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._forget(patches_in(self.model))
 
     @contextmanager
     def listening(self):
@@ -92,28 +93,31 @@ class FiniteGradients:
     def _remember(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if model.training and torch.is_grad_enabled():
             device_type = next(model.parameters()).device.type
-            self._batches.append(Batch(args, dict(kwargs), autocast_dtype(device_type)))
+            self._batches.append(Batch(model, args, dict(kwargs), autocast_dtype(device_type)))
 
-    def _forget(self) -> None:
-        """Whatever comes from now on is of another step."""
+    def _forget(self, patches: list[Patch] | None = None) -> None:
+        """Whatever comes from now on is of another step; patches: those that there are, if that is known."""
         self._batches.clear()
         self._losses.clear()
-        if self._patch is not None and not self._patch.step.patched:
-            self._patch = patch_of(self.model)  # another one, if there is: that walks through all modules
-        self._begun = 0 if self._patch is None else self._patch.step.index
+        if patches is None:
+            patches = [patch for patch, _ in self._begun]
+            if not all(patch.step.patched for patch in patches):
+                patches = patches_in(self.model)  # others, if there are: that walks through all modules
+        self._begun = [(patch, patch.step.index) for patch in patches]
 
     def _calibrates_again(self) -> bool:
         """Whether forwards of this step have calibrated, so that it begins again behind them.
 
         Numbers that are large, and no more than that, come before those that are not finite, and statistics kept them.
         """
-        patch = self._patch
-        if patch is None or not patch.step.patched or not patch.calibration.quantizers:
-            return False
-        if not patch.step.index > self._begun < patch.step.threshold:
-            return False
-        patch.calibrate_again()
-        return True
+        again = [
+            patch
+            for patch, begun in self._begun
+            if patch.step.patched and patch.calibration.quantizers and patch.step.index > begun < patch.step.threshold
+        ]
+        for patch in again:
+            patch.calibrate_again()
+        return bool(again)
 
     def note(self, loss: Tensor | float) -> None:
         """Have a micro-batch's loss looked at with the gradients: it may be infinite by itself."""
@@ -127,38 +131,47 @@ class FiniteGradients:
     def allows(self, step: int, *losses: Tensor | float, look_at_gradients: bool = True) -> bool:
         """Whether the optimizer may take its step of that number; losses: more to be looked at, as by note().
 
-        look_at_gradients: not where a GradScaler does, which skips such steps to find its scale.
+        look_at_gradients: not where a GradScaler does, which skips such steps to find its scale: they are left to it,
+        but for those that no scale mends.
         """
         for loss in losses:
             self.note(loss)
         try:
-            if self._are_finite(look_at_gradients):
+            of_grads, of_losses = self._are_finite()
+            self._scaled = 0 if of_grads else self._scaled + 1
+            in_vain = self._scaled > SCALES and not look_at_gradients
+            is_left = not (look_at_gradients or in_vain)
+            if of_losses and (of_grads or is_left and lasting(self.model) is None):
                 self._in_a_row = 0
                 return True
-            self._act(step)
+            self._act(step, in_vain)
             return False
         finally:
             self._forget()
 
-    def _are_finite(self, look_at_gradients: bool) -> bool:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None] if look_at_gradients else []
+    def _are_finite(self) -> list[bool]:
+        """Whether all gradients are, and all losses."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         grads = [getattr(g, "to_local", lambda g=g: g)() for g in grads]  # fully_shard's have a part in each process
         largest = torch.nn.utils.get_total_norm([g for g in grads if g.numel()], math.inf)
         device = next(self.model.parameters()).device
-        finite = torch.stack([t.to(device).isfinite().all() for t in (largest, *self._losses)]).all()
+        losses = [loss.to(device).isfinite().all() for loss in (torch.zeros((), device=device), *self._losses)]
+        finite = torch.stack((largest.to(device).isfinite(), torch.stack(losses).all()))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             finite = finite.float()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        return bool(finite)
+        return finite.bool().tolist()
 
-    def _act(self, step: int) -> None:
+    def _act(self, step: int, in_vain: bool) -> None:
         again = ", and calibration begins again" if self._calibrates_again() else ""
         found = origin(self.model, list(self._batches))
         sentence = f"step {step} has a loss or gradients that are not finite: {found}"
         self._in_a_row += 1
         if self._in_a_row > PATIENCE:
             sentence = f"{sentence}; {PATIENCE} steps before it were skipped for that, too"
-        if self.action == "stop" or found.is_lasting or self._in_a_row > PATIENCE:
+        if in_vain:
+            sentence = f"{sentence}; {SCALES} steps before it were skipped by the GradScaler, to no avail"
+        if self.action == "stop" or found.is_lasting or in_vain or self._in_a_row > PATIENCE:
             self.end()
             raise (BrokenWeight if found.is_given else FloatingPointError)(sentence)
         self.skipped += 1
@@ -172,8 +185,8 @@ class NonFiniteCallback(TrainerCallback):
 
         trainer.add_callback(NonFiniteCallback("skip"))
 
-    With fp16 its GradScaler skips steps, and this looks at no gradients. The learning rate's schedule counts skipped
-    steps. With max_grad_norm the Trainer's own norm of such a step is logged as it was, not finite.
+    With fp16 its GradScaler skips steps, and those that it can mend are left to it. The learning rate's schedule counts
+    skipped steps. With max_grad_norm the Trainer's own norm of such a step is logged as it was, not finite.
     """
 
     def __init__(self, action: Literal["stop", "skip"] = "stop"):

@@ -1,7 +1,8 @@
 """Where a loss or gradients that are not finite come from: the first weight, scale, activation or gradient that is not.
 
-The batches are run again in stock PEFT, by torch's own code and with a look at each module. If all is finite there, a
-compressed slot is the cause, and the slots are tried one by one, all others being exact.
+Weights and scales are looked at first: what is broken there stays so. Then the batches are run again in stock PEFT, by
+torch's own code and with a look at each module. If all is finite there, a compressed slot is the cause, and the slots
+are tried one by one, all others being exact.
 """
 
 from collections.abc import Iterator
@@ -9,11 +10,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hyclora.models.families.family import Family
-from hyclora.models.patch import Patch, apply_hyclora, find_patch, patch_of, put_aside, remove_hyclora
+from hyclora.models.patch import Patch, apply_hyclora, find_patch, patch_of, patches_in, put_aside, remove_hyclora
 from hyclora.models.sharding import is_sharded
 from hyclora.models.verify import blocks_of, keep_exactly, restored
 from hyclora.operators.linear.nf4 import is_4bit
@@ -27,12 +29,14 @@ ALIKE = "; stock PEFT has it too, so it is the model, the rows, the learning rat
 class Batch:
     """What a model was called with, and what autocast around the call computed in, None without one."""
 
+    model: nn.Module
     args: tuple
     kwargs: dict
     autocast: torch.dtype | None
 
-    def backward(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    def backward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the gradients of all trained weights that get one; .grad is empty afterwards."""
+        model = self.model
         model.zero_grad()
         device_type = next(model.parameters()).device.type
         with torch.autocast(device_type, self.autocast) if self.autocast else nullcontext():
@@ -59,19 +63,32 @@ class Origin:
         return self.sentence
 
 
-def origin(model: nn.Module, batches: list[Batch]) -> Origin:
-    """What is not finite, first of all, in the batches of a step; the model, its random state and .grad stay the same.
+def peft_models(model: nn.Module) -> dict[str, PeftModel]:
+    """The PEFT models in a module, itself included, by what the names of their modules begin with in it."""
+    return {f"{name}." if name else "": m for name, m in model.named_modules() if isinstance(m, PeftModel)}
 
-    Takes the memory of plain LoRA for one batch and says so where there is no room.
-    """
+
+def lasting(model: nn.Module) -> Origin | None:
+    """The weight, or the slot's scales, that is not finite, and so is not in any later step; waits once for each."""
     if found := _weight(model):
         frozen = not model.get_parameter(found).requires_grad
         sentence = f"the {'frozen ' if frozen else ''}weight {found} is not finite before the step"
         return Origin(sentence, is_lasting=True, is_given=frozen)
-    patch = patch_of(model)
-    # those of a calibration are replaced
-    if patch is not None and not patch.step.calibrating and (found := _scale(patch)):
-        return Origin(found, is_lasting=True)
+    for prefix, part in (peft_models(model) or {"": model}).items():
+        for patch in patches_in(part):
+            # those of a calibration are replaced
+            if not patch.step.calibrating and (found := _scale(patch)):
+                return Origin(f"the calibrated scales of slot {found[0]} of {prefix}{found[1]} are not finite", True)
+    return None
+
+
+def origin(model: nn.Module, batches: list[Batch]) -> Origin:
+    """What is not finite, first of all, in the batches of a step; the model, its random state and .grad stay the same.
+
+    batches: of the PEFT models in it. Takes the memory of plain LoRA for one batch and says so where there is no room.
+    """
+    if found := lasting(model):
+        return found
     of_grads = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
     known = f"the gradient of {of_grads[0]}, one of {len(of_grads)}" if of_grads else "the loss"
     if any(map(is_sharded, model.modules())):
@@ -79,20 +96,27 @@ def origin(model: nn.Module, batches: list[Batch]) -> Origin:
     batches = [batch for batch in batches if batch.kwargs.get("labels") is not None]
     if not batches:
         return Origin(f"{known} (no batch with labels was seen, so none is run again to look further)")
-    names = {} if patch is None else _slot_names(patch.watch.family)
     try:
-        with restored(model) as rewind, put_aside(patch) if patch is not None else nullcontext():
-            for batch in batches:
-                rewind()
-                if found := _first(model, batch, names):
-                    return Origin(found + ALIKE)
-            if patch is not None:
-                for batch in batches:
-                    if found := _slot(model, patch, batch):
-                        return Origin(found)
+        for prefix, part in peft_models(model).items():
+            own = [batch for batch in batches if batch.model is part]
+            if own and (found := _again(part, own, prefix)):
+                return Origin(found)
     except torch.OutOfMemoryError:
         return Origin(f"{known} (plain LoRA has no room for the batch, so it is not run again to look further)")
     return Origin(f"{known}; it is finite when the batch is run again")
+
+
+def _again(model: PeftModel, batches: list[Batch], prefix: str) -> str | None:
+    """What is not finite when the batches of a model are run again, in stock PEFT and then with slots, if anything."""
+    patch = patch_of(model)
+    names = {} if patch is None else _slot_names(patch.watch.family)
+    with restored(model) as rewind, put_aside(patch) if patch is not None else nullcontext():
+        for batch in batches:
+            rewind()
+            if found := _first(batch, names, prefix):
+                return found + ALIKE
+        slots = (_slot(model, patch, batch, prefix) for batch in batches if patch is not None)
+        return next(filter(None, slots), None)
 
 
 def _is_finite(t: Tensor) -> bool:
@@ -111,14 +135,14 @@ def _weight(model: nn.Module) -> str | None:
     return None
 
 
-def _scale(patch: Patch) -> str | None:
-    """The first slot whose calibrated scales are not finite."""
+def _scale(patch: Patch) -> tuple[str, str] | None:
+    """The first slot whose calibrated scales are not finite, and its block's name."""
     for block in blocks_of(patch).values():
         for slot, saver in block.savers.items():
             saver = saver.own if isinstance(saver, Derived) else saver
             if isinstance(saver, ChannelQuant) and saver.mean is not None:
-                if not all(map(_is_finite, (saver.mean, saver.std))):
-                    return f"the calibrated scales of slot {slot} of {block.name} are not finite"
+                if not all(map(_is_finite, (saver.mean, saver.std, saver.inv_std, *saver.restoring))):
+                    return slot, block.name
     return None
 
 
@@ -155,12 +179,13 @@ class _Look:
             self.found = f"{kind}what {'comes out of' if comes_out else 'goes into'} {name}{said} is not finite"
 
     @contextmanager
-    def at(self, model: nn.Module) -> Iterator[None]:
+    def at(self, model: nn.Module, prefix: str) -> Iterator[None]:
         hooks = []
         for name, module in model.named_modules():
             # of LoRA's parts the layer around them is told
             if "lora_" in name or "base_layer" in name or not name:
                 continue
+            name = prefix + name
             hooks.append(module.register_forward_pre_hook(lambda m, args, name=name: self.look(args[:1], name, False)))
             hooks.append(module.register_forward_hook(lambda m, args, out, name=name: self.look(out, name, True)))
         try:
@@ -170,22 +195,22 @@ class _Look:
                 hook.remove()
 
 
-def _first(model: nn.Module, batch: Batch, slots: dict[tuple[str, bool], str]) -> str | None:
+def _first(batch: Batch, slots: dict[tuple[str, bool], str], prefix: str) -> str | None:
     """The first number of a batch, in stock PEFT, that is not finite."""
     look = _Look(slots)
-    with look.at(model):
-        loss, grads = batch.backward(model)
+    with look.at(batch.model, prefix):
+        loss, grads = batch.backward()
     if look.found or _is_finite(loss) and all(map(_is_finite, grads.values())):
         return look.found
     name = next((name for name, g in grads.items() if not _is_finite(g)), None)
-    return f"the gradient of {name} is not finite" if name else "the loss is not finite, and all before it is"
+    return f"the gradient of {prefix}{name} is not finite" if name else "the loss is not finite, and all before it is"
 
 
-def _slot(model: nn.Module, patch: Patch, batch: Batch) -> str | None:
+def _slot(model: PeftModel, patch: Patch, batch: Batch, prefix: str) -> str | None:
     """The slot that, kept as the patch keeps it, gives gradients that are not finite; None if none does."""
 
     def fails() -> bool:
-        loss, grads = batch.backward(model)
+        loss, grads = batch.backward()
         return not (_is_finite(loss) and all(map(_is_finite, grads.values())))
 
     apply_hyclora(model, replace(patch.config, offload=False, offload_embeddings=False, cuda_graphs=False))
@@ -209,7 +234,8 @@ def _slot(model: nn.Module, patch: Patch, batch: Batch) -> str | None:
                 block.savers[slot] = saver
                 if fails():
                     remedy = f'slot_savers={{"{slot}": "exact"}}'
-                    return f"slot {slot} of {block.name} in {saver}, while stock PEFT is finite: keep it by {remedy}"
+                    place = f"{prefix}{block.name}"
+                    return f"slot {slot} of {place} in {saver}, while stock PEFT is finite: keep it by {remedy}"
                 block.savers[slot] = exact
     finally:
         remove_hyclora(model)

@@ -155,7 +155,8 @@ def apply_hyclora(model: PeftModel, config: HycloraConfig | None = None) -> Patc
     blocks += [] if head is None else [head, head.linear]
     if known:
         blocks.append(ForeignHead(_base(model), names[id(_base(model))], step, family, decoder))
-    calibration = Calibration(step, [s for block in [*blocks, *checkpoints] for s in block.savers.values()])
+    savers = {f"slot {slot} of {b.name}": saver for b in [*blocks, *checkpoints] for slot, saver in b.savers.items()}
+    calibration = Calibration(step, savers)
     patch = Patch(config, step, decoder, calibration, _starts_at_zero(model), blocks, checkpoints, embedding)
     if config.offload:
         patch.use(Store(CudaCopies(_gpu(layers, "offload=True"))))
@@ -236,10 +237,15 @@ def find_patch(model: nn.Module) -> Patch:
 
 def patch_of(model: nn.Module) -> Patch | None:
     """The patch on a model or on one inside it, None without any; ValueError if there are several."""
-    patches = [module.__dict__[PATCH] for module in model.modules() if PATCH in module.__dict__]
+    patches = patches_in(model)
     if len(patches) > 1:
         raise ValueError(f"there are {len(patches)} patched models in this one; give one of them")
     return patches[0] if patches else None
+
+
+def patches_in(model: nn.Module) -> list[Patch]:
+    """The patches on a model and on all inside it."""
+    return [module.__dict__[PATCH] for module in model.modules() if PATCH in module.__dict__]
 
 
 def _plan(model: PeftModel, config: HycloraConfig, layers: list[nn.Module]):

@@ -48,9 +48,10 @@ def save_calibration(model: PeftModel, folder: str | Path) -> Path:
 def load_calibration(model: PeftModel, folder: str | Path) -> None:
     """Restore what save_calibration wrote, read on the CPU, to follow the activations when they come.
 
-    ValueError if the model is not patched, or the file is missing, torn, or of another setting or model; then nothing
-    has changed. It is told if another version kept slots otherwise with the same settings; if one that is kept as a
-    difference was not, or the other way round, its statistics are left out and calibration begins again.
+    ValueError if the model is not patched, or the file is missing, torn, of another setting or model, or has statistics
+    that are not finite; then nothing has changed. It is told if another version kept slots otherwise with the same
+    settings; if one that is kept as a difference was not, or the other way round, its statistics are left out and
+    calibration begins again.
     """
     patch = find_patch(model)
     path = Path(folder) / FILE_NAME
@@ -74,8 +75,14 @@ def load_calibration(model: PeftModel, folder: str | Path) -> None:
             f"{path} was written with other settings of {', '.join(changed) or 'the format'}; use the same"
         )
     known = {key for key, _ in _savers(patch)} | {PROGRESS}
-    if foreign := {name.rpartition(".")[0] for name in tensors} - known:
+    if foreign := {_owner(name) for name in tensors} - known:
         raise ValueError(f"{path} is of another model, this one has no {min(foreign)}: resume from its own checkpoint")
+    # widths alone have a nan where no token was
+    if broken := {_owner(name) for name, t in tensors.items() if not t.isfinite().all()} - {PROGRESS}:
+        raise ValueError(
+            f"{path} has statistics of {min(broken)} that are not finite, so no later step would be: resume from an "
+            "earlier checkpoint"
+        )
     before, now = _kept_before(patch, metadata), {key: str(saver) for key, saver in _savers(patch)}
     foreign = {key for key, how in now.items() if how.startswith(SAID) != before.get(key, "").startswith(SAID)}
     for key, saver in _savers(patch):
@@ -106,9 +113,14 @@ def _kept_before(patch, metadata: dict) -> dict[str, str]:
     return {key: how for key, how in now.items() if "groups of" not in how and not how.startswith(SAID)}
 
 
+def _owner(name: str) -> str:
+    """Whose a tensor is: a slot, or the calibration."""
+    return name.rpartition(".")[0]
+
+
 def _under(key: str, tensors: dict) -> dict:
     """The tensors of one owner, by their own names."""
-    return {name.removeprefix(f"{key}."): t for name, t in tensors.items() if name.rpartition(".")[0] == key}
+    return {name.removeprefix(f"{key}."): t for name, t in tensors.items() if _owner(name) == key}
 
 
 def _savers(patch):

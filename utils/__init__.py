@@ -10,6 +10,7 @@ metrics.py      accuracy of generated answers, loss          answers.py        w
 profiling.py    bytes, memory and time of a step             perplexity.py     language modelling, before and after
 heads.py        what a model gives: a token, a class         classification.py texts told apart, GLUE's metrics
 generate.py     token by token, with and without a cache     errors.py         how a run ends early
+interrupts.py   and by Ctrl-C while it imports
 plain/          for a training loop without the Trainer      folder.py        a base model's files, looked at first
 runs/           a run's folder, resume and endings           results.py        what a run leaves behind
 planning/       memory of a run, before it begins            within_budget.py  memory_budget of the scripts

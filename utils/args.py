@@ -6,6 +6,7 @@ which cannot be without it, are in training_arguments.py.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -175,13 +176,11 @@ class ProfileArguments:
 
     def __post_init__(self):
         require(self.evaluate_memory or self.evaluate_throughput, "set evaluate_memory or evaluate_throughput to True")
-        require(self.seq_len >= 2, f"seq_len must be at least 2, not {self.seq_len}")
-        require(
-            self.warm_up_seq_len is None or self.warm_up_seq_len >= 2,
-            f"warm_up_seq_len must be at least 2, not {self.warm_up_seq_len}",
-        )
-        for name in ("per_device_train_batch_size", "steps"):
-            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        least = {"seq_len": 2, "warm_up_seq_len": 2, "per_device_train_batch_size": 1, "steps": 1}
+        for name, n in least.items():
+            given = getattr(self, name)
+            enough = given is None or n <= given < 10**9
+            require(enough, f"{name} must be at least {n}, and of at most 9 digits, not {given}")
 
 
 def _option_of(config_field, kind) -> tuple[str, type, dataclasses.Field]:
@@ -215,6 +214,7 @@ CHOICES = {
     "attention": ATTENTION_CORES,
     "scale_rule": SCALE_RULES,
 }
+DIGITS = 18  # torch and itertools count in 64 bits
 FROM_ROWS = "largest_batch"  # is no option: what the scripts look up in their rows
 _HYCLORA_FIELDS = [f for f in dataclasses.fields(HycloraConfig) if f.name != FROM_ROWS]
 _KINDS = typing.get_type_hints(HycloraConfig)
@@ -226,6 +226,14 @@ def _switch(text: str) -> bool | str:
         return text if text in SWITCH else string_to_bool(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text} is not True, False or auto") from None
+
+
+def _whole(text: str) -> int:
+    """A whole number that torch has room for."""
+    with contextlib.suppress(ValueError):
+        if abs(int(text)) < 10**DIGITS:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is no whole number of at most {DIGITS} digits")
 
 
 class _Configures:
@@ -314,6 +322,8 @@ class Parser(HfArgumentParser):
                 can_be_auto = {bool, str} <= {*typing.get_args(_KINDS.get(action.dest))}
                 action.metavar = "{True,False,auto}" if can_be_auto else "{True,False}"
                 action.type = _switch if can_be_auto else string_to_bool
+            elif action.type is int:
+                action.type = _whole
             elif action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
         self.set_defaults(**(defaults or {}))

@@ -83,9 +83,14 @@ def entry_point(main):
                 time.sleep(OTHERS)
             raise
         except KeyboardInterrupt:
-            _exit(f"interrupted; start again with: {again(argv)}", Interrupted.exit_code)
+            end_interrupted(argv)
 
     return run
+
+
+def end_interrupted(argv: list[str] | None = None):
+    """End a program that was started with argv, None if with the command line, as Ctrl-C ends it."""
+    _exit(f"interrupted; start again with: {again(argv)}", Interrupted.exit_code)
 
 
 def _exit(sentence: str, code: int):

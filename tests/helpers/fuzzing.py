@@ -30,6 +30,7 @@ VALUES = [
         "inf",
         "1_0",
         "0x10",
+        "9" * 18,
         "9" * 30,
         "True",
         "False",
@@ -151,6 +152,10 @@ READ = {
         ("--data_name text --data_dir {} --seq_len 64 --eval_lengths 32", {"a.txt": _TEXT, "b.jsonl": '{"text": "b"}'}),
         ("--data_name text --data_dir {} --seq_len 64 --eval_lengths 32", {"a.bin": "\x05\x00" * 500}),
     ],
+    "run_memory_throughput": [
+        ("--seq_len 16 --per_device_train_batch_size 2", {}),
+        ("--seq_len 16 --random_weights True --compare False", {}),
+    ],
     "run_multitask": [
         (
             "--data_name arithmetic --data_dir {} --tests SVAMP",
@@ -229,7 +234,7 @@ def _named(driver: str, model: Path, results: Path) -> list[str]:
     if driver == "hyclora.fidelity":
         return ["--model", str(model)]
     place = ["--model_dir", str(model.parent), "--model_name", model.name, "--output_dir", str(results)]
-    return [*place, "--use_cpu", "True"]
+    return [*place, *(["--device", "cpu"] if driver == "run_memory_throughput" else ["--use_cpu", "True"])]
 
 
 def spoil(draw: random.Random, file: Path) -> None:

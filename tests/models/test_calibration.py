@@ -364,12 +364,13 @@ def test_nothing_waits_for_the_device_afterwards(monkeypatch):
     assert not rested
     monkeypatch.setattr(calibration, "_contexts", None)
     run(model, [usual(1), usual(2)])
-    assert patch.calibration.seen is None and rested == patch.calibration.quantizers
+    assert patch.calibration.seen is None and rested == list(patch.calibration.quantizers.values())
 
 
 def test_quantizers_of_slots_that_are_derived_elsewhere_count():
     first, second = ChannelQuant(4, "channel_group", 0.0), ChannelQuant(4, "channel_group", 0.0)
-    assert calibration.Calibration(Step(1), [first, Derived(second), Derived()]).quantizers == [first, second]
+    savers = {"q": first, "up": Derived(second), "mlp_in": Derived()}
+    assert calibration.Calibration(Step(1), savers).quantizers == {"q": first, "up": second}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a matter of the GPU")

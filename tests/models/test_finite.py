@@ -1,6 +1,8 @@
 """Loss and gradients that are not finite: no optimizer takes them, and what is told of where they come from."""
 
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,7 +220,29 @@ def test_a_calibration_on_numbers_that_are_not_finite_is_another_ones_place(capl
             gradients(model, batch)
         gradients(model, padded_batch(vocab=POISON, seed=1))
         found.append(gradients(model, padded_batch(vocab=POISON, seed=2))[1])
-    assert equal(*found) and caplog.text.count("no activation of a slot was finite while calibrating") == 1
+    assert equal(*found) and caplog.text.count("was finite while calibrating") == 1
+
+
+def test_a_slot_that_is_never_finite_is_told_of_once(caplog):
+    """By its name, and with what to do; others have theirs when they are not finite either."""
+    model = overflow_embedding(patched(layer_type="intra_inter"))
+    up = weights(model, f"{LAYER}.1.mlp.up_proj")
+    before = up.clone()
+    up.fill_(math.inf)
+    batch = padded_batch(vocab=POISON)
+    for _ in range(4):
+        gradients(model, batch)
+    (told,) = [record.getMessage() for record in caplog.records if "while calibrating" in record.getMessage()]
+    assert f"no activation of slot up of {LAYER}.1.mlp (and " in told and "use bfloat16 in place of fp16" in told
+    assert find_patch(model).calibration.restarts == 0, "the gauge looks as often as before"
+    batch["input_ids"][:, 0] = POISON  # which all tokens see
+    for _ in range(2):
+        gradients(model, batch)
+    assert caplog.text.count("was finite while calibrating") == 2
+    up.copy_(before)
+    for seed in range(2):
+        gradients(model, padded_batch(vocab=POISON, seed=seed))
+    assert not find_patch(model).step.calibrating and caplog.text.count("was finite while calibrating") == 2
 
 
 def test_a_model_that_fails_at_every_step_is_not_skipped_for_ever(monkeypatch):
@@ -240,6 +264,96 @@ def test_a_lasting_fault_is_not_skipped():
     with finite.listening(), pytest.raises(FloatingPointError, match="is not finite before the step"):
         model(**padded_batch()).loss.backward()
         finite.allows(1)
+
+
+@pytest.mark.parametrize("change, said", [CAUSES["weight"], CAUSES["scale"]], ids=["weight", "scale"])
+def test_what_no_scale_mends_is_not_left_to_a_grad_scaler(change, said):
+    """At once, though the loss is finite; not while the scaler has but to find its scale."""
+    model = patched(layer_type="intra_inter")
+    gradients(model, padded_batch())
+    callback, state = NonFiniteCallback("skip"), SimpleNamespace(global_step=6)
+    callback.on_train_begin(None, state, None, model=model)
+
+    def step():
+        (model(**padded_batch(seed=1)).loss * math.inf).backward()
+        callback.on_pre_optimizer_step(SimpleNamespace(fp16=True), state, None)
+        model.zero_grad()
+
+    step()
+    assert not callback.finite.skipped
+    change(model)
+    with pytest.raises(FloatingPointError, match=f"^step 7 has .*: {re.escape(said)}"):
+        step()
+
+
+def test_broken_copies_of_statistics_are_named_too():
+    """Where some channels are exact, backward has copies."""
+    model = patched(layernorm_outlier_ratio=0.1)
+    for seed in range(2):
+        gradients(model, padded_batch(seed=seed))
+    saver_of(model, "norm_in").restoring[0][3] = math.nan
+    with pytest.raises(FloatingPointError, match=r"the calibrated scales of slot norm_in of .* are not finite"):
+        FiniteGradients(model, "skip").allows(1, math.nan)
+
+
+def test_a_grad_scaler_does_not_skip_for_ever(monkeypatch):
+    monkeypatch.setattr(module, "SCALES", 2)
+    model = patched()
+    finite, hook = FiniteGradients(model, "skip"), model.get_submodule(f"{LAYER}.1.mlp").register_full_backward_hook
+    hook(lambda m, given, out: [g * factors[-1] for g in given])
+    factors = []
+
+    def allows(step, factor):
+        factors.append(factor)
+        model(**padded_batch()).loss.backward()
+        allowed = finite.allows(step, look_at_gradients=False)
+        model.zero_grad()
+        return allowed
+
+    with finite.listening():
+        for step, factor in enumerate((math.inf, math.inf, 1.0, math.inf, math.inf), 1):
+            assert allows(step, factor)
+        with pytest.raises(FloatingPointError, match="gradient of what .*; 2 steps before it were skipped by the Grad"):
+            allows(6, math.inf)
+
+
+class Pair(torch.nn.Module):
+    """Two models, both trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.actor, self.critic = patched(layer_type="intra_inter"), patched(layer_type="intra_inter")
+
+    def step(self, seed):
+        for model in (self.actor, self.critic):
+            model(**padded_batch(seed=seed)).loss.backward()
+
+
+@pytest.mark.usefixtures("broken_unpacking")
+@pytest.mark.parametrize("cause", CAUSES)
+def test_two_models_in_a_module_are_looked_after(cause):
+    pair, (change, said) = Pair(), CAUSES[cause]
+    pair.step(seed=0)
+    pair.zero_grad()
+    change(pair.critic)
+    finite = FiniteGradients(pair)
+    with finite.listening(), pytest.raises(FloatingPointError) as error:
+        pair.step(seed=1)
+        finite.allows(7)
+    assert said.replace(LAYER, f"critic.{LAYER}") in str(error.value)
+    assert not any(model._forward_pre_hooks for model in (pair.actor, pair.critic))
+
+
+def test_of_two_models_those_that_calibrate_on_a_skipped_step_begin_anew(caplog):
+    pair = Pair()
+    gradients(pair.actor, padded_batch())
+    finite = FiniteGradients(pair, "skip")
+    with finite.listening():
+        pair.step(seed=1)
+        assert not finite.allows(1, math.inf)
+    assert "critic" not in caplog.text and "calibration begins again" in caplog.text
+    assert [find_patch(model).calibration.begun for model in (pair.actor, pair.critic)] == [0, 1]
+    assert all(p.grad is None for p in pair.parameters())
 
 
 def test_a_loss_is_looked_at_where_it_is_noted():

@@ -260,7 +260,7 @@ def test_what_is_not_finite_is_found_while_it_waits():
     apply_hyclora(model, config())
     gradients(model, batch)
     lookup(model).weight.data[batch["input_ids"][0, 0].item()] = torch.nan
-    assert "embed_tokens" in str(origin(model, [Batch((), batch, None)]))
+    assert "embed_tokens" in str(origin(model, [Batch(model, (), batch, None)]))
 
 
 REFUSED = {

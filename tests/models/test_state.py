@@ -92,6 +92,20 @@ def test_a_torn_file_is_refused_and_changes_nothing(tmp_path, damage):
     assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
+def test_statistics_that_are_not_finite_are_refused_and_change_nothing(tmp_path):
+    """Every step would have gradients that are not; widths of the gauge have a nan where no token was."""
+    broken, model = calibrated(), calibrated()
+    expected = gradients(model, padded_batch(seed=9))[1]
+    find_patch(broken).blocks[1].savers["q"].statistics["total_square"][3] = torch.nan
+    save_calibration(broken, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has statistics of .*layers\.0\.self_attn\.q that are not finite.* an earlier"
+    ):
+        load_calibration(model, tmp_path)
+    found = gradients(model, padded_batch(seed=9))[1]
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
 def test_another_models_calibration_is_refused(tmp_path):
     save_calibration(calibrated(num_hidden_layers=3), tmp_path)
     with pytest.raises(ValueError, match=r"is of another model, this one has no .*layers\.2"):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import training_args
 
+import run_memory_throughput
 from hyclora.utils import driver, fidelity
 from hyclora.utils.errors import Finished
 from hyclora.utils.planning import plan
@@ -47,6 +48,8 @@ def fault_of(case, monkeypatch) -> str | None:
 
     with monkeypatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(driver, "load_model", load_model)
+        patch.setattr(run_memory_throughput, "load_model", load_model)
+        patch.setattr(run_memory_throughput, "run_alone", lambda *args: {})
         patch.setattr(fidelity, "train_exactly", begin)
         patch.setattr(plan, "measure_modes", begin)
         patch.setattr(os, "environ", os.environ.copy())

@@ -1,6 +1,7 @@
 """What a command imports before it does anything: of a cold disk a large package takes seconds."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -62,3 +63,29 @@ def test_what_trains_nothing_does_without_the_trainer(module):
 def test_help_of_a_driver_waits_for_no_tables():
     code, names = imported(RUN, "run_gsm8k", "--help")
     assert code == 0 and not names & (TABLES | {"transformers.trainer"})
+
+
+PROGRAMS = [[path.name] for path in sorted(ROOT.glob("run_*.py"))]
+PROGRAMS += [["-m", f"ckpt.{path.stem}"] for path in sorted(ROOT.glob("ckpt/*.py"))]
+PROGRAMS += [["-m", "benchmarks.kernels"], ["-m", "benchmarks.peak_memory"], ["-m", "benchmarks.figures"]]
+PROGRAMS += [["-m", "hyclora.plan", "llama-2-7b", "--gpu", "24GiB", "--host", "64GiB"]]
+PROGRAMS += [["-m", "hyclora.fidelity", "--model", "ckpt/tiny-llama"]]
+LARGE = ("torch", "transformers", "numpy", "tqdm", "matplotlib")
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
+def test_ctrl_c_while_it_imports_is_one_line(program, tmp_path):
+    for name in LARGE:
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, *program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    again = f"error: interrupted; start again with: python {' '.join(program)}\n"
+    assert (ended.stderr, ended.returncode) == (again, 130)
+
+
+def test_another_error_while_a_program_imports_has_its_traceback(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('no such file')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "run_gsm8k.py"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "Traceback" in ended.stderr and "ImportError: no such file" in ended.stderr and ended.returncode == 1

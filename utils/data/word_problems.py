@@ -10,6 +10,9 @@ import random
 import zlib
 from dataclasses import dataclass
 
+from hyclora.utils.errors import UserError
+
+MOST = 100_000  # that are asked for at once: different questions end somewhere, and would be looked for without end
 HELD_OUT_SHARE = 8  # one question in eight is held out
 SMALLEST_RESULT, LARGEST_RESULT = 2, 199
 
@@ -188,6 +191,11 @@ def is_held_out(question: str) -> bool:
 
 def word_problems(n: int, seed: int, split: str = "train") -> list[dict[str, str]]:
     """`n` problems with different questions of the split "train" or "test", the same for the same arguments."""
+    if n > MOST:
+        raise UserError(
+            f"there are at most {MOST} generated problems, and {n} are asked for: lower max_train_samples or "
+            "max_eval_samples, or give rows of your own"
+        )
     rng = random.Random(seed)
     problems = {}
     while len(problems) < n:

@@ -73,6 +73,14 @@ def test_rows_from_a_folder(tmp_path):
         load_rows(arguments, "test")
 
 
+@pytest.mark.parametrize("limit", ["max_train_samples", "max_eval_samples"])
+def test_more_demo_rows_than_there_are_are_refused(limit):
+    """They were looked for without end."""
+    args = DataArguments(**{limit: 10**9})
+    with pytest.raises(UserError, match="at most 100000 generated problems, and 1000000000 are asked for: lower max"):
+        load_rows(args, "train" if limit == "max_train_samples" else "test")
+
+
 def test_demo_rows_need_no_files_and_hold_the_test_split_out():
     train, test = (load_rows(DataArguments(max_train_samples=50, max_eval_samples=20), s) for s in ("train", "test"))
     assert (len(train), len(test)) == (50, 20)
