@@ -65,7 +65,8 @@ class WholeLayer(Block):
         """This layer by itself, to be run again in backward if it keeps its input alone."""
         if self.checkpoint is None or not self.checkpoint.applies(*args, **kwargs):
             return self.run_once(hidden_states, *args, **kwargs)
-        return self.checkpoint.keep_input(lambda x: self.run_once(x, *args, **kwargs), hidden_states, whole=True)
+        given = _given(args, kwargs)
+        return self.checkpoint.keep_input(lambda x: self.run_once(x, *args, **kwargs), hidden_states, given, whole=True)
 
     def run_once(self, hidden_states, *args, **kwargs):
         """This layer by itself."""
@@ -183,17 +184,19 @@ class CheckpointBlock(Block):
         trains = self.module.training and torch.is_grad_enabled() and cache is None and past_key_values is None
         return trains and wanted and not _want_gradients(args, kwargs)
 
-    def keep_input(self, run, hidden_states, whole: bool):
+    def keep_input(self, run, hidden_states, given: list[torch.Tensor], whole: bool):
         """run(hidden_states), of which nothing is kept but that; whole: it is the layer, and no more.
 
-        ValueError if backward would run what is set otherwise by then.
+        given: what else run reads, as masks, by reference. ValueError if backward would run what is set, or read what
+        was given, otherwise by then.
         """
         switches, whole, before = self._list_switches(), self.module if whole else None, None
+        versions = [t._version for t in given]
 
         def run_as_set(x):
             nonlocal before
             if not self.step.passing:
-                self._check_unchanged(switches.read() == before)
+                self._check_unchanged(switches.read() == before, versions == [t._version for t in given])
                 return run(x)
             y = run(x)
             before = switches.read()  # a layer of PEFT's whose adapters are switched off unmerges them by itself
@@ -206,9 +209,14 @@ class CheckpointBlock(Block):
             self.switches = Switches(self.module)
         return self.switches
 
-    def _check_unchanged(self, same: bool) -> None:
+    def _check_unchanged(self, same: bool, same_given: bool) -> None:
         if not self.step.patched:
             raise taken_off(self.name)
+        if not same_given:
+            raise ValueError(
+                f"{self.name}: its mask was overwritten between a forward and its backward, which runs this layer "
+                "again; run the backward first, or give the forward a copy"
+            )
         if not same:
             raise ValueError(
                 f"{self.name}: adapter, scaling, dropout or weights were changed between a forward and its backward, "
@@ -254,7 +262,8 @@ class CheckpointBlock(Block):
         if not torch.is_grad_enabled() or self.step.whole is self.module:  # it is in one of its runs
             return function(hidden_states, *args)
         run, gathers = self._run_of(function), self._list_switches().are_gathered_later()
-        other = _want_gradients(args, getattr(function, "keywords", {}))
+        keywords = getattr(function, "keywords", {})
+        other = _want_gradients(args, keywords)
         if other or not self.better and (run is None or gathers or not self.usual or self._is_watched()):
             return self.bound.run_stock(self._guarded(function), hidden_states, *args)
         if gathers:
@@ -263,7 +272,8 @@ class CheckpointBlock(Block):
                 "layer_in would leave them without gradients; give it whole layers, and install transformers 5.24 or "
                 "newer, or train without gradient checkpointing"
             )
-        return self.keep_input(lambda x: (run or function)(x, *args), hidden_states, whole=run is not None)
+        given = _given(args, keywords)
+        return self.keep_input(lambda x: (run or function)(x, *args), hidden_states, given, whole=run is not None)
 
     def _is_watched(self) -> bool:
         """Whether hooks of somebody run inside: torch's gives gradients to what they add, and by what they take."""
@@ -301,3 +311,9 @@ class CheckpointBlock(Block):
 def _want_gradients(args: tuple, kwargs: dict) -> bool:
     """Whether a tensor beside the hidden states is to get a gradient, as a mask that is trained."""
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
+
+
+def _given(args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """Tensors that a layer reads beside the hidden states: its mask, and angles. Position ids have become these."""
+    tensors = (t for t in tree_leaves((args, kwargs | {"position_ids": None})) if isinstance(t, torch.Tensor))
+    return [t for t in tensors if not t.is_inference()]  # torch counts no changes of those

@@ -58,6 +58,8 @@ class CheckpointFunction(torch.autograd.Function):
         again = ctx.step.layer(passing=False, holds_input=held, draws=ctx.draws, whole=ctx.whole)
         resident, autocast = _resident(ctx.store), torch.autocast(**ctx.autocast)
         needs_dx, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        # those that were frozen since get none, as from autograd
+        needed = [need and t.requires_grad for t, need in zip(ctx.parameters, needed, strict=True)]
         inputs = [t for t, need in zip(ctx.parameters, needed, strict=True) if need]
         with torch.enable_grad(), again, resident, autocast, _same_random(x.device, ctx):
             if needs_dx:

@@ -198,7 +198,7 @@ class EagerCore:
 
     def _masked(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         """Apply HF's mask: None (causal or nothing), bool (True keeps) or additive, to [B, H_kv, groups, S, S]."""
-        lowest = torch.finfo(scores.dtype).min
+        lowest = max(torch.finfo(dtype).min for dtype in (scores.dtype, torch.float32))  # finite in softmax's fp32 too
         if mask is None and not self.module.is_causal:
             return scores
         if mask is None:

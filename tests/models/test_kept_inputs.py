@@ -71,7 +71,9 @@ def test_a_stream_of_tokens(family, lora):
     patch, rows = patched(model, layers="input", cuda_graphs=False), []
     for checkpoint in patch.checkpoints:
         keep_input = checkpoint.keep_input
-        checkpoint.keep_input = lambda run, x, whole, keep=keep_input: rows.append(x.shape[:2]) or keep(run, x, whole)
+        checkpoint.keep_input = lambda run, x, *args, keep=keep_input, **kwargs: (
+            rows.append(x.shape[:2]) or keep(run, x, *args, **kwargs)
+        )
     ours_loss, ours = gradients(model, batch)
     assert ours_loss == pytest.approx(loss, abs=1e-6) and largest_error(ours, expected) < 1e-5
     assert rows == [(1, int(batch["attention_mask"].sum()))] * 2

@@ -236,6 +236,16 @@ def test_windows_of_any_size(sliding_window, attention, implementation):
     assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
 
 
+def test_tokens_that_see_nothing_in_double_precision():
+    """Softmax is in fp32, where the lowest number of fp64 is minus infinity."""
+    model, batch = llama().double(), padded_batch()
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    loss, exact = gradients(model, batch)
+    apply_hyclora(model, HycloraConfig(layer_type="baseline", attention="eager"))
+    our_loss, ours = gradients(model, batch)
+    assert abs(our_loss - loss) < 1e-5 and largest_error(ours, exact) < 1e-5
+
+
 def test_bounds():
     """Right-padded, left-padded and empty rows; documents of a row; nothing known; what cannot be told."""
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0]])

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.patch import find_patch
 from hyclora.models.switches import Switches
+from tests.helpers.kernel_checks import DEVICE
 from tests.helpers.replaying import batches, graphed, train
 from tests.helpers.small_models import gradients, largest_error, llama, padded_batch, roberta
 
@@ -21,9 +22,9 @@ KINDS = {
 }
 
 
-def forward(family, kind: str, lora: dict | None = None):
+def forward(family, kind: str, lora: dict | None = None, batch: dict | None = None):
     """A patched model, its gradients for a batch, and the loss of another forward of that batch."""
-    model, batch = family(lora or {}), padded_batch()
+    model, batch = family(lora or {}), batch or padded_batch()
     if kind == "checkpointing":
         model.gradient_checkpointing_enable()
     apply_hyclora(model, HycloraConfig(**KINDS[kind]))
@@ -95,6 +96,44 @@ def test_weights_that_were_written_to(kind, name):
         next(p for n, p in model.named_parameters() if n.endswith(name)).mul_(2)
     with pytest.raises((ValueError, RuntimeError), match="weights? were changed|modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", [llama, roberta], ids=lambda f: f.__name__)
+def test_a_mask_that_was_written_to(family, kind):
+    """By whoever fills one for all batches, or adds to it; a layer that runs again would see other tokens."""
+    batch = padded_batch()
+    batch["attention_mask"] = torch.ones(3, 1, 21, 21, dtype=torch.bool, device=DEVICE).tril()
+    model, expected, loss = forward(family, kind, batch=batch)
+    assert largest_error(backward(model, loss), expected) < 1e-5
+    loss = model(**batch).loss
+    batch["attention_mask"].fill_(True)
+    with pytest.raises((ValueError, RuntimeError), match="its mask was overwritten|modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_was_written_to_is_no_change(kind):
+    """As where the next one is copied into the same memory while backward is still to run."""
+    batch = padded_batch() | {"position_ids": torch.arange(21, device=DEVICE)[None] + 2}
+    model, expected, loss = forward(llama, kind, batch=batch)
+    for t in (batch["attention_mask"], batch["labels"], batch["position_ids"]):
+        t.zero_()
+    assert largest_error(backward(model, loss), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", ["before", "after"])
+def test_weights_that_are_frozen_before_or_after_the_forward(kind, frozen):
+    """They get no gradient either way, as in stock, and all others theirs; a layer that runs again finds them so."""
+    model, expected, loss = forward(llama, kind)
+    name = next(n for n in expected if n.endswith("1.mlp.down_proj.lora_A.default.weight"))
+    weight, others = model.get_parameter(name), {n: g for n, g in expected.items() if n != name}
+    weight.requires_grad_(False)
+    if frozen == "before":
+        loss = model(**padded_batch()).loss
+        weight.requires_grad_(True)
+    assert largest_error(backward(model, loss), others) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
