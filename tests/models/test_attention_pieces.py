@@ -37,7 +37,7 @@ def test_gradients_of_pieces_are_where_q_k_and_v_were(kernels, monkeypatch):
 
     monkeypatch.setattr(attention_module, "rope_bwd", turn)
     for pieces in (1, 2):
-        model, batch = llama(**sizes), padded_batch()
+        model, batch = llama(**sizes), padded_batch(rows=2, width=9)
         apply_hyclora(model, HycloraConfig(stream=False, iteration_threshold=1))
         monkeypatch.setattr(attention_module, "backward_pieces", lambda *_, n=pieces: n)
         found.append([gradients(model, batch)[1] for _ in range(2)])

@@ -53,6 +53,12 @@ def plan(n_in: int, widths: list[int], many_tokens: bool, dtype=torch.bfloat16) 
     return {by_rows: weight_pieces.weight_pieces(linears, dtype, by_rows, many_tokens) for by_rows in (False, True)}
 
 
+def test_a_plan_allocates_no_weights(kernels):
+    """Nor does one after a test whose kernels replace torch.empty: torch.device would replace that one for good."""
+    for by_rows, pieces in plan(64, [64], many_tokens=False).items():
+        assert all(linear.weight.is_meta for piece in pieces for linear, _ in piece.linears), by_rows
+
+
 @pytest.mark.parametrize("many_tokens", [False, True])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_pieces_are_equal_and_within_the_limit(model, many_tokens):
