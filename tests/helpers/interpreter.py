@@ -16,15 +16,14 @@ def hasten() -> None:
     """For this process, and to the same results: the language is patched once a launch and not at every call of a
     kernel's function, integers are not added a second time for an assertion that is switched off, and what a type says
     (its name in numpy, a block's size, the shape of its tensors, which others an operation takes beside it as they are)
-    is found once, as is a number's block within a launch. Other versions than 3.7, whose inner functions these are,
-    stay as they are.
+    is found once. Other versions than 3.7, whose inner functions these are, stay as they are.
     """
     if not triton.__version__.startswith("3.7."):
         return
     builder, patch, np_dtype = interpreter.interpreter_builder, interpreter._patch_lang, interpreter._get_np_dtype
     make_block, make_tensor, launch = tl.block_type.__init__, tl.tensor.__init__, interpreter.GridExecutor.__call__
     alike, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
-    np_dtypes, blocks, tensors, taken, shared, numbers = {}, {}, {}, set(), set(), {}
+    np_dtypes, blocks, tensors, taken, shared = {}, {}, {}, set(), set()
     unwrap = tl.core._unwrap_if_constexpr
 
     @cache
@@ -59,16 +58,8 @@ def hasten() -> None:
         vars(self).update(tensors[type.name], handle=handle)
 
     def known_alike(self, lhs, rhs, *args, **kwargs):
-        if lhs.__class__ is not tl.tensor:
+        if lhs.__class__ is not tl.tensor or rhs.__class__ is not tl.tensor:
             return alike(self, lhs, rhs, *args, **kwargs)
-        if rhs.__class__ is not tl.tensor:
-            key = (lhs.type.name, rhs.__class__, rhs, args, *kwargs.items())
-            if key in numbers:
-                return lhs, numbers[key]
-            made = alike(self, lhs, rhs, *args, **kwargs)
-            if made[0] is lhs:
-                numbers[key] = made[1]
-            return made
         key = (lhs.type.name, rhs.type.name, args, *kwargs.items())
         if key in taken:
             return lhs, rhs
@@ -88,7 +79,6 @@ def hasten() -> None:
 
     def launch_and_forget(self, *args, **kwargs):
         launch(self, *args, **kwargs)
-        numbers.clear()
         gc.collect(0)  # its functions that call themselves hold the tensors, and nothing else is now collected so soon
 
     interpreter.GridExecutor.__call__ = launch_and_forget
