@@ -6,6 +6,7 @@ over 8, LoRA of rank 16 on q and v, on an A100 with 40 GB. Numbers are as printe
 
 from dataclasses import dataclass
 
+ABOUT = "Of a course's assignment on these techniques (LLaMA-2, 200 rows of Alpaca, an A100 of 40 GB), not of this run."
 UP, DOWN, NONE = "up", "down", "none"
 TECHNIQUES = ("gradient accumulation", "gradient checkpointing", "mixed precision", "LoRA")
 MEMORY = ("parameters", "activations", "gradients", "optimizer state")

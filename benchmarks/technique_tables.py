@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.record import RESULTS, read
-from benchmarks.seed_reports import DOWN, IN_WORDS, MEMORY, NONE, REPORTS, TECHNIQUES, TIME, UP, Report
+from benchmarks.seed_reports import ABOUT, DOWN, IN_WORDS, MEMORY, NONE, REPORTS, TECHNIQUES, TIME, UP, Report
 from benchmarks.tables import source, table
 from benchmarks.technique_peers import UNSLOTH
 from benchmarks.workers import NOT_DONE
@@ -44,11 +44,12 @@ def report(lines: list[dict], picture: Path | None) -> str:
     counted = any(line.get("counted") for line in lines)
     note = "\n\n*On a CPU the peak is counted: parameters, gradients, optimizer state and what the forward keeps.*"
     said = measured_table(lines) + note * counted
+    found = "\n".join(f"- {text}" for text in contradictions())
     return "\n\n".join(
         [
             f"### Peak memory and run time\n\n{said}",
             f"### What each technique changes\n\n{arrows_table(lines)}",
-            "### Where the reports contradict themselves\n\n" + "\n".join(f"- {text}" for text in contradictions()),
+            f"### Where two reports contradict themselves\n\n{ABOUT}\n\n{found}",
             *([f"![memory of every combination]({picture.name})"] if picture else []),
         ]
     )

@@ -132,7 +132,8 @@ class LayerBlock(WholeLayer):
         return attention(hidden_states=x, residual=residual, **kwargs)[0]
 
 
-OPTIONS = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"}  # without a meaning for ours
+# without a meaning for ours; the last, of torch 2.14 on, is of what a context_fn has it keep
+OPTIONS = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "respect_saved_tensors_hooks"}
 
 
 class CheckpointBlock(Block):

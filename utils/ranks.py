@@ -31,6 +31,14 @@ def of_first(compute: Callable[[], Found]) -> Found:
     return found[0]
 
 
+def of_all(own: Found) -> list[Found]:
+    """What each process has, in their order; all have to ask for it."""
+    found = [own] * n_ranks()
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, own)
+    return found
+
+
 def wait_on(device: torch.device) -> None:
     """Have processes that compute on the CPU wait for each other there too.
 
@@ -60,8 +68,5 @@ def share_batches(
             turn = batches[start : start + n]
             own.append(compute(turn[min(rank, len(turn) - 1)]))
             bar.update(sum(map(len, turn)))
-    if n == 1:
-        return list(zip(batches, own, strict=True))
-    found = [None] * n
-    torch.distributed.all_gather_object(found, own)
+    found = of_all(own)
     return [(batch, found[i % n][i // n]) for i, batch in enumerate(batches)]

@@ -1,9 +1,12 @@
 """Gradient checkpointing whose layer inputs are slots."""
 
+import inspect
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hyclora import HycloraConfig, apply_hyclora, remove_hyclora
 from hyclora.models.config import POLICIES
@@ -85,6 +88,36 @@ def test_options_of_checkpointing_are_not_dropped(options):
     offloaded(model, HycloraConfig())
     model.gradient_checkpointing_enable(offload=True)
     gradients(model, padded_batch())
+
+
+def test_an_option_of_newer_torch_that_counts_with_context_fn_alone_is_taken():
+    """torch 2.14 has it: whether hooks around the region get what context_fn has it keep."""
+    model = llama()
+    _, exact = gradients(model, padded_batch())
+    apply_hyclora(model, HycloraConfig(layer_type="baseline", slot_savers={"layer_in": "quant8"}))
+    model.gradient_checkpointing_enable({"use_reentrant": False, "respect_saved_tensors_hooks": True})
+    assert mean_cosine(gradients(model, padded_batch())[1], exact) > 0.999
+
+
+@pytest.mark.parametrize("layer_type, error", [("baseline", 1e-5), ("intra_inter_full_fuse", 0.2)])
+def test_selective_checkpointing_keeps_products_on_the_host(layer_type, error):
+    """Torch's own, around patched layers, calibrating too; from 2.14 on hooks around it get what it keeps."""
+
+    def keep_products(context, operation, *args, **kwargs):
+        product = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    model, batch = llama(), padded_batch()
+    options = {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
+    if (newer := "respect_saved_tensors_hooks") in inspect.signature(checkpoint).parameters:
+        options[newer] = True
+    model.gradient_checkpointing_enable(options)
+    _, exact = gradients(model, batch)
+    apply_hyclora(model, HycloraConfig(layer_type=layer_type, iteration_threshold=2))
+    for _ in range(3):
+        with torch.autograd.graph.save_on_cpu():
+            _, ours = gradients(model, batch)
+        assert largest_error(ours, exact) < error
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

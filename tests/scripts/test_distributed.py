@@ -1,4 +1,6 @@
-"""Two ranks calibrate alike, whatever each of them sees, and whether or not it sees it in tiles; and stop alike."""
+"""Two ranks calibrate alike, whatever each of them sees, and whether or not it sees it in tiles; stop alike; and have
+one folder, as those of several machines may not.
+"""
 
 import signal
 from types import SimpleNamespace
@@ -6,8 +8,12 @@ from types import SimpleNamespace
 import torch
 from transformers import TrainerControl
 
+import run_gsm8k
 from hyclora.models.finite import FiniteGradients
 from hyclora.operators.savers import ChannelQuant, Keeper, Observer, Step
+from hyclora.utils import results
+from hyclora.utils.errors import UserError
+from hyclora.utils.runs.run import Run, begin
 from hyclora.utils.trainer import StopOnSignal
 from tests.helpers import ranks
 
@@ -41,6 +47,24 @@ def stop(rank: int) -> None:
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_nan_of_one_is_skipped_by_all(tmp_path):
     ranks.run_ranks(stop, tmp_path)
+
+
+def begin_apart(rank: int, folder: str, model: str) -> None:
+    """A new run in one folder, then in one that the second process has not, then from a checkpoint of its own."""
+    start_run = results.start_run
+    argv = ["--model_dir", model, "--output_dir", folder, "--use_cpu", "True", "--run_name", "same"]
+    assert begin(run_gsm8k.DRIVER.parse(argv), model, [], argv).folder.is_dir()
+    results.start_run = lambda *args: start_run(*args).with_name("same" if rank else "first")
+    Path(folder, "first").mkdir(exist_ok=True)
+    Path(folder, "first", results.SETTINGS).touch()
+    with pytest.raises(UserError, match=r"process 1 on \S+ .* set --output_dir to a folder that all machines share"):
+        begin(run_gsm8k.DRIVER.parse(argv), model, [], argv)
+    with pytest.raises(UserError, match="process 1 on .*checkpoint-4, the first one checkpoint-2"):
+        Run(Path(folder, "first"), (), argv, model, Path(folder, "first", f"checkpoint-{2 + 2 * rank}")).check_shared()
+
+
+def test_a_run_whose_folder_is_not_on_all_machines_is_refused_by_all(tiny_llama_folder, tmp_path):
+    ranks.run_ranks(begin_apart, tmp_path, str(tmp_path), str(tiny_llama_folder))
 
 
 def test_statistics_are_those_of_all_ranks(tmp_path):

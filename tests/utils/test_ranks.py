@@ -11,7 +11,7 @@ from hyclora.utils.classification import collator, encode_rows, outputs_of
 from hyclora.utils.data.gsm8k import prompt_of
 from hyclora.utils.data.tokens import IGNORED
 from hyclora.utils.metrics import evaluate_generation, evaluate_loss
-from hyclora.utils.ranks import n_ranks, of_first, share_batches
+from hyclora.utils.ranks import n_ranks, of_all, of_first, share_batches
 from hyclora.utils.results import once
 from hyclora.utils.sharded import rest_gathered, shard
 from tests.helpers.kernel_checks import DEVICE
@@ -36,6 +36,7 @@ def deal(rank: int) -> None:
         assert len(computed) == -(-len(batches) // 2)
         assert computed == (batches if len(batches) % 2 == 0 else [*batches, batches[-1]])[rank::2]
     assert of_first(lambda: ("of", rank)) == ("of", 0) and n_ranks() == 2
+    assert of_all(("of", rank)) == [("of", 0), ("of", 1)]
 
 
 def test_batches_are_dealt_in_turns_of_all(tmp_path):

@@ -12,6 +12,7 @@ settings only (utils/runs/identity.py), from a whole checkpoint only (utils/runs
 import contextlib
 import json
 import os
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from hyclora.utils.errors import (
     is_out_of_memory,
 )
 from hyclora.utils.planning.units import say_size
+from hyclora.utils.ranks import of_all
 from hyclora.utils.runs.checkpoints import fault_of, is_checkpoint, newest_whole, state_of
 from hyclora.utils.runs.identity import content_of, differences, identity
 from hyclora.utils.runs.room import NoRoom, available, what_fits
@@ -53,6 +55,20 @@ class Run:
     @property
     def results(self) -> Path:
         return results_of(self.folder)
+
+    def check_shared(self) -> None:
+        """UserError on all processes unless all have the folder, and go on from the same checkpoint.
+
+        On a disk of its own each machine would keep a part of every checkpoint, and none could be resumed exactly.
+        """
+        has_folder = (self.folder / results.SETTINGS).is_file()
+        found = of_all((socket.gethostname(), has_folder, self.checkpoint and self.checkpoint.name))
+        for rank, (host, seen, checkpoint) in enumerate(found):
+            if not seen or checkpoint != found[0][-1]:
+                what = f"has no {self.folder}" if not seen else f"has {checkpoint}, the first one {found[0][-1]}"
+                raise UserError(
+                    f"process {rank} on {host} {what}: set --output_dir to a folder that all machines share"
+                )
 
     @contextlib.contextmanager
     def at_work(self):
@@ -142,7 +158,8 @@ def begin(groups: tuple, source: str, rows: list[dict], argv: list[str] | None) 
     """A new run in output_dir, or the one that resume_from_checkpoint asks for.
 
     groups: all arguments, the Trainer's last; source and rows: where the base model lies, and what is trained on.
-    UserError if there is no such run, naming the settings that differ; `Finished` if it has its results.
+    UserError if there is no such run, naming the settings that differ, or if not all processes have its folder;
+    `Finished` if it has its results.
     """
     training = groups[-1]
     content = {**content_of(source, rows), "processes": training.world_size}
@@ -161,6 +178,7 @@ def begin(groups: tuple, source: str, rows: list[dict], argv: list[str] | None) 
         run = Run(
             checkpoint.parent, groups, argv, source, checkpoint, [*passed, f"resuming {checkpoint} at step {step}"]
         )
+    run.check_shared()
     training.output_dir = str(run.folder)
     return run
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from unittest import mock
 
@@ -43,9 +44,12 @@ run_gsm8k.main()
 
 @pytest.fixture(autouse=True)
 def environment():
-    """As it was, after the test."""
+    """As it was, after the test; so is what signals do, for which torch's launcher leaves functions of its own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def program(folder, text: str) -> str:
