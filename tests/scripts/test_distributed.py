@@ -3,8 +3,10 @@ one folder, as those of several machines may not.
 """
 
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from transformers import TrainerControl
 
