@@ -70,7 +70,11 @@ class CalibrationCallback(TrainerCallback):
 
 
 def _restore_dtypes(model: nn.Module, folder: Path, of_optimizer: dict) -> None:
-    """Adapters, and the optimizer's tensors of their shape, are as they were saved: each value fits."""
+    """Adapters are as they were saved, and so are the optimizer's tensors of their shape.
+
+    Unless these have values that do not fit: then they are float32 for adapters of 16 bit too.
+    """
+    kept = []
     for adapter in getattr(model, "peft_config", ()):
         file = folder / ADAPTERS if adapter == "default" else folder / adapter / ADAPTERS
         if not file.is_file():
@@ -82,7 +86,10 @@ def _restore_dtypes(model: nn.Module, folder: Path, of_optimizer: dict) -> None:
             if dtype is not None and p.dtype == torch.float32:
                 p.data = p.data.to(dtype)
                 state = of_optimizer.get(p, {})
-                state |= {k: t.to(dtype) for k, t in state.items() if _is_of(t, p)}
+                kept += [(state, key, value.to(dtype)) for key, value in state.items() if _is_of(value, p)]
+    if all(torch.equal(state[key], value.float()) for state, key, value in kept):
+        for state, key, value in kept:
+            state[key] = value
 
 
 def _is_of(value, p: nn.Parameter) -> bool:

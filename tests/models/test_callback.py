@@ -27,16 +27,30 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+class Momentum(torch.optim.Optimizer):
+    """In float32 whatever the weights are in, as some optimizers keep theirs for weights of 16 bit."""
+
+    def __init__(self, params, lr: float):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p, dtype=torch.float32))
+                p.sub_(mean.mul_(0.7).add_(p.grad.float()), alpha=group["lr"])
+
+
 @pytest.fixture
 def train(tmp_path):
-    def train(*callbacks, resume=None, output=tmp_path / "run", lora=None, dtype=torch.float32):
+    def train(*callbacks, resume=None, output=tmp_path / "run", lora=None, dtype=torch.float32, **options):
         """Losses of the run from the step on that it went on with, its adapters and what it calibrated."""
         model = llama({"lora_dropout": 0.1} | (lora or {})).to(dtype)
         arguments = TrainingArguments(
             str(output), max_steps=6, save_steps=3, logging_steps=1, per_device_train_batch_size=2, use_cpu=True,
             gradient_accumulation_steps=2, learning_rate=1e-2, report_to=[], disable_tqdm=True,
         )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=ROWS, callbacks=list(callbacks))
+        trainer = Trainer(model, arguments, train_dataset=ROWS, callbacks=list(callbacks), **options)
         apply_hyclora(model, HycloraConfig(q_bit=2, iteration_threshold=THRESHOLD))
         trainer.train(resume_from_checkpoint=resume)
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -52,13 +66,20 @@ def stopped(train, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_resumed_run_is_bit_equal_to_one_without_a_stop(train, tmp_path, caplog, dtype):
+MOMENTUM = {"optimizer_cls_and_kwargs": (Momentum, {"lr": 1e-2})}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16} | MOMENTUM],
+    ids=["float32", "bfloat16", "bfloat16, an optimizer in float32"],
+)
+def test_a_resumed_run_is_bit_equal_to_one_without_a_stop(train, tmp_path, caplog, options):
     """Where the checkpoint has calibration under way. PEFT makes adapters float32 as it loads them."""
-    losses, adapters, _ = train(CalibrationCallback(), output=tmp_path / "whole", dtype=dtype)
-    train(CalibrationCallback(), StopAt(3), dtype=dtype)
+    losses, adapters, _ = train(CalibrationCallback(), output=tmp_path / "whole", **options)
+    train(CalibrationCallback(), StopAt(3), **options)
     caplog.clear()
-    found, ours, patch = train(CalibrationCallback(), resume=True, dtype=dtype)
+    found, ours, patch = train(CalibrationCallback(), resume=True, **options)
     assert found == losses and patch.step.index == 12
     assert all(torch.equal(ours[name], p) for name, p in adapters.items())
     assert TOLD not in caplog.text
