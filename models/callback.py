@@ -11,6 +11,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hyclora.models.patch import find_patch
+from hyclora.models.report import tell_of_dtype
 from hyclora.models.state import FILE_NAME, load_calibration, save_calibration
 
 STATE, ADAPTERS = "trainer_state.json", "adapter_model.safetensors"
@@ -29,7 +30,8 @@ class CalibrationCallback(TrainerCallback):
     as the Trainer tells nobody. Takes what save_calibration takes, on disk.
 
     PEFT makes adapters of 16 bit float32 as it loads them (0.21.2), TRL's of a 4-bit base for instance, and then a run
-    is another one from there on: they get the dtype of the checkpoint again, as does what the optimizer has of them.
+    is another one from there on: they get the dtype of the checkpoint again, as does what the optimizer has of them. It
+    is told, and where several processes train they stay float32.
 
     A checkpoint that has no calibration is resumed with a warning: calibration begins anew. ValueError as training
     begins if the model is not patched, if the resumed checkpoint is not found, if its calibration is torn or of other
@@ -46,7 +48,10 @@ class CalibrationCallback(TrainerCallback):
         if not state.global_step:
             return
         folder = self._resumed(args, state)
-        _restore_dtypes(model, folder, {} if optimizer is None else optimizer.state)
+        cast = _saved_otherwise(model, folder)
+        tell_of_dtype(set(cast.values()), restored=args.world_size == 1)
+        if args.world_size == 1:  # DDP has its buffers for them by now
+            _restore_dtypes(cast, {} if optimizer is None else optimizer.state)
         if (folder / FILE_NAME).is_file():
             load_calibration(model, folder)
         else:
@@ -69,24 +74,31 @@ class CalibrationCallback(TrainerCallback):
         )
 
 
-def _restore_dtypes(model: nn.Module, folder: Path, of_optimizer: dict) -> None:
-    """Adapters are as they were saved, and so are the optimizer's tensors of their shape.
-
-    Unless these have values that do not fit: then they are float32 for adapters of 16 bit too.
-    """
-    kept = []
+def _saved_otherwise(model: nn.Module, folder: Path) -> dict[nn.Parameter, torch.dtype]:
+    """Float32 adapters that were saved in 16 bit, and in which."""
+    found = {}
     for adapter in getattr(model, "peft_config", ()):
         file = folder / ADAPTERS if adapter == "default" else folder / adapter / ADAPTERS
         if not file.is_file():
             continue
         with safe_open(file, "pt") as saved:
-            dtypes = {key: DTYPES.get(saved.get_slice(key).get_dtype()) for key in saved.keys()}  # noqa: SIM118
-        for name, p in model.named_parameters():
-            dtype = dtypes.get(name.replace(f".{adapter}", ""))
-            if dtype is not None and p.dtype == torch.float32:
-                p.data = p.data.to(dtype)
-                state = of_optimizer.get(p, {})
-                kept += [(state, key, value.to(dtype)) for key, value in state.items() if _is_of(value, p)]
+            names = saved.keys()
+            dtypes = {name: DTYPES.get(saved.get_slice(name).get_dtype()) for name in names}
+        told = ((p, dtypes.get(name.replace(f".{adapter}", ""))) for name, p in model.named_parameters())
+        found |= {p: dtype for p, dtype in told if dtype is not None and p.dtype == torch.float32}
+    return found
+
+
+def _restore_dtypes(cast: dict[nn.Parameter, torch.dtype], of_optimizer: dict) -> None:
+    """Adapters are as they were saved, and so are the optimizer's tensors of their shape.
+
+    Unless these have values that do not fit: then they are float32 for adapters of 16 bit too.
+    """
+    kept = []
+    for p, dtype in cast.items():
+        p.data = p.data.to(dtype)
+        state = of_optimizer.get(p, {})
+        kept += [(state, key, value.to(dtype)) for key, value in state.items() if _is_of(value, p)]
     if all(torch.equal(state[key], value.float()) for state, key, value in kept):
         for state, key, value in kept:
             state[key] = value

@@ -186,6 +186,14 @@ def tell_of_new_calibration(lost: str | None, adapted: list) -> None:
         )
 
 
+def tell_of_dtype(saved: set[torch.dtype], restored: bool) -> None:
+    """Warn if PEFT has loaded adapters of 16 bit, saved in these dtypes, as float32 ones."""
+    if saved:
+        what = "they are as saved again" if restored else "they stay float32, as DDP has begun: this is another run"
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in saved))
+        logger.warning(f"HyC-LoRA: adapters of the checkpoint are {names}, and PEFT has loaded them as float32: {what}")
+
+
 def tell_of_other_savers(path, slots: set[str]) -> None:
     """Warn if a run goes on with slots kept otherwise than in what it goes on from."""
     if slots:

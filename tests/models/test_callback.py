@@ -1,6 +1,7 @@
 """Calibration in the checkpoints of a user's own Trainer."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,9 +83,22 @@ def test_a_resumed_run_is_bit_equal_to_one_without_a_stop(train, tmp_path, caplo
     found, ours, patch = train(CalibrationCallback(), resume=True, **options)
     assert found == losses and patch.step.index == 12
     assert all(torch.equal(ours[name], p) for name, p in adapters.items())
-    assert TOLD not in caplog.text
+    assert TOLD not in caplog.text and ("they are as saved again" in caplog.text) is ("dtype" in options)
     with safe_open(tmp_path / "run/checkpoint-3" / FILE_NAME, "pt") as file:
         assert '"index": 6' in file.metadata()["calibration"]
+
+
+def test_of_several_processes_adapters_stay_as_they_were_loaded(train, tmp_path, caplog, monkeypatch):
+    """DDP would not take gradients of another dtype."""
+    train(CalibrationCallback(), StopAt(3), dtype=torch.bfloat16)
+    begin = CalibrationCallback.on_train_begin
+    of_two = SimpleNamespace(world_size=2, output_dir=str(tmp_path / "run"), resume_from_checkpoint=None)
+    monkeypatch.setattr(
+        CalibrationCallback, "on_train_begin", lambda self, _, *args, **has: begin(self, of_two, *args, **has)
+    )
+    _, adapters, _ = train(CalibrationCallback(), resume=True, dtype=torch.bfloat16)
+    assert {p.dtype for p in adapters.values()} == {torch.float32}
+    assert "they stay float32, as DDP has begun: this is another run" in caplog.text
 
 
 @pytest.mark.parametrize("lora", [{}, {"init_lora_weights": "olora"}], ids=["B = 0", "B not 0"])

@@ -1,5 +1,6 @@
 """python -m hyclora.plan: what it says, picks and refuses."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from hyclora.utils.errors import UserError
 from hyclora.utils.planning import Savers, count, measuring
 from hyclora.utils.planning.fitting import STEP, fits
 from hyclora.utils.planning.modes import MODES, NEAR, Mode, describe, mode_of
-from hyclora.utils.planning.recorded import times
+from hyclora.utils.planning.recorded import measured, times
 from hyclora.utils.planning.shape import Shape
 from hyclora.utils.planning.times import Batch, Time
 
@@ -52,6 +53,25 @@ def test_a_time_is_unknown_though_it_was_recorded_elsewhere(roomy):
     assert said["offloaded, CUDA graphs, 8 bit"] == "unknown" and roomy.fastest is None
     assert "\ntimes are unknown: --measure measures them on the GPU that is planned for\n" in str(roomy)
     assert times(Shape("llama-2-7b", rank=32), 4, 512) == {} == times(Shape("llama-2-7b"), 3, 512)
+
+
+def test_a_package_that_few_have_tells_of_memory_and_of_no_time(tmp_path):
+    mode = next(mode for mode in MODES if mode.name == "offloaded, layer by layer, 4 bit")
+    arguments = {
+        "shape": "llama-2-7b",
+        "base": "nf4",
+        "lora_rank": 16,
+        "batch_size": 4,
+        "seq_len": 512,
+        "device": "cuda",
+    }
+    told = {"setting": mode.config.to_dict(), "time": "2026-12-01T13", "device": "NVIDIA H200", "arguments": arguments}
+    line = told | {"versions": {}, "dyn_mib": 2.0, "ms": 9.0}
+    other = line | {"dyn_mib": 1.0, "ms": 5.0, "versions": {"flash-attn-4": "4"}}
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in (line, other)))
+    assert times(Shape("llama-2-7b"), 4, 512, file) == {mode.name: "9 ms (H200)"}
+    assert [one["dyn_mib"] for _, one in measured(file)] == [1.0]
 
 
 def test_the_fastest_that_fits_is_chosen_once_times_are_known(roomy):
